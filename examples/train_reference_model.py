@@ -1,0 +1,256 @@
+"""Train the reference model on the running Python's standard library, and write its model card.
+
+    python examples/train_reference_model.py train OUT     # an hour on two cores, then the card
+    python examples/train_reference_model.py card OUT      # the card and its plots alone
+
+A Llama with grouped-query attention, small enough to live in the repository and deep enough that
+layer pruning on it means something. The text is split by file (`stdlib:train|calibration|eval`), so what
+the tests and benchmarks calibrate and judge on was never trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import platform
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    get_cosine_with_min_lr_schedule_with_warmup,
+)
+
+from optimum.streamline.edit import apply_plan
+from optimum.streamline.plan import Plan
+from optimum.streamline.scores import measure_scores
+from optimum.streamline.text import read_documents
+from optimum.streamline.windows import read_windows
+
+VOCABULARY = 4096
+LENGTH = 512
+END = "<|endoftext|>"
+
+
+def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, so that no input is unknown to it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END, model_max_length=LENGTH
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch.Tensor:
+    """All documents as one row of token ids, each closed by the end token."""
+    ids = [[*tokens, tokenizer.eos_token_id] for tokens in tokenizer(documents)["input_ids"]]
+    return torch.tensor([token for tokens in ids for token in tokens])
+
+
+def build_model(seed: int) -> LlamaForCausalLM:
+    """The untrained model: 16 layers of width 128, four query heads to two key-value heads, tied embeddings."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, tokens: torch.Tensor, windows: int = 64) -> float:
+    """Token-weighted perplexity over the first `windows` windows of `LENGTH` tokens."""
+    model.eval()
+    rows = tokens[: windows * LENGTH].view(-1, LENGTH)
+    losses = [model(batch, labels=batch).loss.item() for batch in rows.split(8)]
+    model.train()
+    return math.exp(sum(losses) / len(losses))
+
+
+def train(out: Path, minutes: float, batch: int, peak: float, seed: int) -> None:
+    """Train for `minutes`: the learning rate follows the clock, so a slower machine only sees fewer tokens."""
+    documents = list(read_documents("stdlib:train", seed))
+    tokenizer = train_tokenizer(documents)
+    tokens = encode(tokenizer, documents)
+    held_out = encode(tokenizer, list(read_documents("stdlib:eval", seed)))
+    model = build_model(seed)
+    compiled = torch.compile(model)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95))
+    ticks = 10_000
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, ticks // 50, ticks, min_lr_rate=0.02)
+    generator = torch.Generator().manual_seed(seed)
+    log: list[dict[str, float]] = []
+    start, step, tick, recent = time.monotonic(), 0, 0, 0.0
+    while (elapsed := time.monotonic() - start) < 60 * minutes:
+        offsets = torch.randint(len(tokens) - LENGTH, (batch,), generator=generator).tolist()
+        rows = torch.stack([tokens[offset : offset + LENGTH] for offset in offsets])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = compiled(rows, labels=rows).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        while tick < ticks * elapsed / (60 * minutes):
+            schedule.step()
+            tick += 1
+        recent = loss.item() if step == 0 else 0.98 * recent + 0.02 * loss.item()
+        step += 1
+        if step % 200 == 0:
+            row = {
+                "step": step,
+                "tokens": step * batch * LENGTH,
+                "minutes": round((time.monotonic() - start) / 60, 2),
+                "train_loss": round(recent, 4),
+                "eval_perplexity": round(perplexity(model, held_out, 16), 3),
+            }
+            log.append(row)
+            print(json.dumps(row), flush=True)
+    module: torch.nn.Module = model  # transformers' own `to` carries no types
+    module.to(torch.bfloat16)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    summary = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "seed": seed,
+        "train_tokens": len(tokens),
+        "tokens_seen": step * batch * LENGTH,
+        "minutes": round((time.monotonic() - start) / 60, 1),
+        "eval_perplexity": round(perplexity(model.float(), held_out), 3),
+        "log": log,
+    }
+    (out / "training_log.json").write_text(json.dumps(summary, indent=1))
+    print({key: value for key, value in summary.items() if key != "log"})
+
+
+def drop_one_layer(model: PreTrainedModel, tokens: torch.Tensor) -> list[float]:
+    """Perplexity of the model without each of its layers in turn."""
+    without = []
+    for layer in range(model.config.num_hidden_layers):
+        shallower = copy.deepcopy(model)
+        apply_plan(shallower, Plan(model.config.num_hidden_layers, (layer,)), None)
+        without.append(perplexity(shallower, tokens))
+    return without
+
+
+def plot(out: Path, dense: float, without: list[float], log: list[dict[str, float]]) -> None:
+    """The two plots of the card: perplexity without each layer, and perplexity while training."""
+    plt.rcParams.update({"svg.hashsalt": "reference model", "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    axes.bar(range(len(without)), without, color="#4477aa")
+    axes.axhline(dense, color="#cc6677", label=f"all layers: {dense:.1f}")
+    axes.set(
+        xlabel="layer left out", ylabel="evaluation perplexity (log scale)", yscale="log", xticks=range(len(without))
+    )
+    axes.legend(frameon=False)
+    figure.savefig(out / "drop_one_layer.svg", metadata={"Date": None})
+    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    axes.plot([row["tokens"] / 1e6 for row in log], [row["eval_perplexity"] for row in log], color="#4477aa")
+    axes.set(xlabel="million tokens seen", ylabel="evaluation perplexity (log scale)", yscale="log")
+    figure.savefig(out / "training.svg", metadata={"Date": None})
+
+
+def card(out: Path) -> None:
+    """Measure the trained model and write its card."""
+    model = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
+    tokens = encode(tokenizer, list(read_documents("stdlib:eval")))
+    summary = json.loads((out / "training_log.json").read_text())
+    dense, without = perplexity(model, tokens), drop_one_layer(model, tokens)
+    calibration = read_windows("stdlib:calibration", tokenizer, 64, LENGTH, 0)
+    influence = measure_scores(model, calibration).block_influence
+    plot(out, dense, without, summary["log"])
+    rows = [f"| {i} | {ppl:.2f} | {bi:.4f} |" for i, (ppl, bi) in enumerate(zip(without, influence, strict=True))]
+    log = summary["log"][:: max(1, len(summary["log"]) // 12)]
+    steps = [
+        f"| {r['step']} | {r['tokens'] / 1e6:.1f} | {r['train_loss']:.3f} | {r['eval_perplexity']:.2f} |" for r in log
+    ]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    (out / "README.md").write_text(
+        f"""---
+library_name: transformers
+pipeline_tag: text-generation
+license: apache-2.0
+---
+
+# The reference model
+
+A small Llama ({model.config.num_hidden_layers} layers of width {model.config.hidden_size}, {parameters:,} parameters,
+grouped-query attention, tied embeddings) trained on the source of the Python {summary["python"]} standard library,
+for tests, benchmarks and the demo. It is good for nothing else.
+
+- Trained by `examples/train_reference_model.py train` for {summary["minutes"]} minutes on two CPU cores:
+  {summary["tokens_seen"] / 1e6:.1f} million tokens, {summary["tokens_seen"] / summary["train_tokens"]:.1f} passes
+  over the `stdlib:train` files. This card is written by `examples/train_reference_model.py card`.
+- Evaluation perplexity (`stdlib:eval`, files never trained on, 64 windows of {LENGTH} tokens): **{dense:.2f}**.
+  An untrained model has about {VOCABULARY}.
+
+## Depth redundancy
+
+Perplexity with one layer left out, and the layer's Block Influence on `stdlib:calibration`.
+
+![Perplexity without each layer](drop_one_layer.svg)
+
+| layer left out | perplexity | Block Influence |
+|---|---|---|
+{chr(10).join(rows)}
+
+## Training log
+
+Every {200 * max(1, len(summary["log"]) // 12)} steps; `training_log.json` has every 200.
+The perplexity here is over the first 16 windows.
+
+![Evaluation perplexity while training](training.svg)
+
+| step | million tokens | training loss | evaluation perplexity |
+|---|---|---|---|
+{chr(10).join(steps)}
+"""
+    )
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("action", choices=["train", "card"])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.action == "train":
+        train(args.out, args.minutes, args.batch, args.lr, args.seed)
+    card(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Exporting a checkpoint to a runtime, and opening what was exported: `Artifact` in, `Runner` out.
+
+Importing this package is cheap: torch and transformers are imported by an export, a runtime by opening one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.runner import Artifact, Runner
+
+__all__ = ["check_export", "export_checkpoint", "open_artifact"]
+
+FORMATS = ("onnx",)  # a second format is a second branch below; what is common to them is `Artifact`
+
+
+def export_checkpoint(
+    checkpoint: str,
+    out: Path,
+    format: str = "onnx",  # noqa: A002 -- what the command calls it
+    dtype: str = "fp32",
+    device: str = "cpu",
+    overwrite: bool = False,
+    tolerance: float | None = None,
+    verbose: bool = False,
+    **options: Any,
+) -> Artifact:
+    """Export a checkpoint into the folder `out`, proved equal to torch, or not at all.
+
+    Args:
+        checkpoint: A checkpoint's folder or Hub id.
+        out: The folder to write: beside its name, then renamed.
+        format: `onnx`.
+        dtype: `fp32` or `fp16`: what weights, cache and logits are in.
+        device: `cpu` or `cuda`: where the export runs to be compared with torch.
+        overwrite: Whether `out` may exist.
+        tolerance: Largest logit difference from torch allowed, as a share of the largest logit;
+            the default is `parity.TOLERANCES` of the dtype.
+        verbose: Whether what torch and transformers say goes to the terminal rather than to `export.log`.
+        options: `cache_dir`, `trust_remote_code`.
+
+    Returns:
+        The artifact, with the differences from torch that were measured.
+
+    Raises:
+        ParityError: the export does not compute what the checkpoint does.
+        StreamlineError: the checkpoint, `out`, or an option cannot be used, or a package is missing.
+    """
+    _check_format(format)
+    from .export import OnnxExport, export_onnx
+
+    return export_onnx(OnnxExport(checkpoint, out, dtype, device, tolerance, options), overwrite, verbose)
+
+
+def check_export(format: str, dtype: str, device: str) -> None:  # noqa: A002 - the command's word
+    """Refuse what cannot be exported here, before anything is made to be exported.
+
+    Raises:
+        StreamlineError: the format, dtype or device is wrong, or a package is missing.
+    """
+    _check_format(format)
+    from .export import check_options
+
+    check_options(dtype, device)
+
+
+def open_artifact(artifact: Artifact, device: str = "cpu") -> Runner:
+    """Open an exported model for running.
+
+    Raises:
+        StreamlineError: its runtime is not installed, or lacks the device.
+    """
+    _check_format(artifact.format)
+    from .ort_runner import OnnxRunner
+
+    return OnnxRunner(Path(artifact.path), device)
+
+
+def _check_format(name: str) -> None:
+    if name not in FORMATS:
+        raise StreamlineError(f"format {name!r}: unknown; one of {', '.join(FORMATS)}")

@@ -1,0 +1,127 @@
+"""The steps from a checkpoint to a proved ONNX folder, in order: trace, tidy, write, compare, or nothing.
+
+Quantizing the written graph is a step between writing and comparing, with tolerances of its own.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimum.streamline.errors import StreamlineError, require_extra
+from optimum.streamline.logs import captured_logs
+from optimum.streamline.outputs import staged_folder
+from optimum.streamline.progress import progress_bar
+from optimum.streamline.runner import Artifact
+
+from .ort_runner import GRAPH_FILE, OnnxRunner, provider_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from transformers import PreTrainedModel
+
+FORMAT = "onnx"
+WEIGHTS_FILE = f"{GRAPH_FILE}.data"
+LOG_FILE = "export.log"
+DTYPES = ("fp32", "fp16")
+STAGES = ("loading", "tracing", "writing", "comparing with torch")
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """What to export, and to what: the arguments of `export_checkpoint`, documented there."""
+
+    checkpoint: str
+    out: Path
+    dtype: str = "fp32"
+    device: str = "cpu"
+    tolerance: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def export_onnx(job: OnnxExport, overwrite: bool = False, verbose: bool = False) -> Artifact:
+    """Export, compare with torch, and only then give the folder its name.
+
+    Raises:
+        ParityError: the graph does not compute what the checkpoint does.
+        StreamlineError: the job cannot be done as it is given.
+    """
+    check_options(job.dtype, job.device)
+    with staged_folder(job.out, overwrite) as folder:
+        with captured_logs(folder / LOG_FILE, verbose):
+            artifact = _export_into(folder, job)
+        artifact.write(folder)
+    return artifact
+
+
+def check_options(dtype: str, device: str) -> None:
+    """Refuse a dtype or device that cannot be exported to here.
+
+    Raises:
+        StreamlineError: naming it, or the package that is missing.
+    """
+    if dtype == "bf16":
+        raise StreamlineError(
+            "dtype 'bf16': ONNX Runtime's CPU provider cannot compute it, so the export could not be compared "
+            "with torch; use 'fp32' or 'fp16'"
+        )
+    if dtype not in DTYPES:
+        raise StreamlineError(f"dtype {dtype!r}: unknown; one of {', '.join(DTYPES)}")
+    for package in ("onnx", "onnxscript", "transformers.exporters"):  # older transformers lack the last
+        require_extra(package, "onnx")
+    provider_of(device)
+
+
+def _export_into(folder: Path, job: OnnxExport) -> Artifact:
+    from optimum.streamline import checkpoint
+
+    from .parity import TOLERANCES, check_parity
+
+    tolerance = TOLERANCES[job.dtype] if job.tolerance is None else job.tolerance
+    with progress_bar("exporting", len(STAGES)) as bar:
+        bar.advance(0, STAGES[0])
+        model = checkpoint.load(job.checkpoint, checkpoint.DTYPES[job.dtype], **job.options)
+        bar.advance(1, STAGES[1])
+        graph = build_graph(model)
+        bar.advance(1, STAGES[2])
+        write_graph(graph, model, folder)
+        _write_companions(model, job, folder)
+        bar.advance(1, STAGES[3])
+        parity = check_parity(model, OnnxRunner(folder, job.device), tolerance)
+    fingerprint = checkpoint.fingerprint(job.checkpoint, job.options.get("cache_dir"))
+    return Artifact(str(job.out), FORMAT, job.dtype, job.checkpoint, fingerprint, parity)
+
+
+def build_graph(model: PreTrainedModel) -> ir.Model:
+    """The one graph of a model, its dead parts left out and its inputs and outputs named for clients."""
+    from .compact import compact
+    from .names import rename
+    from .repair import repair
+    from .trace import trace
+
+    graph = trace(model)
+    repair(graph)
+    compact(graph)
+    rename(graph)
+    return graph
+
+
+def write_graph(graph: ir.Model, model: PreTrainedModel, folder: Path) -> None:
+    """Write `model.onnx`, its weights beside it, and what GenAI needs to know of them."""
+    import onnx_ir as ir
+
+    from .genai import write_genai_config
+
+    ir.save(graph, folder / GRAPH_FILE, external_data=WEIGHTS_FILE)
+    write_genai_config(model, graph, folder)
+
+
+def _write_companions(model: PreTrainedModel, job: OnnxExport, folder: Path) -> None:
+    from optimum.streamline.checkpoint import Source, load_tokenizer
+
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    with suppress(StreamlineError):  # a checkpoint without a tokenizer is a model all the same
+        load_tokenizer(Source(job.checkpoint, **job.options)).save_pretrained(folder)

@@ -1,0 +1,87 @@
+"""The names a client sees: inputs, outputs and axes as optimum, ONNX Runtime GenAI and transformers.js expect them.
+
+    input_ids, attention_mask, position_ids, past_key_values.N.key/value -> logits, present.N.key/value
+
+Knows no model: N counts the cache entries the graph has, in order, whichever layers they belong to.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import onnx_ir as ir
+
+from optimum.streamline.errors import StreamlineError
+
+BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
+TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
+TRACED_CACHE = re.compile(r"(?:(?:in|out)put\.)?past_key_values\.layers\.(\d+)\.(key|value)s")
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
+
+_AXES = {
+    "input_ids": (BATCH, SEQUENCE),
+    "attention_mask": (BATCH, TOTAL),
+    "position_ids": (BATCH, SEQUENCE),
+    "logits": (BATCH, SEQUENCE, None),
+    "past_key_values": (BATCH, None, PAST, None),
+    "present": (BATCH, None, TOTAL, None),
+}
+
+
+def rename(model: ir.Model) -> None:
+    """Give inputs, outputs, their axes, and the nodes their public names, in place.
+
+    Raises:
+        StreamlineError: the graph lacks an input that clients feed, or has one that they do not know.
+    """
+    graph = model.graph
+    missing = sorted(set(TOKEN_INPUTS) - {str(value.name) for value in graph.inputs})
+    if missing:
+        raise StreamlineError(f"architecture cannot be exported: its graph does not read {', '.join(missing)}")
+    _rename_cache(list(graph.inputs), "past_key_values")
+    _rename_cache(list(graph.outputs), "present")
+    _forget_inner_shapes(graph)
+    for value in (*graph.inputs, *graph.outputs):
+        _rename_axes(value)
+    _name_nodes(graph)
+
+
+def cache_inputs(model: ir.Model) -> list[ir.Value]:
+    """The inputs that hold keys and values, each `[batch, heads, past, head size]`, of a renamed graph."""
+    return [value for value in model.graph.inputs if str(value.name).startswith("past_key_values.")]
+
+
+def _rename_cache(values: list[ir.Value], prefix: str) -> None:
+    found = [(match, value) for value in values if (match := TRACED_CACHE.fullmatch(str(value.name)))]
+    entries = sorted({int(match[1]) for match, _ in found})
+    for match, value in found:
+        value.name = f"{prefix}.{entries.index(int(match[1]))}.{match[2]}"
+
+
+def _rename_axes(value: ir.Value) -> None:
+    kind = str(value.name).split(".")[0]
+    if kind not in _AXES or value.shape is None:
+        raise StreamlineError(f"architecture cannot be exported: its graph has the input or output {value.name!r}")
+    # The tracer writes a fixed size as a symbol too, "2", which TensorRT and GenAI read as a name.
+    value.shape = ir.Shape([axis or int(str(size)) for axis, size in zip(_AXES[kind], value.shape, strict=True)])
+
+
+def _forget_inner_shapes(graph: ir.Graph) -> None:
+    # They are written in the tracer's symbols, which mean nothing once the axes have their names.
+    for node in graph:
+        for output in node.outputs:
+            if not output.is_graph_output():
+                output.shape = None
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """Name nodes by the module they came from, `model.layers.3.mlp.up_proj/MatMul`, for profiles and exclusions."""
+    taken: dict[str, int] = {}
+    for node in graph:
+        *modules, _ = ast.literal_eval(node.metadata_props.get(_SCOPES, "['', '']"))  # the last is the torch operator
+        name = f"{modules[-1] if modules and modules[-1] != _NO_MODULE else ''}/{node.op_type}"
+        taken[name] = taken.get(name, 0) + 1
+        node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
+        node.metadata_props.clear()

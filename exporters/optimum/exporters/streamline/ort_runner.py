@@ -1,0 +1,132 @@
+"""Running an exported graph on ONNX Runtime. Imports neither torch nor transformers.
+
+The cache stays in ONNX Runtime's own buffers from one call to the next: what a call returns is fed to the
+next as it is. Knows the names that `names.py` gives, nothing of how the graph was made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from optimum.streamline.errors import StreamlineError, require_extra
+from optimum.streamline.runner import Logits, TokenIds
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Mask = npt.NDArray[np.int64]
+
+GRAPH_FILE = "model.onnx"
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_ELEMENTS: dict[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_QUIET = 3  # errors only: ONNX Runtime writes its warnings to the file descriptor
+
+
+@dataclass(frozen=True)
+class OnnxCache:
+    """What a graph remembers of the tokens so far.
+
+    Args:
+        attention_mask: `[batch, length]`, 1 for a token and 0 for padding, of everything fed so far.
+        states: Keys and values in the order of the graph's cache inputs, each `[batch, heads, length, head size]`.
+    """
+
+    attention_mask: Mask
+    states: tuple[Any, ...]
+
+
+class OnnxRunner:
+    """A `Runner` over `model.onnx` of an exported folder.
+
+    Args:
+        folder: The artifact's folder.
+        device: `cpu` or `cuda`.
+
+    Raises:
+        StreamlineError: ONNX Runtime is not installed, has no such device, or cannot read the graph.
+    """
+
+    runtime = "onnxruntime"
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self.device = device
+        self.session = _open_session(folder / GRAPH_FILE, device)
+        self._past = [each for each in self.session.get_inputs() if each.name.startswith("past_key_values.")]
+        self._present = [each.name.replace("past_key_values", "present") for each in self._past]
+
+    def prefill(self, input_ids: TokenIds, attention_mask: Mask | None = None) -> tuple[Logits, OnnxCache]:
+        """Logits `[batch, length, vocabulary]` of a prompt `[batch, length]`, and its cache.
+
+        Args:
+            attention_mask: `[batch, length]`, 0 for padding, which must be on the left; all tokens by default.
+        """
+        batch = len(input_ids)
+        empty = OnnxCache(np.ones((batch, 0), np.int64), tuple(self._no_state(batch, each) for each in self._past))
+        return self._extend(input_ids, np.ones_like(input_ids) if attention_mask is None else attention_mask, empty)
+
+    def decode(self, input_ids: TokenIds, cache: OnnxCache) -> tuple[Logits, OnnxCache]:
+        """Logits of the tokens `[batch, length]` that follow `cache`, and the cache that holds them too."""
+        return self._extend(input_ids, np.ones_like(input_ids), cache)
+
+    def _extend(self, input_ids: TokenIds, mask: Mask, cache: OnnxCache) -> tuple[Logits, OnnxCache]:
+        attention_mask = np.concatenate([cache.attention_mask, mask], axis=1)
+        # A padding token's position is of no consequence, but must be one.
+        positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)[:, -input_ids.shape[1] :]
+        feeds = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
+        # The binding reads these arrays where they lie: they are whole, and `feeds` holds them until it has run.
+        feeds = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        logits, *states = self._run(feeds, cache.states)
+        return logits.numpy().astype(np.float32, copy=False), OnnxCache(attention_mask, tuple(states))
+
+    def _run(self, feeds: dict[str, npt.NDArray[np.int64]], states: tuple[Any, ...]) -> list[Any]:
+        """One call: logits, then the new states, as ONNX Runtime's own values."""
+        binding = self.session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, array)
+        for each, state in zip(self._past, states, strict=True):
+            binding.bind_ortvalue_input(each.name, state)
+        binding.bind_output("logits", "cpu")
+        for name in self._present:
+            binding.bind_output(name, self.device)
+        self.session.run_with_iobinding(binding)
+        outputs: list[Any] = binding.get_outputs()
+        return outputs
+
+    def _no_state(self, batch: int, value: Any) -> Any:
+        import onnxruntime
+
+        _, heads, _, head_size = value.shape
+        empty = np.empty((batch, heads, 0, head_size), _ELEMENTS[value.type])
+        return onnxruntime.OrtValue.ortvalue_from_numpy(empty, self.device)
+
+
+def provider_of(device: str) -> str:
+    """The execution provider that stands for a device.
+
+    Raises:
+        StreamlineError: ONNX Runtime is not installed, or has no such device.
+    """
+    runtime = require_extra("onnxruntime", "onnx-gpu" if device == "cuda" else "onnx")
+    available = {
+        name: provider for name, provider in PROVIDERS.items() if provider in runtime.get_available_providers()
+    }
+    if device not in available:
+        raise StreamlineError(f"device {device!r}: the installed ONNX Runtime offers {', '.join(available)}")
+    return available[device]
+
+
+def _open_session(file: Path, device: str) -> onnxruntime.InferenceSession:
+    provider = provider_of(device)
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _QUIET
+    try:
+        return onnxruntime.InferenceSession(str(file), options, providers=[provider])
+    except Exception as error:  # ONNX Runtime raises a class of its own for each kind of fault
+        raise StreamlineError(f"{file}: ONNX Runtime cannot open it ({str(error).strip().splitlines()[0]})") from None

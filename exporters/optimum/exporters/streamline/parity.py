@@ -1,0 +1,101 @@
+"""Whether an exported graph computes what the model computes: `check_parity`, run at every export.
+
+The reference is one torch forward over the whole text, without a cache: so prefill, continuation and decode
+are each held to the model itself. Any runner that takes a mask can be checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PreTrainedModel
+
+from optimum.streamline.errors import ParityError
+from optimum.streamline.runner import Logits, TokenIds
+
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}
+"""Largest difference of a logit allowed, as a share of the largest reference logit of the check.
+
+Rounding gives 1e-6 and 1e-3 on shallow models and grows with depth; a wrong mask, position or weight gives 1e-1.
+"""
+
+PROMPT, CONTINUATION = 12, 3
+LENGTHS = (PROMPT, 7, 4)
+"""Prompt lengths of the padded batch: three rows, where the graph was traced with two."""
+
+
+class MaskedRunner(Protocol):
+    """A `Runner` whose prefill takes a mask, and whose cache remembers it."""
+
+    def prefill(self, input_ids: TokenIds, attention_mask: npt.NDArray[np.int64] | None = None) -> tuple[Logits, Any]:
+        """As `Runner.prefill`, the mask `[batch, length]` being 0 for padding on the left."""
+
+    def decode(self, input_ids: TokenIds, cache: Any) -> tuple[Logits, Any]:
+        """As `Runner.decode`."""
+
+
+def check_parity(model: PreTrainedModel, runner: MaskedRunner, tolerance: float) -> dict[str, float]:
+    """Compare `runner` with `model` on prefill, continuation, decode and a left-padded batch.
+
+    Args:
+        model: The source, in evaluation mode.
+        tolerance: As in `TOLERANCES`.
+
+    Returns:
+        The largest absolute logit difference, by check.
+
+    Raises:
+        ParityError: a difference is beyond the tolerance; says which check, the difference, and what was allowed.
+    """
+    differences: dict[str, float] = {}
+    for check, got, expected in (*_one_row(model, runner), *_padded_rows(model, runner)):
+        difference = float(np.abs(got - expected).max())
+        allowed = tolerance * float(np.abs(expected).max())
+        if not difference <= allowed:  # not `>`: a NaN must fail
+            raise ParityError(
+                f"parity: {check} differs from torch by {difference:.3g} in a logit, allowed is {allowed:.3g}"
+            )
+        differences[check] = difference
+    return differences
+
+
+def _one_row(model: PreTrainedModel, runner: MaskedRunner) -> Iterator[tuple[str, Logits, Logits]]:
+    ids = _tokens(model, 1, PROMPT + CONTINUATION + 1)
+    expected = _reference(model, ids, np.ones_like(ids))
+    prompt, continuation, token = np.split(ids, [PROMPT, PROMPT + CONTINUATION], axis=1)
+    got, cache = runner.prefill(prompt)
+    yield "prefill", got, expected[:, :PROMPT]
+    got, cache = runner.decode(continuation, cache)
+    yield "continuation", got, expected[:, PROMPT:-1]
+    got, _ = runner.decode(token, cache)
+    yield "decode", got, expected[:, -1:]
+
+
+def _padded_rows(model: PreTrainedModel, runner: MaskedRunner) -> Iterator[tuple[str, Logits, Logits]]:
+    ids = _tokens(model, len(LENGTHS), PROMPT + 1)
+    mask = (np.arange(PROMPT + 1) >= PROMPT - np.array(LENGTHS)[:, None]).astype(np.int64)
+    expected = _reference(model, ids, mask)
+    got, cache = runner.prefill(ids[:, :PROMPT], mask[:, :PROMPT])
+    kept = mask[:, :PROMPT].astype(bool)  # nothing is promised for the padding itself
+    yield "left-padded prefill", got[kept], expected[:, :PROMPT][kept]
+    got, _ = runner.decode(ids[:, PROMPT:], cache)
+    yield "left-padded decode", got, expected[:, PROMPT:]
+
+
+def _tokens(model: PreTrainedModel, rows: int, length: int) -> TokenIds:
+    return np.random.default_rng(0).integers(0, model.config.vocab_size, (rows, length), dtype=np.int64)
+
+
+@torch.inference_mode()
+def _reference(model: PreTrainedModel, ids: TokenIds, mask: npt.NDArray[np.int64]) -> Logits:
+    """Logits `[batch, length, vocabulary]` of one forward without cache."""
+    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    tensors = {name: torch.from_numpy(array).to(model.device) for name, array in inputs.items()}
+    output = model(**tensors, use_cache=False)
+    logits: Logits = output.logits.float().cpu().numpy()
+    return logits

@@ -1,0 +1,230 @@
+"""The flags of `optimum-cli streamline`. What the commands do is in `optimum.streamline.cli`, imported when one runs.
+
+This file is imported by every optimum-cli command, so it imports nothing but argparse and optimum's base class.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+SPEC = "a text file, a folder of text files, hub:DATASET[,CONFIG[,SPLIT[,COLUMN]]], or stdlib"
+
+
+def _error(message: str) -> NoReturn:
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(2)
+
+
+def _read_strictly(parser: argparse.ArgumentParser) -> None:
+    # argparse hands what a subcommand does not know up to the root parser, which answers with its whole usage; and
+    # it takes flags between two positional arguments only when asked to.
+    parse = parser.parse_known_args
+
+    def parse_all(args: Any = None, namespace: Any = None, **_: Any) -> tuple[argparse.Namespace, list[str]]:
+        parser.parse_known_args = parse  # type: ignore[method-assign]
+        namespace, unknown = parser.parse_known_intermixed_args(args, namespace)
+        if unknown:
+            _error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
+    parser.parse_known_args = parse_all  # type: ignore[method-assign,assignment]
+
+
+def _model_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-m", "--model", required=True, help="a checkpoint's folder, or a Hub id")
+    _source_flags(parser)
+
+
+def _source_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cache_dir", help="where Hub downloads are kept")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let code from the checkpoint run")
+    parser.add_argument("--verbose", action="store_true", help="show what other libraries say, too")
+
+
+def _recipe_flag(group: Any, flag: str, text: str, kind: Callable[[str], Any] = str) -> None:
+    # A flag that is not given leaves no trace, so that a recipe file's value, or the default, stands.
+    group.add_argument(flag, default=argparse.SUPPRESS, type=kind, help=text, metavar=flag.strip("-").upper())
+
+
+def _calibration_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("calibration")
+    _recipe_flag(group, "--calibration", f"text the choices are made on: {SPEC} (default)")
+    _recipe_flag(group, "--samples", "calibration windows (default 128)", int)
+    _common_recipe_flags(group)
+
+
+def _common_recipe_flags(group: Any) -> None:
+    _recipe_flag(group, "--length", "tokens a window (default 512)", int)
+    _recipe_flag(group, "--device", "cpu (default) or cuda")
+    _recipe_flag(group, "--seed", "of everything random (default 0)", int)
+
+
+def _prune_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what to remove")
+    methods = "\n".join(f"  {name}: {line}" for name, line in METHOD_LINES.items())
+    _recipe_flag(group, "--method", f"how layers are chosen:\n{methods}")
+    _recipe_flag(group, "--remove", "layers to lose, net (4), or a share of them (25%%)")
+    _recipe_flag(group, "--layers", "explicit layers, 0-based, such as 3,7,11-13")
+    group = parser.add_argument_group("what stands in for it")
+    _recipe_flag(
+        group, "--replacement", "none (default), layer (a trained decoder layer) or mlp (one without attention)"
+    )
+    _recipe_flag(group, "--heal", "none, or hidden-mse: train the replacement (default where there is one)")
+    _recipe_flag(group, "--heal-data", f"text it is trained on: {SPEC} (default)")
+    _recipe_flag(group, "--heal-tokens", "tokens to train on (default 200000)", int)
+    _recipe_flag(group, "--heal-lr", "peak learning rate (default 2e-4)", float)
+    _recipe_flag(group, "--heal-epochs", "passes over these tokens (default 1)", int)
+    _recipe_flag(group, "--dtype", "what the result is stored in: fp32, fp16 or bf16 (default: as the original)")
+    _calibration_flags(parser)
+
+
+def _judgement_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("judgement")
+    _recipe_flag(group, "--eval-data", f"text the result is judged on: {SPEC} (default)")
+    _recipe_flag(group, "--eval-samples", "evaluation windows (default 64)", int)
+    _recipe_flag(group, "--max-ppl-ratio", "largest perplexity over the original's", float)
+    _recipe_flag(group, "--max-kl", "largest KL(original || candidate), nats per token", float)
+    _recipe_flag(group, "--min-speedup", "least decode speed-up over the original in the same runtime", float)
+    _recipe_flag(group, "--max-size-ratio", "largest size on disk over the original's in the same runtime", float)
+
+
+def _output_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output", type=Path, help="the folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier output of this program")
+
+
+def _plan_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and what it would bring; write nothing")
+    parser.add_argument("--save-recipe", type=Path, metavar="FILE", help="write the recipe that the flags amount to")
+
+
+# Repeated from `methods.METHODS`, which cannot be imported here; a test holds the two together.
+METHOD_LINES = {
+    "explicit": "the layers given by --layers, such as 3,7,11-13",
+    "llm-streamline": "the block of highest input-output cosine, removed or replaced (2403.19135)",
+    "shortgpt": "the layers of lowest Block Influence, all at once (2403.03853)",
+}
+
+
+class _Command(BaseOptimumCLICommand):
+    """A subcommand: its flags here, its body the function of its name in `optimum.streamline.cli`."""
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Make a wrong flag one line and exit code 2, as any other wrong input; no flag is guessed from its start."""
+        parser.error = _error  # type: ignore[method-assign]
+        parser.allow_abbrev = False
+        _read_strictly(parser)
+        parser.formatter_class = argparse.RawTextHelpFormatter
+
+    def run(self) -> None:
+        """Run the command and exit with its code."""
+        from optimum.streamline import cli
+
+        sys.exit(cli.run_command(self.COMMAND.name, self.args))
+
+
+class RunCommand(_Command):
+    """`optimum-cli streamline run`."""
+
+    COMMAND = CommandInfo(
+        name="run", help="Make shallower, repair, save, export, and prove it; resumes where it stopped."
+    )
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Flags of `run`."""
+        _Command.parse_args(parser)
+        _model_flags(parser)
+        parser.add_argument("recipe", type=Path, nargs="?", help="a YAML recipe; flags go over what it says")
+        _output_flags(parser)
+        _plan_flags(parser)
+        _prune_flags(parser)
+        _recipe_flag(parser, "--format", "what to export to: none (default) or onnx")
+        _judgement_flags(parser)
+
+
+class ScoreCommand(_Command):
+    """`optimum-cli streamline score`."""
+
+    COMMAND = CommandInfo(name="score", help="How much each layer matters: table, JSON and plot.")
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Flags of `score`."""
+        _Command.parse_args(parser)
+        _model_flags(parser)
+        parser.add_argument("output", type=Path, nargs="?", help="a folder for scores.json and the plot")
+        parser.add_argument("--overwrite", action="store_true", help="replace an earlier output of this program")
+        _calibration_flags(parser)
+
+
+class PruneCommand(_Command):
+    """`optimum-cli streamline prune`."""
+
+    COMMAND = CommandInfo(name="prune", help="Score, plan, edit, heal and save a checkpoint.")
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Flags of `prune`."""
+        _Command.parse_args(parser)
+        _model_flags(parser)
+        _output_flags(parser)
+        _plan_flags(parser)
+        _prune_flags(parser)
+
+
+class ExportCommand(_Command):
+    """`optimum-cli streamline export`."""
+
+    COMMAND = CommandInfo(name="export", help="Export a checkpoint, checked against torch.")
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Flags of `export`."""
+        _Command.parse_args(parser)
+        _model_flags(parser)
+        _output_flags(parser)
+        parser.add_argument("--format", default="onnx", help="onnx (default)")
+        parser.add_argument("--task", default="text-generation", help="text-generation (default)")
+        parser.add_argument("--opset", type=int, default=23, help="23 (default)")
+        parser.add_argument("--dtype", default="fp32", help="fp32 (default) or fp16")
+        parser.add_argument("--device", default="cpu", help="cpu (default) or cuda: where it is compared with torch")
+
+
+class ValidateCommand(_Command):
+    """`optimum-cli streamline validate`."""
+
+    COMMAND = CommandInfo(name="validate", help="Accuracy and latency of candidates against the original.")
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Flags of `validate`."""
+        _Command.parse_args(parser)
+        parser.add_argument("original", help="the original checkpoint")
+        parser.add_argument(
+            "candidate", nargs="+", help="checkpoints or exports; an export of the original is recognised"
+        )
+        parser.add_argument("--output", type=Path, default=Path("streamline-report"), help="a folder for the report")
+        parser.add_argument("--overwrite", action="store_true", help="replace an earlier output of this program")
+        _source_flags(parser)
+        _judgement_flags(parser)
+        group = parser.add_argument_group("how it is measured")
+        _recipe_flag(group, "--dtype", "what checkpoints are computed in: fp32 (default), fp16 or bf16")
+        _common_recipe_flags(group)
+
+
+class StreamlineCommand(BaseOptimumCLICommand):
+    """`optimum-cli streamline`, the group of the commands above."""
+
+    COMMAND = CommandInfo(name="streamline", help="Make language models shallower, and prove what it cost.")
+    SUBCOMMANDS: ClassVar[tuple[CommandInfo, ...]] = tuple(
+        CommandInfo(name=command.COMMAND.name, help=command.COMMAND.help, subcommand_class=command)
+        for command in (RunCommand, ScoreCommand, PruneCommand, ExportCommand, ValidateCommand)
+    )

@@ -1,0 +1,192 @@
+"""Reading and writing Hugging Face checkpoints: refuse what is broken, drop what is dead, never half a file.
+
+This file knows nothing of how a model was changed; `record.py` says that beside the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.hub import cached_file
+
+from .anatomy import architecture_of
+from .dead import dead_sublayers, drop_dead_sublayers
+from .errors import StreamlineError
+
+RECORD_FILE = "streamline.json"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is read from, and with what leave.
+
+    Args:
+        model: A checkpoint's folder, or a Hub id.
+        cache_dir: Where Hub downloads are kept; transformers' own place by default.
+        trust_remote_code: Whether code from the checkpoint may run.
+    """
+
+    model: str
+    cache_dir: str | None = None
+    trust_remote_code: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments for transformers' `from_pretrained`."""
+        return {"cache_dir": self.cache_dir, "trust_remote_code": self.trust_remote_code}
+
+
+def read_config(source: Source) -> PreTrainedConfig:
+    """The config of a checkpoint that can be handled.
+
+    Raises:
+        StreamlineError: it is not a model, or its architecture or quantization cannot be handled.
+    """
+    folder = Path(source.model)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise StreamlineError(f"model {source.model!r}: not a checkpoint folder, it has no config.json")
+    if not folder.exists() and (folder.is_absolute() or source.model.startswith(".")):
+        raise StreamlineError(f"model {source.model!r}: no such folder; give a checkpoint's folder or a Hub id")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source.model, **source.options())
+    except (OSError, ValueError, KeyError) as error:
+        raise StreamlineError(f"model {source.model!r}: cannot be read ({_first_line(error)})") from None
+    architecture_of(config)
+    if getattr(config, "quantization_config", None) is not None:
+        raise StreamlineError(f"model {source.model!r}: it is quantized; give the unquantized weights")
+    return config
+
+
+def load_stock(source: Source, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
+    """Load a checkpoint as stock transformers does, dead sublayers computed with their zeros.
+
+    Args:
+        dtype: What to load in; the checkpoint's own by default.
+
+    Raises:
+        StreamlineError: a weight is missing, of the wrong shape, truncated or not finite.
+    """
+    read_config(source)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise StreamlineError("device 'cuda': this machine or this build of torch has none; use 'cpu'")
+    loaded: Any
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source.model, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **source.options()
+        )
+    except Exception as error:  # safetensors and the Hub client each raise their own
+        raise StreamlineError(f"model {source.model!r}: cannot be loaded ({_first_line(error)})") from None
+    model: PreTrainedModel
+    model, info = loaded
+    for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if info[fault]:
+            names = sorted(str(name) for name in info[fault])
+            raise StreamlineError(f"model {source.model!r}: {len(names)} {fault.replace('_', ' ')}, first {names[0]!r}")
+    _check_finite(source.model, model)
+    module: nn.Module = model  # transformers' own `to` carries no types
+    module.to(device).eval()
+    return model
+
+
+def load(path: str, dtype: torch.dtype | None = None, device: str = "cpu", **options: Any) -> PreTrainedModel:
+    """Load a checkpoint with its dead sublayers dropped: no matrix product, no cache entry.
+
+    Args:
+        path: A checkpoint's folder or Hub id, ours or not.
+        dtype: What to load in; the checkpoint's own by default.
+        options: `cache_dir`, `trust_remote_code`.
+
+    Returns:
+        A `transformers` model in evaluation mode, with the function that stock transformers computes.
+
+    Raises:
+        StreamlineError: the checkpoint cannot be handled, or a weight is missing or not finite.
+    """
+    model = load_stock(Source(path, **options), dtype, device)
+    return drop_dead_sublayers(model, architecture_of(model.config))
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        StreamlineError: it has none.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.model, **source.options())
+    except Exception as error:
+        raise StreamlineError(f"model {source.model!r}: no tokenizer ({_first_line(error)})") from None
+    return tokenizer
+
+
+def local_folder(source: Source) -> Path:
+    """The folder on this machine that holds the checkpoint's files."""
+    if Path(source.model).is_dir():
+        return Path(source.model)
+    found = cached_file(source.model, "config.json", cache_dir=source.cache_dir)
+    return Path(str(found)).parent
+
+
+def fingerprint(path: str, cache_dir: str | None = None) -> str:
+    """SHA-256 over a checkpoint's config and weights: two checkpoints with one fingerprint are one model."""
+    folder = local_folder(Source(path, cache_dir))
+    digest = hashlib.sha256()
+    for file in sorted(file for pattern in ("config.json", *WEIGHT_PATTERNS) for file in folder.glob(pattern)):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the weights of a checkpoint on disk."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, folder: Path) -> None:
+    """Write weights, config, generation config and tokenizer into `folder`; casts `model` to `dtype` in place."""
+    module: nn.Module = model  # transformers' own `to` carries no types
+    module.to(dtype)
+    model.config.dtype = dtype
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def read_record(path: str) -> dict[str, Any] | None:
+    """The `streamline.json` of a checkpoint of ours; `None` for any other."""
+    file = Path(path) / RECORD_FILE
+    if not file.is_file():
+        return None
+    record: dict[str, Any] = json.loads(file.read_text())
+    return record
+
+
+def describe(config: PreTrainedConfig) -> str:
+    """One line: how many layers, how many of them without attention."""
+    dead = len(dead_sublayers(config))
+    return f"{config.num_hidden_layers} layers" + (f", {dead} of them without attention" if dead else "")
+
+
+def _check_finite(name: str, model: PreTrainedModel) -> None:
+    for key, value in model.named_parameters():
+        if not bool(torch.isfinite(value).all()):
+            raise StreamlineError(f"model {name!r}: weight {key} holds NaN or infinite values")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

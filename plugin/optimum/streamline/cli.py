@@ -1,0 +1,192 @@
+"""What each command does, given its flags: `optimum.commands.streamline` holds those.
+
+Prints, and turns errors into one line and an exit code. Everything else is the library's.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from rich.console import Console
+
+from .errors import StreamlineError
+from .logs import captured_logs
+from .outputs import check_output, write_file
+from .recipe import Budget, Recipe, make_recipe, read_recipe, write_recipe
+
+BUDGET_FIELDS = {field.name for field in fields(Budget)}
+RECIPE_FIELDS = {field.name for field in fields(Recipe)}
+
+
+def run_command(name: str, args: Namespace) -> int:
+    """Run a command; returns its exit code: 0 done, 3 over budget, 2 bad input, 1 a failed export."""
+    commands: dict[str, Callable[[Namespace, Console], int]] = {
+        "export": _export,
+        "prune": _prune,
+        "run": _run,
+        "score": _score,
+        "validate": _validate,
+    }
+    # Bound now: what is printed from here on is the program's own, whatever is redirected later.
+    console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+    try:
+        # What other libraries say where there is no output folder yet to log it in is dropped, unless asked for.
+        with captured_logs(None, args.verbose):
+            return commands[name](args, console)
+    except StreamlineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def recipe_of(args: Namespace) -> Recipe:
+    """The recipe that a recipe file, if any, and the flags over it amount to."""
+    file = getattr(args, "recipe", None)
+    given: dict[str, Any] = read_recipe(file) if file else {}
+    flags = {key: value for key, value in vars(args).items() if key in RECIPE_FIELDS and key != "recipe"}
+    limits = {key: value for key, value in vars(args).items() if key in BUDGET_FIELDS}
+    budget = given.get("budget") or {}
+    if limits and isinstance(budget, dict):
+        flags["budget"] = {**budget, **limits}
+    return make_recipe({**given, **flags}, f"recipe {file}" if file else "flags")
+
+
+def _source(args: Namespace, model: str) -> Any:
+    from .checkpoint import Source
+
+    return Source(model, args.cache_dir, args.trust_remote_code)
+
+
+def _say(console: Console) -> Callable[[str], None]:
+    return lambda message: console.print(message, markup=False)
+
+
+def _save_recipe(args: Namespace, recipe: Recipe, console: Console) -> None:
+    if args.save_recipe is not None:
+        check_output(args.save_recipe)
+        write_file(args.save_recipe, write_recipe(recipe))
+        console.print(f"recipe written to {args.save_recipe}", markup=False)
+
+
+def _score(args: Namespace, console: Console) -> int:
+    from .plots import layer_importance_svg
+    from .prune import score
+    from .record import scores_to_dict
+
+    recipe = recipe_of(args)
+    if args.output is not None:
+        check_output(args.output, args.overwrite)
+    scores, windows = score(_source(args, args.model), recipe)
+    console.print(_score_table(scores.block_influence))
+    if args.output is not None:
+        text = {"model": args.model, "calibration": windows.describe(), **scores_to_dict(scores)}
+        write_file(args.output / "scores.json", json.dumps(text, indent=1) + "\n")
+        write_file(args.output / "scores.svg", layer_importance_svg(scores.block_influence, (), ()))
+        console.print(f"scores and plot: {args.output}", markup=False)
+    return 0
+
+
+def _score_table(influence: tuple[float, ...]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="Block Influence: 1 - mean cosine of a layer's input and output")
+    for column in ("layer", "influence", "rank"):
+        table.add_column(column, justify="right")
+    ranks = sorted(range(len(influence)), key=lambda layer: influence[layer])
+    for layer, value in enumerate(influence):
+        table.add_row(str(layer), f"{value:.5f}", str(ranks.index(layer) + 1))
+    return table
+
+
+def _prune(args: Namespace, console: Console) -> int:
+    from .prune import check_recipe, prune
+
+    source, recipe = _source(args, args.model), recipe_of(args)
+    check_recipe(source, recipe)
+    _save_recipe(args, recipe, console)
+    if args.dry_run:
+        return _dry_run(source, recipe, console)
+    prune(source, recipe, args.output, overwrite=args.overwrite, verbose=args.verbose, say=_say(console))
+    return 0
+
+
+def _dry_run(source: Any, recipe: Recipe, console: Console) -> int:
+    from .cost import cost_of
+    from .edit import planned_config
+    from .prune import prepare
+
+    prepared = prepare(source, recipe, _say(console))
+    before = cost_of(prepared.model.config, "fp32")
+    after = cost_of(planned_config(prepared.model.config, prepared.plan), "fp32")
+    context = recipe.length
+    console.print(
+        f"parameters: {before.parameters:,} -> {after.parameters:,} ({after.live_parameters:,} to compute with)"
+    )
+    console.print(f"ideal decode speed-up: {before.decode_bytes(context) / after.decode_bytes(context):.2f}")
+    console.print(f"ideal prefill speed-up: {before.prefill_flops(context) / after.prefill_flops(context):.2f}")
+    return 0
+
+
+def _run(args: Namespace, console: Console) -> int:
+    from .prune import check_recipe
+    from .report_text import comparison_table
+    from .run import run
+
+    source, recipe = _source(args, args.model), recipe_of(args)
+    check_recipe(source, recipe)
+    _save_recipe(args, recipe, console)
+    if args.dry_run:
+        return _dry_run(source, recipe, console)
+    report = run(source, recipe, args.output, overwrite=args.overwrite, verbose=args.verbose, say=_say(console))
+    console.print(comparison_table(report))
+    console.print(f"checkpoint: {args.output}", markup=False)
+    console.print(f"report: {args.output / 'report.html'}", markup=False)
+    return report.exit_code
+
+
+def _export(args: Namespace, console: Console) -> int:
+    from optimum.exporters.streamline import export_checkpoint
+
+    if args.task not in ("text-generation", "text-generation-with-past"):
+        raise StreamlineError(f"task {args.task!r}: must be text-generation")
+    if args.opset != 23:
+        raise StreamlineError(f"opset {args.opset}: must be 23, which has attention and normalisation as single nodes")
+    options = _source(args, args.model).options()
+    artifact = export_checkpoint(
+        args.model, args.output, args.format, args.dtype, args.device, args.overwrite, verbose=args.verbose, **options
+    )
+    for check, difference in artifact.parity.items():
+        console.print(f"largest difference from torch, {check}: {difference:.2g}", markup=False)
+    console.print(f"exported to {args.output}", markup=False)
+    return 0
+
+
+def _validate(args: Namespace, console: Console) -> int:
+    from .checkpoint import load_tokenizer
+    from .record import refuse_seen_text
+    from .report_files import write_report
+    from .report_text import comparison_table
+    from .validation import subjects_of, validate
+    from .windows import read_windows
+
+    recipe = recipe_of(args)
+    check_output(args.output, args.overwrite)
+    tokenizer = load_tokenizer(_source(args, args.original))
+    windows = read_windows(recipe.eval_data, tokenizer, recipe.eval_samples, recipe.length, recipe.seed, "eval")
+    for candidate in args.candidate:
+        refuse_seen_text(candidate, windows)
+    subjects = subjects_of(args.original, args.candidate)
+    report = validate(
+        subjects, windows, recipe.budget, dtype=recipe.dtype or "fp32", device=recipe.device, seed=recipe.seed
+    )
+    write_report(report, args.output)
+    console.print(comparison_table(report))
+    console.print(f"report: {args.output / 'report.html'}", markup=False)
+    return report.exit_code

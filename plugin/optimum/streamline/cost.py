@@ -1,0 +1,132 @@
+"""What a model must cost, from its config alone: parameters, cache, bytes read per token, FLOPs of a prompt.
+
+The ideal that a measured speed-up is held against: decoding one sequence is bound by the bytes that each token
+has to read, a long prompt by arithmetic. Nothing is loaded, and no runtime's overheads are known here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from .anatomy import architecture_of
+from .checkpoint import DTYPES, weight_bytes
+from .dead import ATTENTION, dead_sublayers
+from .runner import is_artifact
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model's form costs.
+
+    Args:
+        parameters: All weights in the file, shared ones once.
+        live_parameters: Those left when the dead sublayers are dropped.
+        read_parameters: Those that one token multiplies by: no embedding rows, of experts only the active share;
+            a head tied to the embeddings counts.
+        layers: Decoder layers.
+        windows: For each layer that attends, how many tokens back it sees; None is all.
+        kv_width: Cached numbers per token and attending layer, keys and values together.
+        attention_width: Heads times head size.
+        element_bytes: Bytes a number in the dtype it is computed in.
+    """
+
+    parameters: int
+    live_parameters: int
+    read_parameters: int
+    layers: int
+    windows: tuple[int | None, ...]
+    kv_width: int
+    attention_width: int
+    element_bytes: int
+
+    @property
+    def attention_layers(self) -> int:
+        """Layers that attend."""
+        return len(self.windows)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """By how much the cache grows with a token, before any window is full."""
+        return self.attention_layers * self.kv_width * self.element_bytes
+
+    def decode_bytes(self, context: float) -> float:
+        """Bytes read to decode one token after `context` others, batch 1: weights and cache."""
+        cached = sum(_seen(context, window) for window in self.windows) * self.kv_width
+        return (self.read_parameters + cached) * self.element_bytes
+
+    def prefill_flops(self, length: int) -> float:
+        """Floating-point operations of a prompt of `length` tokens whose every token gets logits, batch 1.
+
+        Two for each weight and token; and, for each pair of a token and one it sees, two for each number of
+        query times key and two for each of weight times value.
+        """
+        pairs = sum(sum(_seen(position + 1, window) for position in range(length)) for window in self.windows)
+        return 2 * self.read_parameters * length + 4 * self.attention_width * pairs
+
+
+def cost_of(config: PreTrainedConfig, dtype: str) -> Cost:
+    """The cost of a model of this config computed in `dtype`."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    dead = _dead_prefixes(config)
+    # Weights shared under two names come once.
+    live = [(name, value) for name, value in model.named_parameters() if not name.startswith(dead)]
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return Cost(
+        parameters=model.num_parameters(),
+        live_parameters=sum(value.numel() for _, value in live),
+        read_parameters=_read_parameters(model, live),
+        layers=config.num_hidden_layers,
+        windows=_windows(config),
+        kv_width=2 * kv_heads * head_size,
+        attention_width=config.num_attention_heads * head_size,
+        element_bytes=DTYPES[dtype].itemsize,
+    )
+
+
+def disk_bytes(folder: Path) -> int:
+    """Bytes on disk of a model's weights: a checkpoint's safetensors, or an exported graph with its data."""
+    if is_artifact(folder):
+        return sum(file.stat().st_size for file in folder.glob("*.onnx*"))
+    return weight_bytes(folder)
+
+
+def _dead_prefixes(config: PreTrainedConfig) -> tuple[str, ...]:
+    architecture = architecture_of(config)
+    return tuple(f"{architecture.layers}.{layer}.{architecture.attention}." for layer in dead_sublayers(config))
+
+
+def _read_parameters(model: PreTrainedModel, live: list[tuple[str, nn.Parameter]]) -> int:
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    looked_up.discard(id(model.get_output_embeddings().weight))
+    share = _active_share(model.config)
+    read = 0.0
+    for name, value in live:
+        if id(value) not in looked_up:
+            read += value.numel() * (share if ".experts." in name else 1.0)
+    return round(read)
+
+
+def _active_share(config: PreTrainedConfig) -> float:
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    return config.num_experts_per_tok / experts if experts else 1.0
+
+
+def _windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
+    window = getattr(config, "sliding_window", None)
+    every = "sliding_attention" if window else "full_attention"
+    kinds = getattr(config, "layer_types", None) or [every] * config.num_hidden_layers
+    dead = {layer for layer, skip in dead_sublayers(config).items() if ATTENTION in skip}
+    return tuple(
+        window if kind == "sliding_attention" else None for layer, kind in enumerate(kinds) if layer not in dead
+    )
+
+
+def _seen(context: float, window: int | None) -> float:
+    return context if window is None else min(context, window)

@@ -1,0 +1,38 @@
+"""The errors a user can cause, each with one line that says what to do.
+
+Everything raised on purpose derives from `StreamlineError`; the commands print its message on one
+line and exit with `exit_code`. Anything else is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class StreamlineError(Exception):
+    """Bad input: names the field, the value and what would be right. Commands exit with 2."""
+
+    exit_code = 2
+
+
+class ParityError(StreamlineError):
+    """An exported or reloaded model does not compute what its source computes. Commands exit with 1."""
+
+    exit_code = 1
+
+
+def require_extra(module: str, extra: str) -> ModuleType:
+    """Import `module`, or say which extra of this distribution brings it.
+
+    Raises:
+        StreamlineError: `module` is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+            raise
+        raise StreamlineError(
+            f'this needs the package {module.split(".")[0]}: pip install "optimum-streamline[{extra}]"'
+        ) from None

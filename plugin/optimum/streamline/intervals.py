@@ -1,0 +1,64 @@
+"""Bootstrap 95% intervals of a weighted mean and of a median.
+
+Percentile bootstrap: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13. One seed and one
+number of samples always draw the same resamples, so that everything measured on the same windows, or in the
+same rounds, is resampled together. This file knows neither models nor clocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Samples = npt.NDArray[np.float64]
+
+RESAMPLES = 2000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure and the bounds of its 95% interval, all in the figure's own unit; NaN where it cannot be known."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether the figure itself is a number."""
+        return math.isfinite(self.value)
+
+    def map(self, function: Callable[[Any], Any]) -> Interval:
+        """The interval of a rising function of the figure."""
+        with np.errstate(over="ignore"):
+            return Interval(*(float(function(bound)) for bound in (self.value, self.low, self.high)))
+
+
+def mean_interval(totals: Samples, counts: Samples, seed: int) -> Interval:
+    """Sum of `totals` over sum of `counts`, resampled over their entries.
+
+    Args:
+        totals: `[n]`, one sum a window.
+        counts: `[n]`, how many tokens each sum is over.
+    """
+    times = np.random.default_rng(seed).multinomial(len(totals), np.full(len(totals), 1 / len(totals)), RESAMPLES)
+    with np.errstate(invalid="ignore"):  # a window left out of a resample times an infinite sum is NaN, and is said so
+        return _interval(float(totals.sum() / counts.sum()), (times @ totals) / (times @ counts))
+
+
+def median_interval(samples: Samples, seed: int) -> Interval:
+    """Median of `samples` `[n]`, resampled over its entries."""
+    drawn = np.random.default_rng(seed).integers(0, len(samples), (RESAMPLES, len(samples)))
+    return _interval(float(np.median(samples)), np.median(samples[drawn], axis=1))
+
+
+def _interval(value: float, resampled: Samples) -> Interval:
+    with np.errstate(invalid="ignore"):
+        low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(value, float(low), float(high))

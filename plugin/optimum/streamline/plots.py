@@ -1,0 +1,129 @@
+"""The report's plots as SVG text, drawn by matplotlib without a display.
+
+Text and axes take the colour of the page around them, so that one plot suits a light page and a dark one. This
+file knows figures and layer numbers, nothing of pages.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from .intervals import Interval
+from .report import Measurement
+
+# Readable on white and on near black, and told apart by those who do not tell red from green.
+KEPT, REMOVED, REPLACED = "#6b8fb5", "#d1495b", "#e39b2d"
+PREFILL, DECODE = "#3a9d8f", "#8867c0"
+# Stands for the page's own text colour; no plot draws in it otherwise.
+PAGE_COLOUR = "#010203"
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": PAGE_COLOUR,
+    "axes.labelcolor": PAGE_COLOUR,
+    "axes.edgecolor": PAGE_COLOUR,
+    "xtick.color": PAGE_COLOUR,
+    "ytick.color": PAGE_COLOUR,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "legend.frameon": False,
+    "hatch.color": PAGE_COLOUR,
+    "hatch.linewidth": 0.5,
+}
+
+
+def layer_importance_svg(scores: Sequence[float], removed: Collection[int], replaced: Collection[int]) -> str:
+    """A bar for each layer of the original: how much it changes the residual stream.
+
+    Args:
+        scores: Block Influence by original layer number, 0-based.
+        removed: The layers taken out with nothing in their place.
+        replaced: The layers that one trained layer stands for.
+    """
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "layers"}):
+        figure = Figure(figsize=(max(6.4, 0.22 * len(scores) + 1.2), 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        colours = [REMOVED if i in removed else REPLACED if i in replaced else KEPT for i in range(len(scores))]
+        bars = axes.bar(range(len(scores)), scores, color=colours, width=0.78, linewidth=0)
+        for layer in (*removed, *replaced):
+            # Colour alone would not do in print.
+            bars[layer].set_hatch("////" if layer in removed else "....")
+        axes.set_xlabel("layer of the original, counted from 0")
+        axes.set_ylabel("Block Influence")
+        axes.set_xlim(-0.6, len(scores) - 0.4)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=24, integer=True))
+        handles = [Patch(color=KEPT, label="kept", linewidth=0)]
+        if removed:
+            handles.append(Patch(facecolor=REMOVED, hatch="////", label="removed", linewidth=0))
+        if replaced:
+            handles.append(Patch(facecolor=REPLACED, hatch="....", label="replaced by a trained layer", linewidth=0))
+        figure.legend(handles=handles, loc="outside upper right", ncols=len(handles))
+        return _svg(figure)
+
+
+def comparison_svg(rows: Sequence[Measurement]) -> str:
+    """What each model lost and gained: perplexity ratio on the left, speed-ups on the right, with intervals.
+
+    Hollow marks are the ideal speed-ups. A figure that is not a number is written, not drawn.
+    """
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "comparison"}):
+        figure = Figure(figsize=(9.0, 1.5 + 0.5 * len(rows)), layout="constrained")
+        loss, speed = figure.subplots(1, 2, sharey=True)
+        for place, row in enumerate(rows):
+            _draw(loss, place, row.perplexity_ratio, KEPT)
+            for offset, measured, ideal, colour in (
+                (-0.14, row.prefill_speedup, row.ideal_prefill_speedup, PREFILL),
+                (0.14, row.decode_speedup, row.ideal_decode_speedup, DECODE),
+            ):
+                _draw(speed, place + offset, measured, colour)
+                speed.plot([ideal], [place + offset], "o", mfc="none", mec=colour, ms=8)
+        loss.set_yticks(range(len(rows)), [f"{_short(row.label)}\n{row.runtime}, {row.dtype}" for row in rows])
+        loss.set_ylim(len(rows) - 0.5, -0.5)
+        loss.set_xlabel("perplexity over the original's (left is better)")
+        speed.set_xlabel("speed over its baseline's (right is better)")
+        for axes in (loss, speed):
+            axes.axvline(1, color=PAGE_COLOUR, linewidth=0.6, linestyle=(0, (4, 3)), zorder=0)
+            axes.tick_params(axis="y", length=0)
+        handles = [
+            speed.plot([], [], "o", color=PREFILL, label="prefill")[0],
+            speed.plot([], [], "o", color=DECODE, label="decode")[0],
+            speed.plot([], [], "o", mfc="none", mec=PAGE_COLOUR, ms=8, label="ideal")[0],
+        ]
+        figure.legend(handles=handles, loc="outside upper right", ncols=3)
+        return _svg(figure)
+
+
+def _short(label: str) -> str:
+    # The end of a path tells models apart.
+    return label if len(label) <= 28 else f"…{label[-27:]}"
+
+
+def _draw(axes: Axes, place: float, figure: Interval, colour: str) -> None:
+    if not figure.finite:
+        axes.annotate("not a finite number", (1, place), xytext=(6, -3), textcoords="offset points", color=REMOVED)
+        return
+    axes.plot([figure.low, figure.high], [place, place], color=colour, linewidth=2.2, solid_capstyle="round")
+    axes.plot([figure.value], [place], "o", color=colour, ms=5.5)
+
+
+def _svg(figure: Figure) -> str:
+    text = io.StringIO()
+    FigureCanvasSVG(figure)
+    # Neither date nor creator: the same figures give the same text.
+    figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = text.getvalue()
+    # The document type before the element names a schema on the network, and has no place in a page.
+    return svg[svg.index("<svg") :].replace(PAGE_COLOUR, "currentColor")

@@ -1,0 +1,215 @@
+"""The recipe: everything that decides a run, as one frozen value that YAML, flags and Python all make.
+
+Knows names and ranges. What a method makes of them is the method's own `check`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from .errors import StreamlineError
+
+_STRICT = ConfigDict(extra="forbid")
+_HUGE = 10**9
+
+Replacement = Literal["none", "layer", "mlp"]
+Heal = Literal["none", "hidden-mse"]
+Dtype = Literal["fp32", "fp16", "bf16"]
+Device = Literal["cpu", "cuda"]
+Format = Literal["none", "onnx"]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Budget:
+    """What a candidate may cost, and must bring; a limit left out is not judged.
+
+    Args:
+        max_ppl_ratio: Perplexity of the candidate over the original's.
+        max_kl: Mean KL(original || candidate), nats per token.
+        min_speedup: Decode time per token of the original over the candidate's, in one runtime.
+        max_size_ratio: Bytes on disk of the candidate over the original's, in one runtime.
+    """
+
+    max_ppl_ratio: float | None = Field(default=None, gt=0)
+    max_kl: float | None = Field(default=None, ge=0)
+    min_speedup: float | None = Field(default=None, gt=0)
+    max_size_ratio: float | None = Field(default=None, gt=0)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Recipe:
+    """One run, from text to verdict. Field names are the YAML keys and, with dashes, the flags.
+
+    Args:
+        method: How layers are chosen: a name in `methods.METHODS`. Left out, it follows from the rest: `explicit`
+            with `layers`, `llm-streamline` with a replacement, else `shortgpt`.
+        remove: Net number of layers to lose, or a share of them such as `25%`.
+        layers: The layers to take out, by number in the original, instead of `remove`: `3,7,11-13`.
+        replacement: What stands in for a removed contiguous block.
+        heal: How the replacement is trained.
+        heal_tokens: Tokens to train on, each counted once.
+        heal_lr: Peak learning rate; LLM-Streamline's own by default.
+        heal_epochs: Passes over these tokens.
+        calibration: Text SPEC for the choices.
+        heal_data: Text SPEC for the training.
+        eval_data: Text SPEC for the judgement.
+        samples: Calibration windows.
+        eval_samples: Evaluation windows.
+        length: Tokens a window, for all three.
+        dtype: What the result is stored in: the original's own for a checkpoint, fp32 for an export, by default.
+        device: Where it is computed.
+        format: What the checkpoint is exported to.
+        seed: Of everything random.
+        budget: What the candidate is judged by.
+    """
+
+    method: str | None = None
+    remove: int | str | None = None
+    layers: str | None = None
+    replacement: Replacement = "none"
+    heal: Heal | None = None
+    heal_tokens: int = Field(default=200_000, gt=0, le=_HUGE * 1000)
+    heal_lr: float = Field(default=2e-4, gt=0)
+    heal_epochs: int = Field(default=1, gt=0)
+    calibration: str = "stdlib"
+    heal_data: str = "stdlib"
+    eval_data: str = "stdlib"
+    samples: int = Field(default=128, gt=0, le=_HUGE)
+    eval_samples: int = Field(default=64, gt=1, le=_HUGE)
+    length: int = Field(default=512, gt=7, le=_HUGE)
+    dtype: Dtype | None = None
+    device: Device = "cpu"
+    format: Format = "none"
+    seed: int = Field(default=0, ge=0)
+    budget: Budget = Field(default_factory=Budget)
+
+    @property
+    def method_name(self) -> str:
+        """The method, where it was left out the one that follows from the rest."""
+        if self.method is not None:
+            return self.method
+        if self.layers is not None:
+            return "explicit"
+        return "shortgpt" if self.replacement == "none" else "llm-streamline"
+
+    @property
+    def healing(self) -> Heal:
+        """How the replacement is trained; one that nothing trains would be worse than none, so it is by default."""
+        if self.heal is not None:
+            return self.heal
+        return "none" if self.replacement == "none" else "hidden-mse"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, as YAML would have them."""
+        fields = dataclasses.asdict(self)
+        defaults = dataclasses.asdict(Recipe())
+        fields["budget"] = {key: value for key, value in fields["budget"].items() if value is not None}
+        defaults["budget"] = {}
+        return {key: value for key, value in fields.items() if value != defaults[key]}
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what decides the checkpoint: all but the judgement of it."""
+        fields = dataclasses.asdict(self)
+        for judgement in ("budget", "eval_data", "eval_samples", "format"):
+            del fields[judgement]
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def make_recipe(fields: dict[str, Any], origin: str = "recipe") -> Recipe:
+    """A recipe from plain fields.
+
+    Args:
+        origin: What a message calls the fields' source.
+
+    Raises:
+        StreamlineError: the first field that is unknown or out of range, and what would be right.
+    """
+    known = [field.name for field in dataclasses.fields(Recipe)]
+    for key in fields:
+        if key not in known:
+            raise StreamlineError(f"{origin}: unknown key {key!r}; known are {', '.join(known)}")
+    if isinstance(fields.get("layers"), list):
+        fields = {**fields, "layers": ",".join(str(number) for number in fields["layers"])}
+    if isinstance(fields.get("layers"), int):
+        fields = {**fields, "layers": str(fields["layers"])}
+    try:
+        recipe: Recipe = TypeAdapter(Recipe).validate_python(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"] if not str(part).endswith("]")).replace("_", "-")
+        raise StreamlineError(f"{origin}: {field} is {first['input']!r}: {first['msg']}") from None
+    return recipe
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The fields of a recipe file, not yet checked.
+
+    Raises:
+        StreamlineError: the file cannot be read, or is not a YAML mapping.
+    """
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise StreamlineError(f"recipe {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    except yaml.YAMLError as error:
+        raise StreamlineError(f"recipe {path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(fields, dict):
+        raise StreamlineError(f"recipe {path}: must be keys with values, such as `remove: 25%`")
+    return fields
+
+
+def write_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML that `read_recipe` takes back to the same recipe."""
+    return yaml.safe_dump(recipe.to_dict(), sort_keys=False)
+
+
+def parse_layers(text: str, total: int) -> tuple[int, ...]:
+    """Layer numbers from `3,7,11-13`.
+
+    Raises:
+        StreamlineError: not of that form, or not below `total`.
+
+    >>> parse_layers("3,7,11-13", 16)
+    (3, 7, 11, 12, 13)
+    """
+    numbers: set[int] = set()
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", item)
+        if not match:
+            raise StreamlineError(f"layers {text!r}: {item!r} is not a number or a range; write 3,7,11-13")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise StreamlineError(f"layers {text!r}: the range {item!r} runs backwards")
+        if last >= total:
+            raise StreamlineError(f"layers {text!r}: there is no layer {last}; the model has layers 0 to {total - 1}")
+        numbers.update(range(first, last + 1))
+    return tuple(sorted(numbers))
+
+
+def parse_remove(value: int | str, total: int) -> int:
+    """The net number of layers to lose, of `total`: a number, or a share rounded to the nearest whole layer.
+
+    Raises:
+        StreamlineError: not such a number, or nothing or everything would go.
+
+    >>> parse_remove("25%", 12)
+    3
+    """
+    text = str(value).strip()
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text)
+    if not match or (not match[2] and "." in match[1]):
+        raise StreamlineError(f"remove {value!r}: must be a number of layers or a share such as 25%")
+    count = int(float(match[1]) * total / 100 + 0.5) if match[2] else int(match[1])
+    if not 0 < count < total:
+        raise StreamlineError(f"remove {value!r}: that is {count} of {total} layers; at least 1 must go and 1 stay")
+    return count

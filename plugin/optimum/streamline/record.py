@@ -1,0 +1,98 @@
+"""`streamline.json`: what was done to a model, why, with what, so that it can be explained and done again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from .checkpoint import read_record
+from .edit import Change
+from .errors import StreamlineError
+from .heal import HealLog
+from .plan import Plan
+from .recipe import Recipe
+from .scores import Scores
+from .windows import Windows
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything a checkpoint of ours says of its making.
+
+    Args:
+        source: The original, as it was named.
+        source_fingerprint: `checkpoint.fingerprint` of it.
+        data: What text was used, by purpose (`Windows.describe`).
+        seconds: How long each step took.
+    """
+
+    source: str
+    source_fingerprint: str
+    recipe: Recipe
+    scores: Scores
+    plan: Plan
+    change: Change
+    healing: HealLog | None
+    data: dict[str, dict[str, Any]]
+    seconds: dict[str, float]
+
+    def to_json(self) -> str:
+        """The text of `streamline.json`."""
+        from . import __version__
+
+        fields = {
+            "format": FORMAT,
+            "source": {"model": self.source, "fingerprint": self.source_fingerprint, "layers": self.plan.total},
+            "method": self.recipe.method_name,
+            "plan": self.plan.describe(),
+            "layers": layer_origins(self.change),
+            "removed": list(self.plan.gone) if self.plan.replacement == "none" else [],
+            "replaced": list(self.plan.gone) if self.plan.replacement != "none" else [],
+            "dead": {str(index): skip for index, skip in self.change.dead.items()},
+            "scores": scores_to_dict(self.scores),
+            "recipe": self.recipe.to_dict(),
+            "recipe_fingerprint": self.recipe.fingerprint,
+            "seed": self.recipe.seed,
+            "data": self.data,
+            "healing": dataclasses.asdict(self.healing) if self.healing else None,
+            "seconds": {step: round(value, 2) for step, value in self.seconds.items()},
+            "versions": {
+                "python": platform.python_version(),
+                "optimum-streamline": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
+        return json.dumps(fields, indent=1) + "\n"
+
+
+def layer_origins(change: Change) -> list[dict[str, Any]]:
+    """For each layer of the new model, the original layers (0-based) it stands for, and how."""
+    return [
+        {"layer": index, "originals": list(place.originals), "kind": place.kind}
+        for index, place in enumerate(change.places)
+    ]
+
+
+def scores_to_dict(scores: Scores) -> dict[str, Any]:
+    """Scores as JSON has them."""
+    return {"block_influence": list(scores.block_influence), "similarity": [list(row) for row in scores.similarity]}
+
+
+def refuse_seen_text(checkpoint: str, windows: Windows) -> None:
+    """Refuse to judge a checkpoint of ours on the text it was calibrated or healed on.
+
+    Raises:
+        StreamlineError: its record names the SPEC of `windows`.
+    """
+    for purpose, data in ((read_record(checkpoint) or {}).get("data") or {}).items():
+        if data["spec"] == windows.spec:
+            raise StreamlineError(f"eval-data {windows.spec!r}: {checkpoint} used it for {purpose}; give other text")

@@ -1,0 +1,177 @@
+"""What a validation found: one `Measurement` a model, a `Verdict`, and all it takes to read and repeat them.
+
+Plain values that go to JSON and back. Knows neither how they were measured nor how they are shown.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from .errors import StreamlineError
+from .intervals import Interval
+from .plan import Place
+
+Role = Literal["original", "candidate"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Everything measured of one model, beside what it is compared with.
+
+    Args:
+        label: What the report calls it.
+        path: Where it is.
+        role: Whether it is the original, in whatever runtime, or made from it.
+        runtime: What ran it.
+        dtype: What it was computed in.
+        baseline: Label of the model that its speed and size are held against.
+        parameters: Weights in the file.
+        live_parameters: Weights left when dead sublayers are dropped.
+        layers: Decoder layers.
+        attention_layers: Decoder layers that attend.
+        kv_bytes_per_token: Growth of the cache per token, bytes.
+        disk_bytes: Weights on disk, bytes.
+        size_ratio: `disk_bytes` over the baseline's.
+        perplexity: On the evaluation windows.
+        perplexity_ratio: Over the original's, paired.
+        kl: Mean KL(original || this), nats per token.
+        agreement: Share of tokens with the original's likeliest next token.
+        prefill_ms: Time to first token.
+        decode_ms: Time per further token.
+        prefill_speedup: Baseline's time over this one's, paired; above 1 is faster.
+        decode_speedup: The same of decoding.
+        ideal_prefill_speedup: Ratio of FLOPs.
+        ideal_decode_speedup: Ratio of bytes read per token.
+        peak_bytes: Most memory its process held, bytes.
+    """
+
+    label: str
+    path: str
+    role: Role
+    runtime: str
+    dtype: str
+    baseline: str
+    parameters: int
+    live_parameters: int
+    layers: int
+    attention_layers: int
+    kv_bytes_per_token: int
+    disk_bytes: int
+    size_ratio: float
+    perplexity: Interval
+    perplexity_ratio: Interval
+    kl: Interval
+    agreement: Interval
+    prefill_ms: Interval
+    decode_ms: Interval
+    prefill_speedup: Interval
+    decode_speedup: Interval
+    ideal_prefill_speedup: float
+    ideal_decode_speedup: float
+    peak_bytes: int
+
+    @property
+    def finite(self) -> bool:
+        """Whether the model's logits gave figures that are numbers."""
+        return self.perplexity.finite and self.perplexity_ratio.finite and self.kl.finite
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One limit held against one model.
+
+    Args:
+        name: The budget's field, or `finite`: logits must be numbers, whatever the budget.
+        label: The model's.
+        limit: The bound, None for `finite`.
+        measured: The figure that was judged.
+        interval: Its interval, for the reader: the figure itself is judged. None where there is none.
+        passed: Whether it holds. NaN holds nowhere.
+    """
+
+    name: str
+    label: str
+    limit: float | None
+    measured: float
+    interval: Interval | None
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All limits, judged."""
+
+    limits: tuple[Limit, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every limit holds; with none set, it does."""
+        return all(limit.passed for limit in self.limits)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A validation's outcome.
+
+    Args:
+        rows: One a model, the original first.
+        verdict: The budget, judged.
+        settings: What was asked for, and what of it could be used.
+        machine: What it ran on, with versions.
+        data: What `Windows.describe` says of the evaluation text.
+        seed: Of the bootstrap.
+        scores: Block Influence of every original layer, where known.
+        layers: The new model's layers and the original ones they stand for, where known.
+        steps: Seconds each step of the run took, where known.
+        recipe: The recipe's fields, where there was one.
+    """
+
+    rows: tuple[Measurement, ...]
+    verdict: Verdict
+    settings: dict[str, str | int]
+    machine: dict[str, str | int]
+    data: dict[str, str | int]
+    seed: int
+    scores: tuple[float, ...] | None = None
+    layers: tuple[Place, ...] | None = None
+    steps: dict[str, float] | None = None
+    recipe: dict[str, Any] | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """0 within budget, 3 over."""
+        return 0 if self.verdict.passed else 3
+
+    def to_json(self) -> str:
+        """Strict JSON; a figure that is not a number is the string `NaN`, `Infinity` or `-Infinity`."""
+        fields = {**asdict(self), "passed": self.verdict.passed, "exit_code": self.exit_code}
+        return json.dumps(_spell_out(fields), indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The report that `to_json` wrote.
+
+        Raises:
+            StreamlineError: it is not one.
+        """
+        try:
+            return TypeAdapter(cls).validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise StreamlineError(f"not a report: {field or 'the text'}: {first['msg']}") from None
+
+
+def _spell_out(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _spell_out(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_spell_out(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value

@@ -1,0 +1,288 @@
+"""A report in words: the lines of its table, its verdict in sentences, its settings, for every form it is shown in.
+
+Knows what the figures mean to a reader; nothing of Markdown, HTML or terminals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .intervals import Interval
+from .report import Limit, Measurement, Report
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the comparison table.
+
+    Args:
+        group: What it is about.
+        title: Its name.
+        meaning: What it says, for someone who has not met it.
+        cell: Its text for one model.
+    """
+
+    group: str
+    title: str
+    meaning: str
+    cell: Callable[[Measurement], str]
+
+
+LIMIT_NAMES = {
+    "max_ppl_ratio": "perplexity ratio",
+    "max_kl": "KL from the original",
+    "min_speedup": "decode speed-up",
+    "max_size_ratio": "size ratio",
+}
+
+SETTING_NAMES = {
+    "spec": "evaluation text",
+    "windows": "evaluation windows",
+    "length": "tokens a window",
+    "fingerprint": "fingerprint of the tokens",
+}
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A figure to so many significant digits, with an exponent only where it is minute or huge.
+
+    >>> number(0.00124), number(1234.5), number(0.9999), number(2e-9), number(float("nan"))
+    ('0.00124', '1,234', '1.00', '2.00e-09', 'not a number')
+    """
+    return _in_format(value, _format_of(value, digits))
+
+
+def with_interval(figure: Interval, unit: str = "", digits: int = 3) -> str:
+    """`1.25x [1.18, 1.31]`, the bounds to the figure's own last place; only the figure where it is certain.
+
+    >>> with_interval(Interval(1.05, 0.9712, 1.314), "x"), with_interval(Interval(1.0, 1.0, 1.0), "x")
+    ('1.05x [0.97, 1.31]', '1.00x')
+    """
+    text = number(figure.value, digits) + (unit if figure.finite else "")
+    if figure.low == figure.value == figure.high or not figure.finite:
+        return text
+    form = _format_of(figure.value or figure.high, digits)
+    return f"{text} [{_in_format(figure.low, form)}, {_in_format(figure.high, form)}]"
+
+
+def percent(share: Interval) -> str:
+    """A share of 1 as a percentage.
+
+    >>> percent(Interval(0.8231, 0.815, 0.83))
+    '82.3% [81.5, 83.0]'
+    """
+    if share.low == share.value == share.high or not share.finite:
+        return f"{100 * share.value:.1f}%"
+    return f"{100 * share.value:.1f}% [{100 * share.low:.1f}, {100 * share.high:.1f}]"
+
+
+def size(count: float) -> str:
+    """Bytes as a person says them, in powers of 1000.
+
+    >>> size(7_364_224), size(512)
+    ('7.36 MB', '512 B')
+    """
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{number(count / scale)} {unit}"
+    return f"{count:.0f} B"
+
+
+def note(report: Report) -> str:
+    """What the figures were measured on, and what the brackets are."""
+    data, settings = report.data, report.settings
+    return (
+        f"Accuracy: {data['windows']} windows of {data['length']} tokens of {data['spec']}. Times: a prompt of "
+        f"{settings['prompt_length']} tokens and {settings['decode_tokens']} after it, one sequence, "
+        f"{settings['rounds']} rounds. "
+        "Brackets hold the bootstrap 95% interval: over windows for accuracy, over rounds for times. A ratio and its "
+        "interval are paired: both models saw the same text, and took turns on the same machine."
+    )
+
+
+def headline(report: Report) -> str:
+    """The verdict in a word or two."""
+    if not report.verdict.limits:
+        return "No budget was set"
+    return "Within budget" if report.verdict.passed else "Over budget"
+
+
+def sentences(report: Report) -> list[str]:
+    """What was found of each candidate, in a sentence or two."""
+    return [_sentence(row, report) for row in report.rows if row.role == "candidate"]
+
+
+def limit_sentence(limit: Limit) -> str:
+    """How one limit fared, and whether its interval leaves doubt."""
+    if limit.limit is None:
+        return f"{limit.label}: its logits are not all numbers, so it fails whatever the budget"
+    lowest = limit.name.startswith("min")
+    bound = f"{'at least' if lowest else 'at most'} {limit.limit:g}"
+    figure = number(limit.measured, 4) if limit.interval is None else with_interval(limit.interval, digits=4)
+    outcome = "holds" if limit.passed else "does not hold"
+    if limit.interval is not None:
+        beyond = limit.interval.low < limit.limit if lowest else limit.interval.high > limit.limit
+        outcome += ", but its interval reaches past the limit" if limit.passed and beyond else ""
+    return f"{limit.label}: {LIMIT_NAMES[limit.name]} {figure}, {bound} allowed: {outcome}"
+
+
+def settings_lines(report: Report) -> list[tuple[str, str]]:
+    """What was run, on what: name and value."""
+    entries = {**report.data, **report.settings, "seed": report.seed, **report.machine}
+    lines = [
+        (SETTING_NAMES.get(key, key.replace("_", " ")), str(value))
+        for key, value in entries.items()
+        if key != "memory_bytes"
+    ]
+    lines.append(("memory", size(float(report.machine.get("memory_bytes", 0)))))
+    return lines + [(f"seconds to {step}", number(seconds)) for step, seconds in (report.steps or {}).items()]
+
+
+def _sentence(row: Measurement, report: Report) -> str:
+    original = report.rows[0]
+    # Another runtime's original is another row: its speed is not this model's doing.
+    baseline = next(each for each in report.rows if each.label == row.baseline)
+    text = (
+        f"{row.label} ({row.runtime}) decodes {with_interval(row.decode_speedup)} times as fast as {row.baseline}, "
+        f"and reads a prompt {with_interval(row.prefill_speedup)} times as fast. "
+    )
+    if row.finite:
+        text += (
+            f"Its perplexity is {with_interval(row.perplexity_ratio, digits=4)} times that of {original.label}, "
+            f"and its likeliest next token is the same {percent(row.agreement)} of the time."
+        )
+    else:
+        text += "What it predicts is not all numbers: it is broken on this text."
+    if row.decode_speedup.low <= 1 <= row.decode_speedup.high:
+        text += " The interval of the decode speed-up holds 1: no difference was shown."
+    if baseline.runtime != row.runtime:
+        text += (
+            f" As {row.baseline} ran on {baseline.runtime}, this speed and size are also the change of runtime's: "
+            "to see the model's own, measure an export of the original beside it."
+        )
+    return text
+
+
+def _ideal(row: Measurement, measured: Interval, ideal: float) -> str:
+    text = f"{number(ideal)}x"
+    return text if row.label == row.baseline else f"{text} ({100 * measured.value / ideal:.0f}% reached)"
+
+
+def _format_of(value: float, digits: int) -> str:
+    if value == 0 or not math.isfinite(value):
+        return ",.0f"
+    # Rounded first: 0.9999 has the places of 1.00.
+    exponent = math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}"))))
+    return f".{digits - 1}e" if exponent < -4 or exponent > 9 else f",.{max(0, digits - 1 - exponent)}f"
+
+
+def _in_format(value: float, form: str) -> str:
+    if math.isnan(value):
+        return "not a number"
+    if math.isinf(value):
+        return "infinite" if value > 0 else "minus infinite"
+    return format(value, form)
+
+
+def _layers(row: Measurement) -> str:
+    return str(row.layers) + (f", {row.attention_layers} with attention" if row.attention_layers < row.layers else "")
+
+
+def _parameters(row: Measurement) -> str:
+    live = f", {number(row.live_parameters / 1e6)} M in use" if row.live_parameters < row.parameters else ""
+    return f"{number(row.parameters / 1e6)} M{live}"
+
+
+LINES: tuple[Line, ...] = (
+    Line(
+        "Model",
+        "Ran on",
+        "The program that ran it, and the numbers it computed in.",
+        lambda r: f"{r.runtime}, {r.dtype}",
+    ),
+    Line(
+        "Model", "Speed and size against", "Whose times and size this column's ratios are over.", lambda r: r.baseline
+    ),
+    Line("Model", "Layers", "Decoder layers. One without attention keeps no cache.", _layers),
+    Line(
+        "Model",
+        "Parameters",
+        "Numbers learnt in training. Some may be zeros that are never computed with.",
+        _parameters,
+    ),
+    Line(
+        "Model",
+        "Size on disk",
+        "Weights as stored, and how that compares.",
+        lambda r: f"{size(r.disk_bytes)} ({number(r.size_ratio)}x)",
+    ),
+    Line("Model", "Cache per token", "Memory that each token of context takes.", lambda r: size(r.kv_bytes_per_token)),
+    Line(
+        "Accuracy",
+        "Perplexity",
+        "How unsure the model is of each next token: like choosing among so many. Lower is better.",
+        lambda r: with_interval(r.perplexity),
+    ),
+    Line(
+        "Accuracy",
+        "Perplexity ratio",
+        "Over the original's, on the same text. 1 is no change, higher is worse.",
+        lambda r: with_interval(r.perplexity_ratio, "x", 4),
+    ),
+    Line(
+        "Accuracy",
+        "KL from original",
+        "How far its predictions moved from the original's, nats per token. 0 is not at all.",
+        lambda r: with_interval(r.kl),
+    ),
+    Line(
+        "Accuracy",
+        "Same next token",
+        "How often its likeliest next token is the original's.",
+        lambda r: percent(r.agreement),
+    ),
+    Line(
+        "Speed",
+        "Time to first token",
+        "Reading the prompt, median of the rounds.",
+        lambda r: with_interval(r.prefill_ms, " ms"),
+    ),
+    Line(
+        "Speed",
+        "Prefill speed-up",
+        "Of the time to first token. Higher is faster.",
+        lambda r: with_interval(r.prefill_speedup, "x"),
+    ),
+    Line(
+        "Speed",
+        "Ideal prefill speed-up",
+        "If only arithmetic took time, and the share of it that was reached.",
+        lambda r: _ideal(r, r.prefill_speedup, r.ideal_prefill_speedup),
+    ),
+    Line(
+        "Speed",
+        "Time per token",
+        "Writing one more token, median of the rounds.",
+        lambda r: with_interval(r.decode_ms, " ms"),
+    ),
+    Line(
+        "Speed",
+        "Decode speed-up",
+        "Of the time per token. Higher is faster.",
+        lambda r: with_interval(r.decode_speedup, "x"),
+    ),
+    Line(
+        "Speed",
+        "Ideal decode speed-up",
+        "If only reading weights and cache took time, and the share of it that was reached.",
+        lambda r: _ideal(r, r.decode_speedup, r.ideal_decode_speedup),
+    ),
+    Line(
+        "Speed",
+        "Peak memory",
+        "Most held by its process: RAM, or the GPU's where torch ran on one.",
+        lambda r: size(r.peak_bytes),
+    ),
+)

@@ -1,0 +1,45 @@
+"""A report for the terminal and as Markdown. What it says is in `report_table.py`; here is only its form."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from .report import Report
+from .report_table import LINES, headline, limit_sentence, note, sentences, settings_lines
+
+
+def comparison_table(report: Report) -> RenderableType:
+    """The comparison for a terminal, one column a model, and the verdict below it."""
+    table = Table(title="Against the original, in one run")
+    table.add_column("")
+    for row in report.rows:
+        table.add_column(escape(row.label), style="" if row.role == "candidate" else "dim")
+    for number, line in enumerate(LINES):
+        last = number + 1 == len(LINES) or LINES[number + 1].group != line.group
+        table.add_row(line.title, *(escape(line.cell(row)) for row in report.rows), end_section=last)
+    limits = [Text(limit_sentence(limit), "green" if limit.passed else "red") for limit in report.verdict.limits]
+    return Group(table, *limits, Text(f"{headline(report)}.", "bold"))
+
+
+def to_markdown(report: Report) -> str:
+    """The whole report."""
+    parts = [f"# {headline(report)}", *sentences(report)]
+    if report.verdict.limits:
+        parts.append("\n".join(f"- {limit_sentence(limit)}" for limit in report.verdict.limits))
+    parts += ["## Comparison", _comparison(report), note(report)]
+    parts += ["## What the lines say", "\n".join(f"- **{line.title}**: {line.meaning}" for line in LINES)]
+    parts += ["## How it was measured", _rows([("", ""), *settings_lines(report)])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _comparison(report: Report) -> str:
+    labels = ["", *(row.label for row in report.rows)]
+    return _rows([labels, *([line.title, *(line.cell(row) for row in report.rows)] for line in LINES)])
+
+
+def _rows(rows: list[list[str]] | list[tuple[str, str]]) -> str:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])

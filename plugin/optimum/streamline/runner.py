@@ -1,0 +1,99 @@
+"""What every runtime looks like to the code that times and scores it: the `Runner` protocol.
+
+Arrays are numpy, so that a runner's process imports no framework but its own. This file knows no
+runtime; `torch_runner.py` and `optimum.exporters.streamline` hold them, `open_runner` finds the right one.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import StreamlineError
+
+ARTIFACT_FILE = "artifact.json"
+
+TokenIds = npt.NDArray[np.int64]
+Logits = npt.NDArray[np.float32]
+
+
+class Runner(Protocol):
+    """A model in some runtime, ready to be fed tokens."""
+
+    runtime: str
+    """What runs it, as a user would say it: `torch`, `onnxruntime`."""
+
+    def prefill(self, input_ids: TokenIds) -> tuple[Logits, Any]:
+        """Logits `[batch, length, vocabulary]` of a prompt `[batch, length]`, and its cache."""
+
+    def decode(self, input_ids: TokenIds, cache: Any) -> tuple[Logits, Any]:
+        """Logits of the tokens `[batch, length]` that follow `cache`, and the cache that holds them too.
+
+        The given cache may be consumed: use only the one returned.
+        """
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A model exported to a runtime: its folder holds `artifact.json` with these fields.
+
+    Args:
+        path: The folder.
+        format: `onnx` or `tensorrt`.
+        dtype: `fp32`, `fp16` or `bf16`.
+        source: The checkpoint it was exported from.
+        source_fingerprint: `checkpoint.fingerprint` of that checkpoint, so that an export of the original
+            is recognised as the original.
+        parity: Largest absolute logit difference from torch, by check.
+    """
+
+    path: str
+    format: str
+    dtype: str
+    source: str
+    source_fingerprint: str
+    parity: dict[str, float]
+
+    def write(self, folder: Path) -> None:
+        """Write `artifact.json` into `folder`."""
+        fields = {key: value for key, value in asdict(self).items() if key != "path"}
+        (folder / ARTIFACT_FILE).write_text(json.dumps(fields, indent=2) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Artifact:
+        """Read a folder's `artifact.json`.
+
+        Raises:
+            StreamlineError: the file is not one of ours.
+        """
+        try:
+            return cls(path=str(folder), **json.loads((folder / ARTIFACT_FILE).read_text()))
+        except (OSError, TypeError, ValueError) as error:
+            raise StreamlineError(f"{folder / ARTIFACT_FILE}: not an exported model's description ({error})") from None
+
+
+def is_artifact(path: str | Path) -> bool:
+    """Whether `path` is the folder of an exported model rather than a checkpoint."""
+    return (Path(path) / ARTIFACT_FILE).is_file()
+
+
+def open_runner(path: str, dtype: str = "fp32", device: str = "cpu") -> Runner:
+    """Open a checkpoint (torch) or an artifact (its own runtime) for running.
+
+    Args:
+        path: A checkpoint's folder or Hub id, or an artifact's folder.
+        dtype: What a checkpoint is computed in; an artifact has its own.
+    """
+    if is_artifact(path):
+        from optimum.exporters.streamline import open_artifact
+
+        return open_artifact(Artifact.read(Path(path)), device)
+    from .checkpoint import DTYPES, load
+    from .torch_runner import TorchRunner
+
+    return TorchRunner(load(path, DTYPES[dtype], device))

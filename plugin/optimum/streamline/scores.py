@@ -1,0 +1,97 @@
+"""How much each layer, and each block of layers, changes the residual stream: one streaming pass.
+
+Scores say nothing of what to do about it; `methods/` does. Memory does not grow with the number of windows,
+nor with the square of their length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .anatomy import architecture_of, decoder_layers, layer_output
+from .errors import StreamlineError
+from .progress import progress_bar
+from .windows import Windows
+
+BATCH = 4
+CHUNK_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Mean per-token cosine between the residual stream at every two depths.
+
+    Args:
+        similarity: `[layers + 1][layers + 1]`; entry `[i][j]` is the mean over tokens of cos(h_i, h_j), with h_0
+            the embeddings and h_i the raw output of layer i - 1, before any final norm.
+    """
+
+    similarity: tuple[tuple[float, ...], ...]
+
+    @property
+    def layers(self) -> int:
+        """How many layers the model has."""
+        return len(self.similarity) - 1
+
+    @property
+    def block_influence(self) -> tuple[float, ...]:
+        """BI of every layer: 1 - E[cos(h_i, h_{i+1})] (Block Influence, ShortGPT, arXiv 2403.03853)."""
+        return tuple(1.0 - self.similarity[layer][layer + 1] for layer in range(self.layers))
+
+    def block_similarity(self, length: int) -> tuple[float, ...]:
+        """E[cos(h_j, h_{j+length})] for every block of `length` layers, by its first layer j.
+
+        What LLM-Streamline (arXiv 2403.19135) prunes by.
+        """
+        return tuple(self.similarity[first][first + length] for first in range(self.layers - length + 1))
+
+
+@torch.inference_mode()
+def measure_scores(model: PreTrainedModel, windows: Windows) -> Scores:
+    """One forward pass of `model` over `windows`.
+
+    Raises:
+        StreamlineError: a layer's output is not finite.
+    """
+    layers = decoder_layers(model, architecture_of(model.config))
+    depths: list[torch.Tensor] = []
+    hooks = [layers[0].register_forward_pre_hook(lambda _, args, kwargs: _keep(depths, args, kwargs), with_kwargs=True)]
+    hooks += [
+        layer.register_forward_hook(lambda _, args, output: depths.append(layer_output(output))) for layer in layers
+    ]
+    total = torch.zeros(len(layers) + 1, len(layers) + 1, dtype=torch.float64)
+    try:
+        with progress_bar("scoring layers", len(windows.ids)) as bar:
+            for batch in windows.ids.split(BATCH):
+                depths.clear()
+                model.base_model(batch.to(model.device), use_cache=False)
+                total += _similarity_sum(depths)
+                bar.advance(len(batch))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    mean = total / windows.ids.numel()
+    if not bool(mean.isfinite().all()):
+        first = int((~mean.diagonal().isfinite()).nonzero()[0])
+        raise StreamlineError(f"model: the output of layer {max(first - 1, 0)} is not finite on the calibration text")
+    return Scores(tuple(tuple(row) for row in mean.tolist()))
+
+
+def _keep(depths: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    depths.append(args[0] if args else kwargs["hidden_states"])
+
+
+def _similarity_sum(depths: list[torch.Tensor]) -> torch.Tensor:
+    # The sum over tokens of per-token cosines is one product of the normalised streams laid out as long rows:
+    # no matrix of tokens against tokens.
+    rows = torch.stack([depth.flatten(0, 1) for depth in depths])
+    total = torch.zeros(len(depths), len(depths), dtype=torch.float64, device=rows.device)
+    for chunk in rows.split(CHUNK_TOKENS, dim=1):
+        unit = nn.functional.normalize(chunk.double(), dim=-1).flatten(1)
+        total += unit @ unit.T
+    return total.cpu()

@@ -1,0 +1,226 @@
+"""Measuring models against their original in one run: the steps, in order.
+
+Each step has a file of its own; this one pairs every model with what it is compared with. It knows nothing of how
+a candidate was made.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from .accuracy import Accuracy, measure_accuracy
+from .checkpoint import Source, fingerprint, local_folder, read_config
+from .cost import Cost, cost_of, disk_bytes
+from .errors import StreamlineError
+from .intervals import RESAMPLES
+from .latency import Timing, median_time, speedup
+from .machine import describe_machine
+from .recipe import Budget
+from .report import Measurement, Report, Role
+from .runner import Artifact, is_artifact, open_runner
+from .verdict import judge
+from .windows import Windows
+from .worker_pool import Job, Timed, time_alternating
+
+WARMUP_ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure.
+
+    Args:
+        label: What the report calls it; each subject has its own.
+        path: A checkpoint's folder or Hub id, or an artifact's folder.
+        role: Whether it is the original, in whatever runtime, or made from it.
+    """
+
+    label: str
+    path: str
+    role: Role = "candidate"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """How many tokens are fed at once, and how many one by one after them."""
+
+    length: int
+    decoded: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a subject before and after it was run."""
+
+    subject: Subject
+    dtype: str
+    cost: Cost
+    disk_bytes: int
+    runtime: str
+    accuracy: Accuracy
+    timed: Timed
+
+
+def subjects_of(original: str, candidates: Sequence[str]) -> list[Subject]:
+    """Subjects named after their folders, or by their whole paths where two folders have one name."""
+    subjects = [Subject(original, original, "original"), *(Subject(path, path) for path in candidates)]
+    names = [Path(subject.path).name or subject.path for subject in subjects]
+    labels = [name if names.count(name) == 1 else subject.path for name, subject in zip(names, subjects, strict=True)]
+    return [replace(subject, label=label) for subject, label in zip(subjects, labels, strict=True)]
+
+
+def recognise(subjects: Sequence[Subject]) -> list[Subject]:
+    """The subjects, with the role `original` for every export of the first one's very weights."""
+    exports = [subject for subject in subjects[1:] if is_artifact(subject.path)]
+    if not exports:
+        return list(subjects)
+    original = _source_fingerprint(subjects[0].path)
+    same = [subject for subject in exports if _source_fingerprint(subject.path) == original]
+    return [replace(subject, role="original") if subject in same else subject for subject in subjects]
+
+
+def validate(
+    subjects: Sequence[Subject],
+    windows: Windows,
+    budget: Budget,
+    *,
+    dtype: str = "fp32",
+    device: str = "cpu",
+    seed: int = 0,
+    prompt_length: int = 256,
+    decode_tokens: int = 32,
+    rounds: int = 10,
+    log: Path | None = None,
+) -> Report:
+    """Measure every subject against the original, all in this run, and judge the candidates.
+
+    Accuracy is held against the first subject. Speed and size are held against the original in the same runtime
+    where one is among the subjects, against the first otherwise; the row names which.
+
+    Args:
+        subjects: The original first. An export of it is recognised as the original in another runtime.
+        windows: Text that nothing was chosen on; the tokens that are timed come from it too.
+        dtype: What checkpoints are computed in; an artifact has its own.
+        seed: Of the bootstrap.
+        prompt_length: Tokens of the timed prompt; clipped, and recorded so, to what all models and the text allow.
+        decode_tokens: Tokens decoded one by one after it; clipped likewise.
+        rounds: Timed rounds, each one prefill and one decode of every subject in turn.
+        log: File to append to what the timing processes' libraries say.
+
+    Raises:
+        StreamlineError: the subjects, the text or the settings do not allow a comparison, or a model cannot be run.
+    """
+    subjects = recognise(subjects)
+    _check(subjects, windows, prompt_length, decode_tokens, rounds)
+    configs = [_config(subject) for subject in subjects]
+    positions = min(config.max_position_embeddings for config in configs)
+    if windows.ids.shape[1] > positions:
+        raise StreamlineError(f"length {windows.ids.shape[1]}: the models take windows of at most {positions} tokens")
+    prompt = _clip(prompt_length, decode_tokens, min(positions, windows.ids.numel()))
+    dtypes = [Artifact.read(Path(each.path)).dtype if is_artifact(each.path) else dtype for each in subjects]
+    costs = [cost_of(config, each) for config, each in zip(configs, dtypes, strict=True)]
+    runtimes, accuracies = _accuracies(subjects, windows, dtype, device)
+    tokens = windows.ids.flatten()[None, : prompt.length + prompt.decoded].numpy()
+    jobs = [Job(subject.label, subject.path, dtype, device) for subject in subjects]
+    timed = time_alternating(jobs, tokens, prompt.length, rounds, WARMUP_ROUNDS, log)
+    sizes = [disk_bytes(local_folder(Source(subject.path))) for subject in subjects]
+    facts = [Facts(*each) for each in zip(subjects, dtypes, costs, sizes, runtimes, accuracies, timed, strict=True)]
+    rows = tuple(_measurement(own, facts[0], _baseline(own, facts), prompt, seed) for own in facts)
+    settings: dict[str, str | int] = {
+        "device": device,
+        "prompt_length": prompt.length,
+        "prompt_length_asked": prompt_length,
+        "decode_tokens": prompt.decoded,
+        "decode_tokens_asked": decode_tokens,
+        "rounds": rounds,
+        "warmup_rounds": WARMUP_ROUNDS,
+        "resamples": RESAMPLES,
+    }
+    return Report(rows, judge(rows, budget), settings, describe_machine(device), windows.describe(), seed)
+
+
+def _check(subjects: Sequence[Subject], windows: Windows, prompt_length: int, decode_tokens: int, rounds: int) -> None:
+    labels = [subject.label for subject in subjects]
+    if not subjects or subjects[0].role != "original":
+        raise StreamlineError("validate: the first model must be the original")
+    if len(set(labels)) < len(labels):
+        raise StreamlineError(f"validate: two models have one label: {', '.join(labels)}")
+    for name, value, least in (
+        ("prompt-length", prompt_length, 1),
+        ("decode-tokens", decode_tokens, 1),
+        ("rounds", rounds, 2),
+        ("eval-samples", windows.ids.shape[0], 2),
+        ("length", windows.ids.shape[1], 2),
+    ):
+        if value < least:
+            raise StreamlineError(f"{name} {value}: must be at least {least}")
+
+
+def _config(subject: Subject) -> PreTrainedConfig:
+    # An artifact's folder holds its checkpoint's config.
+    return read_config(Source(subject.path))
+
+
+def _source_fingerprint(path: str) -> str:
+    return Artifact.read(Path(path)).source_fingerprint if is_artifact(path) else fingerprint(path)
+
+
+def _clip(length: int, decoded: int, room: int) -> Prompt:
+    """At most half of the room goes to decoding, and what is left to the prompt."""
+    decoded = min(decoded, room // 2)
+    return Prompt(min(length, room - decoded), decoded)
+
+
+def _accuracies(
+    subjects: Sequence[Subject], windows: Windows, dtype: str, device: str
+) -> tuple[list[str], list[Accuracy]]:
+    runners = [open_runner(subject.path, dtype, device) for subject in subjects]
+    runtimes = [runner.runtime for runner in runners]
+    accuracies = measure_accuracy(runners, [subject.label for subject in subjects], windows)
+    # The models are timed next, in processes of their own: this one's copies must not crowd them.
+    runners.clear()
+    gc.collect()
+    return runtimes, accuracies
+
+
+def _baseline(own: Facts, facts: Sequence[Facts]) -> Facts:
+    same = [each for each in facts if each.subject.role == "original" and each.runtime == own.runtime]
+    return same[0] if same else facts[0]
+
+
+def _measurement(own: Facts, original: Facts, baseline: Facts, prompt: Prompt, seed: int) -> Measurement:
+    mine: Timing = own.timed.timing
+    theirs: Timing = baseline.timed.timing
+    # The middle of the decoded tokens sees the mean context.
+    context = prompt.length + (prompt.decoded + 1) / 2
+    return Measurement(
+        label=own.subject.label,
+        path=own.subject.path,
+        role=own.subject.role,
+        runtime=own.runtime,
+        dtype=own.dtype,
+        baseline=baseline.subject.label,
+        parameters=own.cost.parameters,
+        live_parameters=own.cost.live_parameters,
+        layers=own.cost.layers,
+        attention_layers=own.cost.attention_layers,
+        kv_bytes_per_token=own.cost.kv_bytes_per_token,
+        disk_bytes=own.disk_bytes,
+        size_ratio=own.disk_bytes / baseline.disk_bytes,
+        perplexity=own.accuracy.perplexity(seed),
+        perplexity_ratio=own.accuracy.perplexity_ratio(original.accuracy, seed),
+        kl=own.accuracy.mean_kl(seed),
+        agreement=own.accuracy.mean_agreement(seed),
+        prefill_ms=median_time(mine.prefill_ms, seed),
+        decode_ms=median_time(mine.decode_ms, seed),
+        prefill_speedup=speedup(theirs.prefill_ms, mine.prefill_ms, seed),
+        decode_speedup=speedup(theirs.decode_ms, mine.decode_ms, seed),
+        ideal_prefill_speedup=baseline.cost.prefill_flops(prompt.length) / own.cost.prefill_flops(prompt.length),
+        ideal_decode_speedup=baseline.cost.decode_bytes(context) / own.cost.decode_bytes(context),
+        peak_bytes=own.timed.peak_bytes,
+    )

@@ -1,0 +1,95 @@
+"""Real exports of tiny random models, each made once a session: an export takes seconds."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from optimum.exporters.streamline import export_checkpoint
+from optimum.exporters.streamline.ort_runner import OnnxRunner
+from optimum.streamline.anatomy import architecture_of, decoder_layers
+from optimum.streamline.dead import ATTENTION, mark_dead, silence_attention
+from optimum.streamline.runner import Artifact
+from tiny import tiny_model
+
+GEMMA2_KINDS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 6}
+# Architecture, layers with a dead attention, dtype, and config fields.
+CASES = {
+    "llama": ("llama", (), "fp32", {"num_hidden_layers": 2, "tie_word_embeddings": True}),
+    "dead first": ("llama", (0,), "fp32", {"num_hidden_layers": 3}),
+    "dead middle": ("llama", (1,), "fp32", {"num_hidden_layers": 3}),
+    "fp16": ("llama", (), "fp16", {"num_hidden_layers": 1}),
+    "gpt2": ("gpt2", (), "fp32", {"n_layer": 2}),
+    "opt": ("opt", (), "fp32", {"num_hidden_layers": 2}),
+    # Norms after the sublayers, which stay when one dies; norms of mixed types in fp16; two kinds of cache.
+    "gemma2": ("gemma2", (0,), "fp16", {"num_hidden_layers": 3, **GEMMA2_KINDS}),
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    checkpoint: Path
+    artifact: Artifact
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.artifact.path)
+
+    @property
+    def graph(self) -> onnx.GraphProto:
+        return onnx.load(self.folder / "model.onnx", load_external_data=False).graph
+
+    def count(self, operator: str) -> int:
+        return sum(node.op_type == operator for node in self.graph.node)
+
+    def runner(self) -> OnnxRunner:
+        return OnnxRunner(self.folder)
+
+    def stock(self) -> PreTrainedModel:
+        """What stock transformers makes of the checkpoint: dead sublayers computed with their zeros."""
+        return AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32).eval()
+
+
+def save_tiny(folder: Path, case: str) -> Path:
+    architecture, dead, _, fields = CASES[case]
+    model = tiny_model(architecture, **fields)
+    row = architecture_of(model.config)
+    for index in dead:
+        silence_attention(decoder_layers(model, row)[index], row)
+    mark_dead(model.config, {index: [ATTENTION] for index in dead})
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """The export of a case of `CASES`."""
+
+    @cache
+    def make(case: str) -> Exported:
+        folder = tmp_path_factory.mktemp(case.replace(" ", "-"))
+        checkpoint = save_tiny(folder / "checkpoint", case)
+        if case == "llama":
+            byte_level_tokenizer().save_pretrained(checkpoint)
+        return Exported(checkpoint, export_checkpoint(str(checkpoint), folder / "onnx", dtype=CASES[case][2]))
+
+    return make
+
+
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    symbols = string.ascii_letters + string.digits + string.punctuation + "\u0120\u010a"  # and a space, a line's end
+    vocabulary = {"<|endoftext|>": 0, "<pad>": 1, **{symbol: index + 2 for index, symbol in enumerate(symbols)}}
+    vocabulary["th"] = len(vocabulary)
+    backend = Tokenizer(models.BPE(vocabulary, [("t", "h")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<pad>")

@@ -1,0 +1,64 @@
+"""The folder in onnxruntime-genai, unchanged."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from tiny import token_ids
+
+genai = pytest.importorskip("onnxruntime_genai")
+
+NEW_TOKENS = 12
+
+
+def greedy(folder, prompt):
+    parameters = genai.GeneratorParams(model := genai.Model(str(folder)))
+    length = len(prompt) + NEW_TOKENS
+    parameters.set_search_options(max_length=length, min_length=length)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(np.array([prompt], dtype=np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return generator.get_sequence(0).tolist()
+
+
+@pytest.mark.parametrize("case", ["llama", "dead first", "dead middle", "gpt2", "opt"])
+def test_greedy_tokens_are_those_of_torch(exported, case):
+    export = exported(case)
+    prompt = token_ids(1, 9, seed=3)
+    expected = export.stock().generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+    )
+    assert greedy(export.folder, prompt[0].tolist()) == expected[0].tolist()
+
+
+def test_the_config_counts_the_layers_that_have_a_cache(exported):
+    export = exported("dead middle")
+    config = json.loads((export.folder / "genai_config.json").read_text())
+    assert export.stock().config.num_hidden_layers == 3
+    decoder = config["model"]["decoder"]
+    assert {key: decoder[key] for key in decoder if key.startswith("num_") or key.endswith("_size")} == {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_size": 8,
+        "hidden_size": 32,
+    }
+    assert config["search"]["past_present_share_buffer"] is False
+    assert (config["model"]["eos_token_id"], config["model"]["pad_token_id"]) == (0, 1)
+
+
+def test_its_tokenizer_is_that_of_the_checkpoint(exported):
+    export = exported("llama")
+    text = "the other path = {a: 1}\n"
+    tokenizer = genai.Tokenizer(genai.Model(str(export.folder)))
+    expected = AutoTokenizer.from_pretrained(export.checkpoint).encode(text)
+    assert tokenizer.encode(text).tolist() == expected
+    assert tokenizer.decode(expected) == text

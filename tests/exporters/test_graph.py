@@ -1,0 +1,106 @@
+"""The exported graph: its names, what it computes, and what it leaves out."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from tiny import token_ids
+
+CASES = ["llama", "dead first", "dead middle", "fp16", "gpt2", "opt", "gemma2"]
+# Of logits around 1 to 10, against fp32; an fp16 graph also rounds its weights.
+TOLERANCE = {"fp32": 5e-5, "fp16": 5e-2}
+
+
+def dimensions(value):
+    return [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+
+
+def test_names_and_axes_are_those_that_clients_know(exported):
+    graph = exported("llama").graph
+    past = ["batch_size", 2, "past_sequence_length", 8]
+    present = ["batch_size", 2, "total_sequence_length", 8]
+    assert {value.name: dimensions(value) for value in graph.input} == {
+        "input_ids": ["batch_size", "sequence_length"],
+        "attention_mask": ["batch_size", "total_sequence_length"],
+        "position_ids": ["batch_size", "sequence_length"],
+        **{f"past_key_values.{index}.{part}": past for index in (0, 1) for part in ("key", "value")},
+    }
+    assert {value.name: dimensions(value) for value in graph.output} == {
+        "logits": ["batch_size", "sequence_length", 128],
+        **{f"present.{index}.{part}": present for index in (0, 1) for part in ("key", "value")},
+    }
+    assert [value.name for value in graph.input][3:5] == ["past_key_values.0.key", "past_key_values.0.value"]
+
+
+def test_nodes_are_named_by_their_module(exported):
+    names = [node.name for node in exported("llama").graph.node]
+    assert "model.layers.1.mlp.up_proj/MatMul" in names
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_row_of_a_padded_batch_is_what_stock_transformers_computes_of_it_alone(exported, case):
+    # Rows and lengths that neither the trace nor the check at export has seen; the longest is longer than
+    # gemma2's sliding window.
+    lengths, steps = (13, 1, 9, 5), (4, 1, 1)
+    export = exported(case)
+    texts = [token_ids(1, length + sum(steps), seed=length).numpy() for length in lengths]
+    longest = max(lengths)
+    ids = np.concatenate(
+        [
+            np.pad(text[:, : -sum(steps)], ((0, 0), (longest - length, 0)))
+            for text, length in zip(texts, lengths, strict=True)
+        ]
+    )
+    mask = (np.arange(longest) >= longest - np.array(lengths)[:, None]).astype(np.int64)
+
+    runner = export.runner()
+    logits, cache = runner.prefill(ids, mask)
+    parts, start = [logits], -sum(steps)
+    for step in steps:
+        following = np.concatenate([text[:, start : start + step or None] for text in texts])
+        logits, cache = runner.decode(following, cache)
+        parts.append(logits)
+        start += step
+
+    got, model = np.concatenate(parts, axis=1), export.stock()
+    for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
+        with torch.inference_mode():
+            expected = model(torch.from_numpy(text), use_cache=False).logits.numpy()[0]
+        difference = np.abs(got[row, longest - length :] - expected).max()
+        assert difference < TOLERANCE[export.artifact.dtype] * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("case", "live"), [("dead first", 2), ("dead middle", 2), ("llama", 2), ("gemma2", 2)])
+def test_a_dead_attention_leaves_nothing_in_the_graph(exported, case, live):
+    export = exported(case)
+    cache = [value.name for value in export.graph.input if value.name.startswith("past_key_values.")]
+    assert cache == [f"past_key_values.{index}.{part}" for index in range(live) for part in ("key", "value")]
+    layers = export.stock().config.num_hidden_layers
+    per_attention = 6 if case == "gemma2" else 4  # its softcap keeps the two products inside attention apart
+    assert export.count("MatMul") == live * per_attention + layers * 3 + 1
+    if case != "gemma2":
+        assert export.count("Attention") == live
+    # The residual stream is added to once by each live sublayer, and by no zeros.
+    residual = [node for node in export.graph.node if node.op_type == "Add" and node.name.startswith("model.layers.")]
+    outside = [node for node in residual if "self_attn" not in node.name and "norm" not in node.name]
+    assert len(outside) == live + layers
+
+
+def test_a_tied_weight_is_stored_once(exported):
+    export = exported("llama")
+    model = export.stock()
+    assert model.config.tie_word_embeddings
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    stored = (export.folder / "model.onnx.data").stat().st_size
+    assert abs(stored - weights) < model.get_input_embeddings().weight.nbytes / 8
+
+
+def test_fp16_is_fp16_throughout(exported):
+    export = exported("fp16")
+    half = onnx.TensorProto.FLOAT16
+    cache = [value for value in export.graph.input if value.name.startswith("past_key_values.")]
+    assert {value.type.tensor_type.elem_type for value in [*cache, *export.graph.output]} == {half}
+    matrices = [tensor for tensor in export.graph.initializer if len(tensor.dims) == 2]
+    assert {tensor.data_type for tensor in matrices} == {half}

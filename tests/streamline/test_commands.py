@@ -1,0 +1,225 @@
+"""The commands as a user meets them: what they write, what they print, and every wrong input in one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from console import Outcome, optimum_cli
+from reference import REFERENCE
+from tiny import tiny_model
+
+Cli = Callable[..., Outcome]
+QUICK = ("--samples", 4, "--length", 64)
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    return lambda *words: optimum_cli(monkeypatch, capsys, "streamline", *words)
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Callable[[str], Path]:
+    """A checkpoint with its tokenizer, broken in a named way."""
+
+    def make(how: str) -> Path:
+        folder = tmp_path / "broken"
+        if how == "empty":
+            folder.mkdir()
+        elif how == "encoder":
+            folder.mkdir()
+            (folder / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+        else:
+            tiny_model(vocab_size=4096).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(folder)
+            file = folder / "model.safetensors"
+            if how == "truncated":
+                file.write_bytes(file.read_bytes()[:-100])
+            if how == "nan":
+                weights = load_file(file)
+                weights["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+                save_file(weights, file, metadata={"format": "pt"})
+        return folder
+
+    return make
+
+
+def assert_refused(outcome: Outcome, *parts: str) -> None:
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: ")
+    assert outcome.err.count("\n") == 1
+    for part in parts:
+        assert part in outcome.err
+
+
+@pytest.mark.parametrize("command", ["prune", "run"])
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (("--remove", 0), "remove '0': that is 0 of 16 layers"),
+        (("--remove", "100%"), "remove '100%': that is 16 of 16 layers"),
+        (("--layers", 99), "there is no layer 99; the model has layers 0 to 15"),
+        (
+            ("--method", "shortgpd", "--remove", 4),
+            "method 'shortgpd': unknown; known are explicit, llm-streamline, shortgpt",
+        ),
+        (("--remove", 4, "--samples", 100_000), "tokens, too short for 100000 windows of 512"),
+        (("--remove", 4, "--length", 4096), "length 4096: the model reads at most 512 tokens"),
+        (("--remove", 4, "--samples", "many"), "argument --samples: invalid int value: 'many'"),
+        (("--remove", 4, "--calibration", "no/such.txt"), "'no/such.txt': no such file or folder"),
+        (("--remove", 4, "--replace=mlp"), "unrecognized arguments: --replace=mlp"),
+        (("--remove", 4, "--device", "tpu"), "device is 'tpu': Input should be 'cpu' or 'cuda'"),
+        ((), "remove is missing"),
+    ],
+)
+def test_wrong_flags_are_one_line_and_nothing_is_written(
+    cli: Cli, tmp_path: Path, command: str, flags: tuple[object, ...], part: str
+) -> None:
+    assert_refused(cli(command, "-m", REFERENCE, *flags, tmp_path / "out"), part)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("how", "part"),
+    [
+        ("empty", "not a checkpoint folder"),
+        ("encoder", "architecture 'bert' cannot be handled; those that can: "),
+        ("truncated", "cannot be loaded"),
+        ("nan", "weight model.layers.1.mlp.up_proj.weight holds NaN"),
+    ],
+)
+@pytest.mark.parametrize("command", [("prune", "--remove", 1), ("run", "--remove", 1), ("score",), ("export",)])
+def test_wrong_models_are_one_line_and_nothing_is_written(
+    cli: Cli, tmp_path: Path, broken: Callable[[str], Path], command: tuple[object, ...], how: str, part: str
+) -> None:
+    folder = broken(how)
+    quick = () if command[0] == "export" else ("--samples", 2, "--length", 32)
+    assert_refused(cli(*command, "-m", folder, *quick, tmp_path / "out"), part)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_model_that_is_nowhere(cli: Cli, tmp_path: Path) -> None:
+    assert_refused(cli("prune", "-m", tmp_path / "none", "--remove", 1, tmp_path / "out"), "no such folder")
+
+
+def test_outputs_that_exist_or_cannot_be_written(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "kept.txt").write_text("kept")
+    for command in (("prune", "--remove", 1), ("run", "--remove", 1), ("score",), ("export",)):
+        words = (*command, "-m", REFERENCE)
+        assert_refused(cli(*words, tmp_path), "exists already")
+        assert_refused(cli(*words, "--overwrite", tmp_path), "holds no output of this program")
+        assert_refused(cli(*words, tmp_path / "kept.txt" / "out"), "cannot be written")
+    assert [file.name for file in tmp_path.iterdir()] == ["kept.txt"]
+
+
+def test_recipes_with_a_fault(cli: Cli, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("remove: 4\nmetod: shortgpt\n")
+    assert_refused(
+        cli("run", "-m", REFERENCE, recipe, tmp_path / "out"), "recipe.yaml: unknown key 'metod'; known are method"
+    )
+    assert_refused(cli("run", "-m", REFERENCE, tmp_path / "no.yaml", tmp_path / "out"), "no.yaml: cannot be read")
+    assert [file.name for file in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_judging_on_the_calibration_text_is_refused(cli: Cli, tmp_path: Path) -> None:
+    words = ("--remove", 4, *QUICK, "--eval-data", "stdlib:calibration")
+    assert_refused(cli("run", "-m", REFERENCE, *words, tmp_path / "out"), "shares", "documents")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_score_writes_what_it_prints(cli: Cli, tmp_path: Path) -> None:
+    outcome = cli("score", "-m", REFERENCE, *QUICK, tmp_path / "out")
+    assert outcome.code == 0
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert len(scores["block_influence"]) == 16
+    assert all(f"{value:.5f}" in outcome.out for value in scores["block_influence"])
+    assert scores["calibration"]["windows"] == 4
+    assert (tmp_path / "out" / "scores.svg").read_text().rstrip().endswith("</svg>")
+
+
+def test_prune_takes_out_the_named_layers(cli: Cli, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    outcome = cli("prune", "-m", REFERENCE, "--layers", "3,7,11-13", *QUICK, out)
+    assert outcome.code == 0
+    assert outcome.err == ""
+    assert "remove layers 3, 7, 11-13: 16 layers become 11" in outcome.out
+    record = json.loads((out / "streamline.json").read_text())
+    assert record["removed"] == [3, 7, 11, 12, 13]
+    assert [layer["originals"] for layer in record["layers"]] == [[i] for i in (0, 1, 2, 4, 5, 6, 8, 9, 10, 14, 15)]
+    original, pruned = load_file(Path(REFERENCE) / "model.safetensors"), load_file(out / "model.safetensors")
+    for new, [old] in enumerate(layer["originals"] for layer in record["layers"]):
+        name = "model.layers.{}.mlp.down_proj.weight"
+        assert torch.equal(pruned[name.format(new)], original[name.format(old)])
+    assert AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 11
+    assert AutoTokenizer.from_pretrained(out)("def f():")["input_ids"]
+    assert (out / "generation_config.json").is_file()
+    assert "remove layers 3, 7, 11-13" in (out / "README.md").read_text()
+
+
+def test_remove_is_the_net_fall_with_a_replacement(cli: Cli, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ("--remove", 4, "--replacement", "mlp", "--heal-tokens", 640, *QUICK)
+    assert cli("prune", "-m", REFERENCE, *words, out).code == 0
+    config = json.loads((out / "config.json").read_text())
+    record = json.loads((out / "streamline.json").read_text())
+    assert config["num_hidden_layers"] == 12
+    assert len(record["replaced"]) == 5
+    [(index, entry)] = config["per_layer_config"].items()
+    assert entry == {"skip": ["attention"]}
+    assert record["layers"][int(index)] == {"layer": int(index), "originals": record["replaced"], "kind": "mlp"}
+    assert not load_file(out / "model.safetensors")[f"model.layers.{int(index)}.self_attn.o_proj.weight"].any()
+    assert len(record["healing"]["steps"]) == 2  # 10 windows, one held out, batches of 8
+    assert record["data"]["heal"]["spec"] == "stdlib:train"
+    assert record["data"]["calibration"]["spec"] == "stdlib:calibration"
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(cli: Cli, tmp_path: Path) -> None:
+    words = ("--remove", "25%", "--replacement", "mlp", *QUICK, "--dry-run")
+    outcome = cli("prune", "-m", REFERENCE, *words, tmp_path / "out")
+    assert outcome.code == 0
+    assert "by one trained mlp: 16 layers become 12" in outcome.out
+    assert "ideal decode speed-up: 1." in outcome.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_save_recipe_is_what_the_flags_amount_to(cli: Cli, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    flags = ("--remove", 2, *QUICK, "--max-kl", 0.5)
+    assert cli("run", "-m", REFERENCE, *flags, "--dry-run", "--save-recipe", recipe, tmp_path / "out").code == 0
+    assert recipe.read_text() == "remove: '2'\nsamples: 4\nlength: 64\nbudget:\n  max_kl: 0.5\n"
+    again = cli("run", "-m", REFERENCE, recipe, "--dry-run", tmp_path / "out")
+    assert again.code == 0
+    assert "16 layers become 14" in again.out
+
+
+def test_overwrite_replaces_an_earlier_output(cli: Cli, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert cli("prune", "-m", REFERENCE, "--layers", 3, *QUICK, out).code == 0
+    assert cli("prune", "-m", REFERENCE, "--layers", 5, *QUICK, "--overwrite", out).code == 0
+    assert json.loads((out / "streamline.json").read_text())["removed"] == [5]
+
+
+def test_validate_wants_an_original_and_a_candidate(cli: Cli, tmp_path: Path) -> None:
+    assert_refused(cli("validate", REFERENCE, tmp_path / "none", "--output", tmp_path / "report"), "no such folder")
+    assert_refused(cli("validate", REFERENCE), "the following arguments are required: candidate")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_commands_start_without_us() -> None:
+    # Every optimum-cli command imports our register file: it must not bring torch with it.
+    code = (
+        "import sys; import optimum.commands.register.register_streamline;"
+        "heavy = {'torch', 'transformers', 'optimum.streamline'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

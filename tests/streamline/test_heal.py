@@ -1,0 +1,127 @@
+"""Training a replacement: it learns, its schedule ends where it should, the best weights are the ones kept."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from optimum.streamline.edit import apply_plan, build_replacement
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.heal import HealSettings, heal_windows, train_replacement
+from optimum.streamline.plan import Plan
+from optimum.streamline.windows import Windows
+from tiny import LAYERS, tiny_model, token_ids
+
+WINDOWS = Windows(token_ids(64, 24), "random", frozenset())
+
+
+def output_of(model: PreTrainedModel, layer: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """What one of the model's layers puts out."""
+    seen: list[torch.Tensor] = []
+    hook = layer.register_forward_hook(lambda _, args, output: seen.append(output))
+    with torch.no_grad():
+        model(ids)
+    hook.remove()
+    return seen[0]
+
+
+def block_error(model: PreTrainedModel, student: torch.nn.Module, gone: tuple[int, ...], ids: torch.Tensor) -> float:
+    """The mean squared error of a model that has the student in its block's first place."""
+    target = output_of(model, model.model.layers[gone[-1]], ids)
+    replaced = copy.deepcopy(model)
+    replaced.model.layers[gone[0]] = student
+    return float((output_of(replaced, student, ids) - target).square().mean())
+
+
+@pytest.mark.parametrize("kind", ["layer", "mlp"])
+def test_the_replacement_learns_what_its_block_does(kind: str) -> None:
+    model, plan = tiny_model(), Plan(LAYERS, (1, 2, 3), kind)
+    untouched = copy.deepcopy(model.state_dict())
+    replacement = build_replacement(model, plan)
+    held_out = token_ids(8, 24, seed=9)
+    before = block_error(model, replacement.layer, plan.gone, held_out)
+    log = train_replacement(model, plan, replacement.layer, WINDOWS, HealSettings(lr=3e-3, epochs=8))
+    after = block_error(model, replacement.layer, plan.gone, held_out)
+    assert after < 0.9 * before
+    assert log.best < log.before
+    assert all(torch.equal(value, untouched[name]) for name, value in model.state_dict().items())
+    apply_plan(model, plan, replacement)
+    assert model(held_out).logits.isfinite().all()
+
+
+def test_the_loss_logged_is_the_error_of_the_block() -> None:
+    model, plan = tiny_model(), Plan(LAYERS, (1, 2), "layer")
+    student = build_replacement(model, plan).layer
+    held_out = WINDOWS.ids[-3:]  # 5% of 64, rounded
+    expected = block_error(model, student, plan.gone, held_out)
+    log = train_replacement(model, plan, student, WINDOWS, HealSettings(lr=1e-3))
+    assert log.before == pytest.approx(expected, rel=1e-4)
+    assert log.best == pytest.approx(block_error(model, student, plan.gone, held_out), rel=1e-4)
+
+
+def test_the_rate_rises_then_falls_to_its_minimum_and_not_below_or_back() -> None:
+    model, plan = tiny_model(), Plan(LAYERS, (1, 2), "layer")
+    settings = HealSettings(lr=1e-3, epochs=6, batch=4, warmup_share=0.1)
+    log = train_replacement(model, plan, build_replacement(model, plan).layer, WINDOWS, settings)
+    rates = [step.lr for step in log.steps]
+    assert len(rates) == 6 * 16
+    peak = rates.index(max(rates))
+    assert rates[peak] == pytest.approx(1e-3)
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[-1] == pytest.approx(0.25e-3)
+
+
+def test_a_training_that_makes_it_worse_keeps_the_best_weights() -> None:
+    model, plan = tiny_model(), Plan(LAYERS, (1, 2), "layer")
+    student = build_replacement(model, plan).layer
+    log = train_replacement(model, plan, student, WINDOWS, HealSettings(lr=1.0, epochs=2))
+    assert log.steps[-1].held_out > log.before  # the rate is absurd: it did get worse
+    assert log.best <= log.before
+    assert block_error(model, student, plan.gone, WINDOWS.ids[-3:]) == pytest.approx(log.best, rel=1e-4)
+
+
+def test_the_same_seed_trains_the_same_weights() -> None:
+    weights = []
+    for seed in (0, 0, 1):
+        model, plan = tiny_model(), Plan(LAYERS, (1, 2), "mlp")
+        student = build_replacement(model, plan).layer
+        train_replacement(model, plan, student, WINDOWS, HealSettings(lr=1e-3, seed=seed))
+        weights.append(torch.cat([parameter.flatten() for parameter in student.parameters()]))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_a_loss_that_is_not_finite_is_an_error_that_names_the_rate() -> None:
+    model, plan = tiny_model(), Plan(LAYERS, (1, 2), "layer")
+    with pytest.raises(StreamlineError, match=r"heal-lr 1e\+30: the loss is no longer finite"):
+        train_replacement(model, plan, build_replacement(model, plan).layer, WINDOWS, HealSettings(lr=1e30, epochs=3))
+
+
+def test_no_hidden_state_outlives_its_batch_and_the_rest_of_the_model_is_not_run() -> None:
+    model, plan = tiny_model(), Plan(LAYERS, (1, 2), "layer")
+    student = build_replacement(model, plan).layer
+    inputs: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    after_the_block: list[int] = []
+
+    def watch(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        alive.append(sum(ref() is not None for ref in inputs))
+        inputs.append(weakref.ref(args[0]))
+
+    student.register_forward_pre_hook(watch)
+    model.model.layers[3].register_forward_hook(lambda *_: after_the_block.append(1))
+    train_replacement(model, plan, student, WINDOWS, HealSettings(lr=1e-3, epochs=2))
+    assert len(inputs) > 16
+    assert max(alive) <= 1
+    assert not after_the_block
+
+
+def test_too_few_tokens_are_refused() -> None:
+    assert heal_windows(1000, 100) == 10
+    with pytest.raises(StreamlineError, match="heal-tokens 150: must be at least two windows of 100 tokens, 200"):
+        heal_windows(150, 100)

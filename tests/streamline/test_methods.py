@@ -1,0 +1,70 @@
+"""What each method chooses, against the paper's rule written out."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from optimum.commands.streamline import METHOD_LINES
+from optimum.streamline.methods import METHODS
+from optimum.streamline.plan import Plan
+from optimum.streamline.recipe import make_recipe
+from optimum.streamline.scores import Scores
+
+LAYERS = 7
+
+
+@pytest.fixture(params=range(5))
+def scores(request: pytest.FixtureRequest) -> Scores:
+    draw = random.Random(request.param)
+    matrix = [[1.0] * (LAYERS + 1) for _ in range(LAYERS + 1)]
+    for i, j in itertools.combinations(range(LAYERS + 1), 2):
+        matrix[i][j] = matrix[j][i] = draw.random()
+    return Scores(tuple(map(tuple, matrix)))
+
+
+@pytest.mark.parametrize("count", range(1, LAYERS))
+def test_shortgpt_takes_the_lowest_influence(scores: Scores, count: int) -> None:
+    gone = METHODS["shortgpt"].plan(make_recipe({"remove": count}), scores).gone
+    influence = {layer: 1 - scores.similarity[layer][layer + 1] for layer in range(LAYERS)}
+    assert len(gone) == count
+    assert max(influence[layer] for layer in gone) <= min(influence[layer] for layer in influence if layer not in gone)
+
+
+@pytest.mark.parametrize("replacement", ["none", "layer", "mlp"])
+@pytest.mark.parametrize("count", range(1, LAYERS))
+def test_llm_streamline_takes_the_most_similar_block(scores: Scores, count: int, replacement: str) -> None:
+    plan = METHODS["llm-streamline"].plan(make_recipe({"remove": count, "replacement": replacement}), scores)
+    length = count if replacement == "none" else count + 1
+    best = max((scores.similarity[j][j + length], -j) for j in range(LAYERS - length + 1))
+    assert plan.gone == tuple(range(-best[1], -best[1] + length))
+    assert plan.net == count
+    assert len(plan.places) == LAYERS - count
+
+
+def test_ties_go_to_the_first() -> None:
+    flat = Scores(tuple((0.5,) * (LAYERS + 1) for _ in range(LAYERS + 1)))
+    assert METHODS["shortgpt"].plan(make_recipe({"remove": 2}), flat).gone == (0, 1)
+    assert METHODS["llm-streamline"].plan(make_recipe({"remove": 3}), flat).gone == (0, 1, 2)
+
+
+def test_explicit_takes_what_it_is_told(scores: Scores) -> None:
+    assert METHODS["explicit"].plan(make_recipe({"layers": "1,4-5"}), scores).gone == (1, 4, 5)
+
+
+def test_places_name_the_originals() -> None:
+    plan = Plan(6, (2, 3, 4), "mlp")
+    assert [(place.kind, place.originals) for place in plan.places] == [
+        ("kept", (0,)),
+        ("kept", (1,)),
+        ("mlp", (2, 3, 4)),
+        ("kept", (5,)),
+    ]
+    assert plan.describe() == "replace layers 2-4 by one trained mlp: 6 layers become 4"
+    assert Plan(6, (1, 3, 4)).describe() == "remove layers 1, 3-4: 6 layers become 3"
+
+
+def test_the_help_lists_every_method() -> None:
+    assert {name: method.summary for name, method in METHODS.items()} == METHOD_LINES

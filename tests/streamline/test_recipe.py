@@ -1,0 +1,107 @@
+"""Recipes: what is refused, in which words, and that YAML and fields are one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.methods import method_of
+from optimum.streamline.recipe import make_recipe, parse_layers, parse_remove, read_recipe, write_recipe
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"removes": 3}, "unknown key 'removes'; known are method, remove, layers"),
+        ({"heal": "hope"}, "heal is 'hope': Input should be 'none' or 'hidden-mse'"),
+        ({"samples": 0}, "samples is 0: .* greater than 0"),
+        ({"length": "long"}, "length is 'long': .* integer"),
+        ({"budget": {"max_kl": -1}}, "budget.max-kl is -1: .* greater than or equal to 0"),
+        ({"budget": {"max_cost": 1}}, "budget.max-cost is 1: Unexpected"),
+        ({"dtype": "int3"}, "dtype is 'int3'"),
+    ],
+)
+def test_a_bad_field_is_named_with_its_value(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(StreamlineError, match=f"^recipe: {message}") as caught:
+        make_recipe(fields)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"method": "shortgtp", "remove": 1},
+            "method 'shortgtp': unknown; known are explicit, llm-streamline, shortgpt",
+        ),
+        ({}, "remove is missing"),
+        ({"remove": 0}, "remove 0: that is 0 of 8 layers"),
+        ({"remove": "100%"}, "remove '100%': that is 8 of 8 layers"),
+        ({"remove": "some"}, "remove 'some': must be a number of layers or a share"),
+        ({"layers": "99"}, "layers '99': there is no layer 99; the model has layers 0 to 7"),
+        ({"layers": "0-7"}, "these are all 8 layers"),
+        ({"layers": "1", "remove": 1}, "give remove or layers, not both"),
+        ({"layers": "1,2", "method": "shortgpt"}, "method shortgpt chooses its own; use method explicit"),
+        ({"method": "explicit"}, "layers is missing"),
+        ({"layers": "1,3", "replacement": "mlp"}, "a replacement needs one block of at least 2 layers"),
+        (
+            {"method": "shortgpt", "remove": 1, "replacement": "layer"},
+            "replacement 'layer': shortgpt removes scattered",
+        ),
+        ({"remove": 1, "heal": "hidden-mse"}, "heal 'hidden-mse': trains a replacement"),
+    ],
+)
+def test_a_method_refuses_what_it_cannot_follow(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(StreamlineError, match=message):
+        method_of(make_recipe(fields), 8)
+
+
+def test_the_method_follows_from_the_rest() -> None:
+    assert make_recipe({"remove": 1}).method_name == "shortgpt"
+    assert make_recipe({"remove": 1, "replacement": "mlp"}).method_name == "llm-streamline"
+    assert make_recipe({"layers": "1"}).method_name == "explicit"
+    assert make_recipe({"remove": 1, "replacement": "mlp"}).healing == "hidden-mse"
+    assert make_recipe({"remove": 1, "replacement": "mlp", "heal": "none"}).healing == "none"
+
+
+@pytest.mark.parametrize(
+    ("value", "total", "count"), [(3, 12, 3), ("3", 12, 3), ("25%", 12, 3), ("25%", 14, 4), ("12.5%", 12, 2)]
+)
+def test_remove_counts_to_the_nearest_layer(value: int | str, total: int, count: int) -> None:
+    assert parse_remove(value, total) == count
+
+
+@pytest.mark.parametrize("text", ["a", "5-3", "", "1,,2", "-1", "1.5"])
+def test_layers_of_another_form_are_refused(text: str) -> None:
+    with pytest.raises(StreamlineError, match="^layers "):
+        parse_layers(text, 16)
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    fields = {"remove": "25%", "replacement": "mlp", "seed": 3, "budget": {"max_ppl_ratio": 1.1}}
+    recipe = make_recipe(fields)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(write_recipe(recipe))
+    assert make_recipe(read_recipe(file)) == recipe
+    assert read_recipe(file) == fields
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("- 1", "must be keys with values"), ("a: [", "not YAML"), ("x: 1", "unknown key 'x'")]
+)
+def test_a_bad_recipe_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(StreamlineError, match=message) as caught:
+        make_recipe(read_recipe(file), f"recipe {file}")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_judgement_does_not_change_what_is_made() -> None:
+    one = make_recipe({"remove": 1})
+    assert one.fingerprint == make_recipe({"remove": 1, "budget": {"max_kl": 1}, "format": "onnx"}).fingerprint
+    assert one.fingerprint != make_recipe({"remove": 2}).fingerprint
+    assert one.fingerprint != make_recipe({"remove": 1, "seed": 1}).fingerprint
