@@ -26,7 +26,7 @@ from optimum.streamline.anatomy import architecture_of
 from optimum.streamline.checkpoint import Source, load_stock, load_tokenizer
 from optimum.streamline.dead import drop_dead_sublayers
 from optimum.streamline.edit import apply_plan, build_replacement
-from optimum.streamline.heal import HealSettings, heal_windows, train_replacement
+from optimum.streamline.heal import HealSettings, default_lr, heal_windows, train_replacement
 from optimum.streamline.machine import describe_machine
 from optimum.streamline.methods import method_of
 from optimum.streamline.plan import Plan
@@ -40,8 +40,6 @@ REMOVED = (2, 4, 6, 8)
 DRAWS = 20
 LENGTH, CALIBRATION, EVALUATION = 256, 64, 128
 HEAL_TOKENS = 200_000
-# The rate and the passes that did best of those tried on this model, on held-out training text: see docs/methods.md.
-HEAL = HealSettings(lr=2e-3, epochs=2)
 DOCUMENT = Path("docs/methods.md")
 START, END = "<!-- table: written by ci/bench methods -->", "<!-- end of table -->"
 
@@ -142,7 +140,8 @@ def edited(bench: Bench, plan: Plan) -> PreTrainedModel:
     model = copy.deepcopy(bench.model)
     replacement = build_replacement(model, plan)
     if replacement is not None:
-        train_replacement(model, plan, replacement.layer, bench.heal, HEAL)
+        settings = HealSettings(default_lr(model.config.hidden_size))
+        train_replacement(model, plan, replacement.layer, bench.heal, settings)
     apply_plan(model, plan, replacement)
     return drop_dead_sublayers(model, architecture_of(model.config))
 

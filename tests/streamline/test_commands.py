@@ -177,7 +177,8 @@ def test_remove_is_the_net_fall_with_a_replacement(cli: Cli, tmp_path: Path) -> 
     assert entry == {"skip": ["attention"]}
     assert record["layers"][int(index)] == {"layer": int(index), "originals": record["replaced"], "kind": "mlp"}
     assert not load_file(out / "model.safetensors")[f"model.layers.{int(index)}.self_attn.o_proj.weight"].any()
-    assert len(record["healing"]["steps"]) == 2  # 10 windows, one held out, batches of 8
+    assert len(record["healing"]["steps"]) == 8  # 10 windows, one held out, batches of 8, four passes
+    assert max(step["lr"] for step in record["healing"]["steps"]) == pytest.approx(2e-4 * 4096 / 128)
     assert record["data"]["heal"]["spec"] == "stdlib:train"
     assert record["data"]["calibration"]["spec"] == "stdlib:calibration"
 

@@ -58,7 +58,7 @@ def test_the_loss_logged_is_the_error_of_the_block() -> None:
     student = build_replacement(model, plan).layer
     held_out = WINDOWS.ids[-3:]  # 5% of 64, rounded
     expected = block_error(model, student, plan.gone, held_out)
-    log = train_replacement(model, plan, student, WINDOWS, HealSettings(lr=1e-3))
+    log = train_replacement(model, plan, student, WINDOWS, HealSettings(lr=1e-3, epochs=1))
     assert log.before == pytest.approx(expected, rel=1e-4)
     assert log.best == pytest.approx(block_error(model, student, plan.gone, held_out), rel=1e-4)
 
@@ -90,7 +90,7 @@ def test_the_same_seed_trains_the_same_weights() -> None:
     for seed in (0, 0, 1):
         model, plan = tiny_model(), Plan(LAYERS, (1, 2), "mlp")
         student = build_replacement(model, plan).layer
-        train_replacement(model, plan, student, WINDOWS, HealSettings(lr=1e-3, seed=seed))
+        train_replacement(model, plan, student, WINDOWS, HealSettings(lr=1e-3, epochs=1, seed=seed))
         weights.append(torch.cat([parameter.flatten() for parameter in student.parameters()]))
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])

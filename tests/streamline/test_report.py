@@ -298,6 +298,11 @@ class TestPlots:
             assert f">{word}<" in svg
         assert ">removed<" not in layer_importance_svg([0.4, 0.1], removed=(), replaced={1})
 
+    def test_one_towering_layer_does_not_flatten_the_others(self) -> None:
+        assert "(log scale)" in layer_importance_svg([1.05, 0.02, 0.03, 0.01], (), ())
+        assert "(log scale)" not in layer_importance_svg([0.05, 0.02, 0.03, 0.01], (), ())
+        assert "(log scale)" not in layer_importance_svg([1.05, 0.02, 0.03, -1e-9], (), ())  # has no logarithm
+
     def test_same_figures_same_text(self) -> None:
         rows = (ORIGINAL, CANDIDATE)
         assert comparison_svg(rows) == comparison_svg(rows)

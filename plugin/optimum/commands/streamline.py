@@ -78,8 +78,8 @@ def _prune_flags(parser: argparse.ArgumentParser) -> None:
     _recipe_flag(group, "--heal", "none, or hidden-mse: train the replacement (default where there is one)")
     _recipe_flag(group, "--heal-data", f"text it is trained on: {SPEC} (default)")
     _recipe_flag(group, "--heal-tokens", "tokens to train on (default 200000)", int)
-    _recipe_flag(group, "--heal-lr", "peak learning rate (default 2e-4)", float)
-    _recipe_flag(group, "--heal-epochs", "passes over these tokens (default 1)", int)
+    _recipe_flag(group, "--heal-lr", "peak learning rate (default 2e-4 x 4096 / hidden size)", float)
+    _recipe_flag(group, "--heal-epochs", "passes over these tokens (default 4)", int)
     _recipe_flag(group, "--dtype", "what the result is stored in: fp32, fp16 or bf16 (default: as the original)")
     _calibration_flags(parser)
 

@@ -28,10 +28,10 @@ EVALUATIONS = 10
 
 @dataclass(frozen=True)
 class HealSettings:
-    """How a replacement is trained. Rate, decay and clipping are those of LLM-Streamline's code (arXiv 2403.19135).
+    """How a replacement is trained. Decay, clipping and the cosine's end are LLM-Streamline's (arXiv 2403.19135).
 
     Args:
-        lr: Peak learning rate; the cosine ends at `min_lr_share` of it.
+        lr: Peak learning rate, such as `default_lr`; the cosine ends at `min_lr_share` of it.
         epochs: Passes over the training windows.
         batch: Windows an update.
         warmup_share: Share of the updates that raise the rate from zero.
@@ -39,8 +39,8 @@ class HealSettings:
         seed: Of the order of the windows.
     """
 
-    lr: float = 2e-4
-    epochs: int = 1
+    lr: float
+    epochs: int = 4
     batch: int = 8
     min_lr_share: float = 0.25
     warmup_share: float = 0.05
@@ -74,6 +74,14 @@ class HealLog:
     best: float
     best_step: int
     steps: tuple[HealStep, ...]
+
+
+def default_lr(width: int) -> float:
+    """The peak learning rate for a model of hidden size `width`: LLM-Streamline's 2e-4 at its models' width, 4096.
+
+    A layer of smaller width takes, and needs, a rate as many times higher (measured: `docs/methods.md`).
+    """
+    return 2e-4 * 4096 / width
 
 
 def heal_windows(tokens: int, length: int) -> int:

@@ -22,6 +22,8 @@ from .report import Measurement
 
 # Readable on white and on near black, and told apart by those who do not tell red from green.
 KEPT, REMOVED, REPLACED = "#6b8fb5", "#d1495b", "#e39b2d"
+# Largest over median score that a linear axis still shows well.
+LINEAR_UP_TO = 8
 PREFILL, DECODE = "#3a9d8f", "#8867c0"
 # Stands for the page's own text colour; no plot draws in it otherwise.
 PAGE_COLOUR = "#010203"
@@ -62,7 +64,12 @@ def layer_importance_svg(scores: Sequence[float], removed: Collection[int], repl
             # Colour alone would not do in print.
             bars[layer].set_hatch("////" if layer in removed else "....")
         axes.set_xlabel("layer of the original, counted from 0")
-        axes.set_ylabel("Block Influence")
+        # A first layer often changes the stream a hundred times as much as the others, which a linear axis hides.
+        spread = max(scores) > LINEAR_UP_TO * sorted(scores)[len(scores) // 2] > 0 and min(scores) > 0
+        if spread:
+            axes.set_yscale("log")
+            axes.set_ylim(bottom=min(scores) / 3)
+        axes.set_ylabel(f"Block Influence{' (log scale)' if spread else ''}")
         axes.set_xlim(-0.6, len(scores) - 0.4)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=24, integer=True))
         handles = [Patch(color=KEPT, label="kept", linewidth=0)]

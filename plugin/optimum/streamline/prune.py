@@ -17,7 +17,7 @@ from .card import model_card
 from .checkpoint import DTYPES, RECORD_FILE, Source, fingerprint, load_stock, load_tokenizer, read_config, save_model
 from .edit import build_replacement
 from .errors import StreamlineError
-from .heal import HealLog, HealSettings, heal_windows, train_replacement
+from .heal import HealLog, HealSettings, default_lr, heal_windows, train_replacement
 from .logs import LOG_FILE, captured_logs
 from .methods import method_of
 from .outputs import staged_folder
@@ -132,7 +132,8 @@ def _change(prepared: Prepared, say: Say) -> Record:
         data["heal"] = text.describe()
         say(f"training the replacement on {len(text.ids)} windows, {recipe.heal_epochs} times")
         start = time.monotonic()
-        settings = HealSettings(lr=recipe.heal_lr, epochs=recipe.heal_epochs, seed=recipe.seed)
+        lr = recipe.heal_lr or default_lr(model.config.hidden_size)
+        settings = HealSettings(lr=lr, epochs=recipe.heal_epochs, seed=recipe.seed)
         healing = train_replacement(model, plan, replacement.layer, text, settings)
         prepared.seconds["heal"] = time.monotonic() - start
     change = method_of(recipe, plan.total).apply(model, plan, replacement)

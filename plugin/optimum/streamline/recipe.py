@@ -57,7 +57,7 @@ class Recipe:
         replacement: What stands in for a removed contiguous block.
         heal: How the replacement is trained.
         heal_tokens: Tokens to train on, each counted once.
-        heal_lr: Peak learning rate; LLM-Streamline's own by default.
+        heal_lr: Peak learning rate; by default `heal.default_lr` of the model's width.
         heal_epochs: Passes over these tokens.
         calibration: Text SPEC for the choices.
         heal_data: Text SPEC for the training.
@@ -78,8 +78,8 @@ class Recipe:
     replacement: Replacement = "none"
     heal: Heal | None = None
     heal_tokens: int = Field(default=200_000, gt=0, le=_HUGE * 1000)
-    heal_lr: float = Field(default=2e-4, gt=0)
-    heal_epochs: int = Field(default=1, gt=0)
+    heal_lr: float | None = Field(default=None, gt=0)
+    heal_epochs: int = Field(default=4, gt=0)
     calibration: str = "stdlib"
     heal_data: str = "stdlib"
     eval_data: str = "stdlib"
