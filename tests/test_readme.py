@@ -31,3 +31,12 @@ def test_every_architecture_is_named() -> None:
     [listed] = re.findall(r"Architectures other than these: (.*?)\.\n", README, re.DOTALL)
     names = {re.sub(r"[^a-z0-9]", "", name.lower()) for name in listed.split(",")}
     assert names == {name.replace("_", "") for name in ARCHITECTURES}
+
+
+def test_no_figure_is_left_to_be_filled_in() -> None:
+    methods = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \d+ \| .*\|$", methods, re.MULTILINE)
+    assert len(rows) == 25  # dense; and for each of four counts two rows of random removal and four methods
+    for text in (README, methods):
+        assert not re.search(r"\b[A-Z]+_[A-Z]+\b(?![`./])", re.sub(r"`[^`]*`", "", text))
+        assert "READING" not in text

@@ -17,8 +17,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from optimum.exporters.streamline import export_checkpoint
 from optimum.exporters.streamline.ort_runner import OnnxRunner
 from optimum.streamline.anatomy import architecture_of, decoder_layers
+from optimum.streamline.checkpoint import Source, load_stock, load_tokenizer, save_model
 from optimum.streamline.dead import ATTENTION, mark_dead, silence_attention
+from optimum.streamline.edit import apply_plan
+from optimum.streamline.plan import Plan
 from optimum.streamline.runner import Artifact
+from reference import REFERENCE
 from tiny import tiny_model
 
 GEMMA2_KINDS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 6}
@@ -83,6 +87,16 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
         return Exported(checkpoint, export_checkpoint(str(checkpoint), folder / "onnx", dtype=CASES[case][2]))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def pruned_reference(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The export of the trained reference model less three of its layers."""
+    folder = tmp_path_factory.mktemp("pruned-reference")
+    model = load_stock(Source(REFERENCE), torch.float32)
+    apply_plan(model, Plan(16, (3, 5, 11)), None)
+    save_model(model, load_tokenizer(Source(REFERENCE)), torch.float32, folder / "checkpoint")
+    return Exported(folder / "checkpoint", export_checkpoint(str(folder / "checkpoint"), folder / "onnx"))
 
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:

@@ -9,8 +9,14 @@ import pytest
 
 from optimum.exporters.streamline import export, export_checkpoint, open_artifact, parity
 from optimum.streamline import checkpoint
+from optimum.streamline.anatomy import ARCHITECTURES
+from optimum.streamline.edit import apply_plan
 from optimum.streamline.errors import ParityError, StreamlineError
+from optimum.streamline.plan import Plan
 from optimum.streamline.runner import Artifact, open_runner
+from tiny import LAYERS, tiny_model
+
+pytestmark = pytest.mark.onnx
 
 CHECKS = ["prefill", "continuation", "decode", "left-padded prefill", "left-padded decode"]
 
@@ -25,6 +31,18 @@ def test_the_folder_says_what_it_is(exported):
         "artifact.json", "config.json", "export.log", "genai_config.json", "generation_config.json",
         "model.onnx", "model.onnx.data", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_exports_to_what_torch_computes(architecture, tmp_path):
+    model = tiny_model(architecture)
+    apply_plan(model, Plan(LAYERS, (0, 1, 4)), None)  # what is left is one layer of each kind, where there are kinds
+    assert model.config.num_hidden_layers == 2
+    model.save_pretrained(tmp_path / "checkpoint")
+    artifact = export_checkpoint(str(tmp_path / "checkpoint"), tmp_path / "onnx")
+    assert list(artifact.parity) == CHECKS
+    assert all(0 <= difference < 1e-4 for difference in artifact.parity.values()), artifact.parity
 
 
 def test_what_libraries_say_goes_to_the_log_and_not_to_the_terminal(exported, tmp_path):
@@ -74,7 +92,8 @@ def test_a_graph_whose_weights_are_not_the_models_is_not_kept(exported, tmp_path
 
     write_graph = export.write_graph
     monkeypatch.setattr(export, "write_graph", write_and_corrupt)
-    with pytest.raises(ParityError, match=r"prefill differs from torch by [\d.e-]+ in a logit, allowed is") as refusal:
+    said = r"prefill differs from torch by [\d.e-]+ in a logit, allowed is .*; most at row 0, position \d+, token \d+$"
+    with pytest.raises(ParityError, match=said) as refusal:
         export_checkpoint(str(exported("gpt2").checkpoint), tmp_path / "onnx")
     assert refusal.value.exit_code == 1
     assert list(tmp_path.iterdir()) == []
@@ -94,6 +113,26 @@ class Faulty:
         return self.runner.prefill(ids) if ids.shape[1] == self.forget_before else self.runner.decode(ids, cache)
 
 
+class WrongInOneLogit:
+    """A real runner whose answer to one call is wrong in one number."""
+
+    def __init__(self, runner, call, place, error=50.0):
+        self.runner, self.call, self.place, self.error = runner, call, place, error
+        self.calls = 0
+
+    def prefill(self, ids, mask=None):
+        return self.spoil(*self.runner.prefill(ids, mask))
+
+    def decode(self, ids, cache):
+        return self.spoil(*self.runner.decode(ids, cache))
+
+    def spoil(self, logits, cache):
+        if self.calls == self.call:
+            logits[self.place] += self.error
+        self.calls += 1
+        return logits, cache
+
+
 @pytest.mark.parametrize(
     ("check", "fault"),
     [
@@ -108,6 +147,30 @@ def test_each_check_finds_its_fault(exported, check, fault):
     made = exported("llama")
     with pytest.raises(ParityError, match=f"parity: {check} differs"):
         parity.check_parity(made.stock(), Faulty(made.runner(), **fault), parity.TOLERANCES["fp32"])
+
+
+@pytest.mark.parametrize("error", [50.0, float("nan")])
+@pytest.mark.parametrize(
+    ("call", "place", "said"),
+    [
+        (0, (0, 5, 17), "row 0, position 5, token 17"),
+        (1, (0, 1, 2), "row 0, position 13, token 2"),
+        (2, (0, 0, 127), "row 0, position 15, token 127"),
+        (3, (1, 8, 17), "row 1, position 3, token 17"),  # a text of 7 tokens after 5 of padding
+        (3, (2, 11, 0), "row 2, position 3, token 0"),  # the last of 4
+        (4, (2, 0, 9), "row 2, position 4, token 9"),
+    ],
+)
+def test_the_refusal_says_where_it_diverged(exported, call, place, said, error):
+    made = exported("llama")
+    with pytest.raises(ParityError, match=f"parity: {CHECKS[call]} differs .*; most at {said}$"):
+        parity.check_parity(made.stock(), WrongInOneLogit(made.runner(), call, place, error), 1e-4)
+
+
+def test_what_is_said_of_padding_is_of_no_consequence(exported):
+    made = exported("llama")
+    wrong_in_padding = WrongInOneLogit(made.runner(), CHECKS.index("left-padded prefill"), (1, 4, 17))
+    assert parity.check_parity(made.stock(), wrong_in_padding, 1e-4) == made.artifact.parity
 
 
 def test_the_runner_needs_neither_torch_nor_transformers(exported):

@@ -7,6 +7,8 @@ import torch
 
 from tiny import token_ids
 
+pytestmark = pytest.mark.onnx
+
 CASES = ["llama", "dead first", "dead middle", "fp16", "gpt2", "opt", "gemma2"]
 # Of logits around 1 to 10, against fp32; an fp16 graph also rounds its weights.
 TOLERANCE = {"fp32": 5e-5, "fp16": 5e-2}

@@ -41,7 +41,7 @@ def table(seed: int, vocabulary: int = 11) -> Logits:
 
 def windows(count: int = 6, length: int = 9, vocabulary: int = 11) -> Windows:
     ids = torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
-    return Windows(ids, "random", frozenset())
+    return Windows(ids, "random")
 
 
 def literal(original: Logits, candidate: Logits, ids: list[int]) -> tuple[float, float, float]:
@@ -151,7 +151,7 @@ def test_a_real_model_by_transformers_own_loss(tmp_path: Path) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path)
     ids = token_ids(3, 20)
-    (own,) = measure_accuracy([open_runner(str(tmp_path))], ["tiny"], Windows(ids, "random", frozenset()))
+    (own,) = measure_accuracy([open_runner(str(tmp_path))], ["tiny"], Windows(ids, "random"))
     with torch.no_grad():
         losses = [float(model(row[None], labels=row[None]).loss) for row in ids]
     assert np.allclose(own.loss / own.tokens, losses, rtol=1e-5)

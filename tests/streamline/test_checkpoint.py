@@ -49,7 +49,7 @@ def test_a_stranger_gets_the_same_logits(kind: str, tmp_path: Path) -> None:
     plan = Plan(16, (5, 6, 7, 8, 9) if kind != "none" else (4, 6, 9, 12), kind)
     replacement = build_replacement(model, plan)
     if replacement is not None:
-        text = Windows(token_ids(8, 32), "random", frozenset())
+        text = Windows(token_ids(8, 32), "random")
         train_replacement(model, plan, replacement.layer, text, HealSettings(lr=1e-3))
     apply_plan(model, plan, replacement)
     with torch.no_grad():

@@ -47,7 +47,7 @@ def greedy(model: PreTrainedModel, use_cache: bool) -> list[list[int]]:
 @pytest.mark.parametrize("architecture", ALL)
 def test_scores_are_those_of_the_raw_residual_stream(architecture: str) -> None:
     model, ids = tiny_model(architecture), token_ids(3, 20)
-    scores = measure_scores(model, Windows(ids, "random", frozenset()))
+    scores = measure_scores(model, Windows(ids, "random"))
     stream: list[torch.Tensor] = []
     layers = decoder_layers(model, ARCHITECTURES[architecture])
 

@@ -10,6 +10,8 @@ import pytest
 
 from reference import REFERENCE
 
+pytestmark = pytest.mark.onnx  # it is taken away, so it has to be there
+
 # A process in which a package is not installed: importing it fails as it then would.
 WITHOUT = """
 import sys

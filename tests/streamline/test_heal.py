@@ -16,7 +16,7 @@ from optimum.streamline.plan import Plan
 from optimum.streamline.windows import Windows
 from tiny import LAYERS, tiny_model, token_ids
 
-WINDOWS = Windows(token_ids(64, 24), "random", frozenset())
+WINDOWS = Windows(token_ids(64, 24), "random")
 
 
 def output_of(model: PreTrainedModel, layer: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -73,6 +73,18 @@ def test_the_rate_rises_then_falls_to_its_minimum_and_not_below_or_back() -> Non
     assert rates[peak] == pytest.approx(1e-3)
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[0] > 0
+    assert rates[-1] == pytest.approx(0.25e-3)
+
+
+@pytest.mark.parametrize(("windows", "updates"), [(8, 1), (16, 2), (24, 3)])
+def test_a_short_training_ends_at_the_minimum_too(windows: int, updates: int) -> None:
+    model, plan = tiny_model(), Plan(LAYERS, (1, 2), "layer")
+    text = Windows(token_ids(windows + 1, 8), "random")
+    log = train_replacement(model, plan, build_replacement(model, plan).layer, text, HealSettings(lr=1e-3, epochs=1))
+    rates = [step.lr for step in log.steps]
+    assert len(rates) == updates
+    assert all(rate > 0 for rate in rates)
     assert rates[-1] == pytest.approx(0.25e-3)
 
 

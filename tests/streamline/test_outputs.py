@@ -12,7 +12,7 @@ from optimum.streamline.outputs import check_output, staged_folder, write_file
 
 def test_a_folder_appears_when_the_block_ends_well(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
-    with staged_folder(out) as staging:
+    with staged_folder(out, ()) as staging:
         (staging / "file").write_text("text")
         assert not out.exists()
     assert (out / "file").read_text() == "text"
@@ -20,7 +20,7 @@ def test_a_folder_appears_when_the_block_ends_well(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_when_it_does_not(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), staged_folder(tmp_path / "out") as staging:
+    with pytest.raises(ZeroDivisionError), staged_folder(tmp_path / "out", ()) as staging:
         (staging / "file").write_text("text")
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
@@ -35,8 +35,8 @@ def test_what_exists_is_refused_and_only_ours_is_ever_replaced(tmp_path: Path) -
         check_output(out)
     with pytest.raises(StreamlineError, match="holds no output of this program"):
         check_output(out, overwrite=True)
-    (out / "streamline.json").write_text("{}")
-    with staged_folder(out, overwrite=True) as staging:
+    (out / "streamline.json").write_text('{"recipe_fingerprint": ""}')
+    with staged_folder(out, (), overwrite=True) as staging:
         (staging / "new").write_text("")
     assert [file.name for file in out.iterdir()] == ["new"]
 
@@ -46,7 +46,10 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, overwrite: bo
     (tmp_path / "file").write_text("")
     with pytest.raises(StreamlineError, match="cannot be written"):
         check_output(tmp_path / "file" / "out", overwrite)
-    with pytest.raises(StreamlineError, match="^output /proc/nothing/out: "), staged_folder(Path("/proc/nothing/out")):
+    with (
+        pytest.raises(StreamlineError, match="^output /proc/nothing/out: "),
+        staged_folder(Path("/proc/nothing/out"), ()),
+    ):
         pass
 
 
@@ -54,3 +57,58 @@ def test_a_file_is_renamed_into_place(tmp_path: Path) -> None:
     write_file(tmp_path / "a" / "b.txt", "text")
     assert (tmp_path / "a" / "b.txt").read_text() == "text"
     assert [file.name for file in (tmp_path / "a").iterdir()] == ["b.txt"]
+
+
+@pytest.mark.parametrize("model", ["out", "out/onnx-original", "out/../out"])
+def test_an_output_never_replaces_its_own_input(tmp_path: Path, model: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "streamline.json").write_text('{"recipe_fingerprint": ""}')
+    (out / "onnx-original").mkdir()
+    with (
+        pytest.raises(StreamlineError, match="which it is to be made from; choose another"),
+        staged_folder(out, (str(tmp_path / model),), overwrite=True),
+    ):
+        pass
+    assert (out / "streamline.json").exists()
+
+
+def test_a_file_of_a_common_name_does_not_make_a_folder_ours(tmp_path: Path) -> None:
+    (tmp_path / "scores.json").write_text('{"chess": [1, 0]}')
+    with pytest.raises(StreamlineError, match="holds no output of this program"):
+        check_output(tmp_path, overwrite=True)
+
+
+def test_what_appears_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(StreamlineError, match="nothing there was touched"), staged_folder(out, ()) as staging:
+        (staging / "file").write_text("")
+        out.mkdir()
+        (out / "notes.txt").write_text("precious")
+    assert [file.name for file in out.iterdir()] == ["notes.txt"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_folder_one_stands_in_and_a_link_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir()
+    link.symlink_to(real)
+    for out in (Path("."), link):
+        monkeypatch.chdir(real)
+        if overwrite:
+            (real / "artifact.json").write_text('{"source_fingerprint": ""}')
+        else:
+            (real / "file").unlink(missing_ok=True)
+        with staged_folder(out, (), overwrite) as staging:
+            (staging / "file").write_text("new")
+        assert [file.name for file in real.iterdir()] == ["file"]
+    assert link.is_symlink()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_a_name_no_file_system_takes(tmp_path: Path) -> None:
+    with pytest.raises(StreamlineError, match="File name too long"):
+        check_output(tmp_path / ("x" * 300))

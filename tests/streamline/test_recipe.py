@@ -22,6 +22,8 @@ from optimum.streamline.recipe import make_recipe, parse_layers, parse_remove, r
         ({"budget": {"max_kl": -1}}, "budget.max-kl is -1: .* greater than or equal to 0"),
         ({"budget": {"max_cost": 1}}, "budget.max-cost is 1: Unexpected"),
         ({"dtype": "int3"}, "dtype is 'int3'"),
+        ({"remove": True}, "remove is True: must be a number of layers or a share"),
+        ({"remove": 0.25}, "remove is 0.25: must be a number of layers or a share"),
     ],
 )
 def test_a_bad_field_is_named_with_its_value(fields: dict[str, Any], message: str) -> None:
@@ -105,3 +107,9 @@ def test_the_judgement_does_not_change_what_is_made() -> None:
     assert one.fingerprint == make_recipe({"remove": 1, "budget": {"max_kl": 1}, "format": "onnx"}).fingerprint
     assert one.fingerprint != make_recipe({"remove": 2}).fingerprint
     assert one.fingerprint != make_recipe({"remove": 1, "seed": 1}).fingerprint
+
+
+def test_what_is_spelled_out_and_what_follows_are_one_recipe() -> None:
+    one = make_recipe({"remove": 1, "replacement": "mlp"})
+    spelled_out = {"remove": "1", "method": "llm-streamline", "replacement": "mlp", "heal": "hidden-mse"}
+    assert one.fingerprint == make_recipe(spelled_out).fingerprint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from console import Outcome, optimum_cli
 from optimum.streamline import StreamlineConfig, StreamlineError, Streamliner
 from optimum.streamline.checkpoint import fingerprint, load
 from optimum.streamline.report import Report
+from optimum.streamline.text import read_documents
 from reference import REFERENCE
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +28,7 @@ length: 64
 """
 
 Cli = Callable[..., Outcome]
+pytestmark = pytest.mark.onnx
 
 
 @pytest.fixture
@@ -88,6 +91,46 @@ def test_it_resumes_at_the_first_step_that_is_missing(cli: Cli, folder: Path) ->
     assert after == before
 
 
+def test_a_part_that_is_gone_is_made_again(cli: Cli, folder: Path) -> None:
+    out = folder / "out"
+    before = made_at(out)
+    (out / "onnx" / "model.onnx").unlink()
+    (out / "report.json").write_text("{")
+    (out / "steps.json").write_text("{")
+    outcome = cli(folder / "recipe.yaml", out)
+    assert outcome.code == 0, outcome.err
+    after = made_at(out)
+    for name in ("onnx/model.onnx", "report.json"):
+        assert after.pop(name) > before.pop(name)
+    assert after == before
+
+
+def test_a_checkpoint_that_is_broken_is_said_so(cli: Cli, folder: Path, tmp_path: Path) -> None:
+    for name, text, message in (
+        ("streamline.json", "{", "not a record of this program"),
+        ("model.safetensors", None, "its weights are gone"),
+    ):
+        out = shutil.copytree(folder / "out", tmp_path / name)
+        (out / name).unlink()
+        if text is not None:
+            (out / name).write_text(text)
+        outcome = cli(folder / "recipe.yaml", out)
+        assert outcome.code == 2
+        assert message in outcome.err
+        assert outcome.err.count("\n") == 1
+
+
+def test_other_text_of_the_same_name_is_another_run(cli: Cli, tmp_path: Path) -> None:
+    texts = list(read_documents("stdlib:train"))
+    (tmp_path / "text.txt").write_text(texts[0] + texts[1] + texts[2])
+    words = ("--layers", 5, "--calibration", tmp_path / "text.txt", "--samples", 4, "--eval-samples", 8, "--length", 32)
+    assert cli(*words, tmp_path / "out").code == 0
+    (tmp_path / "text.txt").write_text(texts[3] + texts[4] + texts[5])
+    outcome = cli(*words, tmp_path / "out")
+    assert outcome.code == 2
+    assert "made from another calibration text, though of the same name" in outcome.err
+
+
 def test_another_budget_judges_anew_without_making_anew(cli: Cli, folder: Path) -> None:
     before = made_at(folder / "out")
     outcome = cli(folder / "recipe.yaml", folder / "out", "--max-kl", 1e-6)
@@ -131,11 +174,13 @@ def test_validate_pairs_each_with_the_original_in_its_runtime(
 def test_validate_refuses_the_text_a_candidate_was_made_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
 ) -> None:
-    words = (REFERENCE, folder / "out", "--eval-data", "stdlib:calibration", "--output", tmp_path / "report")
-    outcome = optimum_cli(monkeypatch, capsys, "streamline", "validate", *words, "--length", 64)
+    # The text of the healing, under a name of its own.
+    (tmp_path / "text.txt").write_text("".join(list(read_documents("stdlib:train"))[:2]))
+    words = (REFERENCE, folder / "out", "--eval-data", tmp_path / "text.txt", "--output", tmp_path / "report")
+    outcome = optimum_cli(monkeypatch, capsys, "streamline", "validate", *words, "--length", 64, "--eval-samples", 32)
     assert outcome.code == 2
-    assert "used it for calibration; give other text" in outcome.err
-    assert list(tmp_path.iterdir()) == []
+    assert "of its text with 'stdlib:train', which the choices are made on; give other text" in outcome.err
+    assert [file.name for file in tmp_path.iterdir()] == ["text.txt"]
 
 
 def test_the_example_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from tiny import LAYERS, tiny_model, token_ids
 
 
 def test_one_pass_and_nothing_kept() -> None:
-    model, windows = tiny_model(), Windows(token_ids(10 * BATCH, 16), "random", frozenset())
+    model, windows = tiny_model(), Windows(token_ids(10 * BATCH, 16), "random")
     outputs: list[weakref.ref[torch.Tensor]] = []
     alive: list[int] = []
 
@@ -29,7 +29,7 @@ def test_one_pass_and_nothing_kept() -> None:
 
 
 def test_windows_in_any_batching_score_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, windows = tiny_model(), Windows(token_ids(7, 30), "random", frozenset())
+    model, windows = tiny_model(), Windows(token_ids(7, 30), "random")
     whole = torch.tensor(measure_scores(model, windows).similarity)
     monkeypatch.setattr("optimum.streamline.scores.BATCH", 3)
     monkeypatch.setattr("optimum.streamline.scores.CHUNK_TOKENS", 11)
@@ -37,7 +37,7 @@ def test_windows_in_any_batching_score_alike(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_every_block_length_comes_from_the_same_pass() -> None:
-    scores = measure_scores(tiny_model(), Windows(token_ids(4, 16), "random", frozenset()))
+    scores = measure_scores(tiny_model(), Windows(token_ids(4, 16), "random"))
     for length in range(1, LAYERS + 1):
         similarity = scores.block_similarity(length)
         assert len(similarity) == LAYERS - length + 1
@@ -48,7 +48,7 @@ def test_every_block_length_comes_from_the_same_pass() -> None:
 
 def test_no_hook_is_left_behind() -> None:
     model = tiny_model()
-    measure_scores(model, Windows(token_ids(2, 8), "random", frozenset()))
+    measure_scores(model, Windows(token_ids(2, 8), "random"))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.model.layers)
 
 
@@ -56,4 +56,4 @@ def test_an_output_that_is_not_finite_names_its_layer() -> None:
     model = tiny_model()
     model.model.layers[3].register_forward_hook(lambda _, args, output: output * torch.inf)
     with pytest.raises(StreamlineError, match="the output of layer 3 is not finite"):
-        measure_scores(model, Windows(token_ids(2, 8), "random", frozenset()))
+        measure_scores(model, Windows(token_ids(2, 8), "random"))

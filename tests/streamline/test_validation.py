@@ -21,7 +21,8 @@ from optimum.streamline.validation import Subject, recognise, subjects_of, valid
 from optimum.streamline.windows import Windows
 from tiny import LAYERS, VOCABULARY, tiny_model, token_ids
 
-DATA = Windows(token_ids(6, 40), "random", frozenset())
+COMMIT = "0" * 40
+DATA = Windows(token_ids(6, 40), "random")
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,65 @@ def test_an_export_of_the_original_is_recognised(folder: Path, tmp_path: Path) -
     assert json.loads((tmp_path / "a" / "artifact.json").read_text())["source"] == "gone"
     both_exported = recognise(subjects_of(paths[1], [paths[2]]))
     assert [subject.role for subject in both_exported] == ["original", "candidate"]
+
+
+def hub_cache(root: Path) -> str:
+    """A cache folder in the Hub client's layout that holds `org/small`."""
+    repository = root / "models--org--small"
+    tiny_model().save_pretrained(repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    return str(root)
+
+
+def test_a_model_of_the_hub_is_read_from_the_cache_it_was_put_in(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for the workers
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cache = hub_cache(tmp_path / "cache")
+    subjects = subjects_of("org/small", [str(folder / "candidate")], cache_dir=cache)
+    result = validate(subjects, DATA, Budget(), rounds=2, prompt_length=8, decode_tokens=2)
+    assert [row.label for row in result.rows] == ["small", "candidate"]
+    assert result.rows[0].disk_bytes >= result.rows[0].parameters * 4
+    with pytest.raises(StreamlineError, match="model 'org/small': cannot be read"):
+        validate(subjects_of("org/small", []), DATA, Budget())
+
+    source_fingerprint = fingerprint("org/small", cache)
+    Artifact(str(tmp_path), "onnx", "fp32", "org/small", source_fingerprint, {}).write(tmp_path)
+    export = recognise(subjects_of("org/small", [str(tmp_path)], cache_dir=cache))[1]
+    assert export.role == "original"
+
+
+CODE = """
+import os
+from pathlib import Path
+from transformers import LlamaForCausalLM
+
+class Own(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        (Path(os.environ["OWN_CODE_RAN"]) / str(os.getpid())).touch()
+"""
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_code_of_a_checkpoint_runs_where_it_is_trusted(
+    trusted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))  # for the worker
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    processes = tmp_path / "processes"
+    processes.mkdir()
+    monkeypatch.setenv("OWN_CODE_RAN", str(processes))
+    model = tiny_model()
+    model.config.auto_map = {"AutoModelForCausalLM": "modeling_own.Own"}
+    model.save_pretrained(tmp_path / "own")
+    (tmp_path / "own" / "modeling_own.py").write_text(CODE)
+    subjects = subjects_of(str(tmp_path / "own"), [], trust_remote_code=trusted)
+    validate(subjects, DATA, Budget(), rounds=2, prompt_length=8, decode_tokens=2)
+    # This process, for accuracy, and the one that was timed.
+    assert len(list(processes.iterdir())) == (2 if trusted else 0)
 
 
 def test_labels_tell_models_apart() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from optimum.streamline.errors import StreamlineError
+from optimum.streamline.errors import StreamlineError, WorkerError
 from optimum.streamline.worker_pool import Job, Worker, time_alternating
 from tiny import tiny_model, token_ids
 
@@ -56,7 +56,7 @@ def test_chatter_on_stdout_does_not_reach_the_answers(checkpoint: str, tmp_path:
         "numpy.array = array\n"
     )
     process = subprocess.run(
-        [sys.executable, "-m", "optimum.streamline.worker", checkpoint, "fp32", "cpu"],
+        [sys.executable, "-m", "optimum.streamline.worker", json.dumps(Job("a", checkpoint).arguments())],
         input=json.dumps({"tokens": TOKENS[0].tolist(), "prompt_length": 10}) + "\n",
         capture_output=True,
         text=True,
@@ -71,25 +71,30 @@ def test_chatter_on_stdout_does_not_reach_the_answers(checkpoint: str, tmp_path:
 
 
 def test_a_model_that_cannot_be_opened_is_the_same_error_as_here(tmp_path: Path) -> None:
-    with pytest.raises(StreamlineError, match=r"no config\.json"), Worker(Job("empty", str(tmp_path))) as worker:
+    with (
+        pytest.raises(StreamlineError, match=r"no config\.json") as caught,
+        Worker(Job("empty", str(tmp_path))) as worker,
+    ):
         worker.wait_ready()
+    assert caught.value.exit_code == 2
 
 
 def test_a_worker_that_crashes_says_its_last_words(checkpoint: str) -> None:
     outside = np.full((1, 14), 10**6)  # an index error in the embedding
     with Worker(Job("candidate", checkpoint)) as worker:
         assert worker.wait_ready() == "torch"
-        with pytest.raises(StreamlineError, match=r"candidate: .* ended with code 1 \(IndexError: index out of range"):
+        with pytest.raises(WorkerError, match=r"candidate: .* ended with code 1 \(IndexError: index out of range"):
             worker.time_round(outside, 10)
-        with pytest.raises(StreamlineError, match="ended with code 1"):
+        with pytest.raises(WorkerError, match="ended with code 1") as caught:
             worker.time_round(TOKENS, 10)
+    assert caught.value.exit_code == 1  # not 2: what it was given is not to blame
 
 
 def test_a_worker_that_is_killed_is_told_from_one_that_hangs(checkpoint: str) -> None:
     with Worker(Job("candidate", checkpoint)) as worker:
         worker.wait_ready()
         os.kill(worker.pid, signal.SIGKILL)
-        with pytest.raises(StreamlineError, match="ended with code -9"):
+        with pytest.raises(WorkerError, match="ended with code -9"):
             worker.time_round(TOKENS, 10)
 
 

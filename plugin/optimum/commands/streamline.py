@@ -223,6 +223,11 @@ class ValidateCommand(_Command):
 class StreamlineCommand(BaseOptimumCLICommand):
     """`optimum-cli streamline`, the group of the commands above."""
 
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Make an unknown command one line."""
+        parser.error = _error  # type: ignore[method-assign]
+
     COMMAND = CommandInfo(name="streamline", help="Make language models shallower, and prove what it cost.")
     SUBCOMMANDS: ClassVar[tuple[CommandInfo, ...]] = tuple(
         CommandInfo(name=command.COMMAND.name, help=command.COMMAND.help, subcommand_class=command)

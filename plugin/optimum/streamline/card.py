@@ -5,6 +5,8 @@ A plain function of a record; knows no weights.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from .record import Record
 
 CITATIONS = {
@@ -22,11 +24,7 @@ def model_card(record: Record) -> str:
         "library_name: transformers",
         "pipeline_tag: text-generation",
         "tags: [optimum-streamline, layer-pruning]",
-        *(
-            [f"base_model: {record.source}"]
-            if "/" in record.source and not record.source.startswith((".", "/"))
-            else []
-        ),
+        *([] if Path(record.source).exists() else [f"base_model: {record.source}"]),
         "---",
         "",
         f"# {record.source.rstrip('/').rsplit('/', 1)[-1]}, made shallower",

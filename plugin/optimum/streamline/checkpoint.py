@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -21,14 +22,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.hub import cached_file
 
 from .anatomy import architecture_of
 from .dead import dead_sublayers, drop_dead_sublayers
 from .errors import StreamlineError
 
 RECORD_FILE = "streamline.json"
+RECORD_KEYS = ("source", "layers", "scores", "recipe_fingerprint", "data")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 
 
@@ -64,7 +66,7 @@ def read_config(source: Source) -> PreTrainedConfig:
         raise StreamlineError(f"model {source.model!r}: no such folder; give a checkpoint's folder or a Hub id")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(source.model, **source.options())
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a wrong config raises whatever its class makes of it
         raise StreamlineError(f"model {source.model!r}: cannot be read ({_first_line(error)})") from None
     architecture_of(config)
     if getattr(config, "quantization_config", None) is not None:
@@ -135,11 +137,17 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 
 def local_folder(source: Source) -> Path:
-    """The folder on this machine that holds the checkpoint's files."""
+    """The folder on this machine that holds the checkpoint's files, fetched from the Hub where they are not yet.
+
+    Raises:
+        StreamlineError: they cannot be fetched.
+    """
     if Path(source.model).is_dir():
         return Path(source.model)
-    found = cached_file(source.model, "config.json", cache_dir=source.cache_dir)
-    return Path(str(found)).parent
+    try:
+        return Path(snapshot_download(source.model, cache_dir=source.cache_dir, allow_patterns=list(HUB_PATTERNS)))
+    except Exception as error:  # the Hub client raises its own and its transport's
+        raise StreamlineError(f"model {source.model!r}: cannot be fetched ({_first_line(error)})") from None
 
 
 def fingerprint(path: str, cache_dir: str | None = None) -> str:
@@ -162,17 +170,28 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype
     """Write weights, config, generation config and tokenizer into `folder`; casts `model` to `dtype` in place."""
     module: nn.Module = model  # transformers' own `to` carries no types
     module.to(dtype)
+    _check_finite(f"stored in {dtype}", model)  # half precision ends at 65504
     model.config.dtype = dtype
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def read_record(path: str) -> dict[str, Any] | None:
-    """The `streamline.json` of a checkpoint of ours; `None` for any other."""
+    """The `streamline.json` of a checkpoint of ours; `None` for any other.
+
+    Raises:
+        StreamlineError: there is one, but it is broken.
+    """
     file = Path(path) / RECORD_FILE
     if not file.is_file():
         return None
-    record: dict[str, Any] = json.loads(file.read_text())
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        missing = [key for key in RECORD_KEYS if key not in record]
+    except (ValueError, TypeError):
+        missing = list(RECORD_KEYS)
+    if missing:
+        raise StreamlineError(f"{file}: not a record of this program, it lacks {missing[0]!r}")
     return record
 
 

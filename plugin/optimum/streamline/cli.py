@@ -6,17 +6,18 @@ Prints, and turns errors into one line and an exit code. Everything else is the 
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 
 from .errors import StreamlineError
 from .logs import captured_logs
-from .outputs import check_output, write_file
+from .outputs import check_output, refuse_own_input, write_file
 from .recipe import Budget, Recipe, make_recipe, read_recipe, write_recipe
 
 BUDGET_FIELDS = {field.name for field in fields(Budget)}
@@ -34,6 +35,7 @@ def run_command(name: str, args: Namespace) -> int:
     }
     # Bound now: what is printed from here on is the program's own, whatever is redirected later.
     console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+    ended_before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         # What other libraries say where there is no output folder yet to log it in is dropped, unless asked for.
         with captured_logs(None, args.verbose):
@@ -44,6 +46,13 @@ def run_command(name: str, args: Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, ended_before)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    # Ends like Ctrl-C: the folder that is being made is cleared away.
+    raise KeyboardInterrupt
 
 
 def recipe_of(args: Namespace) -> Recipe:
@@ -70,8 +79,12 @@ def _say(console: Console) -> Callable[[str], None]:
 
 def _save_recipe(args: Namespace, recipe: Recipe, console: Console) -> None:
     if args.save_recipe is not None:
-        check_output(args.save_recipe)
-        write_file(args.save_recipe, write_recipe(recipe))
+        path, text = args.save_recipe, write_recipe(recipe)
+        if path.resolve().is_relative_to(args.output.resolve()):
+            raise StreamlineError(f"save-recipe {path}: lies in the output {args.output}; choose another place")
+        if not (path.is_file() and path.read_text(encoding="utf-8") == text):
+            check_output(path)
+            write_file(path, text)
         console.print(f"recipe written to {args.save_recipe}", markup=False)
 
 
@@ -141,6 +154,7 @@ def _run(args: Namespace, console: Console) -> int:
 
     source, recipe = _source(args, args.model), recipe_of(args)
     check_recipe(source, recipe)
+    refuse_own_input(args.output, (str(args.recipe),) if args.recipe else ())
     _save_recipe(args, recipe, console)
     if args.dry_run:
         return _dry_run(source, recipe, console)
@@ -182,7 +196,7 @@ def _validate(args: Namespace, console: Console) -> int:
     windows = read_windows(recipe.eval_data, tokenizer, recipe.eval_samples, recipe.length, recipe.seed, "eval")
     for candidate in args.candidate:
         refuse_seen_text(candidate, windows)
-    subjects = subjects_of(args.original, args.candidate)
+    subjects = subjects_of(args.original, args.candidate, args.cache_dir, args.trust_remote_code)
     report = validate(
         subjects, windows, recipe.budget, dtype=recipe.dtype or "fp32", device=recipe.device, seed=recipe.seed
     )

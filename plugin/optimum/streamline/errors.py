@@ -22,6 +22,12 @@ class ParityError(StreamlineError):
     exit_code = 1
 
 
+class WorkerError(StreamlineError):
+    """A process that ran a model died: a crash, or no memory left. Commands exit with 1."""
+
+    exit_code = 1
+
+
 def require_extra(module: str, extra: str) -> ModuleType:
     """Import `module`, or say which extra of this distribution brings it.
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, get_cosine_with_min_lr_schedule_with_warmup
 
 from .anatomy import architecture_of, decoder_layers, layer_output
@@ -117,19 +118,13 @@ def train_replacement(
     student.requires_grad_(True).eval()
     optimizer = torch.optim.AdamW(student.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     updates = settings.epochs * -(-len(training) // settings.batch)
-    # The schedule counts from 0: the last update is number updates - 1, and that is where the cosine must end.
-    schedule = get_cosine_with_min_lr_schedule_with_warmup(
-        optimizer,
-        num_warmup_steps=max(1, round(updates * settings.warmup_share)) if updates > 1 else 0,
-        num_training_steps=max(1, updates - 1),
-        min_lr_rate=settings.min_lr_share,
-    )
+    schedule = _schedule(optimizer, updates, settings)
     before = _held_out_loss(block, student, held_out, settings.batch)
     best, best_step, best_weights = before, 0, copy.deepcopy(student.state_dict())
     steps: list[HealStep] = []
     with progress_bar("training the replacement", updates) as bar:
         for step, batch in enumerate(_shuffled(training, settings), start=1):
-            rate = schedule.get_last_lr()[0]
+            rate = float(schedule.get_last_lr()[0])
             loss = block.loss(student, batch)
             if not bool(loss.isfinite()):
                 raise StreamlineError(f"heal-lr {settings.lr}: the loss is no longer finite at update {step}; try less")
@@ -150,6 +145,21 @@ def train_replacement(
     student.load_state_dict(best_weights)
     student.requires_grad_(False)
     return HealLog(before, best, best_step, tuple(steps))
+
+
+def _schedule(optimizer: torch.optim.Optimizer, updates: int, settings: HealSettings) -> LambdaLR:
+    # Updates count from 1, the schedule from 0, where its rate is zero: it starts one on, so that the first update
+    # moves and the last one, number `updates`, is where the cosine ends.
+    for group in optimizer.param_groups:
+        group["initial_lr"] = settings.lr
+    schedule: LambdaLR = get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer,
+        num_warmup_steps=round(updates * settings.warmup_share),
+        num_training_steps=updates,
+        min_lr_rate=settings.min_lr_share,
+        last_epoch=0,
+    )
+    return schedule
 
 
 def _shuffled(training: torch.Tensor, settings: HealSettings) -> Iterator[torch.Tensor]:

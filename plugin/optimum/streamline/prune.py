@@ -15,7 +15,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .card import model_card
 from .checkpoint import DTYPES, RECORD_FILE, Source, fingerprint, load_stock, load_tokenizer, read_config, save_model
-from .edit import build_replacement
+from .dead import dead_sublayers
+from .edit import build_replacement, planned_config
 from .errors import StreamlineError
 from .heal import HealLog, HealSettings, default_lr, heal_windows, train_replacement
 from .logs import LOG_FILE, captured_logs
@@ -23,7 +24,7 @@ from .methods import method_of
 from .outputs import staged_folder
 from .plan import Plan
 from .recipe import Recipe
-from .record import Record
+from .record import Record, seen_text
 from .scores import Scores, measure_scores
 from .windows import Windows, check_disjoint, read_windows
 
@@ -92,6 +93,11 @@ def prepare(source: Source, recipe: Recipe, say: Say) -> Prepared:
     say(f"scoring {config.num_hidden_layers} layers on {len(calibration.ids)} windows of {recipe.length} tokens")
     scores = measure_scores(model, calibration)
     plan = method_of(recipe, scores.layers).plan(recipe, scores)
+    planned = planned_config(model.config, plan)
+    if len(dead_sublayers(planned)) == planned.num_hidden_layers:
+        raise StreamlineError(
+            f"replacement {recipe.replacement!r}: no layer with attention would be left; remove fewer"
+        )
     say(plan.describe())
     seconds = {"load": loaded - start, "score": time.monotonic() - loaded}
     stored = DTYPES[recipe.dtype] if recipe.dtype else _stored_dtype(config)
@@ -100,6 +106,11 @@ def prepare(source: Source, recipe: Recipe, say: Say) -> Prepared:
 
 def _stored_dtype(config: PreTrainedConfig) -> torch.dtype:
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
+def inputs_of(source: Source, recipe: Recipe) -> tuple[str, ...]:
+    """What a run reads, which no output may replace."""
+    return source.model, recipe.calibration, recipe.heal_data, recipe.eval_data
 
 
 def prune(source: Source, recipe: Recipe, out: Path, *, overwrite: bool, verbose: bool, say: Say) -> Record:
@@ -111,7 +122,10 @@ def prune(source: Source, recipe: Recipe, out: Path, *, overwrite: bool, verbose
     Raises:
         StreamlineError: a bad recipe, model or text, or an output that cannot be written.
     """
-    with staged_folder(out, overwrite) as staging, captured_logs(staging / LOG_FILE, verbose):
+    with (
+        staged_folder(out, inputs_of(source, recipe), overwrite) as staging,
+        captured_logs(staging / LOG_FILE, verbose),
+    ):
         prepared = prepare(source, recipe, say)
         record = _change(prepared, say)
         save_model(prepared.model, prepared.tokenizer, prepared.stored, staging)
@@ -123,13 +137,13 @@ def prune(source: Source, recipe: Recipe, out: Path, *, overwrite: bool, verbose
 
 def _change(prepared: Prepared, say: Say) -> Record:
     recipe, model, plan = prepared.recipe, prepared.model, prepared.plan
-    data = {"calibration": prepared.calibration.describe()}
+    data = {"calibration": seen_text(prepared.calibration)}
     replacement = build_replacement(model, plan)
     healing: HealLog | None = None
     if replacement is not None and recipe.healing == "hidden-mse":
         count = heal_windows(recipe.heal_tokens, recipe.length)
         text = _windows(recipe, prepared.tokenizer, recipe.heal_data, count, "train")
-        data["heal"] = text.describe()
+        data["heal"] = seen_text(text)
         say(f"training the replacement on {len(text.ids)} windows, {recipe.heal_epochs} times")
         start = time.monotonic()
         lr = recipe.heal_lr or default_lr(model.config.hidden_size)
@@ -150,21 +164,34 @@ def _change(prepared: Prepared, say: Say) -> Record:
     )
 
 
-def evaluation_windows(source: Source, recipe: Recipe) -> Windows:
-    """The windows a candidate is judged on, proven disjoint from those the choices are made on.
+@dataclass(frozen=True)
+class Texts:
+    """All text of a run.
+
+    Args:
+        judged_on: The evaluation windows.
+        chosen_on: Those that choices are made on, by purpose: `calibration`, and `heal` where there is healing.
+    """
+
+    judged_on: Windows
+    chosen_on: dict[str, Windows]
+
+
+def read_texts(source: Source, recipe: Recipe) -> Texts:
+    """Read all text of a run, the judgement's apart from the choices'.
 
     Raises:
-        StreamlineError: the text cannot be read, is too short, or was calibrated on.
+        StreamlineError: a text cannot be read or is too short, or the choices are made on what they are judged on.
     """
     tokenizer = load_tokenizer(source)
     judged_on = _windows(recipe, tokenizer, recipe.eval_data, recipe.eval_samples, "eval")
-    chosen_on = [_windows(recipe, tokenizer, recipe.calibration, recipe.samples, "calibration")]
+    chosen_on = {"calibration": _windows(recipe, tokenizer, recipe.calibration, recipe.samples, "calibration")}
     if recipe.healing != "none":
         count = heal_windows(recipe.heal_tokens, recipe.length)
-        chosen_on.append(_windows(recipe, tokenizer, recipe.heal_data, count, "train"))
-    for windows in chosen_on:
-        check_disjoint(windows, judged_on)
-    return judged_on
+        chosen_on["heal"] = _windows(recipe, tokenizer, recipe.heal_data, count, "train")
+    for windows in chosen_on.values():
+        check_disjoint(windows.runs(), windows.spec, judged_on)
+    return Texts(judged_on, chosen_on)
 
 
 def _windows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, spec: str, count: int, part: str) -> Windows:

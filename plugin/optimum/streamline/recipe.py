@@ -89,7 +89,7 @@ class Recipe:
     dtype: Dtype | None = None
     device: Device = "cpu"
     format: Format = "none"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     budget: Budget = Field(default_factory=Budget)
 
     @property
@@ -122,6 +122,8 @@ class Recipe:
         fields = dataclasses.asdict(self)
         for judgement in ("budget", "eval_data", "eval_samples", "format"):
             del fields[judgement]
+        # What is spelled out and what follows are one: `remove: 4` and `--remove 4`, a method named or left out.
+        fields |= {"method": self.method_name, "heal": self.healing, "remove": str(self.remove)}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
@@ -138,6 +140,9 @@ def make_recipe(fields: dict[str, Any], origin: str = "recipe") -> Recipe:
     for key in fields:
         if key not in known:
             raise StreamlineError(f"{origin}: unknown key {key!r}; known are {', '.join(known)}")
+    remove = fields.get("remove")
+    if remove is not None and (isinstance(remove, bool) or not isinstance(remove, (int, str))):
+        raise StreamlineError(f"{origin}: remove is {remove!r}: must be a number of layers or a share such as 25%")
     if isinstance(fields.get("layers"), list):
         fields = {**fields, "layers": ",".join(str(number) for number in fields["layers"])}
     if isinstance(fields.get("layers"), int):

@@ -13,12 +13,11 @@ import transformers
 
 from .checkpoint import read_record
 from .edit import Change
-from .errors import StreamlineError
 from .heal import HealLog
 from .plan import Plan
 from .recipe import Recipe
 from .scores import Scores
-from .windows import Windows
+from .windows import Windows, check_disjoint
 
 FORMAT = 1
 
@@ -30,7 +29,7 @@ class Record:
     Args:
         source: The original, as it was named.
         source_fingerprint: `checkpoint.fingerprint` of it.
-        data: What text was used, by purpose (`Windows.describe`).
+        data: What text was used, by purpose (`seen_text`).
         seconds: How long each step took.
     """
 
@@ -87,12 +86,16 @@ def scores_to_dict(scores: Scores) -> dict[str, Any]:
     return {"block_influence": list(scores.block_influence), "similarity": [list(row) for row in scores.similarity]}
 
 
+def seen_text(windows: Windows) -> dict[str, Any]:
+    """What a record says of text that choices were made on: enough to know it again by what it says."""
+    return {**windows.describe(), "runs": " ".join(f"{run:012x}" for run in sorted(windows.runs()))}
+
+
 def refuse_seen_text(checkpoint: str, windows: Windows) -> None:
-    """Refuse to judge a checkpoint of ours on the text it was calibrated or healed on.
+    """Refuse to judge a checkpoint of ours on the text it was calibrated or healed on, whatever that was called.
 
     Raises:
-        StreamlineError: its record names the SPEC of `windows`.
+        StreamlineError: its record holds too much of the text of `windows`.
     """
-    for purpose, data in ((read_record(checkpoint) or {}).get("data") or {}).items():
-        if data["spec"] == windows.spec:
-            raise StreamlineError(f"eval-data {windows.spec!r}: {checkpoint} used it for {purpose}; give other text")
+    for data in (read_record(checkpoint) or {}).get("data", {}).values():
+        check_disjoint([int(run, 16) for run in data["runs"].split()], data["spec"], windows)

@@ -10,15 +10,16 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Source, fingerprint, read_record
+from .checkpoint import Source, fingerprint, read_record, weight_bytes
 from .errors import StreamlineError
 from .logs import LOG_FILE, captured_logs
-from .outputs import check_output, write_file
+from .outputs import check_output, refuse_own_input, write_file
 from .plan import Place
-from .prune import Say, check_recipe, evaluation_windows, prune
+from .prune import Say, Texts, check_recipe, inputs_of, prune, read_texts
 from .recipe import Recipe
 from .report import Report
 from .report_files import REPORT_FILE, write_report
@@ -28,6 +29,7 @@ from .windows import Windows
 
 STEPS_FILE = "steps.json"
 EXPORT, ORIGINAL_EXPORT = "onnx", "onnx-original"
+GRAPH_FILES = ("model.onnx", "model.onnx.data")
 
 
 def run(source: Source, recipe: Recipe, out: Path, *, overwrite: bool, verbose: bool, say: Say) -> Report:
@@ -39,18 +41,19 @@ def run(source: Source, recipe: Recipe, out: Path, *, overwrite: bool, verbose: 
         StreamlineError: bad input, or `out` holds something else than an earlier stage of this very run.
     """
     check_recipe(source, recipe)
+    refuse_own_input(out, inputs_of(source, recipe))
     if recipe.format != "none":
         from optimum.exporters.streamline import check_export
 
         check_export(recipe.format, recipe.dtype or "fp32", recipe.device)
-    windows = evaluation_windows(source, recipe)
+    texts = read_texts(source, recipe)
     chain = _Chain(source, recipe, out, verbose, say)
-    if overwrite or not chain.resumes():
+    if overwrite or not chain.resumes(texts):
         chain.step("prune", lambda: prune(source, recipe, out, overwrite=overwrite, verbose=verbose, say=say))
     if recipe.format != "none":
         chain.export(source.model, ORIGINAL_EXPORT)
         chain.export(str(out), EXPORT)
-    return chain.report(windows)
+    return chain.report(texts.judged_on)
 
 
 class _Chain:
@@ -59,22 +62,27 @@ class _Chain:
     def __init__(self, source: Source, recipe: Recipe, out: Path, verbose: bool, say: Say) -> None:
         self._source, self._recipe, self._out, self._verbose, self._say = source, recipe, out, verbose, say
 
-    def resumes(self) -> bool:
+    def resumes(self, texts: Texts) -> bool:
         """Whether `out` is the checkpoint this very run makes; refuses an `out` that is something else."""
         record = read_record(str(self._out))
         if record is None:
             check_output(self._out)
             return False
-        same_recipe = record["recipe_fingerprint"] == self._recipe.fingerprint
-        if not same_recipe or record["source"]["fingerprint"] != fingerprint(
-            self._source.model, self._source.cache_dir
-        ):
-            raise StreamlineError(
-                f"output {self._out}: made from another {'model' if same_recipe else 'recipe'}; "
-                "choose another folder, or pass --overwrite"
-            )
+        other = self._difference(record, texts)
+        if other is not None:
+            raise StreamlineError(f"output {self._out}: {other}; choose another folder, or pass --overwrite")
         self._say(f"{self._out} is there already: going on from it")
         return True
+
+    def _difference(self, record: dict[str, Any], texts: Texts) -> str | None:
+        if record["recipe_fingerprint"] != self._recipe.fingerprint:
+            return "made from another recipe"
+        if record["source"]["fingerprint"] != fingerprint(self._source.model, self._source.cache_dir):
+            return "made from another model"
+        for purpose, windows in texts.chosen_on.items():
+            if record["data"].get(purpose, {}).get("fingerprint") != windows.fingerprint:
+                return f"made from another {purpose} text, though of the same name"
+        return None if weight_bytes(self._out) else "its weights are gone"
 
     def step(self, name: str, work: Callable[[], object]) -> None:
         """Do one step, and keep how long it took."""
@@ -87,12 +95,19 @@ class _Chain:
         """Export a checkpoint into a folder of `out`, unless it is there."""
         folder = self._out / name
         if is_artifact(folder):
-            same = Artifact.read(folder).source_fingerprint == fingerprint(checkpoint, self._source.cache_dir)
-            if same and Artifact.read(folder).dtype == (self._recipe.dtype or "fp32"):
+            if self._is_whole_export(folder, checkpoint):
                 return
             shutil.rmtree(folder)
+        # A report of what is made anew is a report no longer.
+        (self._out / REPORT_FILE).unlink(missing_ok=True)
         self._say(f"exporting {checkpoint} to {folder}")
         self.step(f"export {name}", lambda: self._export(checkpoint, folder))
+
+    def _is_whole_export(self, folder: Path, checkpoint: str) -> bool:
+        artifact = Artifact.read(folder)
+        whole = all((folder / name).is_file() for name in GRAPH_FILES)
+        same = artifact.source_fingerprint == fingerprint(checkpoint, self._source.cache_dir)
+        return whole and same and artifact.dtype == (self._recipe.dtype or "fp32")
 
     def _export(self, checkpoint: str, folder: Path) -> None:
         from optimum.exporters.streamline import export_checkpoint
@@ -111,11 +126,10 @@ class _Chain:
         """The report: the one that is there if it judges by this recipe, else a new one."""
         judged_by = dataclasses.asdict(self._recipe)
         file = self._out / REPORT_FILE
-        if file.is_file():
-            earlier = Report.from_json(file.read_text(encoding="utf-8"))
-            if earlier.recipe == judged_by:
-                self._say(f"{file} is there already")
-                return earlier
+        earlier = _earlier_report(file)
+        if earlier is not None and earlier.recipe == judged_by and earlier.data == windows.describe():
+            self._say(f"{file} is there already")
+            return earlier
         self._say("validating against the original")
         start = time.monotonic()
         log = self._out / LOG_FILE
@@ -142,7 +156,9 @@ class _Chain:
         return report
 
     def _subjects(self) -> list[Subject]:
-        subjects = [Subject("original", self._source.model, "original"), Subject("candidate", str(self._out))]
+        source = self._source
+        original = Subject("original", source.model, "original", source.cache_dir, source.trust_remote_code)
+        subjects = [original, Subject("candidate", str(self._out), trust_remote_code=self._source.trust_remote_code)]
         if self._recipe.format != "none":
             subjects += [
                 Subject(f"original, {self._recipe.format}", str(self._out / ORIGINAL_EXPORT), "original"),
@@ -152,5 +168,15 @@ class _Chain:
 
     def _seconds(self) -> dict[str, Any]:
         file = self._out / STEPS_FILE
-        seconds: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-        return seconds
+        # How long steps took decides nothing: a file that cannot be read is one that is not there.
+        with suppress(OSError, ValueError):
+            seconds = json.loads(file.read_text(encoding="utf-8"))
+            return seconds if isinstance(seconds, dict) else {}
+        return {}
+
+
+def _earlier_report(file: Path) -> Report | None:
+    # One that is missing or broken is measured anew: nothing else hangs on it.
+    with suppress(OSError, StreamlineError):
+        return Report.from_json(file.read_text(encoding="utf-8"))
+    return None

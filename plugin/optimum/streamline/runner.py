@@ -82,12 +82,20 @@ def is_artifact(path: str | Path) -> bool:
     return (Path(path) / ARTIFACT_FILE).is_file()
 
 
-def open_runner(path: str, dtype: str = "fp32", device: str = "cpu") -> Runner:
+def open_runner(
+    path: str,
+    dtype: str = "fp32",
+    device: str = "cpu",
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+) -> Runner:
     """Open a checkpoint (torch) or an artifact (its own runtime) for running.
 
     Args:
         path: A checkpoint's folder or Hub id, or an artifact's folder.
         dtype: What a checkpoint is computed in; an artifact has its own.
+        cache_dir: Where Hub downloads are kept; transformers' own place by default.
+        trust_remote_code: Whether code from a checkpoint may run.
     """
     if is_artifact(path):
         from optimum.exporters.streamline import open_artifact
@@ -96,4 +104,5 @@ def open_runner(path: str, dtype: str = "fp32", device: str = "cpu") -> Runner:
     from .checkpoint import DTYPES, load
     from .torch_runner import TorchRunner
 
-    return TorchRunner(load(path, DTYPES[dtype], device))
+    model = load(path, DTYPES[dtype], device, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    return TorchRunner(model)

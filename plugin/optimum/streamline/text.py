@@ -50,11 +50,14 @@ def read_documents(spec: str, seed: int = 0) -> Iterator[str]:
         return _read_files(_stdlib_files(spec.removeprefix("stdlib:")), seed)
     if spec.startswith("hub:"):
         return _read_hub(spec, seed)
-    path = Path(spec).expanduser()
-    if path.is_file():
-        return _read_files([path], seed)
+    try:
+        path = Path(spec).expanduser()
+        if path.is_file():
+            return _read_files([path], seed)
+    except (OSError, RuntimeError) as error:
+        raise StreamlineError(f"text SPEC {spec!r}: {error}; give {ALTERNATIVES}") from None
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES)
+        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
         if files:
             return _read_files(files, seed)
         raise StreamlineError(f"text SPEC {spec!r}: the folder holds no {', '.join(sorted(TEXT_SUFFIXES))} file")
@@ -90,6 +93,8 @@ def _read_files(files: list[Path], seed: int) -> Iterator[str]:
 
 def _read_hub(spec: str, seed: int) -> Iterator[str]:
     name, config, split, column = (spec.removeprefix("hub:").split(",") + [""] * 4)[:4]
+    if not name:
+        raise StreamlineError(f"text SPEC {spec!r}: names no data set; give {ALTERNATIVES}")
     try:
         from datasets import load_dataset
 

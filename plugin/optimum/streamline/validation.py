@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from transformers import PreTrainedConfig
-
 from .accuracy import Accuracy, measure_accuracy
 from .checkpoint import Source, fingerprint, local_folder, read_config
 from .cost import Cost, cost_of, disk_bytes
@@ -38,11 +36,20 @@ class Subject:
         label: What the report calls it; each subject has its own.
         path: A checkpoint's folder or Hub id, or an artifact's folder.
         role: Whether it is the original, in whatever runtime, or made from it.
+        cache_dir: Where Hub downloads are kept; transformers' own place by default.
+        trust_remote_code: Whether code from the checkpoint may run.
     """
 
     label: str
     path: str
     role: Role = "candidate"
+    cache_dir: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def source(self) -> Source:
+        """Where its files are read from; an artifact's folder holds its checkpoint's config."""
+        return Source(self.path, self.cache_dir, self.trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -66,12 +73,18 @@ class Facts:
     timed: Timed
 
 
-def subjects_of(original: str, candidates: Sequence[str]) -> list[Subject]:
+def subjects_of(
+    original: str, candidates: Sequence[str], cache_dir: str | None = None, trust_remote_code: bool = False
+) -> list[Subject]:
     """Subjects named after their folders, or by their whole paths where two folders have one name."""
-    subjects = [Subject(original, original, "original"), *(Subject(path, path) for path in candidates)]
-    names = [Path(subject.path).name or subject.path for subject in subjects]
-    labels = [name if names.count(name) == 1 else subject.path for name, subject in zip(names, subjects, strict=True)]
-    return [replace(subject, label=label) for subject, label in zip(subjects, labels, strict=True)]
+    paths = [original, *candidates]
+    names = [Path(path).name or path for path in paths]
+    labels = [name if names.count(name) == 1 else path for name, path in zip(names, paths, strict=True)]
+    subjects = [
+        Subject(label, path, "candidate", cache_dir, trust_remote_code)
+        for label, path in zip(labels, paths, strict=True)
+    ]
+    return [replace(subjects[0], role="original"), *subjects[1:]]
 
 
 def recognise(subjects: Sequence[Subject]) -> list[Subject]:
@@ -79,8 +92,8 @@ def recognise(subjects: Sequence[Subject]) -> list[Subject]:
     exports = [subject for subject in subjects[1:] if is_artifact(subject.path)]
     if not exports:
         return list(subjects)
-    original = _source_fingerprint(subjects[0].path)
-    same = [subject for subject in exports if _source_fingerprint(subject.path) == original]
+    original = _source_fingerprint(subjects[0])
+    same = [subject for subject in exports if _source_fingerprint(subject) == original]
     return [replace(subject, role="original") if subject in same else subject for subject in subjects]
 
 
@@ -114,10 +127,11 @@ def validate(
 
     Raises:
         StreamlineError: the subjects, the text or the settings do not allow a comparison, or a model cannot be run.
+        WorkerError: a process that timed a model died.
     """
     subjects = recognise(subjects)
     _check(subjects, windows, prompt_length, decode_tokens, rounds)
-    configs = [_config(subject) for subject in subjects]
+    configs = [read_config(subject.source) for subject in subjects]
     positions = min(config.max_position_embeddings for config in configs)
     if windows.ids.shape[1] > positions:
         raise StreamlineError(f"length {windows.ids.shape[1]}: the models take windows of at most {positions} tokens")
@@ -126,9 +140,9 @@ def validate(
     costs = [cost_of(config, each) for config, each in zip(configs, dtypes, strict=True)]
     runtimes, accuracies = _accuracies(subjects, windows, dtype, device)
     tokens = windows.ids.flatten()[None, : prompt.length + prompt.decoded].numpy()
-    jobs = [Job(subject.label, subject.path, dtype, device) for subject in subjects]
+    jobs = [Job(each.label, each.path, dtype, device, each.cache_dir, each.trust_remote_code) for each in subjects]
     timed = time_alternating(jobs, tokens, prompt.length, rounds, WARMUP_ROUNDS, log)
-    sizes = [disk_bytes(local_folder(Source(subject.path))) for subject in subjects]
+    sizes = [disk_bytes(local_folder(subject.source)) for subject in subjects]
     facts = [Facts(*each) for each in zip(subjects, dtypes, costs, sizes, runtimes, accuracies, timed, strict=True)]
     rows = tuple(_measurement(own, facts[0], _baseline(own, facts), prompt, seed) for own in facts)
     settings: dict[str, str | int] = {
@@ -161,13 +175,10 @@ def _check(subjects: Sequence[Subject], windows: Windows, prompt_length: int, de
             raise StreamlineError(f"{name} {value}: must be at least {least}")
 
 
-def _config(subject: Subject) -> PreTrainedConfig:
-    # An artifact's folder holds its checkpoint's config.
-    return read_config(Source(subject.path))
-
-
-def _source_fingerprint(path: str) -> str:
-    return Artifact.read(Path(path)).source_fingerprint if is_artifact(path) else fingerprint(path)
+def _source_fingerprint(subject: Subject) -> str:
+    if is_artifact(subject.path):
+        return Artifact.read(Path(subject.path)).source_fingerprint
+    return fingerprint(subject.path, subject.cache_dir)
 
 
 def _clip(length: int, decoded: int, room: int) -> Prompt:
@@ -179,7 +190,7 @@ def _clip(length: int, decoded: int, room: int) -> Prompt:
 def _accuracies(
     subjects: Sequence[Subject], windows: Windows, dtype: str, device: str
 ) -> tuple[list[str], list[Accuracy]]:
-    runners = [open_runner(subject.path, dtype, device) for subject in subjects]
+    runners = [open_runner(each.path, dtype, device, each.cache_dir, each.trust_remote_code) for each in subjects]
     runtimes = [runner.runtime for runner in runners]
     accuracies = measure_accuracy(runners, [subject.label for subject in subjects], windows)
     # The models are timed next, in processes of their own: this one's copies must not crowd them.

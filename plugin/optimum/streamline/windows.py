@@ -6,29 +6,34 @@ Knows tokenizers and `text.py`, no model.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from transformers import PreTrainedTokenizerBase
 
 from .errors import StreamlineError
 from .text import read_documents
 
+# Text is compared by runs of this many tokens, of which one in so many is kept: those whose hash says so.
+RUN, KEPT = 32, 32
+# Code and prose repeat themselves, licences and headings above all: shared text is more than this share of the runs.
+SHARED = 0.05
+
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of tokens, and what they were made from.
+    """Windows of tokens, and where they come from.
 
     Args:
         ids: Token ids `[windows, length]`.
         spec: The text SPEC.
-        documents: SHA-256 of every document that went in, to prove two sets disjoint.
     """
 
     ids: torch.Tensor
     spec: str
-    documents: frozenset[str]
 
     @property
     def fingerprint(self) -> str:
@@ -36,9 +41,27 @@ class Windows:
         return hashlib.sha256(self.ids.to(torch.int32).numpy().tobytes()).hexdigest()
 
     def describe(self) -> dict[str, str | int]:
-        """What a record says of these windows."""
+        """What a report says of these windows."""
         count, length = self.ids.shape
         return {"spec": self.spec, "windows": count, "length": length, "fingerprint": self.fingerprint}
+
+    def runs(self) -> frozenset[int]:
+        """Hashes of a sample of the text's runs of `RUN` tokens: the same ones wherever the same text stands.
+
+        Sampling by hash value, not by place: Manber, "Finding similar files in a large file system" (1994).
+        """
+        flat = self.ids.flatten().numpy().astype(np.uint64)
+        factors = np.random.default_rng(0).integers(1, 2**63, RUN, dtype=np.uint64) | np.uint64(1)
+        found: set[int] = set()
+        for start in range(0, len(flat) - RUN + 1, _CHUNK):
+            view = sliding_window_view(flat[start : start + _CHUNK + RUN - 1], RUN)
+            hashes = (view * factors).sum(axis=1, dtype=np.uint64)
+            hashes ^= hashes >> np.uint64(32)
+            found.update((hashes[hashes % np.uint64(KEPT) == 0] >> np.uint64(16)).tolist())
+        return frozenset(found)
+
+
+_CHUNK = 65_536
 
 
 def read_windows(
@@ -57,11 +80,9 @@ def read_windows(
     if spec == "stdlib":
         spec = f"stdlib:{part}"
     tokens: list[int] = []
-    documents: set[str] = set()
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for document in read_documents(spec, seed):
         tokens += tokenizer(document, truncation=False, verbose=False)["input_ids"] + end
-        documents.add(hashlib.sha256(document.encode()).hexdigest())
         if len(tokens) >= count * length:
             break
     else:
@@ -69,23 +90,23 @@ def read_windows(
             f"text SPEC {spec!r}: {len(tokens)} tokens, too short for {count} windows of {length}; "
             f"ask for at most {len(tokens) // length} windows, shorter ones, or give more text"
         )
-    return Windows(torch.tensor(tokens[: count * length]).view(count, length), spec, frozenset(documents))
+    return Windows(torch.tensor(tokens[: count * length]).view(count, length), spec)
 
 
-def check_disjoint(chosen_on: Windows, judged_on: Windows) -> None:
+def check_disjoint(chosen_on: Collection[int], chosen_spec: str, judged_on: Windows) -> None:
     """Refuse to judge on text that the choices were made on.
 
+    Args:
+        chosen_on: `Windows.runs` of the text of the choices.
+        chosen_spec: Its SPEC, for the message.
+
     Raises:
-        StreamlineError: the two share a document.
+        StreamlineError: more than `SHARED` of the evaluation text's runs stand in the other text too.
     """
-    shared = len(chosen_on.documents & judged_on.documents)
-    if shared:
+    judged = judged_on.runs()
+    share = len(judged.intersection(chosen_on)) / len(judged) if judged else 0.0
+    if share > SHARED:
         raise StreamlineError(
-            f"eval-data {judged_on.spec!r} shares {shared} documents with {chosen_on.spec!r}, "
+            f"eval-data {judged_on.spec!r} shares {share:.0%} of its text with {chosen_spec!r}, "
             "which the choices are made on; give other text"
         )
-
-
-def batches(windows: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
-    """Rows of `windows` `[n, length]` in batches of at most `size`."""
-    yield from windows.split(size)

@@ -1,8 +1,8 @@
-"""One model in a process of its own, timed on request: `python -m optimum.streamline.worker PATH DTYPE DEVICE`.
+"""One model in a process of its own, timed on request: `python -m optimum.streamline.worker ARGUMENTS`.
 
-Speaks JSON lines: first one that says the model is open, then one answer for each request on standard input,
-until that ends. Knows one model; who asks, and in which order, is `worker_pool.py`'s affair. Imports no
-framework but the one its runner needs.
+ARGUMENTS are those of `open_runner`, as one JSON object. Speaks JSON lines: first one that says the model is open,
+then one answer for each request on standard input, until that ends. Knows one model; who asks, and in which order,
+is `worker_pool.py`'s affair. Imports no framework but the one its runner needs.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from .runner import open_runner
 def main() -> None:
     """Open the model named on the command line and answer requests."""
     answers = _claim_stdout()
-    path, dtype, device = sys.argv[1:]
+    arguments = json.loads(sys.argv[1])
     try:
-        runner = open_runner(path, dtype, device)
+        runner = open_runner(**arguments)
     except StreamlineError as error:
         _answer(answers, {"error": str(error)})
         return
@@ -33,7 +33,7 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         timing = time_round(runner, np.array([request["tokens"]], np.int64), request["prompt_length"])
-        peak = peak_memory(device, runner.runtime)
+        peak = peak_memory(arguments["device"], runner.runtime)
         _answer(answers, {"prefill_ms": timing.prefill_ms, "decode_ms": timing.decode_ms, "peak_bytes": peak})
 
 

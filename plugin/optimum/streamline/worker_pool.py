@@ -12,12 +12,12 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .errors import StreamlineError
+from .errors import StreamlineError, WorkerError
 from .latency import Round, Timing, alternate
 from .progress import progress_bar
 from .runner import TokenIds
@@ -34,6 +34,12 @@ class Job:
     path: str
     dtype: str = "fp32"
     device: str = "cpu"
+    cache_dir: str | None = None
+    trust_remote_code: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for `open_runner`."""
+        return {name: value for name, value in asdict(self).items() if name != "label"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Worker:
         self._chatter = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
         self._process = subprocess.Popen(
             # -P: a file of the working folder must not stand in for a module of the same name.
-            [sys.executable, "-P", "-m", "optimum.streamline.worker", job.path, job.dtype, job.device],
+            [sys.executable, "-P", "-m", "optimum.streamline.worker", json.dumps(job.arguments())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._chatter,
@@ -93,7 +99,8 @@ class Worker:
         """Wait until the model is open; returns its runtime.
 
         Raises:
-            StreamlineError: it cannot be opened, or the worker died.
+            StreamlineError: it cannot be opened.
+            WorkerError: the worker died.
         """
         return str(self._read()["runtime"])
 
@@ -101,7 +108,7 @@ class Worker:
         """`latency.time_round` in the worker.
 
         Raises:
-            StreamlineError: the worker died.
+            WorkerError: the worker died.
         """
         assert self._process.stdin is not None
         try:
@@ -123,11 +130,11 @@ class Worker:
             raise StreamlineError(answer["error"])
         return answer
 
-    def _death(self) -> StreamlineError:
+    def _death(self) -> WorkerError:
         code = self._process.wait()
         lines = self._said().decode(errors="replace").strip().splitlines()
         reason = lines[-1] if lines else "it said nothing"
-        return StreamlineError(f"{self.job.label}: the process that timed it ended with code {code} ({reason})")
+        return WorkerError(f"{self.job.label}: the process that timed it ended with code {code} ({reason})")
 
     def _said(self) -> bytes:
         self._chatter.seek(0)
@@ -145,7 +152,8 @@ def time_alternating(
         log: File to append to what the workers' libraries say.
 
     Raises:
-        StreamlineError: a worker cannot open its model, or died.
+        StreamlineError: a worker cannot open its model.
+        WorkerError: a worker died.
     """
     with ExitStack() as stack:
         workers = [stack.enter_context(Worker(job, log)) for job in jobs]

@@ -49,7 +49,7 @@ def export_onnx(job: OnnxExport, overwrite: bool = False, verbose: bool = False)
         StreamlineError: the job cannot be done as it is given.
     """
     check_options(job.dtype, job.device)
-    with staged_folder(job.out, overwrite) as folder:
+    with staged_folder(job.out, (job.checkpoint,), overwrite) as folder:
         with captured_logs(folder / LOG_FILE, verbose):
             artifact = _export_into(folder, job)
         artifact.write(folder)

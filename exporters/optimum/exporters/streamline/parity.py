@@ -7,6 +7,7 @@ are each held to the model itself. Any runner that takes a mask can be checked.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,6 +39,43 @@ class MaskedRunner(Protocol):
         """As `Runner.decode`."""
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What was answered at some places of some texts, and what torch answers there.
+
+    Args:
+        check: What is checked.
+        got: Logits `[rows, length, vocabulary]`.
+        expected: Those of torch.
+        positions: Where in its own text each place is, `[rows, length]`, from 0; nothing is promised for padding,
+            which lies before 0 and is not compared.
+    """
+
+    check: str
+    got: Logits
+    expected: Logits
+    positions: npt.NDArray[np.int64]
+
+    def judge(self, tolerance: float) -> float:
+        """The largest absolute difference of a logit.
+
+        Raises:
+            ParityError: it is beyond the tolerance.
+        """
+        rows, columns = np.nonzero(self.positions >= 0)
+        expected = self.expected[rows, columns]
+        differences = np.abs(self.got[rows, columns] - expected)
+        place, token = np.unravel_index(differences.argmax(), differences.shape)  # to `argmax`, a NaN is the largest
+        difference, allowed = float(differences[place, token]), tolerance * float(np.abs(expected).max())
+        if not difference <= allowed:  # not `>`: a NaN must fail
+            row, position = rows[place], self.positions[rows[place], columns[place]]
+            raise ParityError(
+                f"parity: {self.check} differs from torch by {difference:.3g} in a logit, allowed is {allowed:.3g}; "
+                f"most at row {row}, position {position}, token {token}"
+            )
+        return difference
+
+
 def check_parity(model: PreTrainedModel, runner: MaskedRunner, tolerance: float) -> dict[str, float]:
     """Compare `runner` with `model` on prefill, continuation, decode and a left-padded batch.
 
@@ -49,41 +87,35 @@ def check_parity(model: PreTrainedModel, runner: MaskedRunner, tolerance: float)
         The largest absolute logit difference, by check.
 
     Raises:
-        ParityError: a difference is beyond the tolerance; says which check, the difference, and what was allowed.
+        ParityError: a difference is beyond the tolerance; says which check, the difference, what was allowed, and
+            where it is largest: the row of the batch, the position in the row's text, the token id, all from 0.
     """
-    differences: dict[str, float] = {}
-    for check, got, expected in (*_one_row(model, runner), *_padded_rows(model, runner)):
-        difference = float(np.abs(got - expected).max())
-        allowed = tolerance * float(np.abs(expected).max())
-        if not difference <= allowed:  # not `>`: a NaN must fail
-            raise ParityError(
-                f"parity: {check} differs from torch by {difference:.3g} in a logit, allowed is {allowed:.3g}"
-            )
-        differences[check] = difference
-    return differences
+    comparisons = (*_one_row(model, runner), *_padded_rows(model, runner))
+    return {comparison.check: comparison.judge(tolerance) for comparison in comparisons}
 
 
-def _one_row(model: PreTrainedModel, runner: MaskedRunner) -> Iterator[tuple[str, Logits, Logits]]:
+def _one_row(model: PreTrainedModel, runner: MaskedRunner) -> Iterator[Comparison]:
     ids = _tokens(model, 1, PROMPT + CONTINUATION + 1)
+    positions = np.arange(ids.shape[1])[None]
     expected = _reference(model, ids, np.ones_like(ids))
     prompt, continuation, token = np.split(ids, [PROMPT, PROMPT + CONTINUATION], axis=1)
     got, cache = runner.prefill(prompt)
-    yield "prefill", got, expected[:, :PROMPT]
+    yield Comparison("prefill", got, expected[:, :PROMPT], positions[:, :PROMPT])
     got, cache = runner.decode(continuation, cache)
-    yield "continuation", got, expected[:, PROMPT:-1]
+    yield Comparison("continuation", got, expected[:, PROMPT:-1], positions[:, PROMPT:-1])
     got, _ = runner.decode(token, cache)
-    yield "decode", got, expected[:, -1:]
+    yield Comparison("decode", got, expected[:, -1:], positions[:, -1:])
 
 
-def _padded_rows(model: PreTrainedModel, runner: MaskedRunner) -> Iterator[tuple[str, Logits, Logits]]:
+def _padded_rows(model: PreTrainedModel, runner: MaskedRunner) -> Iterator[Comparison]:
     ids = _tokens(model, len(LENGTHS), PROMPT + 1)
-    mask = (np.arange(PROMPT + 1) >= PROMPT - np.array(LENGTHS)[:, None]).astype(np.int64)
+    positions = np.arange(PROMPT + 1) - (PROMPT - np.array(LENGTHS)[:, None])
+    mask = (positions >= 0).astype(np.int64)
     expected = _reference(model, ids, mask)
     got, cache = runner.prefill(ids[:, :PROMPT], mask[:, :PROMPT])
-    kept = mask[:, :PROMPT].astype(bool)  # nothing is promised for the padding itself
-    yield "left-padded prefill", got[kept], expected[:, :PROMPT][kept]
+    yield Comparison("left-padded prefill", got, expected[:, :PROMPT], positions[:, :PROMPT])
     got, _ = runner.decode(ids[:, PROMPT:], cache)
-    yield "left-padded decode", got, expected[:, PROMPT:]
+    yield Comparison("left-padded decode", got, expected[:, PROMPT:], positions[:, PROMPT:])
 
 
 def _tokens(model: PreTrainedModel, rows: int, length: int) -> TokenIds:
