@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,16 @@ def test_the_folder_one_stands_in_and_a_link_to_it(
 def test_a_name_no_file_system_takes(tmp_path: Path) -> None:
     with pytest.raises(StreamlineError, match="File name too long"):
         check_output(tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize(("umask", "folder", "file"), [(0o022, 0o755, 0o644), (0o077, 0o700, 0o600)])
+def test_the_umask_decides_who_may_read(tmp_path: Path, umask: int, folder: int, file: int) -> None:
+    before = os.umask(umask)
+    try:
+        with staged_folder(tmp_path / "out", ()) as staging:
+            (staging / "weights").write_text("")
+            (staging / "weights").chmod(0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == folder
+    assert (tmp_path / "out" / "weights").stat().st_mode & 0o777 == file

@@ -82,11 +82,21 @@ def staged_folder(path: Path, inputs: Iterable[str], overwrite: bool = False) ->
     except OSError as error:
         raise StreamlineError(f"output {path}: {error.strerror}") from None
     try:
-        staging.chmod(0o755)
         yield staging
+        _give_usual_modes(staging)
         _publish(staging, path, overwrite)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _give_usual_modes(folder: Path) -> None:
+    # Temporary folders, and the weights that safetensors writes, are for their owner's eyes alone: whoever is to
+    # serve them may be another user. The umask decides, as for any file.
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
+    for entry in folder.rglob("*"):
+        entry.chmod((0o777 if entry.is_dir() else 0o666) & ~umask)
 
 
 def _publish(staging: Path, path: Path, overwrite: bool) -> None:
