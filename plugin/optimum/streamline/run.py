@@ -29,7 +29,6 @@ from .windows import Windows
 
 STEPS_FILE = "steps.json"
 EXPORT, ORIGINAL_EXPORT = "onnx", "onnx-original"
-GRAPH_FILES = ("model.onnx", "model.onnx.data")
 
 
 def run(source: Source, recipe: Recipe, out: Path, *, overwrite: bool, verbose: bool, say: Say) -> Report:
@@ -104,8 +103,11 @@ class _Chain:
         self.step(f"export {name}", lambda: self._export(checkpoint, folder))
 
     def _is_whole_export(self, folder: Path, checkpoint: str) -> bool:
+        from optimum.exporters.streamline.export import WEIGHTS_FILE
+        from optimum.exporters.streamline.ort_runner import GRAPH_FILE
+
         artifact = Artifact.read(folder)
-        whole = all((folder / name).is_file() for name in GRAPH_FILES)
+        whole = all((folder / name).is_file() for name in (GRAPH_FILE, WEIGHTS_FILE))
         same = artifact.source_fingerprint == fingerprint(checkpoint, self._source.cache_dir)
         return whole and same and artifact.dtype == (self._recipe.dtype or "fp32")
 
@@ -158,7 +160,7 @@ class _Chain:
     def _subjects(self) -> list[Subject]:
         source = self._source
         original = Subject("original", source.model, "original", source.cache_dir, source.trust_remote_code)
-        subjects = [original, Subject("candidate", str(self._out), trust_remote_code=self._source.trust_remote_code)]
+        subjects = [original, Subject("candidate", str(self._out), trust_remote_code=source.trust_remote_code)]
         if self._recipe.format != "none":
             subjects += [
                 Subject(f"original, {self._recipe.format}", str(self._out / ORIGINAL_EXPORT), "original"),

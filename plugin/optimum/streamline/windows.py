@@ -21,6 +21,8 @@ from .text import read_documents
 RUN, KEPT = 32, 32
 # Code and prose repeat themselves, licences and headings above all: shared text is more than this share of the runs.
 SHARED = 0.05
+# Runs hashed at once.
+_CHUNK = 65_536
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,6 @@ class Windows:
             hashes ^= hashes >> np.uint64(32)
             found.update((hashes[hashes % np.uint64(KEPT) == 0] >> np.uint64(16)).tolist())
         return frozenset(found)
-
-
-_CHUNK = 65_536
 
 
 def read_windows(
