@@ -1,183 +1,223 @@
-"""Every method on the reference model: perplexity with its interval, parameters and seconds, in docs/methods.md.
+"""Every method on small trained models: perplexity over the dense model's, parameters, seconds, peak memory.
 
-    ci/bench methods
+    ci/bench methods                                  # everything that is not measured yet, then the page
+    ci/bench methods --part healed --only 'sleb*'     # a part of it
+    ci/bench methods --page                           # write docs/methods.md from what is measured, measure nothing
 
-Choices are made on `stdlib:calibration`, replacements trained on `stdlib:train`, and everything is judged on
-`stdlib:eval`, all models on the same windows. The dense model is a row of its own, and random removal is measured
-as often as it takes to know its spread: a method that does not beat chance is no method.
+A row that `docs/methods.json` has is not measured again, unless `--again` asks for it; several of these may run side
+by side on different parts. Choices are
+made on `stdlib:calibration`, healing is on other windows of it, and everything is judged on the same windows of
+`stdlib:eval`: nothing the reference model has been trained on. Rows go through the very functions that
+`optimum-cli streamline prune` calls. What the rows are is in `methods_cases.py`, the page in `methods_page.py`.
 """
 
 from __future__ import annotations
 
-import copy
+import argparse
+import fcntl
 import json
-import random
-import statistics
+import math
+import subprocess
+import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict
+from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from optimum.streamline.accuracy import Accuracy, measure_accuracy
+from methods_cases import EVALUATION, LENGTH, MODELS, Case, Row, cases
+from methods_page import write_page
 from optimum.streamline.anatomy import architecture_of
 from optimum.streamline.checkpoint import Source, load_stock, load_tokenizer
 from optimum.streamline.dead import drop_dead_sublayers
-from optimum.streamline.edit import apply_plan, build_replacement
-from optimum.streamline.heal import HealSettings, default_lr, heal_windows, train_replacement
+from optimum.streamline.edit import apply_plan
+from optimum.streamline.healing import NextToken, model_settings, train_model
+from optimum.streamline.intervals import Samples, mean_interval
 from optimum.streamline.machine import describe_machine
-from optimum.streamline.methods import method_of
+from optimum.streamline.outputs import write_file
 from optimum.streamline.plan import Plan
-from optimum.streamline.recipe import Recipe, make_recipe
-from optimum.streamline.scores import Scores, measure_scores
-from optimum.streamline.torch_runner import TorchRunner
+from optimum.streamline.prune import change, prepare
+from optimum.streamline.recipe import make_recipe
 from optimum.streamline.windows import Windows, read_windows
 
-MODEL = "examples/reference_model"
-REMOVED = (2, 4, 6, 8)
-DRAWS = 20
-LENGTH, CALIBRATION, EVALUATION = 256, 64, 128
-HEAL_TOKENS = 200_000
-DOCUMENT = Path("docs/methods.md")
-START, END = "<!-- table: written by ci/bench methods -->", "<!-- end of table -->"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    removed: int
-    name: str
-    layers: str
-    perplexity: tuple[float, float, float]
-    ratio: tuple[float, float, float]
-    parameters: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What every row is made from."""
-
-    model: PreTrainedModel
-    scores: Scores
-    score_seconds: float
-    evaluation: Windows
-    heal: Windows
-    dense: Accuracy
+RESULTS = Path("docs/methods.json")
+LOCK = Path(".cache/methods.lock")
+BATCH = 8
 
 
 def main() -> None:
-    """Measure all rows, and write them into the document and beside it as JSON."""
-    bench = set_up()
-    rows = list(measure(bench))
-    fields = {"machine": describe_machine("cpu"), "rows": [asdict(row) for row in rows]}
-    DOCUMENT.with_suffix(".json").write_text(json.dumps(fields, indent=1) + "\n")
-    before, _, rest = DOCUMENT.read_text().partition(START)
-    DOCUMENT.write_text(f"{before}{START}\n\n{table(rows)}\n{END}{rest.partition(END)[2]}")
-    print(table(rows))
-
-
-def set_up() -> Bench:
-    """Load the model and its text, score its layers, and judge the dense model."""
-    source = Source(MODEL)
-    model, tokenizer = load_stock(source, torch.float32), load_tokenizer(source)
-    calibration = read_windows("stdlib:calibration", tokenizer, CALIBRATION, LENGTH, 0)
-    evaluation = read_windows("stdlib:eval", tokenizer, EVALUATION, LENGTH, 0)
-    heal = read_windows("stdlib:train", tokenizer, heal_windows(HEAL_TOKENS, LENGTH), LENGTH, 0)
-    start = time.monotonic()
-    scores = measure_scores(model, calibration)
-    seconds = time.monotonic() - start
-    [dense] = measure_accuracy([TorchRunner(model)], ["dense"], evaluation)
-    return Bench(model, scores, seconds, evaluation, heal, dense)
-
-
-def measure(bench: Bench) -> Iterable[Row]:
-    """All rows, dense first, then by how many layers are gone."""
-    nothing = Plan(bench.model.config.num_hidden_layers, ())
-    yield row_of(bench, nothing, "dense", bench.model, bench.dense, 0.0)
-    for removed in REMOVED:
-        yield from random_rows(bench, removed)
-        yield planned_row(bench, make_recipe({"method": "shortgpt", "remove": removed}), "shortgpt")
-        for replacement in ("none", "layer", "mlp"):
-            recipe = make_recipe({"method": "llm-streamline", "remove": removed, "replacement": replacement})
-            healed = "" if replacement == "none" else ", healed"
-            yield planned_row(bench, recipe, f"llm-streamline {replacement}{healed}")
-
-
-def random_rows(bench: Bench, removed: int) -> Iterable[Row]:
-    """Random removal: the mean of all draws, with the range in the place of an interval, and the best draw."""
-    total = bench.model.config.num_hidden_layers
-    draw = random.Random(removed)
-    plans = [Plan(total, tuple(sorted(draw.sample(range(total), removed)))) for _ in range(DRAWS)]
-    models = [edited(bench, plan) for plan in plans]
-    rows = [
-        row_of(bench, plan, f"random, best of {DRAWS}", model, accuracy, 0.0)
-        for plan, model, accuracy in zip(plans, models, judge(bench, models), strict=True)
+    """Read the command line, measure what is asked for and not there, write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), action="append", help="these models only")
+    parser.add_argument(
+        "--part", choices=["unhealed", "sweep", "healed", "seeds"], action="append", help="these parts only"
+    )
+    parser.add_argument("--only", default="*", help="rows whose name this pattern matches")
+    parser.add_argument("--again", action="store_true", help="forget the rows asked for, and measure them again")
+    parser.add_argument("--page", action="store_true", help="measure nothing, write the page")
+    args = parser.parse_args()
+    wanted = [
+        case
+        for case in cases()
+        if (not args.model or case.model in args.model)
+        and (not args.part or case.part in args.part)
+        and fnmatch(case.name, args.only)
     ]
-    drawn = [row.perplexity[0] for row in rows]
-    mean, dense = (statistics.fmean(drawn), min(drawn), max(drawn)), bench.dense.perplexity(0).value
-    best = min(rows, key=lambda row: row.perplexity[0])
-    ratio = (mean[0] / dense, mean[1] / dense, mean[2] / dense)
-    yield replace(best, name=f"random, mean of {DRAWS} (range)", layers="", perplexity=mean, ratio=ratio)
-    yield best
+    rows = read_rows()
+    if args.again:
+        rows = {key: row for key, row in rows.items() if key not in {case.key for case in wanted}}
+    if not args.page:
+        LOCK.parent.mkdir(exist_ok=True)
+        measure_missing(wanted, rows)
+    done = read_rows()
+    write_page([done[case.key] for case in cases() if case.key in done])
 
 
-def planned_row(bench: Bench, recipe: Recipe, name: str) -> Row:
-    """One method: plan, replacement if it has one, edit, judgement. Seconds: scoring, training and editing."""
-    plan = method_of(recipe, bench.scores.layers).plan(recipe, bench.scores)
+def read_rows() -> dict[str, Row]:
+    """What is measured already, by the case's key; a case whose definition has changed since is not."""
+    if not RESULTS.is_file():
+        return {}
+    return {fields["key"]: Row(**fields) for fields in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]}
+
+
+def measure_missing(wanted: Sequence[Case], rows: dict[str, Row]) -> None:
+    """Measure the cases that have no row, and write every row down as soon as it is there."""
+    missing = [case for case in wanted if case.key not in rows]
+    for number, case in enumerate(missing, start=1):
+        rows[case.key] = row = measure(case)
+        keep(row)
+        print(
+            f"{number}/{len(missing)} {case.model} {case.removed} {case.name} seed {case.seed}: ratio "
+            "{:.4f} ({:.4f} to {:.4f})".format(*row.ratio),
+            f"{row.seconds:.0f} s, {row.peak_mib:.0f} MiB",
+            flush=True,
+        )
+
+
+def keep(row: Row) -> None:
+    """Write a row down beside those that are there by now, other processes' among them."""
+    with LOCK.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = {**read_rows(), row.key: row}
+        fields = {"machine": describe_machine("cpu"), "rows": [asdict(row) for row in rows.values()]}
+        write_file(RESULTS, json.dumps(fields, indent=1) + "\n")
+
+
+def measure(case: Case) -> Row:
+    """One row: choose, edit and heal as the product does, then judge."""
+    torch.manual_seed(case.seed)
+    dense = dense_losses(case.model)
+    reset_peak()
     start = time.monotonic()
-    model = edited(bench, plan)
-    seconds = bench.score_seconds + time.monotonic() - start
-    [accuracy] = judge(bench, [model])
-    return row_of(bench, plan, name, model, accuracy, seconds)
-
-
-def edited(bench: Bench, plan: Plan) -> PreTrainedModel:
-    """A copy of the model changed as `plan` says, its replacement trained, its dead sublayers dropped."""
-    model = copy.deepcopy(bench.model)
-    replacement = build_replacement(model, plan)
-    if replacement is not None:
-        settings = HealSettings(default_lr(model.config.hidden_size))
-        train_replacement(model, plan, replacement.layer, bench.heal, settings)
-    apply_plan(model, plan, replacement)
-    return drop_dead_sublayers(model, architecture_of(model.config))
-
-
-def judge(bench: Bench, models: Sequence[PreTrainedModel]) -> list[Accuracy]:
-    """All models against the dense one, on the same windows."""
-    runners = [TorchRunner(model) for model in (bench.model, *models)]
-    return measure_accuracy(runners, [str(number) for number in range(len(runners))], bench.evaluation)[1:]
-
-
-def row_of(bench: Bench, plan: Plan, name: str, model: PreTrainedModel, accuracy: Accuracy, seconds: float) -> Row:
-    """A row from a judged model."""
-    perplexity, ratio = accuracy.perplexity(0), accuracy.perplexity_ratio(bench.dense, 0)
+    draws = [(without(case.model, gone), "") for gone in case.draws()] if case.random else [make(case)]
+    seconds, peak = (time.monotonic() - start) / len(draws), peak_mib()
+    judged = [losses(model, evaluation_windows(case.model)) for model, _ in draws]
+    counts = np.full(len(dense), LENGTH - 1, np.float64)
+    if case.random:
+        means = [math.exp(float((loss - dense).sum()) / counts.sum()) for loss in judged]
+        perplexity = [math.exp(float(loss.sum()) / counts.sum()) for loss in judged]
+        ratio = (float(np.mean(means)), min(means), max(means))
+        of_all = (float(np.mean(perplexity)), min(perplexity), max(perplexity))
+    else:
+        change_of = mean_interval(judged[0] - dense, counts, 0).map(np.exp)
+        level = mean_interval(judged[0], counts, 0).map(np.exp)
+        ratio, of_all = (change_of.value, change_of.low, change_of.high), (level.value, level.low, level.high)
+    model, layers = draws[0]
     return Row(
-        plan.net,
-        name,
-        ", ".join(str(layer) for layer in plan.gone),
-        (perplexity.value, perplexity.low, perplexity.high),
-        (ratio.value, ratio.low, ratio.high),
-        sum(parameter.numel() for parameter in model.parameters()),
-        seconds,
+        key=case.key,
+        model=case.model,
+        part=case.part,
+        removed=case.removed,
+        name=case.name,
+        seed=case.seed,
+        layers="" if case.random else layers,
+        perplexity=of_all,
+        ratio=ratio,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        seconds=seconds,
+        peak_mib=peak,
     )
 
 
-def table(rows: Iterable[Row]) -> str:
-    """The rows in Markdown."""
-    lines = [
-        "| net layers gone | method | layers taken | perplexity (95%) | ratio to dense (95%) | parameters | seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        perplexity = "{:.2f} ({:.2f} to {:.2f})".format(*row.perplexity)
-        ratio = "{:.3f} ({:.3f} to {:.3f})".format(*row.ratio)
-        cells = (row.removed, row.name, row.layers, perplexity, ratio, f"{row.parameters:,}", f"{row.seconds:.1f}")
-        lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
-    return "\n".join(lines) + "\n"
+def make(case: Case) -> tuple[PreTrainedModel, str]:
+    """The model of a case, its dead sublayers dropped, and what was done to it in words."""
+    if case.dense:
+        return dense(case), ""
+    prepared = prepare(source_of(case.model), make_recipe(case.fields, case.name), print_nothing)
+    change(prepared, print_nothing)
+    model = drop_dead_sublayers(prepared.model, architecture_of(prepared.model.config))
+    return model, prepared.plan.describe().partition(":")[0]
+
+
+def dense(case: Case) -> PreTrainedModel:
+    """All layers, trained on the healing text where the case says so."""
+    source, recipe = source_of(case.model), make_recipe(case.fields, case.name)
+    model = load_stock(source, torch.float32)
+    if recipe.healing:
+        text = read_windows(recipe.heal_data, load_tokenizer(source), recipe.heal_tokens // LENGTH, LENGTH, case.seed)
+        train_model(model, NextToken(), text, model_settings(recipe, model.config.hidden_size))
+    return model
+
+
+def without(name: str, gone: tuple[int, ...]) -> PreTrainedModel:
+    """The model without these layers."""
+    model = load_stock(source_of(name), torch.float32)
+    apply_plan(model, Plan(model.config.num_hidden_layers, gone), None)
+    return model
+
+
+def source_of(name: str) -> Source:
+    """The model's folder; one of the two that are not in the repository is trained when it is first asked for."""
+    folder = MODELS[name]
+    if not (folder / "config.json").is_file():
+        script = [sys.executable, "examples/train_reference_model.py", "train", str(folder), "--architecture", name]
+        subprocess.run(script, check=True)
+    return Source(str(folder))
+
+
+@cache
+def evaluation_windows(name: str) -> Windows:
+    """What every row of a model is judged on."""
+    return read_windows("stdlib:eval", load_tokenizer(source_of(name)), EVALUATION, LENGTH, 0)
+
+
+@cache
+def dense_losses(name: str) -> Samples:
+    """The dense model's, which every row is held against."""
+    return losses(load_stock(source_of(name), torch.float32), evaluation_windows(name))
+
+
+@torch.inference_mode()
+def losses(model: PreTrainedModel, windows: Windows) -> Samples:
+    """Sum of the next-token log-loss over each window, nats, `[windows]`."""
+    sums = []
+    for start in range(0, len(windows.ids), BATCH):
+        rows = windows.ids[start : start + BATCH]
+        logits = model(rows, use_cache=False).logits[:, :-1].float()
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
+        sums.append(loss.view(len(rows), -1).double().sum(1))
+    return torch.cat(sums).numpy()
+
+
+def reset_peak() -> None:
+    """Begin to measure peak memory anew (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mib() -> float:
+    """Largest resident size of this process since `reset_peak`, MiB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def print_nothing(message: str) -> None:
+    """The rows are what is printed."""
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ import math
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
+    AutoConfig,
+    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     get_cosine_with_min_lr_schedule_with_warmup,
@@ -63,23 +64,32 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch.Te
     return torch.tensor([token for tokens in ids for token in tokens])
 
 
-def build_model(seed: int) -> LlamaForCausalLM:
-    """The untrained model: 16 layers of width 128, four query heads to two key-value heads, tied embeddings."""
+# The reference model, and two of other architectures that the benchmarks compare it with.
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 4,
+    "max_position_embeddings": LENGTH,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_size": 128, "intermediate_size": 384, "num_key_value_heads": 2},
+    "qwen3": {"hidden_size": 96, "intermediate_size": 288, "num_key_value_heads": 2, "head_dim": 24},
+    # No dropout, as the others; with it torch has no fast attention on a CPU.
+    "gpt2": {"hidden_size": 96, "n_inner": 384, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+}
+
+
+def build_model(architecture: str, seed: int) -> PreTrainedModel:
+    """The untrained model: 16 layers, four query heads (to two key-value heads where there is a choice)."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=16,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=LENGTH,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=None,
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(architecture, **COMMON, **SHAPES[architecture]), dtype=torch.float32
     )
-    return LlamaForCausalLM(config)
+    return model
 
 
 @torch.no_grad()
@@ -92,13 +102,13 @@ def perplexity(model: PreTrainedModel, tokens: torch.Tensor, windows: int = 64) 
     return math.exp(sum(losses) / len(losses))
 
 
-def train(out: Path, minutes: float, batch: int, peak: float, seed: int) -> None:
+def train(out: Path, architecture: str, minutes: float, batch: int, peak: float, seed: int) -> None:
     """Train for `minutes`: the learning rate follows the clock, so a slower machine only sees fewer tokens."""
     documents = list(read_documents("stdlib:train", seed))
     tokenizer = train_tokenizer(documents)
     tokens = encode(tokenizer, documents)
     held_out = encode(tokenizer, list(read_documents("stdlib:eval", seed)))
-    model = build_model(seed)
+    model = build_model(architecture, seed)
     compiled = torch.compile(model)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim == 1]
@@ -180,7 +190,7 @@ def plot(out: Path, dense: float, without: list[float], log: list[dict[str, floa
 
 def card(out: Path) -> None:
     """Measure the trained model and write its card."""
-    model = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
     tokens = encode(tokenizer, list(read_documents("stdlib:eval")))
     summary = json.loads((out / "training_log.json").read_text())
@@ -242,13 +252,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("action", choices=["train", "card"])
     parser.add_argument("out", type=Path)
+    parser.add_argument("--architecture", choices=sorted(SHAPES), default="llama")
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.action == "train":
-        train(args.out, args.minutes, args.batch, args.lr, args.seed)
+        train(args.out, args.architecture, args.minutes, args.batch, args.lr, args.seed)
     card(args.out)
 
 

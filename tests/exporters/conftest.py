@@ -18,7 +18,7 @@ from optimum.exporters.streamline import export_checkpoint
 from optimum.exporters.streamline.ort_runner import OnnxRunner
 from optimum.streamline.anatomy import architecture_of, decoder_layers
 from optimum.streamline.checkpoint import Source, load_stock, load_tokenizer, save_model
-from optimum.streamline.dead import ATTENTION, mark_dead, silence_attention
+from optimum.streamline.dead import ATTENTION, MLP, mark_dead, silence
 from optimum.streamline.edit import apply_plan
 from optimum.streamline.plan import Plan
 from optimum.streamline.runner import Artifact
@@ -26,16 +26,19 @@ from reference import REFERENCE
 from tiny import tiny_model
 
 GEMMA2_KINDS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 6}
-# Architecture, layers with a dead attention, dtype, and config fields.
+# Architecture, dead sublayers, dtype, and config fields.
 CASES = {
     "llama": ("llama", (), "fp32", {"num_hidden_layers": 2, "tie_word_embeddings": True}),
-    "dead first": ("llama", (0,), "fp32", {"num_hidden_layers": 3}),
-    "dead middle": ("llama", (1,), "fp32", {"num_hidden_layers": 3}),
+    "dead first": ("llama", ((0, ATTENTION),), "fp32", {"num_hidden_layers": 3}),
+    "dead middle": ("llama", ((1, ATTENTION),), "fp32", {"num_hidden_layers": 3}),
     "fp16": ("llama", (), "fp16", {"num_hidden_layers": 1}),
     "gpt2": ("gpt2", (), "fp32", {"n_layer": 2}),
     "opt": ("opt", (), "fp32", {"num_hidden_layers": 2}),
+    "dead mlp": ("llama", ((0, MLP), (1, ATTENTION), (1, MLP)), "fp32", {"num_hidden_layers": 3}),
+    "gpt2 dead mlp": ("gpt2", ((1, MLP),), "fp32", {"n_layer": 2}),
+    "opt dead mlp": ("opt", ((0, MLP),), "fp32", {"num_hidden_layers": 2}),
     # Norms after the sublayers, which stay when one dies; norms of mixed types in fp16; two kinds of cache.
-    "gemma2": ("gemma2", (0,), "fp16", {"num_hidden_layers": 3, **GEMMA2_KINDS}),
+    "gemma2": ("gemma2", ((0, ATTENTION),), "fp16", {"num_hidden_layers": 3, **GEMMA2_KINDS}),
 }
 
 
@@ -67,9 +70,11 @@ def save_tiny(folder: Path, case: str) -> Path:
     architecture, dead, _, fields = CASES[case]
     model = tiny_model(architecture, **fields)
     row = architecture_of(model.config)
-    for index in dead:
-        silence_attention(decoder_layers(model, row)[index], row)
-    mark_dead(model.config, {index: [ATTENTION] for index in dead})
+    marks: dict[int, list[str]] = {}
+    for index, sublayer in dead:
+        silence(decoder_layers(model, row)[index], row, sublayer)
+        marks.setdefault(index, []).append(sublayer)
+    mark_dead(model.config, marks)
     model.save_pretrained(folder)
     return folder
 

@@ -1,5 +1,7 @@
 """The exported graph: its names, what it computes, and what it leaves out."""
 
+import re
+
 import numpy as np
 import onnx
 import pytest
@@ -10,6 +12,7 @@ from tiny import token_ids
 pytestmark = pytest.mark.onnx
 
 CASES = ["llama", "dead first", "dead middle", "fp16", "gpt2", "opt", "gemma2"]
+DEAD_MLPS = ["dead mlp", "gpt2 dead mlp", "opt dead mlp"]
 # Of logits around 1 to 10, against fp32; an fp16 graph also rounds its weights.
 TOLERANCE = {"fp32": 5e-5, "fp16": 5e-2}
 
@@ -41,7 +44,7 @@ def test_nodes_are_named_by_their_module(exported):
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES + DEAD_MLPS)
 def test_every_row_of_a_padded_batch_is_what_stock_transformers_computes_of_it_alone(exported, case):
     # Rows and lengths that neither the trace nor the check at export has seen; the longest is longer than
     # gemma2's sliding window.
@@ -88,6 +91,27 @@ def test_a_dead_attention_leaves_nothing_in_the_graph(exported, case, live):
     residual = [node for node in export.graph.node if node.op_type == "Add" and node.name.startswith("model.layers.")]
     outside = [node for node in residual if "self_attn" not in node.name and "norm" not in node.name]
     assert len(outside) == live + layers
+
+
+@pytest.mark.parametrize(
+    ("case", "products", "attentions"),
+    [
+        ("dead mlp", 2 * 4 + 1 * 3 + 1, 2),
+        ("gpt2 dead mlp", 2 * 2 + 1 * 2 + 1, 2),  # q, k and v are one product
+        ("opt dead mlp", 2 * 4 + 1 * 2 + 1, 2),
+    ],
+)
+def test_a_dead_mlp_leaves_nothing_in_the_graph(exported, case, products, attentions):
+    export = exported(case)
+    assert export.count("MatMul") + export.count("Gemm") == products
+    assert export.count("Attention") == attentions
+    cache = [value.name for value in export.graph.input if value.name.startswith("past_key_values.")]
+    assert cache == [f"past_key_values.{index}.{part}" for index in range(attentions) for part in ("key", "value")]
+    assert sum(export.count(activation) for activation in ("Relu", "Sigmoid", "Tanh")) == 1
+    # The residual stream is added to once by each live sublayer, and by no zeros.
+    names = [node.name for node in export.graph.node if node.op_type == "Add"]
+    residual = [name for name in names if re.fullmatch(r"[a-z.]+\.(layers|h)\.\d+/\w+", name)]
+    assert len(residual) == attentions + 1
 
 
 def test_a_tied_weight_is_stored_once(exported):

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from optimum.streamline.checkpoint import Source, fingerprint, load, load_stock, read_config, save_model
 from optimum.streamline.edit import apply_plan, build_replacement
 from optimum.streamline.errors import StreamlineError
-from optimum.streamline.heal import HealSettings, train_replacement
+from optimum.streamline.healing import HealSettings, train_replacement
 from optimum.streamline.plan import Plan
 from optimum.streamline.windows import Windows
 from reference import REFERENCE

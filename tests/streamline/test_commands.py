@@ -77,7 +77,7 @@ def assert_refused(outcome: Outcome, *parts: str) -> None:
         (("--layers", 99), "there is no layer 99; the model has layers 0 to 15"),
         (
             ("--method", "shortgpd", "--remove", 4),
-            "method 'shortgpd': unknown; known are explicit, llm-streamline, shortgpt",
+            "method 'shortgpd': unknown; known are auto, average",
         ),
         (("--remove", 4, "--samples", 100_000), "tokens, too short for 100000 windows of 512"),
         (("--remove", 4, "--length", 4096), "length 4096: the model reads at most 512 tokens"),
@@ -196,8 +196,10 @@ def test_remove_is_the_net_fall_with_a_replacement(cli: Cli, tmp_path: Path) -> 
     assert entry == {"skip": ["attention"]}
     assert record["layers"][int(index)] == {"layer": int(index), "originals": record["replaced"], "kind": "mlp"}
     assert not load_file(out / "model.safetensors")[f"model.layers.{int(index)}.self_attn.o_proj.weight"].any()
-    assert len(record["healing"]["steps"]) == 8  # 10 windows, one held out, batches of 8, four passes
-    assert max(step["lr"] for step in record["healing"]["steps"]) == pytest.approx(2e-4 * 4096 / 128, rel=0.05)
+    [training] = record["healing"]
+    assert (training["stage"], training["scope"]) == ("hidden-mse", "replacement")
+    assert len(training["steps"]) == 4  # 10 windows, one held out, seen four times, in batches of 8
+    assert training["settings"]["lr"] == pytest.approx(2e-4 * 4096 / 128)
     assert record["data"]["heal"]["spec"] == "stdlib:train"
     assert record["data"]["calibration"]["spec"] == "stdlib:calibration"
 
@@ -213,9 +215,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(cli: Cli, tmp_path: Path) ->
 
 def test_save_recipe_is_what_the_flags_amount_to(cli: Cli, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    flags = ("--remove", 2, *QUICK, "--max-kl", 0.5)
+    flags = ("--method", "shortgpt", "--remove", 2, *QUICK, "--max-kl", 0.5)
     assert cli("run", "-m", REFERENCE, *flags, "--dry-run", "--save-recipe", recipe, tmp_path / "out").code == 0
-    assert recipe.read_text() == "remove: '2'\nsamples: 4\nlength: 64\nbudget:\n  max_kl: 0.5\n"
+    assert recipe.read_text() == "method: shortgpt\nremove: '2'\nsamples: 4\nlength: 64\nbudget:\n  max_kl: 0.5\n"
     again = cli("run", "-m", REFERENCE, recipe, "--dry-run", tmp_path / "out")
     assert again.code == 0
     assert "16 layers become 14" in again.out
@@ -238,7 +240,7 @@ def test_half_precision_that_overflows_is_refused(cli: Cli, tmp_path: Path) -> N
         model.model.layers[0].mlp.up_proj.weight[0, 0] = 1e5
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(tmp_path / "model")
-    words = ("prune", "-m", tmp_path / "model", "--remove", 1, "--samples", 2, "--length", 32)
+    words = ("prune", "-m", tmp_path / "model", "--layers", 3, "--samples", 2, "--length", 32)
     assert_refused(cli(*words, "--dtype", "fp16", tmp_path / "out"), "stored in torch.float16", "infinite")
     assert not (tmp_path / "out").exists()
     assert cli(*words, "--dtype", "bf16", tmp_path / "out").code == 0

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, PreTrainedModel
+from torch import nn
+from transformers import AutoModelForCausalLM, BertConfig
 
+from behaviour import greedy, logits
 from optimum.streamline.anatomy import ARCHITECTURES, architecture_of, decoder_layers
 from optimum.streamline.checkpoint import load
-from optimum.streamline.dead import DeadAttention, dead_sublayers
+from optimum.streamline.dead import DeadAttention, DeadMLP, dead_sublayers
 from optimum.streamline.edit import apply_plan, build_replacement, planned_config
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.plan import Plan
@@ -25,23 +27,9 @@ PLANS = {
     "layer": Plan(LAYERS, (1, 2, 3), "layer"),
     "mlp": Plan(LAYERS, (1, 2, 3), "mlp"),
     "mlp-first": Plan(LAYERS, (0, 1), "mlp"),
+    "dead": Plan(LAYERS, (), dead=((0, "attention"), (2, "mlp"), (3, "attention"), (3, "mlp"))),
+    "dead-and-gone": Plan(LAYERS, (1,), dead=((0, "mlp"), (2, "attention"), (4, "mlp"))),
 }
-
-
-def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids).logits
-
-
-def greedy(model: PreTrainedModel, use_cache: bool) -> list[list[int]]:
-    ids = token_ids(2, 9, seed=3)
-    mask = torch.ones_like(ids)
-    mask[0, :4] = 0
-    ids[0, :4] = 1
-    out = model.generate(
-        ids, attention_mask=mask, max_new_tokens=8, min_new_tokens=8, do_sample=False, use_cache=use_cache
-    )
-    return out.tolist()
 
 
 @pytest.mark.parametrize("architecture", ALL)
@@ -93,8 +81,38 @@ def test_edit_survives_disk_stock_transformers_and_the_cache(architecture: str, 
     ours = load(str(tmp_path))
     torch.testing.assert_close(logits(ours, ids), edited, atol=1e-5, rtol=0)
     assert greedy(ours, use_cache=True) == greedy(stock, use_cache=True)
-    dropped = sum(isinstance(module, DeadAttention) for module in ours.modules())
-    assert dropped == len(dead_sublayers(ours.config)) == (1 if "mlp" in edit else 0)
+    for stand_in, sublayer in ((DeadAttention, "attention"), (DeadMLP, "mlp")):
+        dead = {layer for layer, skip in dead_sublayers(ours.config).items() if sublayer in skip}
+        layers = decoder_layers(ours, ARCHITECTURES[architecture])
+        assert dead == {index for index, layer in enumerate(layers) if has(layer, stand_in)}
+        planned = sum(kind == sublayer for _, kind in plan.dead)
+        assert len(dead) == planned + (sublayer == "attention" and plan.replacement == "mlp")
+
+
+def has(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    return any(isinstance(module, kind) for module in layer.modules())
+
+
+@pytest.mark.parametrize("sublayer", ["attention", "mlp"])
+@pytest.mark.parametrize("architecture", ALL)
+def test_a_dead_sublayer_adds_nothing(architecture: str, sublayer: str) -> None:
+    model, ids, row = tiny_model(architecture), token_ids(), ARCHITECTURES[architecture]
+    dead = tiny_model(architecture)
+    apply_plan(dead, Plan(LAYERS, (), dead=((2, sublayer),)), None)  # type: ignore[arg-type]
+
+    def nothing(_: object, __: object, out: object) -> object:
+        return (torch.zeros_like(out[0]), *out[1:]) if isinstance(out, tuple) else torch.zeros_like(out)
+
+    layer = decoder_layers(model, row)[2]
+    layer.get_submodule(row.attention if sublayer == "attention" else row.mlp[-1]).register_forward_hook(nothing)
+    torch.testing.assert_close(logits(dead, ids), logits(model, ids), atol=1e-5, rtol=0)
+
+
+def test_marks_stay_with_their_layers_and_add_up() -> None:
+    model = tiny_model()
+    apply_plan(model, Plan(LAYERS, (), dead=((1, "mlp"), (3, "attention"), (4, "mlp"))), None)
+    change = apply_plan(model, Plan(LAYERS, (0, 4), dead=((1, "attention"), (2, "mlp"), (3, "attention"))), None)
+    assert change.dead == dead_sublayers(model.config) == {0: ["attention", "mlp"], 1: ["mlp"], 2: ["attention"]}
 
 
 @pytest.mark.parametrize("architecture", ALL)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, PreTrainedModel
 
-from optimum.streamline.anatomy import ARCHITECTURES
+from optimum.streamline.anatomy import ARCHITECTURES, decoder_layers
 from optimum.streamline.cost import cost_of, disk_bytes
 from optimum.streamline.edit import apply_plan, build_replacement
 from optimum.streamline.plan import Plan
@@ -62,6 +62,30 @@ def test_dead_parameters_by_hand() -> None:
     apply_plan(model, plan, build_replacement(model, plan))
     cost = cost_of(model.config, "fp32")
     assert cost.parameters - cost.live_parameters == ATTENTION
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_a_dead_mlp_costs_nothing_and_keeps_its_cache(architecture: str) -> None:
+    model: PreTrainedModel = tiny_model(architecture)
+    before, row = cost_of(model.config, "fp32"), ARCHITECTURES[architecture]
+    apply_plan(model, Plan(LAYERS, (), dead=((1, "mlp"), (3, "mlp"))), None)
+    after = cost_of(model.config, "fp32")
+    gone = [decoder_layers(model, row)[layer].get_submodule(name).parameters() for layer in (1, 3) for name in row.mlp]
+    assert before.live_parameters - after.live_parameters == sum(p.numel() for part in gone for p in part)
+    assert (after.parameters, after.layers, after.windows) == (before.parameters, LAYERS, before.windows)
+    assert after.kv_bytes_per_token == before.kv_bytes_per_token
+    assert after.decode_bytes(20) < before.decode_bytes(20)
+    assert after.prefill_flops(20) < before.prefill_flops(20)
+
+
+def test_dead_mlp_by_hand() -> None:
+    model = tiny_model()
+    before = cost_of(model.config, "fp32")
+    apply_plan(model, Plan(LAYERS, (), dead=((0, "mlp"), (2, "attention"), (2, "mlp"))), None)
+    after = cost_of(model.config, "fp32")
+    assert after.parameters - after.live_parameters == 2 * MLP + ATTENTION
+    assert before.read_parameters - after.read_parameters == 2 * MLP + ATTENTION
+    assert after.attention_layers == LAYERS - 1
 
 
 def test_of_experts_only_the_active_share_is_read() -> None:

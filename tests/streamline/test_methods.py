@@ -8,12 +8,18 @@ import random
 import pytest
 
 from optimum.commands.streamline import METHOD_LINES
+from optimum.streamline.evidence import Evidence
 from optimum.streamline.methods import METHODS
 from optimum.streamline.plan import Plan
 from optimum.streamline.recipe import make_recipe
 from optimum.streamline.scores import Scores
 
 LAYERS = 7
+
+
+def planned(method: str, scores: Scores, **fields: object) -> Plan:
+    """What a method that goes by scores alone plans."""
+    return METHODS[method].plan(make_recipe({"method": method, **fields}), Evidence(None, None, scores))
 
 
 @pytest.fixture(params=range(5))
@@ -27,7 +33,7 @@ def scores(request: pytest.FixtureRequest) -> Scores:
 
 @pytest.mark.parametrize("count", range(1, LAYERS))
 def test_shortgpt_takes_the_lowest_influence(scores: Scores, count: int) -> None:
-    gone = METHODS["shortgpt"].plan(make_recipe({"remove": count}), scores).gone
+    gone = planned("shortgpt", scores, remove=count).gone
     influence = {layer: 1 - scores.similarity[layer][layer + 1] for layer in range(LAYERS)}
     assert len(gone) == count
     assert max(influence[layer] for layer in gone) <= min(influence[layer] for layer in influence if layer not in gone)
@@ -36,7 +42,7 @@ def test_shortgpt_takes_the_lowest_influence(scores: Scores, count: int) -> None
 @pytest.mark.parametrize("replacement", ["none", "layer", "mlp"])
 @pytest.mark.parametrize("count", range(1, LAYERS))
 def test_llm_streamline_takes_the_most_similar_block(scores: Scores, count: int, replacement: str) -> None:
-    plan = METHODS["llm-streamline"].plan(make_recipe({"remove": count, "replacement": replacement}), scores)
+    plan = planned("llm-streamline", scores, remove=count, replacement=replacement)
     length = count if replacement == "none" else count + 1
     best = max((scores.similarity[j][j + length], -j) for j in range(LAYERS - length + 1))
     assert plan.gone == tuple(range(-best[1], -best[1] + length))
@@ -46,12 +52,12 @@ def test_llm_streamline_takes_the_most_similar_block(scores: Scores, count: int,
 
 def test_ties_go_to_the_first() -> None:
     flat = Scores(tuple((0.5,) * (LAYERS + 1) for _ in range(LAYERS + 1)))
-    assert METHODS["shortgpt"].plan(make_recipe({"remove": 2}), flat).gone == (0, 1)
-    assert METHODS["llm-streamline"].plan(make_recipe({"remove": 3}), flat).gone == (0, 1, 2)
+    assert planned("shortgpt", flat, remove=2).gone == (0, 1)
+    assert planned("llm-streamline", flat, remove=3).gone == (0, 1, 2)
 
 
 def test_explicit_takes_what_it_is_told(scores: Scores) -> None:
-    assert METHODS["explicit"].plan(make_recipe({"layers": "1,4-5"}), scores).gone == (1, 4, 5)
+    assert planned("explicit", scores, layers="1,4-5").gone == (1, 4, 5)
 
 
 def test_places_name_the_originals() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.methods import method_of
@@ -16,7 +17,11 @@ from optimum.streamline.recipe import make_recipe, parse_layers, parse_remove, r
     ("fields", "message"),
     [
         ({"removes": 3}, "unknown key 'removes'; known are method, remove, layers"),
-        ({"heal": "hope"}, "heal is 'hope': Input should be 'none' or 'hidden-mse'"),
+        ({"heal": "hope"}, "heal is 'hope': must be none, or one or more of hidden-mse"),
+        ({"heal": "lm+hidden-mse"}, "heal is 'lm.hidden-mse': must be none, or one or more of hidden-mse .first."),
+        ({"protect": "1"}, "protect is '1': must be two numbers"),
+        ({"heal_kl": 2}, "heal-kl is 2: .* less than or equal to 1"),
+        ({"pattern": "odd"}, "pattern is 'odd': Input should be 'max-gap'"),
         ({"samples": 0}, "samples is 0: .* greater than 0"),
         ({"length": "long"}, "length is 'long': .* integer"),
         ({"budget": {"max_kl": -1}}, "budget.max-kl is -1: .* greater than or equal to 0"),
@@ -37,7 +42,7 @@ def test_a_bad_field_is_named_with_its_value(fields: dict[str, Any], message: st
     [
         (
             {"method": "shortgtp", "remove": 1},
-            "method 'shortgtp': unknown; known are explicit, llm-streamline, shortgpt",
+            "method 'shortgtp': unknown; known are .*shortgpt",
         ),
         ({}, "remove is missing"),
         ({"remove": 0}, "remove 0: that is 0 of 8 layers"),
@@ -51,22 +56,32 @@ def test_a_bad_field_is_named_with_its_value(fields: dict[str, Any], message: st
         ({"layers": "1,3", "replacement": "mlp"}, "a replacement needs one block of at least 2 layers"),
         (
             {"method": "shortgpt", "remove": 1, "replacement": "layer"},
-            "replacement 'layer': shortgpt removes scattered",
+            "replacement 'layer': method shortgpt takes none or linear",
         ),
-        ({"remove": 1, "heal": "hidden-mse"}, "heal 'hidden-mse': trains a replacement"),
+        ({"remove": 1, "heal": "hidden-mse"}, "heal 'hidden-mse': hidden-mse trains a replacement"),
+        ({"remove": 1, "heal": "distill", "heal_scope": "replacement"}, "heal-scope 'replacement': there is none"),
+        ({"remove": 1, "method": "sleb", "lora": True}, "lora: adapters are trained by heal lm or distill"),
+        ({"remove": 1, "heal": "lm", "heal_kl": 0.5}, "heal-kl 0.5: is of heal distill only"),
+        ({"remove": 1, "method": "llm-streamline", "iterative": True}, "iterative True: method llm-streamline has no"),
     ],
 )
 def test_a_method_refuses_what_it_cannot_follow(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(StreamlineError, match=message):
-        method_of(make_recipe(fields), 8)
+        method_of(make_recipe(fields), LlamaConfig(num_hidden_layers=8))
 
 
 def test_the_method_follows_from_the_rest() -> None:
-    assert make_recipe({"remove": 1}).method_name == "shortgpt"
+    assert make_recipe({"remove": 1}).method_name == "auto"
+    assert make_recipe({"remove": 1}).healing == ("distill",)
     assert make_recipe({"remove": 1, "replacement": "mlp"}).method_name == "llm-streamline"
     assert make_recipe({"layers": "1"}).method_name == "explicit"
-    assert make_recipe({"remove": 1, "replacement": "mlp"}).healing == "hidden-mse"
-    assert make_recipe({"remove": 1, "replacement": "mlp", "heal": "none"}).healing == "none"
+    assert make_recipe({"remove": 1, "replacement": "mlp"}).healing == ("hidden-mse",)
+    assert make_recipe({"remove": 1, "replacement": "mlp", "heal": "none"}).healing == ()
+    assert make_recipe({"remove": 1, "method": "layerchop"}).healing == ("lm",)
+    assert make_recipe({"remove": 1, "replacement": "ffn", "heal": "hidden-mse+distill"}).healing == (
+        "hidden-mse",
+        "distill",
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,12 @@ from rich.console import Console
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.intervals import Interval
 from optimum.streamline.plan import Place
-from optimum.streamline.plots import KEPT, REMOVED, REPLACED, comparison_svg, layer_importance_svg
+from optimum.streamline.plots import FATES, KEPT, comparison_svg, layer_importance_svg
 from optimum.streamline.recipe import Budget
 from optimum.streamline.report import Measurement, Report
 from optimum.streamline.report_files import write_report
 from optimum.streamline.report_html import fates, to_html
-from optimum.streamline.report_table import LINES, headline, limit_sentence, sentences
+from optimum.streamline.report_table import headline, limit_sentence, lines_of, sentences
 from optimum.streamline.report_text import comparison_table, to_markdown
 from optimum.streamline.verdict import judge
 
@@ -226,7 +226,27 @@ class TestForms:
 
     def test_every_figure_stands_beside_the_originals(self) -> None:
         cells = [cell for cell in Page(to_html(report())).cells if cell]
-        assert cells == [line.cell(row) for line in LINES for row in (ORIGINAL, CANDIDATE)]
+        assert cells == [line.cell(row) for line in lines_of(report()) for row in (ORIGINAL, CANDIDATE)]
+
+    def test_questions_are_shown_where_there_were_some(self) -> None:
+        asked = replace(
+            report(
+                replace(ORIGINAL, question_accuracy=Interval(0.71, 0.66, 0.76), stability=ONE),
+                replace(CANDIDATE, question_accuracy=Interval(0.6, 0.55, 0.65), stability=Interval(0.845, 0.81, 0.88)),
+            ),
+            questions={"questions_file": "q.jsonl", "questions": 40, "questions_effective": 3.25},
+        )
+        assert Report.from_json(asked.to_json()) == asked
+        console = Console(record=True, width=160)
+        console.print(comparison_table(asked))
+        for text in (to_html(asked), to_markdown(asked), console.export_text()):
+            for words in ("Questions right", "71.0% [66.0, 76.0]", "60.0% [55.0, 65.0]", "Stability", "84.5% [81"):
+                assert words in text
+        assert "It answers 60.0% [55.0, 65.0] of the questions right, original 71.0% [66.0, 76.0]" in to_markdown(asked)
+        assert "| equal questions that the stability's weights amount to | 3.25 |" in to_markdown(asked)
+        for text in (to_html(report()), to_markdown(report())):
+            assert "Stability" not in text
+            assert "Questions" not in text
 
     def test_names_from_outside_are_text(self) -> None:
         named = replace(CANDIDATE, label="<script>alert(1)</script>|[red]", baseline="original")
@@ -247,7 +267,7 @@ class TestForms:
         text = to_markdown(with_layers(report(budget=Budget(max_kl=0.1))))
         assert text.startswith("# Over budget\n")
         rows = [line for line in text.splitlines() if line.startswith("| ") or line.startswith("| --- ")]
-        table = rows[: len(LINES) + 1]
+        table = rows[: len(lines_of(report())) + 1]
         assert {line.count("|") for line in table} == {4}
         assert "| Decode speed-up | 1.00x | 1.30x [1.27, 1.33] |" in text
         assert "| Ideal decode speed-up | 1.00x | 1.32x (98% reached) |" in text
@@ -284,31 +304,32 @@ class TestForms:
 
 class TestPlots:
     def test_fates_of_layers(self) -> None:
-        assert fates(with_layers(report())) == (frozenset({3}), frozenset({1, 2}))
-        assert fates(report()) == (frozenset(), frozenset())
+        assert fates(with_layers(report())) == {0: "kept", 1: "replaced", 2: "replaced", 3: "removed", 4: "kept"}
+        assert fates(report()) == {}
 
     def test_layers_are_coloured_by_fate(self) -> None:
-        svg = layer_importance_svg([0.4, 0.1, 0.05, 0.06, 0.3], removed={3}, replaced={1, 2})
+        becomes = {0: "kept", 1: "replaced", 2: "merged", 3: "removed", 4: "thinned"}
+        svg = layer_importance_svg([0.4, 0.1, 0.05, 0.06, 0.3], becomes)
         fills = re.findall(r'<g id="patch_\d+">\s*<path d="[^"]*" clip-path="[^"]*" style="fill: ([^;"]+)', svg)
         patterns = re.findall(r'<pattern id="(\w+)"[^>]*>\s*<rect[^>]* fill="(#\w+)"', svg)
         hatched = {f"url(#{name})": colour for name, colour in patterns}
         bars = [hatched.get(fill, fill) for fill in fills]
-        assert bars == [KEPT, REPLACED, REPLACED, REMOVED, KEPT]
-        for word in ("kept", "removed", "replaced by a trained layer"):
+        assert bars == [FATES[fate][0] if fate in FATES else KEPT for fate in becomes.values()]
+        for word in ("kept", *(words for _, _, words in FATES.values())):
             assert f">{word}<" in svg
-        assert ">removed<" not in layer_importance_svg([0.4, 0.1], removed=(), replaced={1})
+        assert ">removed<" not in layer_importance_svg([0.4, 0.1], {1: "replaced"})
 
     def test_one_towering_layer_does_not_flatten_the_others(self) -> None:
-        assert "(log scale)" in layer_importance_svg([1.05, 0.02, 0.03, 0.01], (), ())
-        assert "(log scale)" not in layer_importance_svg([0.05, 0.02, 0.03, 0.01], (), ())
-        assert "(log scale)" not in layer_importance_svg([1.05, 0.02, 0.03, -1e-9], (), ())  # has no logarithm
+        assert "(log scale)" in layer_importance_svg([1.05, 0.02, 0.03, 0.01], {})
+        assert "(log scale)" not in layer_importance_svg([0.05, 0.02, 0.03, 0.01], {})
+        assert "(log scale)" not in layer_importance_svg([1.05, 0.02, 0.03, -1e-9], {})  # has no logarithm
 
     def test_same_figures_same_text(self) -> None:
         rows = (ORIGINAL, CANDIDATE)
         assert comparison_svg(rows) == comparison_svg(rows)
 
     def test_many_layers_and_models_are_drawn(self) -> None:
-        assert "<svg" in layer_importance_svg([0.01] * 126, range(60, 90), ())
+        assert "<svg" in layer_importance_svg([0.01] * 126, dict.fromkeys(range(60, 90), "removed"))
         rows = [replace(CANDIDATE, label=f"/a/long/path/to/some/candidate-{number}") for number in range(9)]
         svg = comparison_svg(rows)
         assert all(f"candidate-{number}" in svg for number in range(9))

@@ -52,6 +52,10 @@ def _recipe_flag(group: Any, flag: str, text: str, kind: Callable[[str], Any] = 
     group.add_argument(flag, default=argparse.SUPPRESS, type=kind, help=text, metavar=flag.strip("-").upper())
 
 
+def _recipe_switch(group: Any, flag: str, text: str) -> None:
+    group.add_argument(flag, default=argparse.SUPPRESS, action="store_true", help=text)
+
+
 def _calibration_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("calibration")
     _recipe_flag(group, "--calibration", f"text the choices are made on: {SPEC} (default)")
@@ -71,17 +75,43 @@ def _prune_flags(parser: argparse.ArgumentParser) -> None:
     _recipe_flag(group, "--method", f"how layers are chosen:\n{methods}")
     _recipe_flag(group, "--remove", "layers to lose, net (4), or a share of them (25%%)")
     _recipe_flag(group, "--layers", "explicit layers, 0-based, such as 3,7,11-13")
+    _recipe_switch(group, "--iterative", "shortgpt: score anew after each removal")
+    _recipe_flag(group, "--protect", "sleb, shortened-*: how many first and last layers stay, such as 1,1")
+    _recipe_flag(group, "--pattern", "layerchop: max-gap (default), input, output, middle or both")
     group = parser.add_argument_group("what stands in for it")
     _recipe_flag(
-        group, "--replacement", "none (default), layer (a trained decoder layer) or mlp (one without attention)"
+        group,
+        "--replacement",
+        "none (default);\nlinear: a least-squares map, folded into the layer before;\nor, for one block, a trained "
+        "layer: layer (a decoder layer), mlp (one without attention),\nffn or swiglu (no norm, no residual: needs "
+        "optimum.streamline.load)",
     )
-    _recipe_flag(group, "--heal", "none, or hidden-mse: train the replacement (default where there is one)")
-    _recipe_flag(group, "--heal-data", f"text it is trained on: {SPEC} (default)")
-    _recipe_flag(group, "--heal-tokens", "tokens to train on (default 200000)", int)
-    _recipe_flag(group, "--heal-lr", "peak learning rate (default 2e-4 x 4096 / hidden size)", float)
-    _recipe_flag(group, "--heal-epochs", "passes over these tokens (default 4)", int)
+    _healing_flags(parser)
+    group = parser.add_argument_group("what it is made on")
     _recipe_flag(group, "--dtype", "what the result is stored in: fp32, fp16 or bf16 (default: as the original)")
     _calibration_flags(parser)
+
+
+def _healing_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("healing")
+    _recipe_flag(
+        group,
+        "--heal",
+        "none, or trainings joined by +: hidden-mse (the replacement, to its block's output; default where there is "
+        "one),\nlm (cross-entropy), distill (to the original's logits); default: what the method's paper does",
+    )
+    _recipe_flag(group, "--heal-scope", "what lm and distill train: replacement or model")
+    _recipe_flag(group, "--heal-data", f"text it is trained on: {SPEC} (default)")
+    _recipe_flag(group, "--heal-tokens", "tokens to train on (default 200000)", int)
+    _recipe_flag(group, "--heal-minutes", "longest time of each training (default: no limit)", float)
+    _recipe_flag(group, "--heal-lr", "peak learning rate (default: by the model's width)", float)
+    _recipe_flag(group, "--heal-epochs", "passes over these tokens (default 4)", int)
+    _recipe_flag(group, "--heal-batch", "windows an update, over all processes (default 8)", int)
+    _recipe_switch(group, "--heal-normalised", "hidden-mse: divide each token's error by its squared norm")
+    _recipe_flag(group, "--heal-kl", "distill: share of the KL, the rest is cross-entropy (default 1)", float)
+    _recipe_flag(group, "--heal-hidden", "distill: weight of the layers' hidden-state error", float)
+    _recipe_switch(group, "--lora", "train low-rank adapters, merged before saving, not the weights")
+    _recipe_flag(group, "--lora-rank", "their rank (default 16)", int)
 
 
 def _judgement_flags(parser: argparse.ArgumentParser) -> None:
@@ -106,9 +136,21 @@ def _plan_flags(parser: argparse.ArgumentParser) -> None:
 
 # Repeated from `methods.METHODS`, which cannot be imported here; a test holds the two together.
 METHOD_LINES = {
+    "auto": "the default: what docs/methods.md measures to be best; today blockpruner, then heal distill",
+    "average": "the same neighbours as come, their weights averaged (baseline of 2510.15304)",
+    "blockpruner": "attentions and MLPs, one at a time by loss, to the weight of so many layers (2406.10594)",
+    "come": "the two neighbours most alike merged by their channels, step by step (2510.15304)",
+    "come-mp": "as come, healed by a distillation after each merge (2510.15304)",
+    "come-p": "as come, the ratio of each merge by trying 21 of them on calibration text (2510.15304)",
+    "come-sp": "as come, then healed by one distillation (2510.15304)",
     "explicit": "the layers given by --layers, such as 3,7,11-13",
+    "gromov": "the block of least angular distance on last tokens, removed or replaced (2403.17887)",
+    "layerchop": "layers by their place: evenly spread, or near input, output, middle or both (2305.14864)",
     "llm-streamline": "the block of highest input-output cosine, removed or replaced (2403.19135)",
-    "shortgpt": "the layers of lowest Block Influence, all at once (2403.03853)",
+    "shortened-ppl": "the layers without each of which perplexity is lowest, all at once (2402.02834)",
+    "shortened-taylor": "the layers of lowest sum of |weight x gradient|, all at once (2402.02834)",
+    "shortgpt": "the layers of lowest Block Influence, all at once or iteratively (2403.03853)",
+    "sleb": "one layer at a time, each time the one whose loss hurts least (2402.09025)",
 }
 
 
@@ -215,6 +257,13 @@ class ValidateCommand(_Command):
         parser.add_argument("--overwrite", action="store_true", help="replace an earlier output of this program")
         _source_flags(parser)
         _judgement_flags(parser)
+        parser.add_argument(
+            "--questions",
+            type=Path,
+            metavar="FILE",
+            help="multiple-choice questions, for accuracy and stability: one JSON object a line, such as\n"
+            '{"question": "The capital of France is", "options": [" Paris", " London"], "answer": 0}',
+        )
         group = parser.add_argument_group("how it is measured")
         _recipe_flag(group, "--dtype", "what checkpoints are computed in: fp32 (default), fp16 or bf16")
         _common_recipe_flags(group)

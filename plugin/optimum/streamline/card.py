@@ -7,21 +7,59 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .bare_layers import NEEDS_LOAD
+from .healing import Healed
 from .record import Record
 
 CITATIONS = {
-    "shortgpt": "ShortGPT (arXiv 2403.03853)",
-    "llm-streamline": "LLM-Streamline (arXiv 2403.19135)",
+    "blockpruner": "BlockPruner (arXiv 2406.10594)",
+    "come": "CoMe (arXiv 2510.15304)",
+    "come-mp": "CoMe-mp (arXiv 2510.15304)",
+    "come-p": "CoMe-P (arXiv 2510.15304)",
+    "come-sp": "CoMe-sp (arXiv 2510.15304)",
     "explicit": "layers chosen by hand",
+    "gromov": "the angle between a block's input and output (Gromov et al., arXiv 2403.17887)",
+    "layerchop": "LayerChop (arXiv 2305.14864)",
+    "llm-streamline": "LLM-Streamline (arXiv 2403.19135)",
+    "shortened-ppl": "Shortened LLaMA, by perplexity (arXiv 2402.02834)",
+    "shortened-taylor": "Shortened LLaMA, by Taylor expansion (arXiv 2402.02834)",
+    "shortgpt": "ShortGPT (arXiv 2403.03853)",
+    "sleb": "SLEB (ICML 2024)",
 }
+# What the number is that a training brings down.
+LOSSES = {
+    "hidden-mse": "hidden-state error",
+    "lm": "next-token loss",
+    "distill": "distillation loss",
+}
+
+_LOADING = """
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this folder")
+```
+"""
+_LOADING_BARE = f"""
+This model {NEEDS_LOAD}.
+
+```python
+from optimum.streamline import load  # pip install optimum-streamline
+
+model = load("this folder")
+```
+
+It needs no `trust_remote_code`, and its ONNX export needs neither.
+"""
 
 
 def model_card(record: Record) -> str:
     """The text of the checkpoint's `README.md`."""
     recipe, plan = record.recipe, record.plan
+    bare = any(place.kind in ("ffn", "swiglu") for place in record.change.places)
     lines = [
         "---",
-        "library_name: transformers",
+        f"library_name: {'optimum-streamline' if bare else 'transformers'}",
         "pipeline_tag: text-generation",
         "tags: [optimum-streamline, layer-pruning]",
         *([] if Path(record.source).exists() else [f"base_model: {record.source}"]),
@@ -32,18 +70,12 @@ def model_card(record: Record) -> str:
         f"Made by optimum-streamline from `{record.source}`: {plan.describe()}.",
         f"The choice: {CITATIONS.get(recipe.method_name, recipe.method_name)}, on {_data(record, 'calibration')}.",
     ]
-    if record.healing:
-        log = record.healing
-        lines.append(
-            f"The replacement was trained on {_data(record, 'heal')}: held-out hidden-state error {log.before:.4g} "
-            f"before, {log.best:.4g} after."
-        )
-    lines += ["", "## Loading", "", "```python", "from transformers import AutoModelForCausalLM", ""]
-    lines += ['model = AutoModelForCausalLM.from_pretrained("this folder")', "```", ""]
+    lines += [_training(healed, record) for healed in record.healing]
+    lines += ["", "## Loading", *(_LOADING_BARE if bare else _LOADING).splitlines(), ""]
     if record.change.dead:
-        layers = ", ".join(str(layer) for layer in record.change.dead)
+        named = "; ".join(f"layer {index}: {' and '.join(skip)}" for index, skip in record.change.dead.items())
         lines += [
-            f"Layer {layers} (of this model) has an attention that is all zeros, named in `config.json`. Stock",
+            f"All zeros in this model, and named in `config.json`: {named}. Stock",
             "transformers computes with the zeros; `optimum.streamline.load` drops them, with the same result.",
             "",
         ]
@@ -53,6 +85,16 @@ def model_card(record: Record) -> str:
         lines.append(f"| {index} | {originals} | {place.kind} |")
     lines += ["", "`streamline.json` holds the scores, the recipe, the seed and the versions.", ""]
     return "\n".join(lines)
+
+
+def _training(healed: Healed, record: Record) -> str:
+    trained = {"replacement": "The replacement", "model": "The whole model"}[healed.scope]
+    rank = healed.settings.lora_rank
+    adapters = f" by adapters of rank {rank}, merged into it," if rank else ""
+    return (
+        f"{trained} was trained{adapters} on {_data(record, 'heal')}: held-out {LOSSES[healed.stage]} "
+        f"{healed.log.before:.4g} before, {healed.log.best:.4g} after."
+    )
 
 
 def _data(record: Record, purpose: str) -> str:

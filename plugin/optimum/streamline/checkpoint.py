@@ -24,14 +24,15 @@ from transformers import (
 )
 
 from .anatomy import architecture_of
-from .dead import dead_sublayers, drop_dead_sublayers
+from .bare_layers import bare_layers, host_config, is_bare_checkpoint, load_bare, save_bare
+from .dead import drop_dead_sublayers
 from .errors import StreamlineError
 
 RECORD_FILE = "streamline.json"
 RECORD_KEYS = ("source", "layers", "scores", "recipe_fingerprint", "data")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
-WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index*.json")
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,28 @@ def read_config(source: Source) -> PreTrainedConfig:
     if not folder.exists() and (folder.is_absolute() or source.model.startswith(".")):
         raise StreamlineError(f"model {source.model!r}: no such folder; give a checkpoint's folder or a Hub id")
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(source.model, **source.options())
+        config = _config_of(source)
     except Exception as error:  # a wrong config raises whatever its class makes of it
         raise StreamlineError(f"model {source.model!r}: cannot be read ({_first_line(error)})") from None
     architecture_of(config)
+    bare_layers(config)
     if getattr(config, "quantization_config", None) is not None:
         raise StreamlineError(f"model {source.model!r}: it is quantized; give the unquantized weights")
     return config
 
 
+def _config_of(source: Source) -> PreTrainedConfig:
+    fields, _ = PreTrainedConfig.get_config_dict(source.model, cache_dir=source.cache_dir)
+    config: PreTrainedConfig
+    if is_bare_checkpoint(fields):
+        config = host_config(fields)
+    else:
+        config = AutoConfig.from_pretrained(source.model, **source.options())
+    return config
+
+
 def load_stock(source: Source, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
-    """Load a checkpoint as stock transformers does, dead sublayers computed with their zeros.
+    """Load a checkpoint as stock transformers does, dead sublayers computed with their zeros; bare layers besides.
 
     Args:
         dtype: What to load in; the checkpoint's own by default.
@@ -83,14 +95,16 @@ def load_stock(source: Source, dtype: torch.dtype | None = None, device: str = "
     Raises:
         StreamlineError: a weight is missing, of the wrong shape, truncated or not finite.
     """
-    read_config(source)
+    config = read_config(source)
     if device == "cuda" and not torch.cuda.is_available():
         raise StreamlineError("device 'cuda': this machine or this build of torch has none; use 'cpu'")
     loaded: Any
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            source.model, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **source.options()
-        )
+        options = {"dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}
+        if bare_layers(config):
+            loaded = load_bare(source.model, config, cache_dir=source.cache_dir, **options)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(source.model, **options, **source.options())
     except Exception as error:  # safetensors and the Hub client each raise their own
         raise StreamlineError(f"model {source.model!r}: cannot be loaded ({_first_line(error)})") from None
     model: PreTrainedModel
@@ -108,13 +122,15 @@ def load_stock(source: Source, dtype: torch.dtype | None = None, device: str = "
 def load(path: str, dtype: torch.dtype | None = None, device: str = "cpu", **options: Any) -> PreTrainedModel:
     """Load a checkpoint with its dead sublayers dropped: no matrix product, no cache entry.
 
+    The only way to load one that has a bare feed-forward network for a layer, which stock transformers refuses.
+
     Args:
         path: A checkpoint's folder or Hub id, ours or not.
         dtype: What to load in; the checkpoint's own by default.
         options: `cache_dir`, `trust_remote_code`.
 
     Returns:
-        A `transformers` model in evaluation mode, with the function that stock transformers computes.
+        A `transformers` model in evaluation mode, with the function that stock transformers computes where it can.
 
     Raises:
         StreamlineError: the checkpoint cannot be handled, or a weight is missing or not finite.
@@ -172,7 +188,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype
     module.to(dtype)
     _check_finite(f"stored in {dtype}", model)  # half precision ends at 65504
     model.config.dtype = dtype
-    model.save_pretrained(folder)
+    save = save_bare if bare_layers(model.config) else PreTrainedModel.save_pretrained
+    save(model, folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -193,12 +210,6 @@ def read_record(path: str) -> dict[str, Any] | None:
     if missing:
         raise StreamlineError(f"{file}: not a record of this program, it lacks {missing[0]!r}")
     return record
-
-
-def describe(config: PreTrainedConfig) -> str:
-    """One line: how many layers, how many of them without attention."""
-    dead = len(dead_sublayers(config))
-    return f"{config.num_hidden_layers} layers" + (f", {dead} of them without attention" if dead else "")
 
 
 def _check_finite(name: str, model: PreTrainedModel) -> None:

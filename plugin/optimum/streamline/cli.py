@@ -18,6 +18,7 @@ from rich.console import Console
 from .errors import StreamlineError
 from .logs import captured_logs
 from .outputs import check_output, refuse_own_input, write_file
+from .processes import is_main, process_count
 from .recipe import Budget, Recipe, make_recipe, read_recipe, write_recipe
 
 BUDGET_FIELDS = {field.name for field in fields(Budget)}
@@ -34,20 +35,32 @@ def run_command(name: str, args: Namespace) -> int:
         "validate": _validate,
     }
     # Bound now: what is printed from here on is the program's own, whatever is redirected later.
-    console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+    # Of several processes one speaks.
+    console = Console(file=sys.stdout, soft_wrap=True, highlight=False, quiet=not is_main())
     ended_before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         # What other libraries say where there is no output folder yet to log it in is dropped, unless asked for.
         with captured_logs(None, args.verbose):
+            _check_processes(name)
             return commands[name](args, console)
     except StreamlineError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _complain("interrupted")
         return 130
     finally:
         signal.signal(signal.SIGTERM, ended_before)
+
+
+def _check_processes(name: str) -> None:
+    if process_count() > 1 and name != "prune":
+        raise StreamlineError(f"{name}: works in one process; prune is the command that several can share")
+
+
+def _complain(message: str) -> None:
+    if is_main():
+        print(message, file=sys.stderr)
 
 
 def _interrupt(*_: object) -> NoReturn:
@@ -73,12 +86,22 @@ def _source(args: Namespace, model: str) -> Any:
     return Source(model, args.cache_dir, args.trust_remote_code)
 
 
+def _note_bare(args: Namespace, console: Console, *models: str) -> None:
+    from .bare_layers import NEEDS_LOAD, bare_layers
+    from .checkpoint import read_config
+    from .runner import is_artifact
+
+    for model in models:
+        if not is_artifact(model) and bare_layers(read_config(_source(args, model))):
+            console.print(f"{model} {NEEDS_LOAD}", markup=False)
+
+
 def _say(console: Console) -> Callable[[str], None]:
     return lambda message: console.print(message, markup=False)
 
 
 def _save_recipe(args: Namespace, recipe: Recipe, console: Console) -> None:
-    if args.save_recipe is not None:
+    if args.save_recipe is not None and is_main():
         path, text = args.save_recipe, write_recipe(recipe)
         if path.resolve().is_relative_to(args.output.resolve()):
             raise StreamlineError(f"save-recipe {path}: lies in the output {args.output}; choose another place")
@@ -97,11 +120,12 @@ def _score(args: Namespace, console: Console) -> int:
     if args.output is not None:
         check_output(args.output, args.overwrite)
     scores, windows = score(_source(args, args.model), recipe)
+    _note_bare(args, console, args.model)
     console.print(_score_table(scores.block_influence))
     if args.output is not None:
         text = {"model": args.model, "calibration": windows.describe(), **scores_to_dict(scores)}
         write_file(args.output / "scores.json", json.dumps(text, indent=1) + "\n")
-        write_file(args.output / "scores.svg", layer_importance_svg(scores.block_influence, (), ()))
+        write_file(args.output / "scores.svg", layer_importance_svg(scores.block_influence, {}))
         console.print(f"scores and plot: {args.output}", markup=False)
     return 0
 
@@ -179,6 +203,7 @@ def _export(args: Namespace, console: Console) -> int:
     for check, difference in artifact.parity.items():
         console.print(f"largest difference from torch, {check}: {difference:.2g}", markup=False)
     console.print(f"exported to {args.output}", markup=False)
+    _note_bare(args, console, args.model)
     return 0
 
 
@@ -187,20 +212,29 @@ def _validate(args: Namespace, console: Console) -> int:
     from .record import refuse_seen_text
     from .report_files import write_report
     from .report_text import comparison_table
+    from .stability import read_questions
     from .validation import subjects_of, validate
     from .windows import read_windows
 
     recipe = recipe_of(args)
     check_output(args.output, args.overwrite)
     tokenizer = load_tokenizer(_source(args, args.original))
+    questions = read_questions(args.questions, tokenizer) if args.questions else None
     windows = read_windows(recipe.eval_data, tokenizer, recipe.eval_samples, recipe.length, recipe.seed, "eval")
     for candidate in args.candidate:
         refuse_seen_text(candidate, windows)
     subjects = subjects_of(args.original, args.candidate, args.cache_dir, args.trust_remote_code)
     report = validate(
-        subjects, windows, recipe.budget, dtype=recipe.dtype or "fp32", device=recipe.device, seed=recipe.seed
+        subjects,
+        windows,
+        recipe.budget,
+        questions=questions,
+        dtype=recipe.dtype or "fp32",
+        device=recipe.device,
+        seed=recipe.seed,
     )
     write_report(report, args.output)
     console.print(comparison_table(report))
     console.print(f"report: {args.output / 'report.html'}", markup=False)
+    _note_bare(args, console, args.original, *args.candidate)
     return report.exit_code

@@ -14,8 +14,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .anatomy import architecture_of
+from .bare_layers import place_bare_layers
 from .checkpoint import DTYPES, weight_bytes
-from .dead import ATTENTION, dead_sublayers
+from .dead import ATTENTION, MLP, dead_layers, layers_without_attention
 from .runner import is_artifact
 
 
@@ -72,7 +73,7 @@ class Cost:
 def cost_of(config: PreTrainedConfig, dtype: str) -> Cost:
     """The cost of a model of this config computed in `dtype`."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = place_bare_layers(AutoModelForCausalLM.from_config(config))
     dead = _dead_prefixes(config)
     # Weights shared under two names come once.
     live = [(name, value) for name, value in model.named_parameters() if not name.startswith(dead)]
@@ -99,7 +100,9 @@ def disk_bytes(folder: Path) -> int:
 
 def _dead_prefixes(config: PreTrainedConfig) -> tuple[str, ...]:
     architecture = architecture_of(config)
-    return tuple(f"{architecture.layers}.{layer}.{architecture.attention}." for layer in dead_sublayers(config))
+    modules = [(layer, architecture.attention) for layer in dead_layers(config, ATTENTION)]
+    modules += [(layer, name) for layer in dead_layers(config, MLP) for name in architecture.mlp]
+    return tuple(f"{architecture.layers}.{layer}.{name}." for layer, name in modules)
 
 
 def _read_parameters(model: PreTrainedModel, live: list[tuple[str, nn.Parameter]]) -> int:
@@ -122,7 +125,7 @@ def _windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
     window = getattr(config, "sliding_window", None)
     every = "sliding_attention" if window else "full_attention"
     kinds = getattr(config, "layer_types", None) or [every] * config.num_hidden_layers
-    dead = {layer for layer, skip in dead_sublayers(config).items() if ATTENTION in skip}
+    dead = layers_without_attention(config)
     return tuple(
         window if kind == "sliding_attention" else None for layer, kind in enumerate(kinds) if layer not in dead
     )

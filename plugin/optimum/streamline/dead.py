@@ -8,16 +8,21 @@ checkpoint is read nor why a sublayer died.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .anatomy import Architecture, decoder_layers, submodule
+from .anatomy import Architecture, architecture_of, decoder_layers, submodule
+from .bare_layers import bare_layers
 from .errors import StreamlineError
+from .plan import Sublayer
 
-ATTENTION = "attention"
+ATTENTION: Sublayer = "attention"
+MLP: Sublayer = "mlp"
 
 
 class DeadAttention(nn.Module):
@@ -33,11 +38,29 @@ class DeadAttention(nn.Module):
         return hidden.new_zeros(()), None
 
 
+class DeadMLP(nn.Module):
+    """Stands in for a module of an MLP whose output projection is zero: adds nothing."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """A scalar zero, which the residual addition broadcasts."""
+        return hidden_states.new_zeros(())
+
+
 def dead_sublayers(config: PreTrainedConfig) -> dict[int, list[str]]:
     """The dead sublayers `config` names, by layer."""
     per_layer = config.to_dict().get("per_layer_config") or {}
     named = {int(index): list(entry.get("skip", [])) for index, entry in per_layer.items()}
     return {index: skip for index, skip in named.items() if skip}
+
+
+def dead_layers(config: PreTrainedConfig, sublayer: Sublayer) -> set[int]:
+    """The layers whose `sublayer` is dead."""
+    return {layer for layer, skip in dead_sublayers(config).items() if sublayer in skip}
+
+
+def layers_without_attention(config: PreTrainedConfig) -> set[int]:
+    """The layers that keep no keys and values: those whose attention is dead, and those that never had one."""
+    return dead_layers(config, ATTENTION) | set(bare_layers(config))
 
 
 def mark_dead(config: PreTrainedConfig, dead: dict[int, list[str]]) -> None:
@@ -52,12 +75,20 @@ def mark_dead(config: PreTrainedConfig, dead: dict[int, list[str]]) -> None:
         config.per_layer_config = per_layer or None  # type: ignore[assignment]
 
 
-def silence_attention(layer: nn.Module, architecture: Architecture) -> None:
-    """Zero a layer's attention output, in place: what `DeadAttention` computes, in the host's own form."""
-    projection = submodule(layer, architecture.attention_out)
+def silence(layer: nn.Module, architecture: Architecture, sublayer: Sublayer) -> None:
+    """Zero what a sublayer writes, in place: what its stand-in computes, in the host's own form."""
     with torch.no_grad():
-        for parameter in projection.parameters():
+        for parameter in _writing_parameters(layer, architecture, sublayer):
             parameter.zero_()
+
+
+def drop(layer: nn.Module, architecture: Architecture, sublayer: Sublayer) -> dict[str, nn.Module]:
+    """Put stand-ins that cost nothing in a sublayer's place; returns what stood there, by its name in `layer`."""
+    names = (architecture.attention,) if sublayer == ATTENTION else architecture.mlp
+    taken = {name: submodule(layer, name) for name in names}
+    for name in names:
+        setattr(layer, name, DeadAttention() if sublayer == ATTENTION else DeadMLP())
+    return taken
 
 
 def drop_dead_sublayers(model: PreTrainedModel, architecture: Architecture) -> PreTrainedModel:
@@ -66,20 +97,59 @@ def drop_dead_sublayers(model: PreTrainedModel, architecture: Architecture) -> P
     Raises:
         StreamlineError: a sublayer named dead is not, or is of a kind that cannot be dropped.
     """
-    dead = dead_sublayers(model.config)
     layers = decoder_layers(model, architecture)
-    for index, skip in dead.items():
-        if skip != [ATTENTION]:
-            raise StreamlineError(f"config.json: per_layer_config[{index}].skip is {skip}; known is ['{ATTENTION}']")
-        projection = submodule(layers[index], architecture.attention_out)
-        if any(bool(parameter.count_nonzero()) for parameter in projection.parameters()):
-            raise StreamlineError(
-                f"config.json: layer {index} is said to have a dead attention, but its output is not zero"
-            )
-        setattr(layers[index], architecture.attention, DeadAttention())
-    if dead:
-        _renumber_cache(model, layers, architecture, set(dead))
+    for index, skip in dead_sublayers(model.config).items():
+        for name in skip:
+            sublayer = _known_sublayer(index, name)
+            written = _writing_parameters(layers[index], architecture, sublayer)
+            if any(bool(parameter.count_nonzero()) for parameter in written):
+                raise StreamlineError(
+                    f"config.json: layer {index} is said to have a dead {sublayer}, but its output is not zero"
+                )
+            drop(layers[index], architecture, sublayer)
+    silent = layers_without_attention(model.config)
+    if silent:
+        _renumber_cache(model, layers, architecture, silent)
     return model
+
+
+@contextmanager
+def without_dead_sublayers(model: PreTrainedModel) -> Iterator[None]:
+    """`drop_dead_sublayers` inside the block; afterwards everything that stood there stands there again, as it was."""
+    architecture = architecture_of(model.config)
+    modules = list(decoder_layers(model, architecture).modules())
+    children = [(module, name, child) for module in modules for name, child in module.named_children()]
+    numbers = [(module, module.layer_idx) for module in modules if hasattr(module, "layer_idx")]
+    kinds = getattr(model.config, "layer_types", None)
+    try:
+        drop_dead_sublayers(model, architecture)
+        yield
+    finally:
+        for module, name, child in children:
+            setattr(module, name, child)
+        for module, number in numbers:
+            module.layer_idx = number
+        if kinds is not None:
+            model.config.layer_types = kinds
+
+
+def _known_sublayer(index: int, name: str) -> Sublayer:
+    for known in (ATTENTION, MLP):
+        if name == known:
+            return known
+    raise StreamlineError(
+        f"config.json: per_layer_config[{index}].skip names {name!r}; known are {ATTENTION} and {MLP}"
+    )
+
+
+def _writing_parameters(layer: nn.Module, architecture: Architecture, sublayer: Sublayer) -> list[nn.Parameter]:
+    """All that a sublayer's output is a product of, or a sum with: zero there is zero out."""
+    paths = (architecture.attention_out,) if sublayer == ATTENTION else architecture.mlp_out
+    return [
+        parameter
+        for name, parameter in layer.named_parameters()
+        if any(name == path or name.startswith(f"{path}.") for path in paths)
+    ]
 
 
 def _renumber_cache(model: PreTrainedModel, layers: nn.ModuleList, architecture: Architecture, dead: set[int]) -> None:
@@ -88,7 +158,7 @@ def _renumber_cache(model: PreTrainedModel, layers: nn.ModuleList, architecture:
     # takes that of a live one, so that no kind is left without.
     live = [index for index in range(len(layers)) if index not in dead]
     if not live:
-        raise StreamlineError("every layer has a dead attention: nothing is left to hold the cache")
+        raise StreamlineError("no layer has a live attention: nothing is left to hold the cache")
     kinds = list(getattr(model.config, "layer_types", None) or ["full_attention"] * len(layers))
     kinds = [kinds[live[0] if index in dead else index] for index in range(len(layers))]
     if getattr(model.config, "layer_types", None):

@@ -7,27 +7,50 @@ The only file that moves layers. It chooses nothing and trains nothing: a replac
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .anatomy import architecture_of, decoder_layers, renumber_config, set_decoder_layers, submodule
-from .dead import ATTENTION, DeadAttention, dead_sublayers, mark_dead, silence_attention
-from .plan import Place, Plan
+from .anatomy import architecture_of, decoder_layers, renumber_config, set_decoder_layers
+from .bare_layers import BareKind, bare_layer, mark_bare, refuse_bare
+from .dead import ATTENTION, dead_sublayers, drop, mark_dead, silence
+from .errors import StreamlineError
+from .linear_patch import fit_maps, fold
+from .plan import TRAINED, Place, Plan
+from .windows import Windows
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """A layer that will stand in for a block.
+    """What will stand in for removed layers: a layer for one block of them, or a linear map for each gap.
 
     Args:
-        layer: A decoder layer of the host's own form, on its own (not yet part of the model).
-        attention: The attention that was taken out of it, `None` where it keeps its attention.
+        layer: A layer on its own (not yet part of the model), which takes and gives what the host's decoder layers do.
+        attention: The attention that was taken out of it, `None` where it keeps its attention or never had one.
+        maps: `linear_patch.fit_maps`: by the original number of the layer that each is folded into.
     """
 
-    layer: nn.Module
-    attention: nn.Module | None
+    layer: nn.Module | None = None
+    attention: nn.Module | None = None
+    maps: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What an edit needs beside the plan.
+
+    Args:
+        calibration: The text that choices are made on.
+        replacement: What stands in for what goes, where there is such a thing.
+        after_merge: Called with the model's places after each merge but the last.
+    """
+
+    calibration: Windows
+    replacement: Replacement | None = None
+    after_merge: Callable[[tuple[Place, ...]], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,62 +66,98 @@ class Change:
     dead: dict[int, list[str]]
 
 
-def build_replacement(model: PreTrainedModel, plan: Plan) -> Replacement | None:
-    """The replacement `plan` asks for, initialised from the block's first layer; `model` is left alone.
+def build_replacement(
+    model: PreTrainedModel, plan: Plan, calibration: Windows | None = None, seed: int = 0
+) -> Replacement | None:
+    """The replacement `plan` asks for; `model` is left alone.
 
-    `layer` is LLM-Streamline's (layer replacement, arXiv 2403.19135). `mlp` is that layer without its attention: its
-    MLP, norm and residual stay, unlike the paper's bare feed-forward network.
+    `layer` is LLM-Streamline's (layer replacement, arXiv 2403.19135), initialised from the block's first layer. `mlp`
+    is that layer without its attention: its MLP, norm and residual stay, unlike in the paper's bare feed-forward
+    networks, which are `ffn` and `swiglu`, with random weights (`bare_layers`). `linear` is `linear_patch.fit_maps`.
+
+    Args:
+        calibration: The text that linear maps are fitted on; nothing else needs it.
+        seed: Of random weights.
+
+    Raises:
+        StreamlineError: the model cannot take this replacement.
     """
-    if plan.replacement == "none":
+    if plan.replacement == "linear":
+        if calibration is None:
+            raise StreamlineError("replacement 'linear': is fitted on calibration text; there is none")
+        return Replacement(maps=fit_maps(model, plan, calibration))
+    if plan.replacement == "ffn" or plan.replacement == "swiglu":
+        return Replacement(_seeded_bare_layer(plan.replacement, model, seed))
+    if plan.replacement not in TRAINED:
         return None
     architecture = architecture_of(model.config)
     layer = copy.deepcopy(decoder_layers(model, architecture)[plan.gone[0]])
     if plan.replacement == "layer":
-        return Replacement(layer, None)
-    attention = submodule(layer, architecture.attention)
-    setattr(layer, architecture.attention, DeadAttention())
-    return Replacement(layer, attention)
+        return Replacement(layer)
+    return Replacement(layer, drop(layer, architecture, ATTENTION)[architecture.attention])
 
 
 def apply_plan(model: PreTrainedModel, plan: Plan, replacement: Replacement | None) -> Change:
     """Give `model` the layers of `plan`, in place, with every count and index in its config kept true.
 
-    A dead attention goes back into its layer with a zero output projection, so that the model stays one that
-    stock transformers computes, and is named in `config.per_layer_config`.
+    A dead sublayer stays in, or goes back into, its layer with a zero output projection, so that the model stays
+    one that stock transformers computes, and is named in `config.per_layer_config`.
     """
+    refuse_bare(model.config)
     architecture = architecture_of(model.config)
     layers = decoder_layers(model, architecture)
+    for layer, transform in (replacement.maps if replacement else {}).items():
+        fold(layers[layer], architecture, transform)
+    for layer, sublayer in plan.dead:
+        silence(layers[layer], architecture, sublayer)
     new: list[nn.Module] = []
     for place in plan.places:
-        if place.kind == "kept" or replacement is None:
+        if place.kind not in TRAINED or replacement is None or replacement.layer is None:
             new.append(layers[place.originals[0]])
             continue
         if replacement.attention is not None:
             setattr(replacement.layer, architecture.attention, replacement.attention)
-            silence_attention(replacement.layer, architecture)
+            silence(replacement.layer, architecture, ATTENTION)
         new.append(replacement.layer)
     set_decoder_layers(model, architecture, new, _origins(plan))
-    return Change(plan.places, _mark_replacements(model.config, plan))
+    mark_bare(model.config, _bare_places(plan))
+    return Change(plan.places, _mark_dead(model.config, plan))
 
 
 def planned_config(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
     """The config that `apply_plan` will leave; `config` is left alone."""
+    refuse_bare(config)
     planned = copy.deepcopy(config)
     renumber_config(planned, _origins(plan))
-    _mark_replacements(planned, plan)
+    mark_bare(planned, _bare_places(plan))
+    _mark_dead(planned, plan)
     return planned
+
+
+def _seeded_bare_layer(kind: BareKind, model: PreTrainedModel, seed: int) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return bare_layer(kind, model.config).to(model.device)
+
+
+def _bare_places(plan: Plan) -> dict[int, BareKind]:
+    kinds = {index: place.kind for index, place in enumerate(plan.places)}
+    return {index: kind for index, kind in kinds.items() if kind == "ffn" or kind == "swiglu"}
 
 
 def _origins(plan: Plan) -> list[int]:
     return [place.originals[0] for place in plan.places]
 
 
-def _mark_replacements(config: PreTrainedConfig, plan: Plan) -> dict[int, list[str]]:
-    dead = dead_sublayers(config)
+def _mark_dead(config: PreTrainedConfig, plan: Plan) -> dict[int, list[str]]:
+    dead = dead_sublayers(config)  # of the original's, those whose layers stay
     for index, place in enumerate(plan.places):
         if place.kind == "mlp":
             dead[index] = [ATTENTION]
-        elif place.kind == "layer":
+        elif place.kind in TRAINED:
             dead.pop(index, None)
+        newly = {sublayer for layer, sublayer in plan.dead if layer == place.originals[0]}
+        if newly:
+            dead[index] = sorted({*dead.get(index, []), *newly})
     mark_dead(config, dead)
     return dead

@@ -1,4 +1,4 @@
-"""Bootstrap 95% intervals of a weighted mean and of a median.
+"""Bootstrap 95% intervals of weighted means and of a median.
 
 Percentile bootstrap: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13. One seed and one
 number of samples always draw the same resamples, so that everything measured on the same windows, or in the
@@ -47,15 +47,37 @@ def mean_interval(totals: Samples, counts: Samples, seed: int) -> Interval:
         totals: `[n]`, one sum a window.
         counts: `[n]`, how many tokens each sum is over.
     """
-    times = np.random.default_rng(seed).multinomial(len(totals), np.full(len(totals), 1 / len(totals)), RESAMPLES)
+    times = _drawn_times(len(totals), seed)
     with np.errstate(invalid="ignore"):  # a window left out of a resample times an infinite sum is NaN, and is said so
         return _interval(float(totals.sum() / counts.sum()), (times @ totals) / (times @ counts))
+
+
+def softmax_mean_interval(values: Samples, logits: Samples, seed: int) -> Interval:
+    """sum_i w_i values_i with w = softmax_i(logits), resampled over entries: each resample has its own softmax.
+
+    Args:
+        values: `[n]`.
+        logits: `[n]`, of any size: the largest among those drawn is taken off first.
+    """
+
+    def mean(times: npt.NDArray[np.int64]) -> float:
+        drawn = times > 0
+        weights = times[drawn] * np.exp(logits[drawn] - logits[drawn].max())
+        return float((weights * values[drawn]).sum() / weights.sum())
+
+    resampled = [mean(times) for times in _drawn_times(len(values), seed)]
+    return _interval(mean(np.ones(len(values), np.int64)), np.array(resampled))
 
 
 def median_interval(samples: Samples, seed: int) -> Interval:
     """Median of `samples` `[n]`, resampled over its entries."""
     drawn = np.random.default_rng(seed).integers(0, len(samples), (RESAMPLES, len(samples)))
     return _interval(float(np.median(samples)), np.median(samples[drawn], axis=1))
+
+
+def _drawn_times(count: int, seed: int) -> npt.NDArray[np.int64]:
+    # How often each of `count` entries is drawn, `[RESAMPLES, count]`.
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES)
 
 
 def _interval(value: float, resampled: Samples) -> Interval:

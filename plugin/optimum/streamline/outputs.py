@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import StreamlineError
+from .processes import is_main, wait_for_all
 
 # One of these, with this key in it, is in every folder this program writes: only such a folder is ever replaced.
 OURS = {
@@ -87,6 +88,25 @@ def staged_folder(path: Path, inputs: Iterable[str], overwrite: bool = False) ->
         _publish(staging, path, overwrite)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def staged_by_main(path: Path, inputs: Iterable[str], overwrite: bool = False) -> Iterator[Path | None]:
+    """`staged_folder` of the main process; in the others `None`, until the main one's has taken its name.
+
+    Raises:
+        StreamlineError: as `staged_folder`.
+    """
+    inputs = tuple(inputs)
+    refuse_own_input(path, inputs)
+    check_output(path, overwrite)
+    wait_for_all()  # nobody takes the name before everybody has seen that it is free
+    if is_main():
+        with staged_folder(path, inputs, overwrite) as staging:
+            yield staging
+    else:
+        yield None
+    wait_for_all()
 
 
 def _give_usual_modes(folder: Path) -> None:

@@ -7,7 +7,7 @@ file knows figures and layer numbers, nothing of pages.
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -21,7 +21,14 @@ from .intervals import Interval
 from .report import Measurement
 
 # Readable on white and on near black, and told apart by those who do not tell red from green.
-KEPT, REMOVED, REPLACED = "#6b8fb5", "#d1495b", "#e39b2d"
+KEPT = "#6b8fb5"
+# Colour and hatch of what became of a layer, and the word for it: colour alone would not do in print.
+FATES = {
+    "removed": ("#d1495b", "////", "removed"),
+    "replaced": ("#e39b2d", "....", "replaced by a trained layer"),
+    "merged": ("#8867c0", "xxxx", "merged"),
+    "thinned": ("#3a9d8f", "----", "without attention or MLP"),
+}
 # Largest over median score that a linear axis still shows well.
 LINEAR_UP_TO = 8
 PREFILL, DECODE = "#3a9d8f", "#8867c0"
@@ -47,22 +54,21 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def layer_importance_svg(scores: Sequence[float], removed: Collection[int], replaced: Collection[int]) -> str:
+def layer_importance_svg(scores: Sequence[float], fates: Mapping[int, str]) -> str:
     """A bar for each layer of the original: how much it changes the residual stream.
 
     Args:
         scores: Block Influence by original layer number, 0-based.
-        removed: The layers taken out with nothing in their place.
-        replaced: The layers that one trained layer stands for.
+        fates: What became of the layers that were not kept as they are, a key of `FATES` each.
     """
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "layers"}):
         figure = Figure(figsize=(max(6.4, 0.22 * len(scores) + 1.2), 3.2), layout="constrained")
         axes = figure.add_subplot()
-        colours = [REMOVED if i in removed else REPLACED if i in replaced else KEPT for i in range(len(scores))]
-        bars = axes.bar(range(len(scores)), scores, color=colours, width=0.78, linewidth=0)
-        for layer in (*removed, *replaced):
-            # Colour alone would not do in print.
-            bars[layer].set_hatch("////" if layer in removed else "....")
+        bars = axes.bar(range(len(scores)), scores, color=KEPT, width=0.78, linewidth=0)
+        for layer, fate in fates.items():
+            if fate in FATES:
+                colour, hatch, _ = FATES[fate]
+                bars[layer].set(facecolor=colour, hatch=hatch)
         axes.set_xlabel("layer of the original, counted from 0")
         # A first layer often changes the stream a hundred times as much as the others, which a linear axis hides.
         spread = max(scores) > LINEAR_UP_TO * sorted(scores)[len(scores) // 2] > 0 and min(scores) > 0
@@ -73,10 +79,9 @@ def layer_importance_svg(scores: Sequence[float], removed: Collection[int], repl
         axes.set_xlim(-0.6, len(scores) - 0.4)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=24, integer=True))
         handles = [Patch(color=KEPT, label="kept", linewidth=0)]
-        if removed:
-            handles.append(Patch(facecolor=REMOVED, hatch="////", label="removed", linewidth=0))
-        if replaced:
-            handles.append(Patch(facecolor=REPLACED, hatch="....", label="replaced by a trained layer", linewidth=0))
+        for fate, (colour, hatch, words) in FATES.items():
+            if fate in fates.values():
+                handles.append(Patch(facecolor=colour, hatch=hatch, label=words, linewidth=0))
         figure.legend(handles=handles, loc="outside upper right", ncols=len(handles))
         return _svg(figure)
 
@@ -120,7 +125,9 @@ def _short(label: str) -> str:
 
 def _draw(axes: Axes, place: float, figure: Interval, colour: str) -> None:
     if not figure.finite:
-        axes.annotate("not a finite number", (1, place), xytext=(6, -3), textcoords="offset points", color=REMOVED)
+        axes.annotate(
+            "not a finite number", (1, place), xytext=(6, -3), textcoords="offset points", color=FATES["removed"][0]
+        )
         return
     axes.plot([figure.low, figure.high], [place, place], color=colour, linewidth=2.2, solid_capstyle="round")
     axes.plot([figure.value], [place], "o", color=colour, ms=5.5)

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .processes import is_main
+
 
 class Bar:
     """One task's bar: `advance` it, and say a word on how it goes."""
@@ -24,7 +26,7 @@ class Bar:
 
 @contextmanager
 def progress_bar(title: str, total: int) -> Iterator[Bar]:
-    """A bar on standard error for `total` steps; it disappears when the block ends."""
+    """A bar on standard error for `total` steps, of the main process; it disappears when the block ends."""
     console = Console(file=sys.__stderr__, stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -33,5 +35,6 @@ def progress_bar(title: str, total: int) -> Iterator[Bar]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    shown = console.is_terminal and is_main()
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
         yield Bar(progress, title, total)

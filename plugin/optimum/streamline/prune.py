@@ -11,18 +11,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .bare_layers import NEEDS_LOAD, bare_layers
 from .card import model_card
 from .checkpoint import DTYPES, RECORD_FILE, Source, fingerprint, load_stock, load_tokenizer, read_config, save_model
-from .dead import dead_sublayers
-from .edit import build_replacement, planned_config
+from .dead import layers_without_attention
+from .edit import Materials, build_replacement, planned_config
 from .errors import StreamlineError
-from .heal import HealLog, HealSettings, default_lr, heal_windows, train_replacement
+from .evidence import Evidence
+from .healing import Healed, Healer, heal_windows
+from .healing.workspace import healing_workspace, open_workspace
 from .logs import LOG_FILE, captured_logs
 from .methods import method_of
-from .outputs import staged_folder
+from .outputs import staged_by_main
 from .plan import Plan
+from .processes import is_main, join_processes
 from .recipe import Recipe
 from .record import Record, seen_text
 from .scores import Scores, measure_scores
@@ -52,7 +57,7 @@ def check_recipe(source: Source, recipe: Recipe) -> None:
     Raises:
         StreamlineError: the model, the method, a count or a length is wrong.
     """
-    method_of(recipe, _checked_config(source, recipe).num_hidden_layers)
+    method_of(recipe, _checked_config(source, recipe))
 
 
 def _checked_config(source: Source, recipe: Recipe) -> PreTrainedConfig:
@@ -92,9 +97,9 @@ def prepare(source: Source, recipe: Recipe, say: Say) -> Prepared:
     loaded = time.monotonic()
     say(f"scoring {config.num_hidden_layers} layers on {len(calibration.ids)} windows of {recipe.length} tokens")
     scores = measure_scores(model, calibration)
-    plan = method_of(recipe, scores.layers).plan(recipe, scores)
+    plan = method_of(recipe, config).plan(recipe, Evidence(model, calibration, scores))
     planned = planned_config(model.config, plan)
-    if len(dead_sublayers(planned)) == planned.num_hidden_layers:
+    if len(layers_without_attention(planned)) == planned.num_hidden_layers:
         raise StreamlineError(
             f"replacement {recipe.replacement!r}: no layer with attention would be left; remove fewer"
         )
@@ -122,46 +127,86 @@ def prune(source: Source, recipe: Recipe, out: Path, *, overwrite: bool, verbose
     Raises:
         StreamlineError: a bad recipe, model or text, or an output that cannot be written.
     """
+    join_processes(recipe.device)
+    if not is_main():
+        say = _say_nothing
     with (
-        staged_folder(out, inputs_of(source, recipe), overwrite) as staging,
-        captured_logs(staging / LOG_FILE, verbose),
+        healing_workspace(out, recipe.fingerprint) as workspace,
+        staged_by_main(out, inputs_of(source, recipe), overwrite) as staging,
+        captured_logs(staging and staging / LOG_FILE, verbose),
     ):
         prepared = prepare(source, recipe, say)
-        record = _change(prepared, say)
-        save_model(prepared.model, prepared.tokenizer, prepared.stored, staging)
-        (staging / RECORD_FILE).write_text(record.to_json())
-        (staging / "README.md").write_text(model_card(record))
-    say(f"saved {out}")
+        record = change(prepared, say, workspace)
+        if staging is not None:
+            save_model(prepared.model, prepared.tokenizer, prepared.stored, staging)
+            (staging / RECORD_FILE).write_text(record.to_json())
+            (staging / "README.md").write_text(model_card(record))
+    note = f", which {NEEDS_LOAD}" if bare_layers(prepared.model.config) else ""
+    say(f"saved {out}{note}")
     return record
 
 
-def _change(prepared: Prepared, say: Say) -> Record:
+def _say_nothing(message: str) -> None:
+    """One process speaks for all."""
+
+
+def change(prepared: Prepared, say: Say, workspace: Path | None = None) -> Record:
+    """Heal and edit the prepared model, in place; returns what was done.
+
+    Args:
+        workspace: Where trainings keep checkpoints, to go on from after a kill.
+
+    Raises:
+        StreamlineError: the text to train on cannot be read, or a training fails.
+    """
     recipe, model, plan = prepared.recipe, prepared.model, prepared.plan
+    source = fingerprint(prepared.source.model, prepared.source.cache_dir)
     data = {"calibration": seen_text(prepared.calibration)}
-    replacement = build_replacement(model, plan)
-    healing: HealLog | None = None
-    if replacement is not None and recipe.healing == "hidden-mse":
-        count = heal_windows(recipe.heal_tokens, recipe.length)
-        text = _windows(recipe, prepared.tokenizer, recipe.heal_data, count, "train")
+    replacement = build_replacement(model, plan, prepared.calibration, recipe.seed)
+    healer: Healer | None = None
+    if recipe.healing:
+        text = _heal_text(recipe, prepared.tokenizer)
         data["heal"] = seen_text(text)
-        say(f"training the replacement on {len(text.ids)} windows, {recipe.heal_epochs} times")
-        start = time.monotonic()
-        lr = recipe.heal_lr or default_lr(model.config.hidden_size)
-        settings = HealSettings(lr=lr, epochs=recipe.heal_epochs, seed=recipe.seed)
-        healing = train_replacement(model, plan, replacement.layer, text, settings)
+        if workspace is not None and open_workspace(workspace, _workspace_key(prepared, source, text)):
+            say(f"going on from the checkpoints in {workspace}")
+        healer = Healer(recipe, model, plan, text, say, workspace)
+    start = time.monotonic()
+    if healer is not None:
+        healer.before_edit(replacement.layer if replacement else None)
+    materials = Materials(prepared.calibration, replacement, healer.after_merge if healer else None)
+    changed = method_of(recipe, model.config).apply(model, plan, materials)
+    healed: tuple[Healed, ...] = ()
+    if healer is not None:
+        healer.after_edit(changed.places)
+        healed = tuple(healer.done)
         prepared.seconds["heal"] = time.monotonic() - start
-    change = method_of(recipe, plan.total).apply(model, plan, replacement)
     return Record(
         source=prepared.source.model,
-        source_fingerprint=fingerprint(prepared.source.model, prepared.source.cache_dir),
+        source_fingerprint=source,
         recipe=recipe,
         scores=prepared.scores,
         plan=plan,
-        change=change,
-        healing=healing,
+        change=changed,
+        healing=healed,
         data=data,
         seconds=prepared.seconds,
     )
+
+
+def _workspace_key(prepared: Prepared, source: str, text: Windows) -> dict[str, str]:
+    return {
+        "recipe": prepared.recipe.fingerprint,
+        "source": source,
+        "calibration": prepared.calibration.fingerprint,
+        "heal": text.fingerprint,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _heal_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Windows:
+    count = heal_windows(recipe.heal_tokens, recipe.length)
+    return _windows(recipe, tokenizer, recipe.heal_data, count, "train")
 
 
 @dataclass(frozen=True)
@@ -186,9 +231,8 @@ def read_texts(source: Source, recipe: Recipe) -> Texts:
     tokenizer = load_tokenizer(source)
     judged_on = _windows(recipe, tokenizer, recipe.eval_data, recipe.eval_samples, "eval")
     chosen_on = {"calibration": _windows(recipe, tokenizer, recipe.calibration, recipe.samples, "calibration")}
-    if recipe.healing != "none":
-        count = heal_windows(recipe.heal_tokens, recipe.length)
-        chosen_on["heal"] = _windows(recipe, tokenizer, recipe.heal_data, count, "train")
+    if recipe.healing:
+        chosen_on["heal"] = _heal_text(recipe, tokenizer)
     for windows in chosen_on.values():
         check_disjoint(windows.runs(), windows.spec, judged_on)
     return Texts(judged_on, chosen_on)

@@ -20,9 +20,18 @@ from .errors import StreamlineError
 
 _STRICT = ConfigDict(extra="forbid")
 _HUGE = 10**9
+_HEAL = r"^(none|(hidden-mse|lm|distill)(\+(lm|distill))*)$"
+# What a field that has a form of its own should look like.
+_FORMS = {
+    "heal": "must be none, or one or more of hidden-mse (first), lm and distill, joined by +",
+    "protect": "must be two numbers, how many of the first and of the last layers, such as 1,1",
+}
+# How a method's own paper repairs the model afterwards; `auto` does what was measured to be best.
+_PAPERS_HEALING = {"auto": "distill", "layerchop": "lm", "come-sp": "distill", "come-mp": "distill"}
 
-Replacement = Literal["none", "layer", "mlp"]
-Heal = Literal["none", "hidden-mse"]
+Replacement = Literal["none", "layer", "mlp", "ffn", "swiglu", "linear"]
+Pattern = Literal["max-gap", "input", "output", "middle", "both"]
+Scope = Literal["replacement", "model"]
 Dtype = Literal["fp32", "fp16", "bf16"]
 Device = Literal["cpu", "cuda"]
 Format = Literal["none", "onnx"]
@@ -51,14 +60,26 @@ class Recipe:
 
     Args:
         method: How layers are chosen: a name in `methods.METHODS`. Left out, it follows from the rest: `explicit`
-            with `layers`, `llm-streamline` with a replacement, else `shortgpt`.
+            with `layers`, `llm-streamline` with a replacement, else `auto`.
         remove: Net number of layers to lose, or a share of them such as `25%`.
         layers: The layers to take out, by number in the original, instead of `remove`: `3,7,11-13`.
-        replacement: What stands in for a removed contiguous block.
-        heal: How the replacement is trained.
+        iterative: Score anew after each removal (ShortGPT).
+        protect: How many of the first and of the last layers are never removed, as `1,1` (SLEB, Shortened-LLaMA).
+        pattern: Which layers LayerChop takes.
+        replacement: What stands in for a removed block.
+        heal: Trainings in order, joined by `+`: `hidden-mse` (the replacement alone, to the block's output), `lm`
+            (cross-entropy), `distill` (to the original's logits).
+        heal_scope: What `lm` and `distill` train: the replacement, or the whole model.
         heal_tokens: Tokens to train on, each counted once.
-        heal_lr: Peak learning rate; by default `heal.default_lr` of the model's width.
+        heal_minutes: Longest time of each training; it ends at whichever of the two comes first.
+        heal_lr: Peak learning rate; by default that of `healing.settings` for the model's width.
         heal_epochs: Passes over these tokens.
+        heal_batch: Windows an update, over all processes.
+        heal_normalised: Divide `hidden-mse`'s error by each token's squared norm.
+        heal_kl: Share of the KL to the original's logits in `distill`; the rest is cross-entropy.
+        heal_hidden: Weight in `distill` of the error of each layer's hidden states to those it stands for.
+        lora: Train low-rank adapters (merged before saving) instead of the weights, in `lm` and `distill`.
+        lora_rank: Their rank.
         calibration: Text SPEC for the choices.
         heal_data: Text SPEC for the training.
         eval_data: Text SPEC for the judgement.
@@ -75,11 +96,22 @@ class Recipe:
     method: str | None = None
     remove: int | str | None = None
     layers: str | None = None
+    iterative: bool = False
+    protect: str | None = Field(default=None, pattern=r"^\d+,\d+$")
+    pattern: Pattern | None = None
     replacement: Replacement = "none"
-    heal: Heal | None = None
+    heal: str | None = Field(default=None, pattern=_HEAL)
+    heal_scope: Scope | None = None
     heal_tokens: int = Field(default=200_000, gt=0, le=_HUGE * 1000)
+    heal_minutes: float | None = Field(default=None, gt=0)
     heal_lr: float | None = Field(default=None, gt=0)
     heal_epochs: int = Field(default=4, gt=0)
+    heal_batch: int = Field(default=8, gt=0, le=_HUGE)
+    heal_normalised: bool = False
+    heal_kl: float | None = Field(default=None, ge=0, le=1)
+    heal_hidden: float | None = Field(default=None, ge=0)
+    lora: bool = False
+    lora_rank: int = Field(default=16, gt=0, le=_HUGE)
     calibration: str = "stdlib"
     heal_data: str = "stdlib"
     eval_data: str = "stdlib"
@@ -99,14 +131,20 @@ class Recipe:
             return self.method
         if self.layers is not None:
             return "explicit"
-        return "shortgpt" if self.replacement == "none" else "llm-streamline"
+        return "auto" if self.replacement == "none" else "llm-streamline"
 
     @property
-    def healing(self) -> Heal:
-        """How the replacement is trained; one that nothing trains would be worse than none, so it is by default."""
+    def healing(self) -> tuple[str, ...]:
+        """The trainings, in order; left out, those of the method's paper.
+
+        A replacement layer that nothing trains would be worse than none, so it is trained by default.
+        """
         if self.heal is not None:
-            return self.heal
-        return "none" if self.replacement == "none" else "hidden-mse"
+            return () if self.heal == "none" else tuple(self.heal.split("+"))
+        if self.replacement in ("layer", "mlp", "ffn", "swiglu"):
+            return ("hidden-mse",)
+        default = _PAPERS_HEALING.get(self.method_name)
+        return () if default is None else (default,)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that differ from their defaults, as YAML would have them."""
@@ -123,7 +161,9 @@ class Recipe:
         for judgement in ("budget", "eval_data", "eval_samples", "format"):
             del fields[judgement]
         # What is spelled out and what follows are one: `remove: 4` and `--remove 4`, a method named or left out.
-        fields |= {"method": self.method_name, "heal": self.healing, "remove": str(self.remove)}
+        pattern = (self.pattern or "max-gap") if self.method_name == "layerchop" else None
+        fields |= {"method": self.method_name, "pattern": pattern, "heal": list(self.healing)}
+        fields["remove"] = str(self.remove)
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
@@ -152,7 +192,8 @@ def make_recipe(fields: dict[str, Any], origin: str = "recipe") -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"] if not str(part).endswith("]")).replace("_", "-")
-        raise StreamlineError(f"{origin}: {field} is {first['input']!r}: {first['msg']}") from None
+        message = _FORMS.get(field, first["msg"]) if first["type"] == "string_pattern_mismatch" else first["msg"]
+        raise StreamlineError(f"{origin}: {field} is {first['input']!r}: {message}") from None
     return recipe
 
 

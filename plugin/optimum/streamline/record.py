@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import platform
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ import transformers
 
 from .checkpoint import read_record
 from .edit import Change
-from .heal import HealLog
-from .plan import Plan
+from .healing import Healed
+from .plan import TRAINED, Plan
 from .recipe import Recipe
 from .scores import Scores
 from .windows import Windows, check_disjoint
@@ -29,6 +28,7 @@ class Record:
     Args:
         source: The original, as it was named.
         source_fingerprint: `checkpoint.fingerprint` of it.
+        healing: The trainings, in order.
         data: What text was used, by purpose (`seen_text`).
         seconds: How long each step took.
     """
@@ -39,7 +39,7 @@ class Record:
     scores: Scores
     plan: Plan
     change: Change
-    healing: HealLog | None
+    healing: tuple[Healed, ...]
     data: dict[str, dict[str, Any]]
     seconds: dict[str, float]
 
@@ -53,15 +53,15 @@ class Record:
             "method": self.recipe.method_name,
             "plan": self.plan.describe(),
             "layers": layer_origins(self.change),
-            "removed": list(self.plan.gone) if self.plan.replacement == "none" else [],
-            "replaced": list(self.plan.gone) if self.plan.replacement != "none" else [],
+            "removed": [] if self.plan.replacement in TRAINED else list(self.plan.gone),
+            "replaced": list(self.plan.gone) if self.plan.replacement in TRAINED else [],
             "dead": {str(index): skip for index, skip in self.change.dead.items()},
             "scores": scores_to_dict(self.scores),
             "recipe": self.recipe.to_dict(),
             "recipe_fingerprint": self.recipe.fingerprint,
             "seed": self.recipe.seed,
             "data": self.data,
-            "healing": dataclasses.asdict(self.healing) if self.healing else None,
+            "healing": [healed.to_dict() for healed in self.healing],
             "seconds": {step: round(value, 2) for step, value in self.seconds.items()},
             "versions": {
                 "python": platform.python_version(),
@@ -83,7 +83,11 @@ def layer_origins(change: Change) -> list[dict[str, Any]]:
 
 def scores_to_dict(scores: Scores) -> dict[str, Any]:
     """Scores as JSON has them."""
-    return {"block_influence": list(scores.block_influence), "similarity": [list(row) for row in scores.similarity]}
+    return {
+        "block_influence": list(scores.block_influence),
+        "similarity": [list(row) for row in scores.similarity],
+        "last_angle": [list(row) for row in scores.last_angle],
+    }
 
 
 def seen_text(windows: Windows) -> dict[str, Any]:

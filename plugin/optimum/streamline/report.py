@@ -48,6 +48,8 @@ class Measurement:
         ideal_prefill_speedup: Ratio of FLOPs.
         ideal_decode_speedup: Ratio of bytes read per token.
         peak_bytes: Most memory its process held, bytes.
+        question_accuracy: Share of multiple-choice questions answered right, where there were some.
+        stability: LLM-Streamline's stability on them against the original (`stability.Answers.stability`).
     """
 
     label: str
@@ -74,6 +76,8 @@ class Measurement:
     ideal_prefill_speedup: float
     ideal_decode_speedup: float
     peak_bytes: int
+    question_accuracy: Interval | None = None
+    stability: Interval | None = None
 
     @property
     def finite(self) -> bool:
@@ -129,6 +133,8 @@ class Report:
         layers: The new model's layers and the original ones they stand for, where known.
         steps: Seconds each step of the run took, where known.
         recipe: The recipe's fields, where there was one.
+        questions: The multiple-choice questions' file, number and fingerprint, and how many of them the weights of
+            the stability amount to; where there were some.
     """
 
     rows: tuple[Measurement, ...]
@@ -141,6 +147,7 @@ class Report:
     layers: tuple[Place, ...] | None = None
     steps: dict[str, float] | None = None
     recipe: dict[str, Any] | None = None
+    questions: dict[str, str | int | float] | None = None
 
     @property
     def exit_code(self) -> int:

@@ -11,11 +11,18 @@ from itertools import groupby
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from .plan import TRAINED
 from .plots import comparison_svg, layer_importance_svg
 from .report import Report
-from .report_table import LINES, headline, limit_sentence, note, sentences, settings_lines
+from .report_table import headline, limit_sentence, lines_of, note, sentences, settings_lines
 
 TEMPLATE = "report.html.j2"
+FATES = {
+    "removed": "were removed",
+    "replaced": "were replaced by one trained layer",
+    "merged": "were merged",
+    "thinned": "lost their attention or their MLP",
+}
 
 
 def to_html(report: Report) -> str:
@@ -29,7 +36,7 @@ def to_html(report: Report) -> str:
         tone="neutral" if not report.verdict.limits else "good" if report.verdict.passed else "bad",
         sentences=sentences(report),
         limits=[(limit_sentence(limit), limit.passed) for limit in report.verdict.limits],
-        groups=[(name, list(lines)) for name, lines in groupby(LINES, key=lambda line: line.group)],
+        groups=[(name, list(lines)) for name, lines in groupby(lines_of(report), key=lambda line: line.group)],
         note=note(report),
         comparison=Markup(comparison_svg(report.rows)),
         layers=_layers(report),
@@ -41,19 +48,24 @@ def _layers(report: Report) -> dict[str, Markup | str] | None:
     """The plot of layer importances with a sentence, where the report knows them."""
     if report.scores is None:
         return None
-    removed, replaced = fates(report)
-    fates_of = ((len(removed), "removed"), (len(replaced), "replaced by one trained layer"))
-    done = [f"{count} were {fate}" for count, fate in fates_of if count]
+    by_layer = fates(report)
+    done = [f"{count} {words}" for fate, words in FATES.items() if (count := list(by_layer.values()).count(fate))]
     return {
-        "plot": Markup(layer_importance_svg(report.scores, removed, replaced)),
+        "plot": Markup(layer_importance_svg(report.scores, by_layer)),
         "words": f"Of {len(report.scores)} layers, {' and '.join(done) or 'none was taken out'}.",
     }
 
 
-def fates(report: Report) -> tuple[frozenset[int], frozenset[int]]:
-    """The original layers that were removed, and those that a replacement stands for; none where it is not known."""
+def fates(report: Report) -> dict[int, str]:
+    """What became of each layer of the original, a key of `FATES` or "kept"; empty where it is not known."""
     if report.scores is None or report.layers is None:
-        return frozenset(), frozenset()
-    replaced = frozenset(number for place in report.layers if place.kind != "kept" for number in place.originals)
-    kept = {number for place in report.layers if place.kind == "kept" for number in place.originals}
-    return frozenset(range(len(report.scores))) - kept - replaced, replaced
+        return {}
+    found = dict.fromkeys(range(len(report.scores)), "removed")
+    for place in report.layers:
+        if place.kind in TRAINED:
+            found |= dict.fromkeys(place.originals, "replaced")
+        elif place.kind == "merged":
+            found |= dict.fromkeys(place.originals, "merged")
+        else:  # what a patched layer stands for beside itself was removed
+            found[place.originals[0]] = "thinned" if place.kind == "thinned" else "kept"
+    return found

@@ -21,7 +21,7 @@ class Line:
         group: What it is about.
         title: Its name.
         meaning: What it says, for someone who has not met it.
-        cell: Its text for one model.
+        cell: Its text for one model, empty where that was not measured.
     """
 
     group: str
@@ -42,6 +42,8 @@ SETTING_NAMES = {
     "windows": "evaluation windows",
     "length": "tokens a window",
     "fingerprint": "fingerprint of the tokens",
+    "questions_file": "file of questions",
+    "questions_effective": "equal questions that the stability's weights amount to",
 }
 
 
@@ -90,6 +92,11 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def lines_of(report: Report) -> list[Line]:
+    """The lines that say something of at least one model."""
+    return [line for line in LINES if any(line.cell(row) for row in report.rows)]
+
+
 def note(report: Report) -> str:
     """What the figures were measured on, and what the brackets are."""
     data, settings = report.data, report.settings
@@ -130,9 +137,9 @@ def limit_sentence(limit: Limit) -> str:
 
 def settings_lines(report: Report) -> list[tuple[str, str]]:
     """What was run, on what: name and value."""
-    entries = {**report.data, **report.settings, "seed": report.seed, **report.machine}
+    entries = {**report.data, **report.settings, **(report.questions or {}), "seed": report.seed, **report.machine}
     lines = [
-        (SETTING_NAMES.get(key, key.replace("_", " ")), str(value))
+        (SETTING_NAMES.get(key, key.replace("_", " ")), number(value) if isinstance(value, float) else str(value))
         for key, value in entries.items()
         if key != "memory_bytes"
     ]
@@ -155,6 +162,7 @@ def _sentence(row: Measurement, report: Report) -> str:
         )
     else:
         text += "What it predicts is not all numbers: it is broken on this text."
+    text += _answering(row, original)
     if row.decode_speedup.low <= 1 <= row.decode_speedup.high:
         text += " The interval of the decode speed-up holds 1: no difference was shown."
     if baseline.runtime != row.runtime:
@@ -163,6 +171,15 @@ def _sentence(row: Measurement, report: Report) -> str:
             "to see the model's own, measure an export of the original beside it."
         )
     return text
+
+
+def _answering(row: Measurement, original: Measurement) -> str:
+    if row.question_accuracy is None or original.question_accuracy is None or row.stability is None:
+        return ""
+    return (
+        f" It answers {percent(row.question_accuracy)} of the questions right, {original.label} "
+        f"{percent(original.question_accuracy)}; its stability is {percent(row.stability)}."
+    )
 
 
 def _ideal(row: Measurement, measured: Interval, ideal: float) -> str:
@@ -242,6 +259,19 @@ LINES: tuple[Line, ...] = (
         "Same next token",
         "How often its likeliest next token is the original's.",
         lambda r: percent(r.agreement),
+    ),
+    Line(
+        "Accuracy",
+        "Questions right",
+        "How often the right one of several options is the one of lowest perplexity.",
+        lambda r: percent(r.question_accuracy) if r.question_accuracy else "",
+    ),
+    Line(
+        "Accuracy",
+        "Stability",
+        "How often it is right where the original is, and wrong where that is; the questions on whose options the "
+        "original is most divided count most (LLM-Streamline).",
+        lambda r: percent(r.stability) if r.stability else "",
     ),
     Line(
         "Speed",

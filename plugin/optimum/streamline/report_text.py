@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .report import Report
-from .report_table import LINES, headline, limit_sentence, note, sentences, settings_lines
+from .report_table import headline, limit_sentence, lines_of, note, sentences, settings_lines
 
 
 def comparison_table(report: Report) -> RenderableType:
@@ -17,8 +17,9 @@ def comparison_table(report: Report) -> RenderableType:
     table.add_column("")
     for row in report.rows:
         table.add_column(escape(row.label), style="" if row.role == "candidate" else "dim")
-    for number, line in enumerate(LINES):
-        last = number + 1 == len(LINES) or LINES[number + 1].group != line.group
+    lines = lines_of(report)
+    for number, line in enumerate(lines):
+        last = number + 1 == len(lines) or lines[number + 1].group != line.group
         table.add_row(line.title, *(escape(line.cell(row)) for row in report.rows), end_section=last)
     limits = [Text(limit_sentence(limit), "green" if limit.passed else "red") for limit in report.verdict.limits]
     return Group(table, *limits, Text(f"{headline(report)}.", "bold"))
@@ -30,14 +31,14 @@ def to_markdown(report: Report) -> str:
     if report.verdict.limits:
         parts.append("\n".join(f"- {limit_sentence(limit)}" for limit in report.verdict.limits))
     parts += ["## Comparison", _comparison(report), note(report)]
-    parts += ["## What the lines say", "\n".join(f"- **{line.title}**: {line.meaning}" for line in LINES)]
+    parts += ["## What the lines say", "\n".join(f"- **{line.title}**: {line.meaning}" for line in lines_of(report))]
     parts += ["## How it was measured", _rows([("", ""), *settings_lines(report)])]
     return "\n\n".join(parts) + "\n"
 
 
 def _comparison(report: Report) -> str:
     labels = ["", *(row.label for row in report.rows)]
-    return _rows([labels, *([line.title, *(line.cell(row) for row in report.rows)] for line in LINES)])
+    return _rows([labels, *([line.title, *(line.cell(row) for row in report.rows)] for line in lines_of(report))])
 
 
 def _rows(rows: list[list[str]] | list[tuple[str, str]]) -> str:

@@ -19,6 +19,7 @@ from .errors import StreamlineError
 from .logs import LOG_FILE, captured_logs
 from .outputs import check_output, refuse_own_input, write_file
 from .plan import Place
+from .processes import process_count
 from .prune import Say, Texts, check_recipe, inputs_of, prune, read_texts
 from .recipe import Recipe
 from .report import Report
@@ -39,6 +40,8 @@ def run(source: Source, recipe: Recipe, out: Path, *, overwrite: bool, verbose: 
     Raises:
         StreamlineError: bad input, or `out` holds something else than an earlier stage of this very run.
     """
+    if process_count() > 1:
+        raise StreamlineError("run: works in one process; prune is the command that several can share")
     check_recipe(source, recipe)
     refuse_own_input(out, inputs_of(source, recipe))
     if recipe.format != "none":

@@ -6,6 +6,7 @@ nor with the square of their length.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,14 +25,18 @@ CHUNK_TOKENS = 512
 
 @dataclass(frozen=True)
 class Scores:
-    """Mean per-token cosine between the residual stream at every two depths.
+    """How alike the residual stream is at every two depths.
+
+    h_0 are the embeddings, h_i is the raw output of layer i - 1, before any final norm.
 
     Args:
-        similarity: `[layers + 1][layers + 1]`; entry `[i][j]` is the mean over tokens of cos(h_i, h_j), with h_0
-            the embeddings and h_i the raw output of layer i - 1, before any final norm.
+        similarity: `[layers + 1][layers + 1]`; entry `[i][j]` is the mean over tokens of cos(h_i, h_j).
+        last_angle: `[layers + 1][layers + 1]`; entry `[i][j]` is the mean over windows of arccos(cos(h_i, h_j)) / pi
+            of the window's last token, 0 to 1; empty where it was not measured.
     """
 
     similarity: tuple[tuple[float, ...], ...]
+    last_angle: tuple[tuple[float, ...], ...] = ()
 
     @property
     def layers(self) -> int:
@@ -50,6 +55,13 @@ class Scores:
         """
         return tuple(self.similarity[first][first + length] for first in range(self.layers - length + 1))
 
+    def block_angle(self, length: int) -> tuple[float, ...]:
+        """E[arccos(cos(h_j, h_{j+length})) / pi] on last tokens for every block of `length` layers, by its first, j.
+
+        What Gromov et al. (arXiv 2403.17887) prune by.
+        """
+        return tuple(self.last_angle[first][first + length] for first in range(self.layers - length + 1))
+
 
 @torch.inference_mode()
 def measure_scores(model: PreTrainedModel, windows: Windows) -> Scores:
@@ -65,12 +77,14 @@ def measure_scores(model: PreTrainedModel, windows: Windows) -> Scores:
         layer.register_forward_hook(lambda _, args, output: depths.append(layer_output(output))) for layer in layers
     ]
     total = torch.zeros(len(layers) + 1, len(layers) + 1, dtype=torch.float64)
+    angle = torch.zeros_like(total)
     try:
         with progress_bar("scoring layers", len(windows.ids)) as bar:
             for batch in windows.ids.split(BATCH):
                 depths.clear()
                 model.base_model(batch.to(model.device), use_cache=False)
                 total += _similarity_sum(depths)
+                angle += _last_angle_sum(depths)
                 bar.advance(len(batch))
     finally:
         for hook in hooks:
@@ -79,7 +93,7 @@ def measure_scores(model: PreTrainedModel, windows: Windows) -> Scores:
     if not bool(mean.isfinite().all()):
         first = int((~mean.diagonal().isfinite()).nonzero()[0])
         raise StreamlineError(f"model: the output of layer {max(first - 1, 0)} is not finite on the calibration text")
-    return Scores(tuple(tuple(row) for row in mean.tolist()))
+    return Scores(_rows(mean), _rows(angle / len(windows.ids)))
 
 
 def _keep(depths: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -95,3 +109,15 @@ def _similarity_sum(depths: list[torch.Tensor]) -> torch.Tensor:
         unit = nn.functional.normalize(chunk.double(), dim=-1).flatten(1)
         total += unit @ unit.T
     return total.cpu()
+
+
+def _last_angle_sum(depths: list[torch.Tensor]) -> torch.Tensor:
+    last = torch.stack([depth[:, -1] for depth in depths], dim=1)
+    unit = nn.functional.normalize(last.double(), dim=-1)
+    # Rounding puts the cosine of equal vectors beyond 1, where arccos is not a number.
+    cosine = (unit @ unit.mT).clamp(-1, 1)
+    return (cosine.arccos() / math.pi).sum(0).cpu()
+
+
+def _rows(matrix: torch.Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in matrix.tolist())

@@ -21,6 +21,7 @@ from .machine import describe_machine
 from .recipe import Budget
 from .report import Measurement, Report, Role
 from .runner import Artifact, is_artifact, open_runner
+from .stability import Answers, Questions, ask
 from .verdict import judge
 from .windows import Windows
 from .worker_pool import Job, Timed, time_alternating
@@ -70,6 +71,7 @@ class Facts:
     disk_bytes: int
     runtime: str
     accuracy: Accuracy
+    answers: Answers | None
     timed: Timed
 
 
@@ -102,6 +104,7 @@ def validate(
     windows: Windows,
     budget: Budget,
     *,
+    questions: Questions | None = None,
     dtype: str = "fp32",
     device: str = "cpu",
     seed: int = 0,
@@ -118,6 +121,7 @@ def validate(
     Args:
         subjects: The original first. An export of it is recognised as the original in another runtime.
         windows: Text that nothing was chosen on; the tokens that are timed come from it too.
+        questions: Multiple-choice questions (`stability.read_questions`): accuracy on them, and stability.
         dtype: What checkpoints are computed in; an artifact has its own.
         seed: Of the bootstrap.
         prompt_length: Tokens of the timed prompt; clipped, and recorded so, to what all models and the text allow.
@@ -135,15 +139,18 @@ def validate(
     positions = min(config.max_position_embeddings for config in configs)
     if windows.ids.shape[1] > positions:
         raise StreamlineError(f"length {windows.ids.shape[1]}: the models take windows of at most {positions} tokens")
+    if questions is not None:
+        questions.check(positions, min(config.vocab_size for config in configs))
     prompt = _clip(prompt_length, decode_tokens, min(positions, windows.ids.numel()))
     dtypes = [Artifact.read(Path(each.path)).dtype if is_artifact(each.path) else dtype for each in subjects]
     costs = [cost_of(config, each) for config, each in zip(configs, dtypes, strict=True)]
-    runtimes, accuracies = _accuracies(subjects, windows, dtype, device)
+    runtimes, accuracies, answers = _judged(subjects, windows, questions, dtype, device)
     tokens = windows.ids.flatten()[None, : prompt.length + prompt.decoded].numpy()
     jobs = [Job(each.label, each.path, dtype, device, each.cache_dir, each.trust_remote_code) for each in subjects]
     timed = time_alternating(jobs, tokens, prompt.length, rounds, WARMUP_ROUNDS, log)
     sizes = [disk_bytes(local_folder(subject.source)) for subject in subjects]
-    facts = [Facts(*each) for each in zip(subjects, dtypes, costs, sizes, runtimes, accuracies, timed, strict=True)]
+    columns = (subjects, dtypes, costs, sizes, runtimes, accuracies, answers, timed)
+    facts = [Facts(*each) for each in zip(*columns, strict=True)]
     rows = tuple(_measurement(own, facts[0], _baseline(own, facts), prompt, seed) for own in facts)
     settings: dict[str, str | int] = {
         "device": device,
@@ -155,7 +162,9 @@ def validate(
         "warmup_rounds": WARMUP_ROUNDS,
         "resamples": RESAMPLES,
     }
-    return Report(rows, judge(rows, budget), settings, describe_machine(device), windows.describe(), seed)
+    asked = _asked(questions, facts[0].answers)
+    machine = describe_machine(device)
+    return Report(rows, judge(rows, budget), settings, machine, windows.describe(), seed, questions=asked)
 
 
 def _check(subjects: Sequence[Subject], windows: Windows, prompt_length: int, decode_tokens: int, rounds: int) -> None:
@@ -187,16 +196,29 @@ def _clip(length: int, decoded: int, room: int) -> Prompt:
     return Prompt(min(length, room - decoded), decoded)
 
 
-def _accuracies(
-    subjects: Sequence[Subject], windows: Windows, dtype: str, device: str
-) -> tuple[list[str], list[Accuracy]]:
+def _judged(
+    subjects: Sequence[Subject], windows: Windows, questions: Questions | None, dtype: str, device: str
+) -> tuple[list[str], list[Accuracy], list[Answers] | list[None]]:
     runners = [open_runner(each.path, dtype, device, each.cache_dir, each.trust_remote_code) for each in subjects]
     runtimes = [runner.runtime for runner in runners]
-    accuracies = measure_accuracy(runners, [subject.label for subject in subjects], windows)
+    labels = [subject.label for subject in subjects]
+    accuracies = measure_accuracy(runners, labels, windows)
+    answers = [None] * len(runners) if questions is None else ask(runners, labels, questions)
     # The models are timed next, in processes of their own: this one's copies must not crowd them.
     runners.clear()
     gc.collect()
-    return runtimes, accuracies
+    return runtimes, accuracies, answers
+
+
+def _asked(questions: Questions | None, original: Answers | None) -> dict[str, str | int | float] | None:
+    if questions is None or original is None:
+        return None
+    return {
+        "questions_file": questions.file,
+        "questions": len(questions.items),
+        "questions_fingerprint": questions.fingerprint,
+        "questions_effective": original.effective,
+    }
 
 
 def _baseline(own: Facts, facts: Sequence[Facts]) -> Facts:
@@ -234,4 +256,6 @@ def _measurement(own: Facts, original: Facts, baseline: Facts, prompt: Prompt, s
         ideal_prefill_speedup=baseline.cost.prefill_flops(prompt.length) / own.cost.prefill_flops(prompt.length),
         ideal_decode_speedup=baseline.cost.decode_bytes(context) / own.cost.decode_bytes(context),
         peak_bytes=own.timed.peak_bytes,
+        question_accuracy=own.answers.accuracy(seed) if own.answers else None,
+        stability=own.answers.stability(original.answers, seed) if own.answers and original.answers else None,
     )

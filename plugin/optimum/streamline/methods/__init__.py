@@ -2,30 +2,78 @@
 
 from __future__ import annotations
 
+from transformers import PreTrainedConfig
+
+from ..bare_layers import refuse_bare
 from ..errors import StreamlineError
+from ..plan import TRAINED
 from ..recipe import Recipe
+from .auto import Auto
 from .base import Method
+from .blockpruner import BlockPruner
+from .come import Average, CoMe, CoMeMp, CoMeSp
+from .come_p import CoMeP
 from .explicit import Explicit
+from .gromov import Gromov
+from .layerchop import LayerChop
 from .llm_streamline import LLMStreamline
+from .shortened_ppl import ShortenedPPL
+from .shortened_taylor import ShortenedTaylor
 from .shortgpt import ShortGPT
+from .sleb import SLEB
 
 METHODS: dict[str, Method] = {
+    "auto": Auto(),
+    "average": Average(),
+    "blockpruner": BlockPruner(),
+    "come": CoMe(),
+    "come-mp": CoMeMp(),
+    "come-p": CoMeP(),
+    "come-sp": CoMeSp(),
     "explicit": Explicit(),
+    "gromov": Gromov(),
+    "layerchop": LayerChop(),
     "llm-streamline": LLMStreamline(),
+    "shortened-ppl": ShortenedPPL(),
+    "shortened-taylor": ShortenedTaylor(),
     "shortgpt": ShortGPT(),
+    "sleb": SLEB(),
 }
 
 
-def method_of(recipe: Recipe, total: int) -> Method:
-    """The method a recipe names, after it has checked the recipe against a model of `total` layers.
+def method_of(recipe: Recipe, config: PreTrainedConfig) -> Method:
+    """The method a recipe names, after it has checked the recipe against a model of this config.
 
     Raises:
         StreamlineError: there is no such method, or it cannot follow the recipe.
     """
     if recipe.method_name not in METHODS:
         raise StreamlineError(f"method {recipe.method!r}: unknown; known are {', '.join(METHODS)}")
-    if recipe.healing != "none" and recipe.replacement == "none":
-        raise StreamlineError(f"heal {recipe.healing!r}: trains a replacement; set replacement to layer or mlp")
     method = METHODS[recipe.method_name]
-    method.check(recipe, total)
+    refuse_bare(config)
+    _check_options(recipe, method)
+    _check_healing(recipe)
+    method.check(recipe, config)
     return method
+
+
+def _check_options(recipe: Recipe, method: Method) -> None:
+    for field in ("iterative", "protect", "pattern"):
+        value = getattr(recipe, field)
+        if value and field not in method.options:
+            having = ", ".join(name for name, other in METHODS.items() if field in other.options)
+            raise StreamlineError(f"{field} {value!r}: method {recipe.method_name} has no such choice; {having} has")
+
+
+def _check_healing(recipe: Recipe) -> None:
+    trained = recipe.replacement in TRAINED
+    if "hidden-mse" in recipe.healing and not trained:
+        raise StreamlineError(f"heal {recipe.heal!r}: hidden-mse trains a replacement; use replacement layer or mlp")
+    if recipe.heal_scope == "replacement" and not trained:
+        raise StreamlineError("heal-scope 'replacement': there is none; use replacement layer or mlp, or scope model")
+    if recipe.lora and (recipe.heal_scope == "replacement" or not {"lm", "distill"} & set(recipe.healing)):
+        raise StreamlineError("lora: adapters are trained by heal lm or distill with heal-scope model")
+    if "distill" not in recipe.healing:
+        for field in ("heal_kl", "heal_hidden"):
+            if getattr(recipe, field) is not None:
+                raise StreamlineError(f"{field.replace('_', '-')} {getattr(recipe, field)}: is of heal distill only")

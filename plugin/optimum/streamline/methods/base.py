@@ -2,31 +2,67 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from typing import ClassVar
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..edit import Change, Replacement
+from ..edit import Change, Materials, apply_plan
+from ..errors import StreamlineError
+from ..evidence import Evidence
+from ..linear_patch import check_linear
 from ..plan import Plan
-from ..recipe import Recipe
-from ..scores import Scores
+from ..recipe import Recipe, parse_remove
 
 
-class Method(Protocol):
-    """One way to choose layers and make a model shallower."""
+class Method(ABC):
+    """One way to choose layers and make a model shallower. Its name in `METHODS` is what a recipe calls it."""
 
-    summary: str
+    summary: ClassVar[str]
     """One line for the help text."""
+    replacements: ClassVar[tuple[str, ...]] = ("none", "linear")
+    """What may stand in for the layers it takes; a trained layer needs one contiguous block."""
+    options: ClassVar[tuple[str, ...]] = ()
+    """Fields of the recipe that only some methods have, and this one has."""
 
-    def check(self, recipe: Recipe, total: int) -> None:
-        """Refuse a recipe this method cannot follow on a model of `total` layers.
+    def check(self, recipe: Recipe, config: PreTrainedConfig) -> None:
+        """Refuse a recipe this method cannot follow on a model of this config, by one line.
 
         Raises:
             StreamlineError: naming the field, the value and what would be right.
         """
+        if recipe.layers is not None:
+            raise StreamlineError(
+                f"layers {recipe.layers!r}: method {recipe.method_name} chooses its own; use method explicit"
+            )
+        self.count(recipe, config.num_hidden_layers)
+        self.check_replacement(recipe, config)
 
-    def plan(self, recipe: Recipe, scores: Scores) -> Plan:
-        """Choose the layers, from what `scores` say."""
+    def check_replacement(self, recipe: Recipe, config: PreTrainedConfig) -> None:
+        """Refuse a replacement that this method's choice has no place for."""
+        if recipe.replacement not in self.replacements:
+            why = "" if "layer" in self.replacements else "; a trained one needs one block, as llm-streamline's"
+            raise StreamlineError(
+                f"replacement {recipe.replacement!r}: method {recipe.method_name} takes "
+                f"{' or '.join(self.replacements)}{why}"
+            )
+        if recipe.replacement == "linear":
+            check_linear(config)
 
-    def apply(self, model: PreTrainedModel, plan: Plan, replacement: Replacement | None) -> Change:
+    def count(self, recipe: Recipe, total: int) -> int:
+        """The net number of layers to lose, of `total`.
+
+        Raises:
+            StreamlineError: it is not said, or nothing or everything would go.
+        """
+        if recipe.remove is None:
+            raise StreamlineError("remove is missing: say how many layers, such as 4, or what share, such as 25%")
+        return parse_remove(recipe.remove, total)
+
+    @abstractmethod
+    def plan(self, recipe: Recipe, evidence: Evidence) -> Plan:
+        """Choose the layers."""
+
+    def apply(self, model: PreTrainedModel, plan: Plan, materials: Materials) -> Change:
         """Change `model`, in place, into what `plan` says; returns what was done."""
+        return apply_plan(model, plan, materials.replacement)

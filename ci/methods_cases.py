@@ -1,0 +1,170 @@
+"""What `ci/bench methods` measures: one `Case` a row, and the `Row` it becomes. Measures nothing itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+MODELS = {
+    "reference": Path("examples/reference_model"),
+    "qwen3": Path(".cache/models/qwen3"),
+    "gpt2": Path(".cache/models/gpt2"),
+}
+LAYERS = 16
+# 12.5, 25, 37.5 and 50% of the layers; healed rows are at the second and the last.
+REMOVED, HEALED = (2, 4, 6, 8), (4, 8)
+DRAWS = 6
+EVALUATION, LENGTH = 128, 256
+SEEDS = (0, 1, 2)
+# The choices are made on a small text: the searches run the model hundreds of times.
+COMMON: dict[str, Any] = {"calibration": "stdlib:calibration", "samples": 24, "length": LENGTH}
+# Healed on other files of that part than are calibrated on, or judged by: text the models were not trained on.
+HEAL: dict[str, Any] = {"heal_data": "stdlib:calibration", "heal_tokens": 200_000, "heal_epochs": 1}
+LM = {**HEAL, "heal": "lm"}
+DISTILL = {**HEAL, "heal": "distill"}
+
+# Every choice of layers, with nothing trained afterwards.
+UNHEALED: dict[str, dict[str, Any]] = {
+    "shortgpt": {"method": "shortgpt"},
+    "shortgpt iterative": {"method": "shortgpt", "iterative": True},
+    "shortgpt + linear": {"method": "shortgpt", "replacement": "linear"},
+    "llm-streamline none": {"method": "llm-streamline"},
+    "llm-streamline + linear": {"method": "llm-streamline", "replacement": "linear"},
+    "gromov": {"method": "gromov"},
+    "come": {"method": "come"},
+    "come-p": {"method": "come-p"},
+    "average": {"method": "average"},
+    **{
+        f"layerchop {pattern}": {"method": "layerchop", "pattern": pattern}
+        for pattern in ("max-gap", "input", "output", "middle", "both")
+    },
+    "sleb": {"method": "sleb"},
+    "sleb + linear": {"method": "sleb", "replacement": "linear"},
+    "shortened-ppl": {"method": "shortened-ppl"},
+    "shortened-taylor": {"method": "shortened-taylor"},
+    "blockpruner": {"method": "blockpruner"},
+}
+
+# What each paper itself repairs with.
+OWN_HEALING: dict[str, dict[str, Any]] = {
+    "llm-streamline layer: hidden-mse": {"replacement": "layer", **HEAL, "heal": "hidden-mse"},
+    "llm-streamline layer: lm on it": {"replacement": "layer", **LM},
+    "llm-streamline layer: hidden-mse + lora": {"replacement": "layer", **HEAL, "heal": "hidden-mse+lm", "lora": True},
+    "llm-streamline mlp: hidden-mse": {"replacement": "mlp", **HEAL, "heal": "hidden-mse"},
+    "llm-streamline mlp: lm on it": {"replacement": "mlp", **LM},
+    "llm-streamline ffn: hidden-mse": {"replacement": "ffn", **HEAL, "heal": "hidden-mse"},
+    "llm-streamline swiglu: hidden-mse": {"replacement": "swiglu", **HEAL, "heal": "hidden-mse"},
+    "llm-streamline layer: hidden-mse + distill": {"replacement": "layer", **HEAL, "heal": "hidden-mse+distill"},
+    "come-sp": {"method": "come-sp", **HEAL},
+    "come-mp": {"method": "come-mp", **HEAL},
+    "layerchop max-gap: lm": {"method": "layerchop", **LM},
+    "shortgpt: lm": {"method": "shortgpt", **LM},
+    "sleb: lm": {"method": "sleb", **LM},
+}
+# Distillation's settings, tried on CoMe-sp with four layers merged away: the rate, then the weight of hidden states,
+# the share of the KL, the windows an update and the passes.
+SWEEP: dict[str, dict[str, Any]] = {
+    **{f"rate {rate:g}, hidden 1": {"heal_lr": rate} for rate in (5e-4, 1e-3, 2e-3, 4e-3)},
+    **{f"rate 0.002, hidden {weight:g}": {"heal_lr": 2e-3, "heal_hidden": weight} for weight in (0.0, 0.1, 10.0)},
+    "rate 0.002, hidden 1, half cross-entropy": {"heal_lr": 2e-3, "heal_kl": 0.5},
+    "rate 0.002, hidden 1, 4 windows an update": {"heal_lr": 2e-3, "heal_batch": 4},
+    "rate 0.002, hidden 1, 2 passes": {"heal_lr": 2e-3, "heal_epochs": 2},
+    "rate 0.002, hidden 1, 4 passes": {"heal_lr": 2e-3, "heal_epochs": 4},
+}
+# The four best healed, by the first seed's rows; measured with the other seeds too.
+BEST: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row to measure.
+
+    Args:
+        model: A name in `MODELS`.
+        removed: Layers to lose, net; 0 is the dense model.
+        fields: The recipe's, but for what all rows share.
+    """
+
+    model: str
+    part: Literal["unhealed", "sweep", "healed", "seeds"]
+    removed: int
+    name: str
+    recipe: dict[str, Any]
+    seed: int = 0
+
+    @property
+    def random(self) -> bool:
+        """Whether layers are drawn rather than chosen."""
+        return self.name.startswith("random")
+
+    @property
+    def dense(self) -> bool:
+        """Whether no layer goes."""
+        return self.removed == 0
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The whole recipe's fields."""
+        removal = {} if self.random or self.dense else {"remove": self.removed}
+        return {**COMMON, "method": "llm-streamline", **self.recipe, **removal, "seed": self.seed}
+
+    @property
+    def key(self) -> str:
+        """Names the row, and changes with everything that it is measured from."""
+        made_of = json.dumps([self.fields, EVALUATION, DRAWS], sort_keys=True)
+        digest = hashlib.sha256(made_of.encode()).hexdigest()[:10]
+        return f"{self.model}/{self.removed}/{self.name}/{self.seed}/{digest}"
+
+    def draws(self) -> list[tuple[int, ...]]:
+        """Layers to take out at random, one tuple a draw."""
+        draw = random.Random(self.removed)
+        return [tuple(sorted(draw.sample(range(LAYERS), self.removed))) for _ in range(DRAWS)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured row: `Case`'s fields, and what was found. Tuples are a figure and its 95% interval."""
+
+    key: str
+    model: str
+    part: str
+    removed: int
+    name: str
+    seed: int
+    layers: str
+    perplexity: tuple[float, float, float]
+    ratio: tuple[float, float, float]
+    parameters: int
+    seconds: float
+    peak_mib: float
+
+
+def cases() -> Iterator[Case]:
+    """All rows: cheap ones first, so that an interrupted run leaves the most behind."""
+    for model in MODELS:
+        yield Case(model, "unhealed", 0, "dense", {})
+        for removed in REMOVED:
+            yield Case(model, "unhealed", removed, f"random, mean of {DRAWS} (range)", {})
+            for name, fields in UNHEALED.items():
+                yield Case(model, "unhealed", removed, name, {**fields, "heal": "none"})
+    for name, fields in SWEEP.items():
+        yield Case("reference", "sweep", HEALED[0], name, {"method": "come-sp", **HEAL, **fields})
+    yield from healed_cases(SEEDS[0], "healed", None)
+    for seed in SEEDS[1:]:
+        yield from healed_cases(seed, "seeds", BEST)
+
+
+def healed_cases(seed: int, part: Literal["healed", "seeds"], names: tuple[str, ...] | None) -> Iterator[Case]:
+    """The healed rows of one seed, all of them or those that are named."""
+    rows = {f"{name}: distill": {**fields, **DISTILL} for name, fields in UNHEALED.items()} | OWN_HEALING
+    if names is None:
+        yield Case("reference", part, 0, "dense: lm", LM, seed)
+    for removed in HEALED:
+        for name, fields in rows.items():
+            if names is None or name in names:
+                yield Case("reference", part, removed, name, fields, seed)

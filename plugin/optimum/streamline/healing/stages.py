@@ -1,0 +1,152 @@
+"""A recipe's trainings in their order, around the edit: the replacement before it, the model after or during it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..anatomy import architecture_of, decoder_layers
+from ..plan import TRAINED, Place, Plan
+from ..recipe import Recipe
+from ..windows import Windows
+from .goals import Distillation, Goal, NextToken
+from .settings import HealLog, HealSettings, Scope, model_settings, replacement_settings, scope_of
+from .training import train_model, train_replacement
+
+# Methods whose papers distil layer by layer, and hold no weight for it in what is public: 1 is this program's own.
+_HIERARCHICAL = ("come-sp", "come-mp")
+# The method that trains between its merges.
+_STEPWISE = "come-mp"
+
+
+@dataclass(frozen=True)
+class Healed:
+    """One training of a run.
+
+    Args:
+        stage: What it trained to: one of `Recipe.healing`.
+        scope: What it trained.
+    """
+
+    stage: str
+    scope: Scope
+    settings: HealSettings
+    log: HealLog
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `streamline.json` has it."""
+        return {"stage": self.stage, "scope": self.scope, "settings": asdict(self.settings), **asdict(self.log)}
+
+
+class Healer:
+    """The trainings of one recipe on one model; what was done is in `done`.
+
+    Call `before_edit`, edit the model with `after_merge` among its materials, then call `after_edit`.
+
+    Args:
+        model: The original, which is then edited in place.
+        text: What is trained on.
+        workspace: Where each training keeps its checkpoints, in a folder of its own; called again on the same model,
+            text and recipe, a training that ended is not done again, and one that did not goes on.
+        say: Told of each training before it starts.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: PreTrainedModel,
+        plan: Plan,
+        text: Windows,
+        say: Callable[[str], None],
+        workspace: Path | None = None,
+    ) -> None:
+        self._recipe, self._model, self._plan, self._text = recipe, model, plan, text
+        self._say, self._workspace = say, workspace
+        self._teacher: PreTrainedModel | None = None
+        self.done: list[Healed] = []
+
+    def before_edit(self, student: nn.Module | None) -> None:
+        """Train `student`, the replacement's layer, on its own, if the recipe says so; keep the original to distil.
+
+        Args:
+            student: `None` where no layer of its own stands in for a block.
+        """
+        if "distill" in self._recipe.healing:
+            self._teacher = copy.deepcopy(self._model).requires_grad_(False)
+        if student is None or "hidden-mse" not in self._recipe.healing:
+            return
+        settings = replacement_settings(self._recipe, self._model.config.hidden_size, "hidden-mse")
+        self._announce("hidden-mse", "replacement", settings)
+        log = train_replacement(
+            self._model,
+            self._plan,
+            student,
+            self._text,
+            settings,
+            normalised=self._recipe.heal_normalised,
+            workspace=self._place(),
+        )
+        self.done.append(Healed("hidden-mse", "replacement", settings, log))
+
+    @property
+    def after_merge(self) -> Callable[[tuple[Place, ...]], None] | None:
+        """What `Materials.after_merge` is to be: CoMe-mp trains the model, as it then is, after every merge."""
+        return self._train_places if self._recipe.method_name == _STEPWISE and self._recipe.healing else None
+
+    def after_edit(self, places: tuple[Place, ...]) -> None:
+        """Train the edited model, whose layers are `places`; with `after_merge` before it, on the last share."""
+        self._train_places(places)
+
+    def _train_places(self, places: tuple[Place, ...]) -> None:
+        merges = len(self._plan.merges) if self.after_merge else 1
+        made = sum(len(place.originals) - 1 for place in places) if self.after_merge else 1
+        for number, stage in enumerate(self._recipe.healing):
+            if stage != "hidden-mse":
+                self._train(number, stage, places, (made - 1, merges))
+
+    def _train(self, number: int, stage: str, places: tuple[Place, ...], share: tuple[int, int]) -> None:
+        recipe, width = self._recipe, self._model.config.hidden_size
+        scope = scope_of(recipe, number, self._plan.replacement in TRAINED)
+        alone = scope == "replacement"
+        settings = replacement_settings(recipe, width, stage) if alone else model_settings(recipe, width)
+        self._announce(stage, scope, settings)
+        log = train_model(
+            self._model,
+            self._goal(stage, places),
+            self._text,
+            settings,
+            part=self._replacement(places) if alone else None,
+            share=share,
+            workspace=self._place(),
+        )
+        self.done.append(Healed(stage, scope, settings, log))
+
+    def _goal(self, stage: str, places: tuple[Place, ...]) -> Goal:
+        if stage == "lm" or self._teacher is None:
+            return NextToken()
+        kl, hidden = self._recipe.heal_kl, self._recipe.heal_hidden
+        return Distillation(
+            self._teacher,
+            (*(place.originals[0] for place in places[1:]), self._plan.total),
+            kl=1.0 if kl is None else kl,
+            hidden=float(self._recipe.method_name in _HIERARCHICAL) if hidden is None else hidden,
+        )
+
+    def _replacement(self, places: tuple[Place, ...]) -> nn.Module:
+        [index] = [index for index, place in enumerate(places) if place.kind in TRAINED]
+        return decoder_layers(self._model, architecture_of(self._model.config))[index]
+
+    def _place(self) -> Path | None:
+        # Trainings come in the same order each time: the number of those before it is a training's name.
+        return None if self._workspace is None else self._workspace / str(len(self.done))
+
+    def _announce(self, stage: str, scope: Scope, settings: HealSettings) -> None:
+        what = "the replacement" if scope == "replacement" else "the model"
+        by = "" if settings.lora_rank is None else f" by adapters of rank {settings.lora_rank}"
+        self._say(f"training {what}{by} ({stage}) on {len(self._text.ids)} windows, {settings.epochs} times")

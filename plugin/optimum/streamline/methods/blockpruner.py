@@ -1,0 +1,63 @@
+"""BlockPruner (arXiv 2406.10594): remove attentions and MLPs one after the other, each time the one missed least."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..anatomy import architecture_of, decoder_layers, submodule
+from ..dead import ATTENTION, MLP, dead_layers
+from ..errors import StreamlineError
+from ..evidence import Evidence
+from ..plan import Plan, Sublayer
+from ..recipe import Recipe
+from ..trials import Parts, gone_layers, removal_losses
+from .base import Method
+
+
+class BlockPruner(Method):
+    """Greedy by calibration loss over sublayers, each of which leaves the residual stream as it is when it is out.
+
+    Step k removes argmin_s CE(model without R and sublayer s), with R the sublayers of the steps before; ties go to
+    the first layer, and there to the attention. It stops once the weights removed are at least `remove` times those
+    of the mean layer's sublayers: attentions and MLPs are of different size, so a count of them says nothing. Weights
+    are counted without norms. A layer that has lost both goes entirely; the last attention stays, for the cache.
+    """
+
+    summary = "attentions and MLPs, one at a time by loss, to the weight of so many layers (2406.10594)"
+    replacements = ("none",)
+
+    def plan(self, recipe: Recipe, evidence: Evidence) -> Plan:
+        """The sublayers that greedy steps take, until they amount to `remove` layers."""
+        sizes, dead = sublayer_sizes(evidence.model)
+        target = self.count(recipe, evidence.layers) * sum(sizes.values()) / evidence.layers
+        removed = dead
+        while sum(sizes[part] for part in removed - dead) < target:
+            left = _candidates(sizes, removed)
+            if not left:
+                raise StreamlineError(f"remove {recipe.remove!r}: the last attention has to stay; remove fewer")
+            losses = removal_losses(evidence.model, evidence.calibration, [frozenset({part}) for part in left], removed)
+            removed |= {left[losses.index(min(losses))]}
+        gone = gone_layers(removed)
+        return Plan(evidence.layers, gone, dead=tuple(sorted(part for part in removed - dead if part[0] not in gone)))
+
+
+def sublayer_sizes(model: PreTrainedModel) -> tuple[dict[tuple[int, Sublayer], int], Parts]:
+    """The weights of every sublayer, 0 for one that is dead already, and which those are."""
+    architecture = architecture_of(model.config)
+    dead: Parts = frozenset((layer, kind) for kind in (ATTENTION, MLP) for layer in dead_layers(model.config, kind))
+    sizes: dict[tuple[int, Sublayer], int] = {}
+    for index, layer in enumerate(decoder_layers(model, architecture)):
+        sizes[index, ATTENTION] = _weights(layer, (architecture.attention,))
+        sizes[index, MLP] = _weights(layer, architecture.mlp)
+    return {part: 0 if part in dead else size for part, size in sizes.items()}, dead
+
+
+def _weights(layer: nn.Module, names: tuple[str, ...]) -> int:
+    return sum(parameter.numel() for name in names for parameter in submodule(layer, name).parameters())
+
+
+def _candidates(sizes: dict[tuple[int, Sublayer], int], removed: Parts) -> list[tuple[int, Sublayer]]:
+    left = sorted(part for part in sizes if part not in removed)
+    attentions = sum(sublayer == ATTENTION for _, sublayer in left)
+    return [part for part in left if attentions > 1 or part[1] != ATTENTION]

@@ -1,0 +1,27 @@
+"""Shortened LLaMA by perplexity (arXiv 2402.02834): remove the layers that are missed least one by one, all at once."""
+
+from __future__ import annotations
+
+from ..evidence import Evidence
+from ..plan import Plan
+from ..recipe import Recipe
+from ..trials import removal_losses, whole_layer
+from .protecting import Protecting
+
+
+class ShortenedPPL(Protecting):
+    """Importance of layer i is CE(model without layer i), the log of the paper's perplexity; the n lowest go at once.
+
+    No layer is protected unless `protect` says so, and ties go to the first layer. Deviation: the calibration text
+    is the recipe's, not the paper's ten windows of 128 tokens of BookCorpus.
+    """
+
+    summary = "the layers without each of which perplexity is lowest, all at once (2402.02834)"
+    default_protect = "0,0"
+
+    def plan(self, recipe: Recipe, evidence: Evidence) -> Plan:
+        """The `remove` layers of lowest loss when each is out alone."""
+        layers = self.removable(recipe, evidence.layers)
+        losses = removal_losses(evidence.model, evidence.calibration, [whole_layer(layer) for layer in layers])
+        lowest = sorted(zip(losses, layers, strict=True))[: self.count(recipe, evidence.layers)]
+        return Plan(evidence.layers, tuple(sorted(layer for _, layer in lowest)), recipe.replacement)

@@ -1,0 +1,30 @@
+"""SLEB (arXiv 2402.09025): remove one layer after the other, each time the one that is missed least."""
+
+from __future__ import annotations
+
+from ..evidence import Evidence
+from ..plan import Plan
+from ..recipe import Recipe
+from ..trials import Parts, gone_layers, removal_losses, whole_layer
+from .protecting import Protecting
+
+
+class SLEB(Protecting):
+    """Greedy by calibration loss: at each step the layer without which, the removed ones out too, it is lowest.
+
+    Step k removes argmin_i CE(model without R and layer i), with R the layers of the steps before. The first and the
+    last layer are protected unless `protect` says otherwise, and ties go to the first layer.
+    """
+
+    summary = "one layer at a time, each time the one whose loss hurts least (2402.09025)"
+    default_protect = "1,1"
+
+    def plan(self, recipe: Recipe, evidence: Evidence) -> Plan:
+        """The `remove` layers that greedy steps take."""
+        removed: Parts = frozenset()
+        for _ in range(self.count(recipe, evidence.layers)):
+            gone = gone_layers(removed)
+            left = [layer for layer in self.removable(recipe, evidence.layers) if layer not in gone]
+            losses = removal_losses(evidence.model, evidence.calibration, [whole_layer(i) for i in left], removed)
+            removed |= whole_layer(left[losses.index(min(losses))])
+        return Plan(evidence.layers, gone_layers(removed), recipe.replacement)

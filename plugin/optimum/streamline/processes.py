@@ -1,0 +1,44 @@
+"""Which of several processes this one is, where a launcher such as `accelerate launch` started more than one.
+
+Every process makes the same choices; the main one alone prints and writes. Knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+# What launchers call the number of processes and a process's own number: torch's, then MPI's, which `accelerate
+# launch` starts processes on a CPU with.
+_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+
+
+def process_count() -> int:
+    """How many processes the launcher started: 1 without one."""
+    return max(int(os.environ.get(name, "1")) for name in _COUNTS)
+
+
+def is_main() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return max(int(os.environ.get(name, "0")) for name in _RANKS) == 0
+
+
+def join_processes(device: str) -> None:
+    """Meet the other processes, and take this one's own GPU where `device` is `cuda`; alone, do nothing."""
+    if process_count() > 1:
+        _partial_state()(cpu=device == "cpu")
+
+
+def wait_for_all() -> None:
+    """Go on when every process has come here; alone, at once."""
+    if process_count() > 1:
+        _partial_state()().wait_for_everyone()
+
+
+def _partial_state() -> Any:
+    # Brings torch with it, which a command that only refuses its flags does without.
+    from accelerate import PartialState  # type: ignore[import-untyped]
+
+    return PartialState

@@ -1,0 +1,190 @@
+"""A training that is stopped goes on, and ends with the same weights bit for bit; of the real command, killed, too."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, PreTrainedModel
+
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.healing import HealLog, HealSettings, NextToken, train_model
+from optimum.streamline.healing.workspace import healing_workspace, open_workspace
+from optimum.streamline.windows import Windows
+from reference import REFERENCE
+from tiny import tiny_model
+
+COUNTING = Windows((torch.arange(40)[:, None] + torch.arange(24)) % 50 + 2, "counting")
+SETTINGS = HealSettings(lr=1e-3, epochs=5)  # 190 windows: 23 updates, a checkpoint every second or third
+
+
+class Stop(Exception):
+    """The power went off."""
+
+
+class Stopping:
+    """The goal, for so many batches."""
+
+    def __init__(self, batches: int) -> None:
+        self.left = batches
+
+    def loss(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+        """The next token's, or the end."""
+        self.left -= 1
+        if self.left < 0:
+            raise Stop
+        return NextToken().loss(model, ids)
+
+
+def flat(model: PreTrainedModel) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def checkpoints(workspace: Path) -> list[Path]:
+    return sorted(workspace.glob("checkpoint-*"), key=lambda folder: int(folder.name.partition("-")[2]))
+
+
+@pytest.fixture(scope="module", params=[None, 2])
+def whole(request: pytest.FixtureRequest) -> tuple[HealSettings, torch.Tensor, HealLog]:
+    """A training that nothing stopped: how, to what weights, and its log."""
+    settings = HealSettings(lr=1e-3, epochs=5, lora_rank=request.param)
+    model = tiny_model()
+    log = train_model(model, NextToken(), COUNTING, settings)
+    return settings, flat(model), log
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_stopped_training_ends_where_one_that_was_not_does(
+    whole: tuple[HealSettings, torch.Tensor, HealLog], broken: bool, tmp_path: Path
+) -> None:
+    settings, weights, log = whole
+    with pytest.raises(Stop):
+        train_model(tiny_model(), Stopping(21), COUNTING, settings, workspace=tmp_path)
+    found = checkpoints(tmp_path)
+    assert len(found) == 2
+    if broken:  # the last one was not yet whole
+        (found[-1] / "whole").unlink()
+        (found[-1] / "optimizer.pt").write_bytes(b"half")
+    model = tiny_model()
+    assert train_model(model, NextToken(), COUNTING, settings, workspace=tmp_path) == log
+    assert torch.equal(flat(model), weights)
+
+
+def test_a_checkpoint_holds_what_is_trained_and_nothing_else(tmp_path: Path) -> None:
+    model = tiny_model()
+    train_model(model, NextToken(), COUNTING, SETTINGS, part=model.model.layers[1], workspace=tmp_path)
+    held = load_file(checkpoints(tmp_path)[-1] / "model.safetensors")
+    assert sum(value.numel() for value in held.values()) == 2 * sum(
+        parameter.numel() for parameter in model.model.layers[1].parameters()
+    )
+
+
+def test_a_training_that_ended_is_not_done_again(tmp_path: Path) -> None:
+    first, second = tiny_model(), tiny_model()
+    log = train_model(first, NextToken(), COUNTING, SETTINGS, workspace=tmp_path)
+    assert train_model(second, Stopping(0), COUNTING, SETTINGS, workspace=tmp_path) == log
+    assert torch.equal(flat(first), flat(second))
+
+
+def test_a_workspace_is_for_one_model_and_text(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), healing_workspace(out, "abcdefabcdef0123") as workspace:
+        assert workspace == tmp_path / ".out.healing-abcdefabcdef"
+        assert not open_workspace(workspace, {"text": "a"})
+        (workspace / "0").mkdir()
+        assert open_workspace(workspace, {"text": "a"})
+        assert (workspace / "0").is_dir()
+        raise KeyboardInterrupt
+    assert (workspace / "0").is_dir()
+    with healing_workspace(out, "abcdefabcdef0123"):
+        assert not open_workspace(workspace, {"text": "b"})
+        assert not (workspace / "0").exists()
+    assert not workspace.exists()
+    with pytest.raises(StreamlineError), healing_workspace(out, "abcdefabcdef0123"):
+        open_workspace(workspace, {"text": "b"})
+        raise StreamlineError("refused")
+    assert not workspace.exists()
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A command that takes a while to heal, less its output."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny_model(vocab_size=4096).save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(folder / "model")
+    draw = random.Random(0)
+    (folder / "text.txt").write_text(" ".join(draw.choice("abcdefghij") * draw.randint(1, 4) for _ in range(8000)))
+    words = f"streamline prune -m {folder}/model --remove 2 --replacement mlp --heal hidden-mse+distill --samples 4"
+    words += f" --heal-tokens 2560 --length 32 --calibration {folder}/text.txt --heal-data {folder}/text.txt"
+    return words.split()
+
+
+def run(launcher: str, words: list[str], out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", *launcher.split(), *words, str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def alone(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command makes when nothing stops it."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    with run("optimum.commands.optimum_cli", words, out) as process:
+        _, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert [folder.name for folder in out.parent.iterdir()] == ["out"]
+    return out
+
+
+def healing(out: Path) -> list[dict[str, object]]:
+    record: list[dict[str, object]] = json.loads((out / "streamline.json").read_text())["healing"]
+    return record
+
+
+def waiting(seconds: float) -> Iterator[None]:
+    for _ in range(int(seconds * 100)):
+        yield
+        time.sleep(0.01)
+
+
+def test_a_killed_command_goes_on(words: list[str], alone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with run("optimum.commands.optimum_cli", words, out) as process:
+        for _ in waiting(60):  # for the second training to have saved
+            if process.poll() is not None or any(tmp_path.glob(".out.healing-*/1/checkpoint-*/whole")):
+                break
+        process.kill()
+        process.communicate()
+    assert process.returncode == -9
+    assert not out.exists()
+    [workspace] = tmp_path.glob(".out.healing-*")
+    with run("optimum.commands.optimum_cli", words, out) as process:
+        said, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert f"going on from the checkpoints in {workspace}" in said
+    assert not workspace.exists()
+    assert (out / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
+    assert healing(out) == healing(alone)
+
+
+def test_two_processes_train_as_one(words: list[str], alone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with run("torch.distributed.run --nproc_per_node 2 -m optimum.commands.optimum_cli", words, out) as process:
+        said, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert said.count("loading ") == said.count("saved ") == 1
+    assert [folder.name for folder in tmp_path.iterdir()] == ["out"]
+    for ours, theirs in zip(healing(out), healing(alone), strict=True):
+        losses = [[step["loss"] for step in healed["steps"]] for healed in (ours, theirs)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        assert ours["best"] == pytest.approx(theirs["best"], rel=1e-4)
+        assert ours["settings"] == theirs["settings"]
