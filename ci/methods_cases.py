@@ -70,7 +70,9 @@ OWN_HEALING: dict[str, dict[str, Any]] = {
 # the share of the KL, the windows an update and the passes.
 SWEEP: dict[str, dict[str, Any]] = {
     **{f"rate {rate:g}, hidden 1": {"heal_lr": rate} for rate in (5e-4, 1e-3, 2e-3, 4e-3)},
-    **{f"rate 0.002, hidden {weight:g}": {"heal_lr": 2e-3, "heal_hidden": weight} for weight in (0.0, 0.1, 10.0)},
+    **{
+        f"rate 0.002, hidden {weight:g}": {"heal_lr": 2e-3, "heal_hidden": weight} for weight in (0.0, 0.1, 10.0, 100.0)
+    },
     "rate 0.002, hidden 1, half cross-entropy": {"heal_lr": 2e-3, "heal_kl": 0.5},
     "rate 0.002, hidden 1, 4 windows an update": {"heal_lr": 2e-3, "heal_batch": 4},
     "rate 0.002, hidden 1, 2 passes": {"heal_lr": 2e-3, "heal_epochs": 2},

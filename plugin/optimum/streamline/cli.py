@@ -11,6 +11,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import fields
+from threading import Event
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -37,6 +38,7 @@ def run_command(name: str, args: Namespace) -> int:
     # Bound now: what is printed from here on is the program's own, whatever is redirected later.
     # Of several processes one speaks.
     console = Console(file=sys.stdout, soft_wrap=True, highlight=False, quiet=not is_main())
+    _asked_to_end.clear()
     ended_before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         # What other libraries say where there is no output folder yet to log it in is dropped, unless asked for.
@@ -63,8 +65,13 @@ def _complain(message: str) -> None:
         print(message, file=sys.stderr)
 
 
+_asked_to_end = Event()
+
+
 def _interrupt(*_: object) -> NoReturn:
-    # Ends like Ctrl-C: the folder that is being made is cleared away.
+    # Ends like Ctrl-C: the folder that is being made is cleared away. Native code that calls back into Python may
+    # swallow the exception (it was seen while a model was loading): then the next step does not begin.
+    _asked_to_end.set()
     raise KeyboardInterrupt
 
 
@@ -97,7 +104,12 @@ def _note_bare(args: Namespace, console: Console, *models: str) -> None:
 
 
 def _say(console: Console) -> Callable[[str], None]:
-    return lambda message: console.print(message, markup=False)
+    def say(message: str) -> None:
+        if _asked_to_end.is_set():
+            raise KeyboardInterrupt
+        console.print(message, markup=False)
+
+    return say
 
 
 def _save_recipe(args: Namespace, recipe: Recipe, console: Console) -> None:
