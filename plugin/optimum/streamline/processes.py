@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-
 # What launchers call the number of processes and a process's own number: torch's, then MPI's, which `accelerate
 # launch` starts processes on a CPU with.
 _COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
