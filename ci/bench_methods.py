@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), action="append", help="these models only")
     parser.add_argument(
-        "--part", choices=["unhealed", "sweep", "healed", "seeds"], action="append", help="these parts only"
+        "--part", choices=["unhealed", "sweep", "default", "healed", "seeds"], action="append", help="these parts only"
     )
     parser.add_argument("--only", default="*", help="rows whose name this pattern matches")
     parser.add_argument("--again", action="store_true", help="forget the rows asked for, and measure them again")
@@ -69,12 +69,9 @@ def main() -> None:
         and (not args.part or case.part in args.part)
         and fnmatch(case.name, args.only)
     ]
-    rows = read_rows()
-    if args.again:
-        rows = {key: row for key, row in rows.items() if key not in {case.key for case in wanted}}
     if not args.page:
         LOCK.parent.mkdir(exist_ok=True)
-        measure_missing(wanted, rows)
+        measure_missing(wanted, args.again)
     done = read_rows()
     write_page([done[case.key] for case in cases() if case.key in done])
 
@@ -86,15 +83,16 @@ def read_rows() -> dict[str, Row]:
     return {fields["key"]: Row(**fields) for fields in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]}
 
 
-def measure_missing(wanted: Sequence[Case], rows: dict[str, Row]) -> None:
-    """Measure the cases that have no row, and write every row down as soon as it is there."""
-    missing = [case for case in wanted if case.key not in rows]
-    for number, case in enumerate(missing, start=1):
-        rows[case.key] = row = measure(case)
+def measure_missing(wanted: Sequence[Case], again: bool) -> None:
+    """Measure the cases that have no row, or all `again`, and write every row down as soon as it is there."""
+    for number, case in enumerate(wanted, start=1):
+        if case.key in read_rows() and not again:
+            continue
+        row = measure(case)
         keep(row)
         print(
-            f"{number}/{len(missing)} {case.model} {case.removed} {case.name} seed {case.seed}: ratio "
-            "{:.4f} ({:.4f} to {:.4f})".format(*row.ratio),
+            f"{number}/{len(wanted)} {case.model} {case.removed} {case.name} seed {case.seed}: ratio "
+            "{:.4f} ({:.4f} to {:.4f}),".format(*row.ratio),
             f"{row.seconds:.0f} s, {row.peak_mib:.0f} MiB",
             flush=True,
         )

@@ -34,6 +34,7 @@ def write_page(rows: Sequence[Row]) -> None:
         replace(f"unhealed {model}", wide(rows, model, "unhealed", REMOVED))
     replace("healed", wide(rows, "reference", "healed", HEALED, long=True))
     replace("seeds", seeds(rows))
+    replace("default", long_table(row for row in rows if row.part == "default"))
     replace("sweep", wide(rows, "reference", "sweep", HEALED[:1], long=True))
     head = "# All rows of `ci/bench methods`\n\nWritten by it; [methods.md](methods.md) says what they mean.\n\n"
     write_file(ALL_ROWS, head + long_table(rows))

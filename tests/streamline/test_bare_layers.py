@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from behaviour import greedy, logits
 from console import optimum_cli
 from optimum.streamline.anatomy import ARCHITECTURES, architecture_of, decoder_layers
 from optimum.streamline.bare_layers import bare_layers, save_bare
@@ -35,21 +36,6 @@ def bare_model(architecture: str = "llama", kind: str = "ffn", gone: tuple[int, 
     model, plan = tiny_model(architecture), Plan(LAYERS, gone, kind)
     apply_plan(model, plan, build_replacement(model, plan))
     return model
-
-
-def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids).logits
-
-
-def greedy(model: PreTrainedModel, use_cache: bool) -> list[list[int]]:
-    ids = token_ids(2, 9, seed=3)
-    mask = torch.ones_like(ids)
-    mask[0, :4], ids[0, :4] = 0, 1
-    out = model.generate(
-        ids, attention_mask=mask, max_new_tokens=8, min_new_tokens=8, do_sample=False, use_cache=use_cache
-    )
-    return out.tolist()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3"])

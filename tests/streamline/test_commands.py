@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from console import Outcome, optimum_cli
+from optimum.streamline.card import CITATIONS
+from optimum.streamline.methods import METHODS
 from reference import REFERENCE
 from tiny import tiny_model
 
@@ -198,17 +200,61 @@ def test_remove_is_the_net_fall_with_a_replacement(cli: Cli, tmp_path: Path) -> 
     assert not load_file(out / "model.safetensors")[f"model.layers.{int(index)}.self_attn.o_proj.weight"].any()
     [training] = record["healing"]
     assert (training["stage"], training["scope"]) == ("hidden-mse", "replacement")
-    assert len(training["steps"]) == 4  # 10 windows, one held out, seen four times, in batches of 8
+    assert len(training["steps"]) == 9  # 10 windows, one held out, seen four times, in batches of 4
     assert training["settings"]["lr"] == pytest.approx(2e-4 * 4096 / 128)
     assert record["data"]["heal"]["spec"] == "stdlib:train"
     assert record["data"]["calibration"]["spec"] == "stdlib:calibration"
+
+
+def test_the_card_says_what_each_training_saw(cli: Cli, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ("--method", "come-mp", "--remove", 2, "--heal-tokens", 1344, "--heal-epochs", 1, *QUICK)
+    assert cli("prune", "-m", REFERENCE, *words, out).code == 0
+    trainings = [line for line in (out / "README.md").read_text().splitlines() if " was trained " in line]
+    assert len(trainings) == 2  # 21 windows, one held out, half of the others after each merge
+    for line in trainings:
+        assert line.startswith(
+            "The whole model was trained on 10 of 21 windows of 64 tokens of `stdlib:train`, each once"
+        )
+    record = json.loads((out / "streamline.json").read_text())
+    assert [healed["windows"] for healed in record["healing"]] == [10, 10]
+    assert record["removed"] == record["replaced"] == []
+    assert record["merged"] == [layer["originals"] for layer in record["layers"] if layer["kind"] == "merged"] != []
+
+
+def test_every_method_is_named_in_the_card_by_its_paper() -> None:
+    assert CITATIONS.keys() == METHODS.keys()
+
+
+def test_healing_that_would_be_passed_over_is_refused(cli: Cli, tmp_path: Path) -> None:
+    words = ("--method", "shortgpt", "--remove", 2, "--heal-tokens", 1344, *QUICK)
+    assert_refused(cli("prune", "-m", REFERENCE, *words, tmp_path / "out"), "heal-tokens 1344: nothing is trained to")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "value"), [("ACCELERATE_MIXED_PRECISION", "bf16"), ("ACCELERATE_USE_FSDP", "true")])
+def test_a_launcher_that_wants_other_arithmetic_is_refused(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    outcome = cli("prune", "-m", REFERENCE, "--method", "shortgpt", "--remove", 2, *QUICK, tmp_path / "out")
+    assert_refused(outcome, f"{name} {value!r}: training is in fp32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_alone_makes_nobody_a_helper(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    outcome = cli("prune", "-m", REFERENCE, "--method", "shortgpt", "--remove", 2, *QUICK, tmp_path / "out")
+    assert outcome.code == 0
+    assert "saved " in outcome.out
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(cli: Cli, tmp_path: Path) -> None:
     words = ("--remove", "25%", "--replacement", "mlp", *QUICK, "--dry-run")
     outcome = cli("prune", "-m", REFERENCE, *words, tmp_path / "out")
     assert outcome.code == 0
-    assert "by one trained mlp: 16 layers become 12" in outcome.out
+    assert "by one mlp: 16 layers become 12" in outcome.out
     assert "ideal decode speed-up: 1." in outcome.out
     assert list(tmp_path.iterdir()) == []
 

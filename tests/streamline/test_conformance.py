@@ -89,6 +89,35 @@ def test_edit_survives_disk_stock_transformers_and_the_cache(architecture: str, 
         assert len(dead) == planned + (sublayer == "attention" and plan.replacement == "mlp")
 
 
+@pytest.mark.parametrize("replacement", ["layer", "mlp"])
+def test_a_replacement_layer_follows_the_models_config(replacement: str) -> None:
+    model, plan, ids = tiny_model("qwen3"), Plan(LAYERS, (1, 2), replacement), token_ids()
+    built = build_replacement(model, plan)
+    apply_plan(model, plan, built)
+    assert built.layer.self_attn.config is model.config
+    expected = logits(model, ids)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(logits(model, ids), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("replacement", "dead"), [("layer", {}), ("mlp", {1: ["attention"]}), ("ffn", {})])
+def test_a_replacement_is_not_dead_where_its_block_was(replacement: str, dead: dict[int, list[str]]) -> None:
+    model = tiny_model()
+    apply_plan(model, Plan(LAYERS, (), dead=((1, "mlp"), (4, "mlp"))), None)
+    plan = Plan(LAYERS, (1, 2), replacement)
+    change = apply_plan(model, plan, build_replacement(model, plan))
+    # Layer 4 is layer 3 now, and as dead as it was.
+    assert change.dead == dead_sublayers(model.config) == {**dead, 3: ["mlp"]}
+
+
+@pytest.mark.parametrize("replacement", ["layer", "mlp", "linear", "ffn"])
+def test_a_replacement_that_was_not_built_is_missed(replacement: str) -> None:
+    model, config = tiny_model(), tiny_model().config.to_dict()
+    with pytest.raises(StreamlineError, match=f"replacement '{replacement}': there is none"):
+        apply_plan(model, Plan(LAYERS, (1, 2), replacement), None)
+    assert model.config.to_dict() == config
+
+
 def has(layer: nn.Module, kind: type[nn.Module]) -> bool:
     return any(isinstance(module, kind) for module in layer.modules())
 

@@ -104,6 +104,16 @@ def test_shortened_taylor_takes_the_lowest_that_are_not_protected() -> None:
     assert everywhere == tuple(sorted(sorted(range(LAYERS), key=lambda layer: ours[layer])[:2]))
 
 
+def test_a_gradient_that_is_not_a_number_is_never_ranked() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[0, 0] = torch.nan
+    recipe = make_recipe({"method": "shortened-taylor", "remove": 1, "protect": "0,0"})
+    with pytest.raises(StreamlineError, match=r"the gradient of layer \d is not finite on the calibration text"):
+        METHODS["shortened-taylor"].plan(recipe, Evidence(model, Windows(IDS, "random"), FLAT))
+    assert all(value.grad is None and value.requires_grad for value in model.parameters())
+
+
 def test_a_frozen_weight_stays_frozen() -> None:
     model = tiny_model()
     model.lm_head.requires_grad_(False)
@@ -191,7 +201,7 @@ def test_a_linear_map_needs_layer_0(method: str) -> None:
         ({"method": "shortened-ppl", "remove": 3, "protect": "9,0"}, r"protect '9,0': leaves 0 of 5 layers"),
         ({"method": "sleb", "remove": 5, "protect": "0,0"}, r"remove 5: that is 5 of 5 layers"),
         ({"method": "sleb", "remove": 1, "replacement": "layer"}, r"replacement 'layer': method sleb takes none or "),
-        ({"method": "blockpruner", "remove": 1, "replacement": "linear"}, r"replacement 'linear': method blockpruner"),
+        ({"method": "blockpruner", "remove": 1, "replacement": "linear"}, r"takes none; linear needs layers"),
         ({"method": "blockpruner", "remove": 1, "protect": "1,1"}, r"protect '1,1': method blockpruner has no such"),
         ({"method": "blockpruner", "layers": "1"}, r"layers '1': method blockpruner chooses its own"),
     ],

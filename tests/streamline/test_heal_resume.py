@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing import HealLog, HealSettings, NextToken, train_model
+from optimum.streamline.healing.engine import NotFiniteError
 from optimum.streamline.healing.workspace import healing_workspace, open_workspace
 from optimum.streamline.windows import Windows
 from reference import REFERENCE
@@ -88,31 +90,51 @@ def test_a_checkpoint_holds_what_is_trained_and_nothing_else(tmp_path: Path) -> 
     )
 
 
-def test_a_training_that_ended_is_not_done_again(tmp_path: Path) -> None:
+def test_a_training_that_ended_is_not_done_again_and_keeps_its_result_alone(tmp_path: Path) -> None:
     first, second = tiny_model(), tiny_model()
     log = train_model(first, NextToken(), COUNTING, SETTINGS, workspace=tmp_path)
+    [last] = checkpoints(tmp_path)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in first.parameters())
+    assert sum(file.stat().st_size for file in last.iterdir()) < 2.2 * weights  # the last, and the best
     assert train_model(second, Stopping(0), COUNTING, SETTINGS, workspace=tmp_path) == log
     assert torch.equal(flat(first), flat(second))
 
 
+def saved(workspace: Path) -> Path:
+    checkpoint = workspace / "0" / "checkpoint-7"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "whole").touch()
+    return checkpoint
+
+
 def test_a_workspace_is_for_one_model_and_text(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt), healing_workspace(out, "abcdefabcdef0123") as workspace:
+    with healing_workspace(out, "abcdefabcdef0123") as workspace:
         assert workspace == tmp_path / ".out.healing-abcdefabcdef"
         assert not open_workspace(workspace, {"text": "a"})
-        (workspace / "0").mkdir()
+        checkpoint = saved(workspace)
         assert open_workspace(workspace, {"text": "a"})
-        assert (workspace / "0").is_dir()
-        raise KeyboardInterrupt
-    assert (workspace / "0").is_dir()
-    with healing_workspace(out, "abcdefabcdef0123"):
+        assert checkpoint.is_dir()
         assert not open_workspace(workspace, {"text": "b"})
-        assert not (workspace / "0").exists()
+        assert not checkpoint.exists()
     assert not workspace.exists()
-    with pytest.raises(StreamlineError), healing_workspace(out, "abcdefabcdef0123"):
-        open_workspace(workspace, {"text": "b"})
-        raise StreamlineError("refused")
-    assert not workspace.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "stays"),
+    [(KeyboardInterrupt(), True), (StreamlineError("the disk is full"), True), (NotFiniteError("try less"), False)],
+)
+def test_what_was_saved_outlives_all_but_a_training_that_came_to_nothing(
+    error: BaseException, stays: bool, tmp_path: Path
+) -> None:
+    for has_saved in (True, False):
+        with pytest.raises(type(error)), healing_workspace(tmp_path / "out", "abc") as workspace:
+            open_workspace(workspace, {"text": "a"})
+            if has_saved:
+                saved(workspace)
+            raise error
+        assert workspace.exists() == (stays and has_saved)
+        shutil.rmtree(workspace, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +153,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def run(launcher: str, words: list[str], out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", *launcher.split(), *words, str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
@@ -176,15 +199,54 @@ def test_a_killed_command_goes_on(words: list[str], alone: Path, tmp_path: Path)
     assert healing(out) == healing(alone)
 
 
-def test_two_processes_train_as_one(words: list[str], alone: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with run("torch.distributed.run --nproc_per_node 2 -m optimum.commands.optimum_cli", words, out) as process:
+TORCHRUN = "torch.distributed.run --nproc_per_node 2"
+ACCELERATE = (
+    "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+)
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        TORCHRUN,
+        pytest.param(
+            f"{ACCELERATE} --mpirun_hostfile HOSTS",
+            marks=pytest.mark.skipif(shutil.which("mpirun") is None, reason="no MPI on this machine"),
+        ),
+    ],
+    ids=["torchrun", "accelerate"],
+)
+def test_two_processes_train_as_one(launcher: str, words: list[str], alone: Path, tmp_path: Path) -> None:
+    out, hosts = tmp_path / "made" / "out", tmp_path / "hosts"
+    hosts.write_text("localhost slots=2\n")
+    launcher = launcher.replace("HOSTS", str(hosts))
+    with run(f"{launcher} -m optimum.commands.optimum_cli", words, out) as process:
         said, err = process.communicate()
     assert (process.returncode, err) == (0, "")
     assert said.count("loading ") == said.count("saved ") == 1
-    assert [folder.name for folder in tmp_path.iterdir()] == ["out"]
+    assert [folder.name for folder in out.parent.iterdir()] == ["out"]
     for ours, theirs in zip(healing(out), healing(alone), strict=True):
         losses = [[step["loss"] for step in healed["steps"]] for healed in (ours, theirs)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
         assert ours["best"] == pytest.approx(theirs["best"], rel=1e-4)
         assert ours["settings"] == theirs["settings"]
+
+
+def test_what_two_processes_began_one_ends(words: list[str], alone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with run(f"{TORCHRUN} -m optimum.commands.optimum_cli", words, out) as process:
+        for _ in waiting(60):  # for the second training to have saved
+            if process.poll() is not None or any(tmp_path.glob(".out.healing-*/1/checkpoint-*/whole")):
+                break
+        process.terminate()
+        process.communicate()
+    assert process.returncode != 0
+    assert not out.exists()
+    with run("optimum.commands.optimum_cli", words, out) as process:
+        said, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert "going on from the checkpoints in " in said
+    assert [folder.name for folder in tmp_path.iterdir()] == ["out"]
+    for ours, theirs in zip(healing(out), healing(alone), strict=True):
+        losses = [[step["loss"] for step in healed["steps"]] for healed in (ours, theirs)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)

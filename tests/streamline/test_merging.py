@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from optimum.streamline.anatomy import ARCHITECTURES, architecture_of, decoder_layers, layer_kinds
 from optimum.streamline.edit import apply_plan
+from optimum.streamline.errors import StreamlineError
 from optimum.streamline.merging import (
     average_layers,
     fold_norms,
@@ -24,6 +25,7 @@ from optimum.streamline.merging import (
 from optimum.streamline.merging_scores import closest_pair, measure_channels, ratio_of_first
 from optimum.streamline.merging_search import candidate_losses
 from optimum.streamline.plan import Merge, Plan
+from optimum.streamline.scores import Scores
 from optimum.streamline.windows import Windows
 from tiny import LAYERS, tiny_model, token_ids
 
@@ -320,6 +322,14 @@ def test_pair_and_ratio_are_the_papers(seed: int) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "ratio"), [(-4e-16, 9e-16, 0.0), (9e-16, -4e-16, 1.0), (-4e-16, -9e-16, 0.5), (0.3, 0.1, 0.75)]
+)
+def test_rounding_makes_no_part_of_less_than_nothing(ours: float, theirs: float, ratio: float) -> None:
+    scores = Scores(((1.0, 1 - ours, 0.0), (1 - ours, 1.0, 1 - theirs), (0.0, 1 - theirs, 1.0)))
+    assert ratio_of_first(scores, 0) == pytest.approx(ratio, abs=1e-12)
+
+
 def test_pairs_are_of_one_kind_of_attention() -> None:
     kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
     model = tiny_model("qwen2", layer_types=kinds)
@@ -345,6 +355,28 @@ def test_pairs_are_of_one_kind_of_attention() -> None:
 )
 def test_the_smaller_part_is_cut_to_whole_channels(ratio: float, channels: int, of_first: int) -> None:
     assert share_of_first(ratio, channels) * channels == pytest.approx(of_first, abs=1e-12)
+
+
+def test_what_stands_before_a_pair_runs_once_a_batch() -> None:
+    model, calls = model_of("llama"), [0] * LAYERS
+    channels = some_channels(model)
+    for index, layer in enumerate(layers_of(model)):
+        # A copy of a layer keeps its hooks: those of the layer that is built anew stand for the pair.
+        layer.register_forward_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
+    builds = [lambda share=share: merge_layers(model, Merge(2, share, share), channels) for share in (0.0, 0.5, 1.0)]
+    candidate_losses(model, 2, builds, Windows(token_ids(6, 12), "x"))
+    batches = 2
+    assert calls == [batches, batches, 3 * batches, 0, 3 * batches]
+
+
+def test_no_finite_loss_of_any_candidate_is_said() -> None:
+    model = model_of("llama")
+    channels = some_channels(model)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:] = torch.nan
+    build = lambda: merge_layers(model, Merge(1, 0.5, 0.5), channels)  # noqa: E731
+    with pytest.raises(StreamlineError, match="however two layers are merged, the loss on the calibration text is not"):
+        candidate_losses(model, 1, [build], Windows(token_ids(), "x"))
 
 
 @pytest.mark.parametrize("first", [0, 2])

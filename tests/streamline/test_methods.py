@@ -8,11 +8,13 @@ import random
 import pytest
 
 from optimum.commands.streamline import METHOD_LINES
+from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evidence import Evidence
-from optimum.streamline.methods import METHODS
+from optimum.streamline.methods import METHODS, method_of
 from optimum.streamline.plan import Plan
 from optimum.streamline.recipe import make_recipe
 from optimum.streamline.scores import Scores
+from tiny import tiny_model
 
 LAYERS = 7
 
@@ -50,10 +52,40 @@ def test_llm_streamline_takes_the_most_similar_block(scores: Scores, count: int,
     assert len(plan.places) == LAYERS - count
 
 
+@pytest.mark.parametrize("replacement", ["mlp", "ffn", "swiglu"])
+@pytest.mark.parametrize(
+    "fields", [{"layers": "0-4"}, {"method": "llm-streamline", "remove": 4}, {"method": "gromov", "remove": 4}]
+)
+def test_an_attention_has_to_stay(fields: dict[str, object], replacement: str) -> None:
+    config = tiny_model().config
+    with pytest.raises(StreamlineError, match=f"replacement '{replacement}': no layer with attention would be left"):
+        method_of(make_recipe({**fields, "replacement": replacement}), config)
+    method_of(make_recipe({**fields, "replacement": "layer"}), config)
+
+
+@pytest.mark.parametrize(
+    ("method", "replacement", "said"),
+    [
+        ("auto", "linear", "method auto takes none; linear needs layers removed whole, as shortgpt's"),
+        ("come", "linear", "method come takes none; linear needs layers removed whole, as shortgpt's"),
+        ("auto", "layer", "method auto takes none; layer needs one block, as llm-streamline's"),
+        ("sleb", "ffn", "method sleb takes none or linear; ffn needs one block, as llm-streamline's"),
+    ],
+)
+def test_a_replacement_without_a_place_is_refused(method: str, replacement: str, said: str) -> None:
+    with pytest.raises(StreamlineError, match=said):
+        method_of(make_recipe({"method": method, "remove": 1, "replacement": replacement}), tiny_model().config)
+
+
+def test_whose_choice_it_is_is_said() -> None:
+    with pytest.raises(StreamlineError, match="no such choice; shortened-ppl, shortened-taylor, sleb have"):
+        method_of(make_recipe({"method": "shortgpt", "remove": 1, "protect": "1,1"}), tiny_model().config)
+
+
 def test_ties_go_to_the_first() -> None:
     flat = Scores(tuple((0.5,) * (LAYERS + 1) for _ in range(LAYERS + 1)))
     assert planned("shortgpt", flat, remove=2).gone == (0, 1)
-    assert planned("llm-streamline", flat, remove=3).gone == (0, 1, 2)
+    assert planned("llm-streamline", flat, remove=3, replacement="none").gone == (0, 1, 2)
 
 
 def test_explicit_takes_what_it_is_told(scores: Scores) -> None:
@@ -68,7 +100,7 @@ def test_places_name_the_originals() -> None:
         ("mlp", (2, 3, 4)),
         ("kept", (5,)),
     ]
-    assert plan.describe() == "replace layers 2-4 by one trained mlp: 6 layers become 4"
+    assert plan.describe() == "replace layers 2-4 by one mlp: 6 layers become 4"
     assert Plan(6, (1, 3, 4)).describe() == "remove layers 1, 3-4: 6 layers become 3"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from transformers import LlamaConfig
 
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.healing import check_healing
 from optimum.streamline.methods import method_of
 from optimum.streamline.recipe import make_recipe, parse_layers, parse_remove, read_recipe, write_recipe
 
@@ -21,6 +23,9 @@ from optimum.streamline.recipe import make_recipe, parse_layers, parse_remove, r
         ({"heal": "lm+hidden-mse"}, "heal is 'lm.hidden-mse': must be none, or one or more of hidden-mse .first."),
         ({"protect": "1"}, "protect is '1': must be two numbers"),
         ({"heal_kl": 2}, "heal-kl is 2: .* less than or equal to 1"),
+        ({"heal_minutes": math.inf}, "heal-minutes is inf: .* finite"),
+        ({"heal_lr": math.inf}, "heal-lr is inf: .* finite"),
+        ({"heal_hidden": math.inf}, "heal-hidden is inf: .* finite"),
         ({"pattern": "odd"}, "pattern is 'odd': Input should be 'max-gap'"),
         ({"samples": 0}, "samples is 0: .* greater than 0"),
         ({"length": "long"}, "length is 'long': .* integer"),
@@ -58,16 +63,56 @@ def test_a_bad_field_is_named_with_its_value(fields: dict[str, Any], message: st
             {"method": "shortgpt", "remove": 1, "replacement": "layer"},
             "replacement 'layer': method shortgpt takes none or linear",
         ),
-        ({"remove": 1, "heal": "hidden-mse"}, "heal 'hidden-mse': hidden-mse trains a replacement"),
-        ({"remove": 1, "heal": "distill", "heal_scope": "replacement"}, "heal-scope 'replacement': there is none"),
-        ({"remove": 1, "method": "sleb", "lora": True}, "lora: adapters are trained by heal lm or distill"),
-        ({"remove": 1, "heal": "lm", "heal_kl": 0.5}, "heal-kl 0.5: is of heal distill only"),
         ({"remove": 1, "method": "llm-streamline", "iterative": True}, "iterative True: method llm-streamline has no"),
     ],
 )
 def test_a_method_refuses_what_it_cannot_follow(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(StreamlineError, match=message):
         method_of(make_recipe(fields), LlamaConfig(num_hidden_layers=8))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"heal": "hidden-mse"},
+            "heal 'hidden-mse': hidden-mse trains a replacement; use replacement layer, mlp, ffn, swiglu",
+        ),
+        ({"heal": "distill", "heal_scope": "replacement"}, "heal-scope 'replacement': there is none"),
+        ({"lora": True}, "lora: adapters are trained by heal lm or distill"),
+        ({"heal": "lm", "heal_kl": 0.5}, "heal-kl 0.5: is of heal distill only"),
+        ({"heal_tokens": 9000}, "heal-tokens 9000: nothing is trained to; it is of heal distill or hidden-mse or lm"),
+        ({"heal_data": "a.txt"}, "heal-data 'a.txt': nothing is trained to"),
+        ({"heal_minutes": 1.0}, "heal-minutes 1.0: nothing is trained to"),
+        ({"heal": "lm", "heal_normalised": True}, "heal-normalised True: lm is trained to; it is of heal hidden-mse"),
+        (
+            {"replacement": "mlp", "heal_scope": "model"},
+            "heal-scope 'model': hidden-mse is trained to; it is of heal distill or lm",
+        ),
+        ({"heal": "none", "heal_scope": "model"}, "heal-scope 'model': nothing is trained to"),
+        ({"heal": "lm", "lora_rank": 4}, "lora-rank 4: there are no adapters; add lora"),
+        ({"method": "come-mp", "heal": "lm"}, "heal 'lm': method come-mp is come and its distillation; use heal dist"),
+        ({"method": "come-sp", "heal": "none"}, "heal 'none': method come-sp is come and its distillation"),
+        ({"heal": "distill", "heal_kl": 0, "heal_hidden": 0}, "heal-kl 0 and heal-hidden 0: nothing of the original"),
+    ],
+)
+def test_what_no_training_of_the_recipe_has_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(StreamlineError, match=message) as caught:
+        check_healing(make_recipe({"method": "shortgpt", "remove": 1, **fields}))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"heal": "none", "heal_tokens": 9000, "heal_data": "a.txt"},
+        {"method": "auto", "heal_tokens": 9000, "heal_kl": 0},
+        {"method": "come-mp", "heal": "lm+distill", "lora": True, "lora_rank": 4, "heal_scope": "model"},
+        {"method": "llm-streamline", "replacement": "ffn", "heal_normalised": True, "heal_minutes": 1},
+    ],
+)
+def test_what_some_training_has_or_none_was_asked_for_is_not(fields: dict[str, Any]) -> None:
+    check_healing(make_recipe({"remove": 1, **fields}))
 
 
 def test_the_method_follows_from_the_rest() -> None:
@@ -128,3 +173,14 @@ def test_what_is_spelled_out_and_what_follows_are_one_recipe() -> None:
     one = make_recipe({"remove": 1, "replacement": "mlp"})
     spelled_out = {"remove": "1", "method": "llm-streamline", "replacement": "mlp", "heal": "hidden-mse"}
     assert one.fingerprint == make_recipe(spelled_out).fingerprint
+
+
+def test_llm_streamline_is_its_papers_unless_told() -> None:
+    plain = make_recipe({"method": "llm-streamline", "remove": 1})
+    assert (plain.stand_in, plain.healing) == ("layer", ("hidden-mse",))
+    bare = make_recipe({"method": "llm-streamline", "remove": 1, "replacement": "none"})
+    assert (bare.stand_in, bare.healing) == ("none", ())
+    for recipe in (plain, bare):
+        assert make_recipe(recipe.to_dict()) == recipe
+    assert plain.fingerprint != bare.fingerprint
+    assert plain.fingerprint == make_recipe({"remove": 1, "replacement": "layer"}).fingerprint

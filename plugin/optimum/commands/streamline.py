@@ -82,7 +82,8 @@ def _prune_flags(parser: argparse.ArgumentParser) -> None:
     _recipe_flag(
         group,
         "--replacement",
-        "none (default);\nlinear: a least-squares map, folded into the layer before;\nor, for one block, a trained "
+        "none (default, but for llm-streamline, whose is layer);\n"
+        "linear: a least-squares map, folded into the layer before;\nor, for one block, a trained "
         "layer: layer (a decoder layer), mlp (one without attention),\nffn or swiglu (no norm, no residual: needs "
         "optimum.streamline.load)",
     )
@@ -98,7 +99,8 @@ def _healing_flags(parser: argparse.ArgumentParser) -> None:
         group,
         "--heal",
         "none, or trainings joined by +: hidden-mse (the replacement, to its block's output; default where there is "
-        "one),\nlm (cross-entropy), distill (to the original's logits); default: what the method's paper does",
+        "one),\nlm (cross-entropy), distill (to the original's logits and hidden states);\n"
+        "default of auto, come-sp and come-mp: distill; of layerchop: lm; of the others: none",
     )
     _recipe_flag(group, "--heal-scope", "what lm and distill train: replacement or model")
     _recipe_flag(group, "--heal-data", f"text it is trained on: {SPEC} (default)")
@@ -106,9 +108,9 @@ def _healing_flags(parser: argparse.ArgumentParser) -> None:
     _recipe_flag(group, "--heal-minutes", "longest time of each training (default: no limit)", float)
     _recipe_flag(group, "--heal-lr", "peak learning rate (default: by the model's width)", float)
     _recipe_flag(group, "--heal-epochs", "passes over these tokens (default 4)", int)
-    _recipe_flag(group, "--heal-batch", "windows an update, over all processes (default 8)", int)
+    _recipe_flag(group, "--heal-batch", "windows an update, over all processes (default 4)", int)
     _recipe_switch(group, "--heal-normalised", "hidden-mse: divide each token's error by its squared norm")
-    _recipe_flag(group, "--heal-kl", "distill: share of the KL, the rest is cross-entropy (default 1)", float)
+    _recipe_flag(group, "--heal-kl", "distill: share of the KL, the rest is cross-entropy (default 0.5)", float)
     _recipe_flag(group, "--heal-hidden", "distill: weight of the layers' hidden-state error (default 10)", float)
     _recipe_switch(group, "--lora", "train low-rank adapters, merged before saving, not the weights")
     _recipe_flag(group, "--lora-rank", "their rank (default 16)", int)

@@ -12,6 +12,8 @@ from .healing import Healed
 from .record import Record
 
 CITATIONS = {
+    "auto": "BlockPruner (arXiv 2406.10594), the default",
+    "average": "neighbours averaged, a baseline of CoMe (arXiv 2510.15304)",
     "blockpruner": "BlockPruner (arXiv 2406.10594)",
     "come": "CoMe (arXiv 2510.15304)",
     "come-mp": "CoMe-mp (arXiv 2510.15304)",
@@ -91,8 +93,11 @@ def _training(healed: Healed, record: Record) -> str:
     trained = {"replacement": "The replacement", "model": "The whole model"}[healed.scope]
     rank = healed.settings.lora_rank
     adapters = f" by adapters of rank {rank}, merged into it," if rank else ""
+    times = "once" if healed.settings.epochs == 1 else f"up to {healed.settings.epochs} times"
+    within = f" within {healed.settings.minutes:g} minutes" if healed.settings.minutes else ""
     return (
-        f"{trained} was trained{adapters} on {_data(record, 'heal')}: held-out {LOSSES[healed.stage]} "
+        f"{trained} was trained{adapters} on {healed.windows} of {_data(record, 'heal')}, each {times}{within}: "
+        f"held-out {LOSSES[healed.stage]} "
         f"{healed.log.before:.4g} before, {healed.log.best:.4g} after."
     )
 

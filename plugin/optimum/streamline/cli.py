@@ -6,6 +6,7 @@ Prints, and turns errors into one line and an exit code. Everything else is the 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from argparse import Namespace
@@ -43,7 +44,7 @@ def run_command(name: str, args: Namespace) -> int:
     try:
         # What other libraries say where there is no output folder yet to log it in is dropped, unless asked for.
         with captured_logs(None, args.verbose):
-            _check_processes(name)
+            _check_processes(name, args.verbose)
             return commands[name](args, console)
     except StreamlineError as error:
         _complain(f"error: {error}")
@@ -55,8 +56,13 @@ def run_command(name: str, args: Namespace) -> int:
         signal.signal(signal.SIGTERM, ended_before)
 
 
-def _check_processes(name: str) -> None:
-    if process_count() > 1 and name != "prune":
+def _check_processes(name: str, verbose: bool) -> None:
+    if process_count() == 1:
+        return
+    if not verbose:
+        # Heard when torch is loaded: what shares the gradients out would write hints to the terminal.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if name != "prune":
         raise StreamlineError(f"{name}: works in one process; prune is the command that several can share")
 
 

@@ -19,6 +19,7 @@ from .bare_layers import BareKind, bare_layer, mark_bare, refuse_bare
 from .dead import ATTENTION, dead_sublayers, drop, mark_dead, silence
 from .errors import StreamlineError
 from .linear_patch import fit_maps, fold
+from .merging import copy_layer
 from .plan import TRAINED, Place, Plan
 from .windows import Windows
 
@@ -91,7 +92,7 @@ def build_replacement(
     if plan.replacement not in TRAINED:
         return None
     architecture = architecture_of(model.config)
-    layer = copy.deepcopy(decoder_layers(model, architecture)[plan.gone[0]])
+    layer = copy_layer(model, plan.gone[0])
     if plan.replacement == "layer":
         return Replacement(layer)
     return Replacement(layer, drop(layer, architecture, ATTENTION)[architecture.attention])
@@ -102,8 +103,13 @@ def apply_plan(model: PreTrainedModel, plan: Plan, replacement: Replacement | No
 
     A dead sublayer stays in, or goes back into, its layer with a zero output projection, so that the model stays
     one that stock transformers computes, and is named in `config.per_layer_config`.
+
+    Raises:
+        StreamlineError: the plan asks for a replacement and there is none.
     """
     refuse_bare(model.config)
+    if plan.replacement != "none" and replacement is None:
+        raise StreamlineError(f"replacement {plan.replacement!r}: there is none; give what build_replacement makes")
     architecture = architecture_of(model.config)
     layers = decoder_layers(model, architecture)
     for layer, transform in (replacement.maps if replacement else {}).items():
@@ -112,7 +118,7 @@ def apply_plan(model: PreTrainedModel, plan: Plan, replacement: Replacement | No
         silence(layers[layer], architecture, sublayer)
     new: list[nn.Module] = []
     for place in plan.places:
-        if place.kind not in TRAINED or replacement is None or replacement.layer is None:
+        if replacement is None or replacement.layer is None or place.kind not in TRAINED:
             new.append(layers[place.originals[0]])
             continue
         if replacement.attention is not None:

@@ -149,7 +149,8 @@ class _Fit:
         size = float(self.gram.diagonal().mean())
         if not 0 < size < float("inf") or not bool(self.cross.isfinite().all()):
             raise StreamlineError(
-                f"replacement 'linear': the MLP of layer {layer} writes nothing, or nothing finite, to be mapped"
+                f"replacement 'linear': the MLP of layer {layer} writes nothing, or nothing finite, to be mapped; "
+                f"remove other layers than those behind it, or use replacement none"
             )
         identity = torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
         solved: torch.Tensor = torch.linalg.solve(self.gram + strength * size * identity, self.cross)

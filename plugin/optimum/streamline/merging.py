@@ -181,11 +181,18 @@ def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
+def copy_layer(model: PreTrainedModel, index: int) -> nn.Module:
+    """A decoder layer with weights of its own, for the same model.
+
+    Layers of one model have one config: a copy of it would not follow the model's.
+    """
+    layers = decoder_layers(model, architecture_of(model.config))
+    return copy.deepcopy(layers[index], {id(model.config): model.config})
+
+
 def _folded(model: PreTrainedModel, index: int) -> nn.Module:
-    architecture = architecture_of(model.config)
-    # Layers of one model have one config: a copy of it would not follow the model's.
-    layer = copy.deepcopy(decoder_layers(model, architecture)[index], {id(model.config): model.config})
-    fold_norms(layer, architecture)
+    layer = copy_layer(model, index)
+    fold_norms(layer, architecture_of(model.config))
     return layer
 
 

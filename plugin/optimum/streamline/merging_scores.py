@@ -78,5 +78,6 @@ def closest_pair(model: PreTrainedModel, scores: Scores) -> int:
 
 def ratio_of_first(scores: Scores, first: int) -> float:
     """BI_i / (BI_i + BI_{i+1}) for i = `first`, of the model as it is; a half where neither changes the stream."""
-    ours, theirs = scores.block_influence[first : first + 2]
+    # Rounding puts the cosine of equal streams beyond 1, and a part below 0 would be no part.
+    ours, theirs = (max(0.0, influence) for influence in scores.block_influence[first : first + 2])
     return ours / (ours + theirs) if ours + theirs > 0 else 0.5

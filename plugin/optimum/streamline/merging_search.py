@@ -6,20 +6,17 @@ windows. Knows nothing of where candidates come from; `trials` is the same for r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from .anatomy import architecture_of, decoder_layers
-from .errors import StreamlineError
 from .merging import replace_pair, shared_copy
 from .progress import progress_bar
 from .scores import BATCH
-from .trials import cross_entropy_sum
+from .trials import cross_entropy_sum, layer_inputs, mean_losses, without
 from .windows import Windows
 
 
@@ -43,33 +40,14 @@ def candidate_losses(
     layers = decoder_layers(trial, architecture_of(trial.config))
     replace_pair(trial, first, layers[first])
     layers = decoder_layers(trial, architecture_of(trial.config))
-    known: list[Any] = []
-    for index in range(first):
-        _compute_once(layers[index], known, index == first - 1)
     total = torch.zeros(len(candidates), dtype=torch.float64)
     with progress_bar("trying merges", len(windows.ids)) as bar:
         for batch in windows.ids.split(BATCH):
-            known.clear()
+            ids = batch.to(model.device)
+            before = layer_inputs(trial, ids, first)[first]
             for number, build in enumerate(candidates):
                 layers[first] = build()
-                total[number] += cross_entropy_sum(trial, batch.to(model.device)).cpu()
+                with without(trial, frozenset(), first, before):
+                    total[number] += cross_entropy_sum(trial, ids).cpu()
             bar.advance(len(batch))
-    losses = (total / windows.ids[:, 1:].numel()).nan_to_num(nan=math.inf, posinf=math.inf)
-    if not bool(losses.isfinite().any()):
-        raise StreamlineError("model: however two layers are merged, the loss on the calibration text is not finite")
-    return [float(loss) for loss in losses]
-
-
-def _compute_once(layer: nn.Module, known: list[Any], keeps: bool) -> None:
-    # While an output is known, the layers that led to it pass it on and compute nothing.
-    compute = layer.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if known:
-            return known[0]
-        output = compute(*args, **kwargs)
-        if keeps:
-            known.append(output)
-        return output
-
-    layer.forward = forward
+    return mean_losses(total, windows, "however two layers are merged")

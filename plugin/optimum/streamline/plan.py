@@ -89,8 +89,7 @@ class Plan:
 
         The layers removed behind a layer are its own to make up for, up to the next layer that stays.
         """
-        starts = [place.originals[0] for place in self.places]
-        return (*starts[1:], self.total)
+        return depths_of(self.places, self.total)
 
     def describe(self) -> str:
         """One line for a person."""
@@ -99,7 +98,7 @@ class Plan:
             groups = [group for group in merged_groups(self.total, self.merges) if len(group) > 1]
             return f"merge layers {' and '.join(layer_ranges(group) for group in groups)}: {counts}"
         if self.replacement in TRAINED:
-            return f"replace layers {layer_ranges(self.gone)} by one trained {self.replacement}: {counts}"
+            return f"replace layers {layer_ranges(self.gone)} by one {self.replacement}: {counts}"
         parts = [f"remove layers {layer_ranges(self.gone)}"] if self.gone else []
         for sublayer in ("attention", "mlp"):
             layers = tuple(layer for layer, kind in self.dead if kind == sublayer)
@@ -113,6 +112,11 @@ class Plan:
         while end in self.gone:
             end += 1
         return tuple(range(layer + 1, end))
+
+
+def depths_of(places: Sequence[Place], total: int) -> tuple[int, ...]:
+    """`Plan.depths` of layers that are these places of an original of `total` layers."""
+    return (*(place.originals[0] for place in places[1:]), total)
 
 
 def merged_groups(total: int, merges: Sequence[Merge]) -> tuple[tuple[int, ...], ...]:

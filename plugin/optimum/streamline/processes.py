@@ -8,10 +8,19 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from .errors import StreamlineError
+
 # What launchers call the number of processes and a process's own number: torch's, then MPI's, which `accelerate
 # launch` starts processes on a CPU with.
 _COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+# What a launcher may ask of a training that it is not made for, and what it has to say instead. Trainer would do it in
+# silence.
+_ONLY = {
+    "ACCELERATE_MIXED_PRECISION": "no",
+    "ACCELERATE_USE_FSDP": "false",
+    "ACCELERATE_USE_DEEPSPEED": "false",
+}
 
 
 def process_count() -> int:
@@ -21,11 +30,22 @@ def process_count() -> int:
 
 def is_main() -> bool:
     """Whether this process is the one that prints and writes."""
-    return max(int(os.environ.get(name, "0")) for name in _RANKS) == 0
+    # A number without a count, as a scheduler may leave it behind, is that of no process of ours.
+    return process_count() == 1 or max(int(os.environ.get(name, "0")) for name in _RANKS) == 0
 
 
 def join_processes(device: str) -> None:
-    """Meet the other processes, and take this one's own GPU where `device` is `cuda`; alone, do nothing."""
+    """Meet the other processes, and take this one's own GPU where `device` is `cuda`; alone, do nothing.
+
+    Raises:
+        StreamlineError: the launcher was told to train otherwise than in fp32 with whole copies of the model.
+    """
+    for name, wanted in _ONLY.items():
+        value = os.environ.get(name, wanted)
+        if value.lower() != wanted:
+            raise StreamlineError(
+                f"{name} {value!r}: training is in fp32, each process with the whole model; launch with {wanted!r}"
+            )
     if process_count() > 1:
         _partial_state()(cpu=device == "cpu")
 

@@ -21,7 +21,7 @@ from .dead import layers_without_attention
 from .edit import Materials, build_replacement, planned_config
 from .errors import StreamlineError
 from .evidence import Evidence
-from .healing import Healed, Healer, heal_windows
+from .healing import Healed, Healer, check_healing, heal_windows
 from .healing.workspace import healing_workspace, open_workspace
 from .logs import LOG_FILE, captured_logs
 from .methods import method_of
@@ -58,6 +58,7 @@ def check_recipe(source: Source, recipe: Recipe) -> None:
         StreamlineError: the model, the method, a count or a length is wrong.
     """
     method_of(recipe, _checked_config(source, recipe))
+    check_healing(recipe)
 
 
 def _checked_config(source: Source, recipe: Recipe) -> PreTrainedConfig:
@@ -100,9 +101,7 @@ def prepare(source: Source, recipe: Recipe, say: Say) -> Prepared:
     plan = method_of(recipe, config).plan(recipe, Evidence(model, calibration, scores))
     planned = planned_config(model.config, plan)
     if len(layers_without_attention(planned)) == planned.num_hidden_layers:
-        raise StreamlineError(
-            f"replacement {recipe.replacement!r}: no layer with attention would be left; remove fewer"
-        )
+        raise StreamlineError("model: no layer with attention would be left; remove fewer, or other layers")
     say(plan.describe())
     seconds = {"load": loaded - start, "score": time.monotonic() - loaded}
     stored = DTYPES[recipe.dtype] if recipe.dtype else _stored_dtype(config)
@@ -194,11 +193,14 @@ def change(prepared: Prepared, say: Say, workspace: Path | None = None) -> Recor
 
 
 def _workspace_key(prepared: Prepared, source: str, text: Windows) -> dict[str, str]:
+    from . import __version__
+
     return {
         "recipe": prepared.recipe.fingerprint,
         "source": source,
         "calibration": prepared.calibration.fingerprint,
         "heal": text.fingerprint,
+        "optimum-streamline": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

@@ -35,6 +35,8 @@ Scope = Literal["replacement", "model"]
 Dtype = Literal["fp32", "fp16", "bf16"]
 Device = Literal["cpu", "cuda"]
 Format = Literal["none", "onnx"]
+# What stands in for the layers that a method takes, in its own paper; nothing in all others.
+_PAPERS_REPLACEMENT: dict[str, Replacement] = {"llm-streamline": "layer"}
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -66,7 +68,7 @@ class Recipe:
         iterative: Score anew after each removal (ShortGPT).
         protect: How many of the first and of the last layers are never removed, as `1,1` (SLEB, Shortened-LLaMA).
         pattern: Which layers LayerChop takes.
-        replacement: What stands in for a removed block.
+        replacement: What stands in for a removed block; left out, a trained layer for `llm-streamline`, else nothing.
         heal: Trainings in order, joined by `+`: `hidden-mse` (the replacement alone, to the block's output), `lm`
             (cross-entropy), `distill` (to the original's logits).
         heal_scope: What `lm` and `distill` train: the replacement, or the whole model.
@@ -99,17 +101,17 @@ class Recipe:
     iterative: bool = False
     protect: str | None = Field(default=None, pattern=r"^\d+,\d+$")
     pattern: Pattern | None = None
-    replacement: Replacement = "none"
+    replacement: Replacement | None = None
     heal: str | None = Field(default=None, pattern=_HEAL)
     heal_scope: Scope | None = None
     heal_tokens: int = Field(default=200_000, gt=0, le=_HUGE * 1000)
-    heal_minutes: float | None = Field(default=None, gt=0)
-    heal_lr: float | None = Field(default=None, gt=0)
+    heal_minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    heal_lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     heal_epochs: int = Field(default=4, gt=0)
-    heal_batch: int = Field(default=8, gt=0, le=_HUGE)
+    heal_batch: int = Field(default=4, gt=0, le=_HUGE)
     heal_normalised: bool = False
     heal_kl: float | None = Field(default=None, ge=0, le=1)
-    heal_hidden: float | None = Field(default=None, ge=0)
+    heal_hidden: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     lora: bool = False
     lora_rank: int = Field(default=16, gt=0, le=_HUGE)
     calibration: str = "stdlib"
@@ -125,23 +127,28 @@ class Recipe:
     budget: Budget = Field(default_factory=Budget)
 
     @property
+    def stand_in(self) -> Replacement:
+        """The replacement; left out, that of the method's paper."""
+        return self.replacement or _PAPERS_REPLACEMENT.get(self.method or "", "none")
+
+    @property
     def method_name(self) -> str:
         """The method, where it was left out the one that follows from the rest."""
         if self.method is not None:
             return self.method
         if self.layers is not None:
             return "explicit"
-        return "auto" if self.replacement == "none" else "llm-streamline"
+        return "auto" if self.stand_in == "none" else "llm-streamline"
 
     @property
     def healing(self) -> tuple[str, ...]:
-        """The trainings, in order; left out, those of the method's paper.
+        """The trainings, in order; left out, what `_PAPERS_HEALING` says of the method.
 
         A replacement layer that nothing trains would be worse than none, so it is trained by default.
         """
         if self.heal is not None:
             return () if self.heal == "none" else tuple(self.heal.split("+"))
-        if self.replacement in ("layer", "mlp", "ffn", "swiglu"):
+        if self.stand_in in ("layer", "mlp", "ffn", "swiglu"):
             return ("hidden-mse",)
         default = _PAPERS_HEALING.get(self.method_name)
         return () if default is None else (default,)
@@ -163,6 +170,7 @@ class Recipe:
         # What is spelled out and what follows are one: `remove: 4` and `--remove 4`, a method named or left out.
         pattern = (self.pattern or "max-gap") if self.method_name == "layerchop" else None
         fields |= {"method": self.method_name, "pattern": pattern, "heal": list(self.healing)}
+        fields["replacement"] = self.stand_in
         fields["remove"] = str(self.remove)
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 

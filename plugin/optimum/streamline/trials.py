@@ -82,14 +82,26 @@ def removal_losses(
     with progress_bar(f"trying {len(candidates)} removals", len(windows.ids)) as bar:
         for batch in windows.ids.split(BATCH):
             ids = batch.to(model.device)
-            depths = _depths(model, ids, removed, max(starts))
+            depths = layer_inputs(model, ids, max(starts), removed)
             for index, (candidate, start) in enumerate(zip(candidates, starts, strict=True)):
                 with without(model, removed | candidate, start, depths[start]):
                     total[index] += cross_entropy_sum(model, ids).cpu()
             bar.advance(len(batch))
+    return mean_losses(total, windows, "whatever is removed")
+
+
+def mean_losses(total: torch.Tensor, windows: Windows, however: str) -> list[float]:
+    """Nats per predicted token, from each trial's sum over `windows`; infinite where it is not a number.
+
+    Args:
+        however: What a message says of all trials.
+
+    Raises:
+        StreamlineError: no trial's loss is finite.
+    """
     losses = (total / windows.ids[:, 1:].numel()).nan_to_num(nan=math.inf, posinf=math.inf)
     if not bool(losses.isfinite().any()):
-        raise StreamlineError("model: whatever is removed, the loss on the calibration text is not finite")
+        raise StreamlineError(f"model: {however}, the loss on the calibration text is not finite")
     return [float(loss) for loss in losses]
 
 
@@ -107,8 +119,13 @@ def cross_entropy_sum(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor
     return torch.stack(losses).sum()
 
 
-def _depths(model: PreTrainedModel, ids: torch.Tensor, removed: Parts, last: int) -> list[torch.Tensor]:
-    """What goes into layers 0 to `last` without `removed`; nothing beyond is computed."""
+def layer_inputs(
+    model: PreTrainedModel, ids: torch.Tensor, last: int, removed: Parts = frozenset()
+) -> list[torch.Tensor]:
+    """What goes into layers 0 to `last` without `removed`, each `[windows, length, width]`.
+
+    Nothing beyond is computed.
+    """
     layers = decoder_layers(model, architecture_of(model.config))
     beyond = frozenset().union(*(whole_layer(layer) for layer in range(last, len(layers))))
     depths: list[torch.Tensor] = []

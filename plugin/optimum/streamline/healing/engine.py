@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,10 @@ WHOLE_FILE = "whole"
 Loss = Callable[[torch.Tensor], torch.Tensor]
 
 
+class NotFiniteError(StreamlineError):
+    """A training came to a loss that is not finite: it would again."""
+
+
 def train(
     parameters: Sequence[nn.Parameter],
     loss: Loss,
@@ -63,7 +68,8 @@ def train(
             all, that is the result. On a CPU this ends with the same weights, bit for bit, as without a stop.
 
     Raises:
-        StreamlineError: the loss is not finite, or the windows or the batch cannot be shared out.
+        NotFiniteError: the loss is not finite.
+        StreamlineError: the windows or the batch cannot be shared out.
     """
     training, held_out = split_windows(windows, share)
     batch = _batch(settings, len(training) * settings.epochs)
@@ -76,6 +82,8 @@ def train(
             rows = _rows(last)
         else:
             rows = _run(trained, course, training[order], batch, settings, folder, last, title)
+            if workspace is not None:
+                _keep_result_only(workspace)
     trained.restore()
     return _log(rows)
 
@@ -207,10 +215,10 @@ class _Course(TrainerCallback):
         """Take down the loss and the rate of an update.
 
         Raises:
-            StreamlineError: the loss is not finite; in every process at once, since it is the mean over them.
+            NotFiniteError: the loss is not finite; in every process at once, since it is the mean over them.
         """
         if not bool(loss.isfinite()):
-            raise StreamlineError(
+            raise NotFiniteError(
                 f"heal-lr {self.settings.lr}: the loss is no longer finite at update {done + 1}; try less"
             )
         self._loss, self._lr = loss.item(), float(optimizer.param_groups[0]["lr"])
@@ -343,6 +351,22 @@ def _checkpoints(workspace: Path | None) -> Iterator[tuple[Path, Path | None]]:
 def _last_whole(workspace: Path) -> Path | None:
     found = {int(file.parent.name.rpartition("-")[2]): file.parent for file in workspace.glob(f"*/{WHOLE_FILE}")}
     return found[max(found)] if found else None
+
+
+def _keep_result_only(workspace: Path) -> None:
+    """Drop what a training that ended would need to go on: all but the weights and the log of its last checkpoint.
+
+    With it a run of many trainings, as CoMe-mp's, would fill the disk.
+    """
+    wait_for_all()  # for every process to have saved what it saves
+    last = _last_whole(workspace)
+    if last is None or not is_main():
+        return
+    for checkpoint in workspace.glob("checkpoint-*"):
+        if checkpoint != last:
+            shutil.rmtree(checkpoint)
+    for state in (last / "optimizer.pt", last / "scheduler.pt", *last.glob("rng_state*.pth")):
+        state.unlink(missing_ok=True)
 
 
 def _rows(checkpoint: Path) -> list[dict[str, Any]]:

@@ -12,9 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..anatomy import architecture_of, decoder_layers
-from ..plan import TRAINED, Place, Plan
+from ..plan import TRAINED, Place, Plan, depths_of
 from ..recipe import Recipe
 from ..windows import Windows
+from .engine import split_windows
 from .goals import Distillation, Goal, NextToken
 from .settings import HealLog, HealSettings, Scope, model_settings, replacement_settings, scope_of
 from .training import train_model, train_replacement
@@ -22,6 +23,8 @@ from .training import train_model, train_replacement
 # Weight of the hidden states in distillation. CoMe's could not be had: this is this program's own, for all methods
 # (measured: `docs/methods.md`).
 _HIDDEN = 10.0
+# Share of the KL to the original's logits, of which the rest is cross-entropy.
+_KL = 0.5
 # The method that trains between its merges.
 _STEPWISE = "come-mp"
 
@@ -33,16 +36,24 @@ class Healed:
     Args:
         stage: What it trained to: one of `Recipe.healing`.
         scope: What it trained.
+        windows: How many windows it trained on, those it held out not among them.
     """
 
     stage: str
     scope: Scope
+    windows: int
     settings: HealSettings
     log: HealLog
 
     def to_dict(self) -> dict[str, Any]:
         """As `streamline.json` has it."""
-        return {"stage": self.stage, "scope": self.scope, "settings": asdict(self.settings), **asdict(self.log)}
+        return {
+            "stage": self.stage,
+            "scope": self.scope,
+            "windows": self.windows,
+            "settings": asdict(self.settings),
+            **asdict(self.log),
+        }
 
 
 class Healer:
@@ -93,7 +104,7 @@ class Healer:
             normalised=self._recipe.heal_normalised,
             workspace=self._place(),
         )
-        self.done.append(Healed("hidden-mse", "replacement", settings, log))
+        self._note("hidden-mse", "replacement", settings, log)
 
     @property
     def after_merge(self) -> Callable[[tuple[Place, ...]], None] | None:
@@ -116,7 +127,7 @@ class Healer:
         scope = scope_of(recipe, number, self._plan.replacement in TRAINED)
         alone = scope == "replacement"
         settings = replacement_settings(recipe, width, stage) if alone else model_settings(recipe, width)
-        self._announce(stage, scope, settings)
+        self._announce(stage, scope, settings, share)
         log = train_model(
             self._model,
             self._goal(stage, places),
@@ -126,16 +137,22 @@ class Healer:
             share=share,
             workspace=self._place(),
         )
-        self.done.append(Healed(stage, scope, settings, log))
+        self._note(stage, scope, settings, log, share)
+
+    def _note(
+        self, stage: str, scope: Scope, settings: HealSettings, log: HealLog, share: tuple[int, int] = (0, 1)
+    ) -> None:
+        self.done.append(Healed(stage, scope, self._windows(share), settings, log))
 
     def _goal(self, stage: str, places: tuple[Place, ...]) -> Goal:
-        if stage == "lm" or self._teacher is None:
+        if stage == "lm":
             return NextToken()
+        assert self._teacher is not None, "before_edit keeps the original"
         kl, hidden = self._recipe.heal_kl, self._recipe.heal_hidden
         return Distillation(
             self._teacher,
-            (*(place.originals[0] for place in places[1:]), self._plan.total),
-            kl=1.0 if kl is None else kl,
+            depths_of(places, self._plan.total),
+            kl=_KL if kl is None else kl,
             hidden=_HIDDEN if hidden is None else hidden,
         )
 
@@ -147,7 +164,10 @@ class Healer:
         # Trainings come in the same order each time: the number of those before it is a training's name.
         return None if self._workspace is None else self._workspace / str(len(self.done))
 
-    def _announce(self, stage: str, scope: Scope, settings: HealSettings) -> None:
+    def _announce(self, stage: str, scope: Scope, settings: HealSettings, share: tuple[int, int] = (0, 1)) -> None:
         what = "the replacement" if scope == "replacement" else "the model"
         by = "" if settings.lora_rank is None else f" by adapters of rank {settings.lora_rank}"
-        self._say(f"training {what}{by} ({stage}) on {len(self._text.ids)} windows, {settings.epochs} times")
+        self._say(f"training {what}{by} ({stage}) on {self._windows(share)} windows, {settings.epochs} times")
+
+    def _windows(self, share: tuple[int, int]) -> int:
+        return len(split_windows(self._text, share)[0])

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import StreamlineError
 from ..outputs import write_file
 from ..processes import is_main, wait_for_all
+from .engine import WHOLE_FILE, NotFiniteError
 
 KEY_FILE = "key.json"
 
@@ -22,7 +22,8 @@ KEY_FILE = "key.json"
 def healing_workspace(out: Path, fingerprint: str) -> Iterator[Path]:
     """The place, not yet made, for the checkpoints of a run into `out`.
 
-    It is gone when the block ends, well or refused; it stays where the run is interrupted or killed.
+    It is gone when the block ends well, when a training came to nothing, and where none has saved yet. Whatever else
+    ends the block, an interruption, a full disk, a text that cannot be fetched this time, leaves it to be gone on from.
 
     Args:
         fingerprint: `Recipe.fingerprint`.
@@ -31,8 +32,9 @@ def healing_workspace(out: Path, fingerprint: str) -> Iterator[Path]:
     workspace = path.with_name(f".{path.name}.healing-{fingerprint[:12]}")
     try:
         yield workspace
-    except StreamlineError:
-        _remove(workspace)
+    except BaseException as error:
+        if isinstance(error, NotFiniteError) or not any(workspace.glob(f"*/*/{WHOLE_FILE}")):
+            _remove(workspace)
         raise
     _remove(workspace)
 

@@ -6,7 +6,6 @@ from transformers import PreTrainedConfig
 
 from ..bare_layers import refuse_bare
 from ..errors import StreamlineError
-from ..plan import TRAINED
 from ..recipe import Recipe
 from .auto import Auto
 from .base import Method
@@ -52,7 +51,6 @@ def method_of(recipe: Recipe, config: PreTrainedConfig) -> Method:
     method = METHODS[recipe.method_name]
     refuse_bare(config)
     _check_options(recipe, method)
-    _check_healing(recipe)
     method.check(recipe, config)
     return method
 
@@ -61,19 +59,9 @@ def _check_options(recipe: Recipe, method: Method) -> None:
     for field in ("iterative", "protect", "pattern"):
         value = getattr(recipe, field)
         if value and field not in method.options:
-            having = ", ".join(name for name, other in METHODS.items() if field in other.options)
-            raise StreamlineError(f"{field} {value!r}: method {recipe.method_name} has no such choice; {having} has")
+            having = [name for name, other in METHODS.items() if field in other.options]
+            raise StreamlineError(f"{field} {value!r}: method {recipe.method_name} has no such choice; {_has(having)}")
 
 
-def _check_healing(recipe: Recipe) -> None:
-    trained = recipe.replacement in TRAINED
-    if "hidden-mse" in recipe.healing and not trained:
-        raise StreamlineError(f"heal {recipe.heal!r}: hidden-mse trains a replacement; use replacement layer or mlp")
-    if recipe.heal_scope == "replacement" and not trained:
-        raise StreamlineError("heal-scope 'replacement': there is none; use replacement layer or mlp, or scope model")
-    if recipe.lora and (recipe.heal_scope == "replacement" or not {"lm", "distill"} & set(recipe.healing)):
-        raise StreamlineError("lora: adapters are trained by heal lm or distill with heal-scope model")
-    if "distill" not in recipe.healing:
-        for field in ("heal_kl", "heal_hidden"):
-            if getattr(recipe, field) is not None:
-                raise StreamlineError(f"{field.replace('_', '-')} {getattr(recipe, field)}: is of heal distill only")
+def _has(names: list[str]) -> str:
+    return f"{', '.join(names)} {'has' if len(names) == 1 else 'have'}"

@@ -11,12 +11,15 @@ from ..edit import Change, Materials, apply_plan
 from ..errors import StreamlineError
 from ..evidence import Evidence
 from ..linear_patch import check_linear
-from ..plan import Plan
+from ..plan import TRAINED, Plan
 from ..recipe import Recipe, parse_remove
 
 
 class Method(ABC):
-    """One way to choose layers and make a model shallower. Its name in `METHODS` is what a recipe calls it."""
+    """One way to choose layers and make a model shallower. Its name in `METHODS` is what a recipe calls it.
+
+    One deviation is common to all that choose by text: it is the recipe's `calibration`, not the paper's.
+    """
 
     summary: ClassVar[str]
     """One line for the help text."""
@@ -40,13 +43,14 @@ class Method(ABC):
 
     def check_replacement(self, recipe: Recipe, config: PreTrainedConfig) -> None:
         """Refuse a replacement that this method's choice has no place for."""
-        if recipe.replacement not in self.replacements:
-            why = "" if "layer" in self.replacements else "; a trained one needs one block, as llm-streamline's"
+        if recipe.stand_in not in self.replacements:
+            trained = recipe.stand_in in TRAINED
+            needs = "one block, as llm-streamline's" if trained else "layers removed whole, as shortgpt's"
             raise StreamlineError(
-                f"replacement {recipe.replacement!r}: method {recipe.method_name} takes "
-                f"{' or '.join(self.replacements)}{why}"
+                f"replacement {recipe.stand_in!r}: method {recipe.method_name} takes "
+                f"{' or '.join(self.replacements)}; {recipe.stand_in} needs {needs}"
             )
-        if recipe.replacement == "linear":
+        if recipe.stand_in == "linear":
             check_linear(config)
 
     def count(self, recipe: Recipe, total: int) -> int:
@@ -66,3 +70,24 @@ class Method(ABC):
     def apply(self, model: PreTrainedModel, plan: Plan, materials: Materials) -> Change:
         """Change `model`, in place, into what `plan` says; returns what was done."""
         return apply_plan(model, plan, materials.replacement)
+
+
+def first_choice(recipe: Recipe) -> int:
+    """The first layer that may go: a linear map is folded into the layer before each gap, so that layer 0 stays."""
+    return int(recipe.stand_in == "linear")
+
+
+def check_attention_stays(recipe: Recipe, length: int, total: int) -> None:
+    """Refuse to replace all of `total` layers by one without attention.
+
+    Args:
+        length: How many layers are replaced.
+
+    Raises:
+        StreamlineError: nothing would be left to hold the cache.
+    """
+    if length == total and recipe.stand_in in TRAINED and recipe.stand_in != "layer":
+        raise StreamlineError(
+            f"replacement {recipe.stand_in!r}: no layer with attention would be left of {total}; "
+            "replace fewer, or use replacement layer"
+        )

@@ -20,8 +20,8 @@ class BlockPruner(Method):
 
     Step k removes argmin_s CE(model without R and sublayer s), with R the sublayers of the steps before; ties go to
     the first layer, and there to the attention. It stops once the weights removed are at least `remove` times those
-    of the mean layer's sublayers: attentions and MLPs are of different size, so a count of them says nothing. Weights
-    are counted without norms. A layer that has lost both goes entirely; the last attention stays, for the cache.
+    of the mean layer's sublayers: attentions and MLPs are of different size, so a count of them says nothing. The norms
+    around sublayers do not count. A layer that has lost both goes entirely; the last attention stays, for the cache.
     """
 
     summary = "attentions and MLPs, one at a time by loss, to the weight of so many layers (2406.10594)"

@@ -8,7 +8,7 @@ from ..errors import StreamlineError
 from ..evidence import Evidence
 from ..plan import TRAINED, Plan, is_contiguous
 from ..recipe import Recipe, parse_layers
-from .base import Method
+from .base import Method, check_attention_stays
 
 
 class Explicit(Method):
@@ -26,15 +26,16 @@ class Explicit(Method):
         self.check_replacement(recipe, config)
         total = config.num_hidden_layers
         layers = parse_layers(recipe.layers, total)
-        if recipe.replacement not in TRAINED and len(layers) == total:
+        if recipe.stand_in not in TRAINED and len(layers) == total:
             raise StreamlineError(f"layers {recipe.layers!r}: these are all {total} layers; at least 1 must stay")
-        if recipe.replacement in TRAINED and (not is_contiguous(layers) or len(layers) < 2):
+        if recipe.stand_in in TRAINED and (not is_contiguous(layers) or len(layers) < 2):
             raise StreamlineError(
                 f"layers {recipe.layers!r}: a replacement needs one block of at least 2 layers, such as 5-9"
             )
-        if recipe.replacement == "linear" and 0 in layers:
+        check_attention_stays(recipe, len(layers), total)
+        if recipe.stand_in == "linear" and 0 in layers:
             raise StreamlineError(f"layers {recipe.layers!r}: a linear map needs a layer before it; leave layer 0")
 
     def plan(self, recipe: Recipe, evidence: Evidence) -> Plan:
         """The layers named."""
-        return Plan(evidence.layers, parse_layers(recipe.layers or "", evidence.layers), recipe.replacement)
+        return Plan(evidence.layers, parse_layers(recipe.layers or "", evidence.layers), recipe.stand_in)

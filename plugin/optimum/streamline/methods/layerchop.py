@@ -59,7 +59,9 @@ class LayerChop(Method):
 
     The paper shows its configurations as pictures only, of half of the layers removed; these indices are
     reconstructed from those figures and carried over to any L and k. It trains the whole model on afterwards with
-    its pretraining objective, which is the default healing (`heal: lm`) of this method. Scores are not used.
+    its pretraining objective, which is the default healing (`heal: lm`) of this method; before it removes layers it
+    trains 500 steps to fill the optimizer's state, which this program, whose healing warms up anew, does not. Scores
+    are not used.
     """
 
     summary = "layers by their place: evenly spread, or near input, output, middle or both (2305.14864)"
@@ -79,4 +81,4 @@ class LayerChop(Method):
         """All layers but those the pattern keeps."""
         total = evidence.layers
         kept = PATTERNS[recipe.pattern or "max-gap"](total, total - self.count(recipe, total))
-        return Plan(total, tuple(layer for layer in range(total) if layer not in kept), recipe.replacement)
+        return Plan(total, tuple(layer for layer in range(total) if layer not in kept), recipe.stand_in)

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from ..errors import StreamlineError
 from ..recipe import Recipe
-from .base import Method
+from .base import Method, first_choice
 
 
 class Protecting(Method):
@@ -34,9 +34,6 @@ class Protecting(Method):
         return recipe.protect or self.default_protect
 
     def removable(self, recipe: Recipe, total: int) -> range:
-        """The layers that may go.
-
-        A linear map is folded into the layer before a gap, so it keeps layer 0 too.
-        """
+        """The layers that may go."""
         first, last = (int(number) for number in self.protect(recipe).split(","))
-        return range(max(first, int(recipe.replacement == "linear")), total - last)
+        return range(max(first, first_choice(recipe)), total - last)

@@ -12,8 +12,8 @@ from .protecting import Protecting
 class ShortenedPPL(Protecting):
     """Importance of layer i is CE(model without layer i), the log of the paper's perplexity; the n lowest go at once.
 
-    No layer is protected unless `protect` says so, and ties go to the first layer. Deviation: the calibration text
-    is the recipe's, not the paper's ten windows of 128 tokens of BookCorpus.
+    No layer is protected unless `protect` says so, and ties go to the first layer. The paper's calibration text is ten
+    windows of 128 tokens of BookCorpus.
     """
 
     summary = "the layers without each of which perplexity is lowest, all at once (2402.02834)"
@@ -24,4 +24,4 @@ class ShortenedPPL(Protecting):
         layers = self.removable(recipe, evidence.layers)
         losses = removal_losses(evidence.model, evidence.calibration, [whole_layer(layer) for layer in layers])
         lowest = sorted(zip(losses, layers, strict=True))[: self.count(recipe, evidence.layers)]
-        return Plan(evidence.layers, tuple(sorted(layer for _, layer in lowest)), recipe.replacement)
+        return Plan(evidence.layers, tuple(sorted(layer for _, layer in lowest)), recipe.stand_in)

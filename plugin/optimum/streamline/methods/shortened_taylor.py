@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..anatomy import architecture_of, decoder_layers
+from ..errors import StreamlineError
 from ..evidence import Evidence
 from ..plan import Plan
 from ..progress import progress_bar
@@ -23,8 +26,8 @@ class ShortenedTaylor(Protecting):
     L is the mean cross-entropy over all calibration tokens, and one gradient of it is taken: |.| stands outside of
     the sum over windows. The first four and the last two layers are protected, the paper's "+", unless `protect` says
     otherwise; ties go to the first layer. Weights are the matrices, all experts' among them, and the norms' gains, as
-    in the authors' code; biases, which LLaMA has none of, do not count. Deviation: the calibration text is the
-    recipe's, not the paper's ten windows of 128 tokens of BookCorpus.
+    in the authors' code; biases, which LLaMA has none of, do not count. The paper's calibration text is ten windows of
+    128 tokens of BookCorpus.
     """
 
     summary = "the layers of lowest sum of |weight x gradient|, all at once (2402.02834)"
@@ -35,13 +38,16 @@ class ShortenedTaylor(Protecting):
         importance = taylor_importance(evidence.model, evidence.calibration)
         layers = self.removable(recipe, evidence.layers)
         lowest = sorted(layers, key=lambda layer: (importance[layer], layer))[: self.count(recipe, evidence.layers)]
-        return Plan(evidence.layers, tuple(sorted(lowest)), recipe.replacement)
+        return Plan(evidence.layers, tuple(sorted(lowest)), recipe.stand_in)
 
 
 def taylor_importance(model: PreTrainedModel, windows: Windows) -> list[float]:
     """For each layer the sum of |w dL/dw| over its weights but biases, L in nats per token; `model` is left as it was.
 
     Memory holds a gradient for every such weight.
+
+    Raises:
+        StreamlineError: a layer's gradient is not finite.
     """
     layers = decoder_layers(model, architecture_of(model.config))
     weights = [_weights(layer) for layer in layers]
@@ -57,11 +63,15 @@ def taylor_importance(model: PreTrainedModel, windows: Windows) -> list[float]:
                 loss = cross_entropy_sum(model, batch.to(model.device)) / tokens
                 loss.backward()
                 bar.advance(len(batch))
-        return [sum(_taylor(weight) for weight in layer) for layer in weights]
+        importance = [sum(_taylor(weight) for weight in layer) for layer in weights]
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
             parameter.grad = None
+    for index, value in enumerate(importance):
+        if not math.isfinite(value):
+            raise StreamlineError(f"model: the gradient of layer {index} is not finite on the calibration text")
+    return importance
 
 
 def _weights(layer: nn.Module) -> list[nn.Parameter]:

@@ -9,7 +9,7 @@ from ..plan import Plan
 from ..recipe import Recipe
 from ..scores import measure_scores
 from ..trials import whole_layer, without
-from .base import Method
+from .base import Method, first_choice
 
 
 class ShortGPT(Method):
@@ -19,9 +19,8 @@ class ShortGPT(Method):
     measured anew on the model as it was left: n - 1 more passes over the calibration text. That is no part of the
     paper; it is general practice, and an ablation of Prune&Comp (AAAI 2026) finds it better than at once.
 
-    Deviations from the authors' code, none from the paper: BI is a mean over tokens and not a sum, the last layer
+    Deviations from the authors' code: BI is a mean over tokens and not a sum, the last layer
     is judged by its raw output and not by its output after the model's final norm, and ties go to the first layer.
-    Before a linear replacement there has to be a layer: then the first is not a choice.
     """
 
     summary = "the layers of lowest Block Influence, all at once or iteratively (2403.03853)"
@@ -30,12 +29,12 @@ class ShortGPT(Method):
     def plan(self, recipe: Recipe, evidence: Evidence) -> Plan:
         """The `remove` layers of lowest Block Influence."""
         count = self.count(recipe, evidence.layers)
-        spared = 1 if recipe.replacement == "linear" else 0
+        spared = first_choice(recipe)
         if recipe.iterative:
             gone = _one_by_one(evidence, count, spared)
         else:
             gone = _by_influence(range(evidence.layers), evidence.scores.block_influence, spared)[:count]
-        return Plan(evidence.layers, tuple(sorted(gone)), recipe.replacement)
+        return Plan(evidence.layers, tuple(sorted(gone)), recipe.stand_in)
 
 
 def _by_influence(layers: Sequence[int], influence: Sequence[float], spared: int) -> list[int]:

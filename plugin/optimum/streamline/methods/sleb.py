@@ -27,4 +27,4 @@ class SLEB(Protecting):
             left = [layer for layer in self.removable(recipe, evidence.layers) if layer not in gone]
             losses = removal_losses(evidence.model, evidence.calibration, [whole_layer(i) for i in left], removed)
             removed |= whole_layer(left[losses.index(min(losses))])
-        return Plan(evidence.layers, gone_layers(removed), recipe.replacement)
+        return Plan(evidence.layers, gone_layers(removed), recipe.stand_in)

@@ -1,0 +1,58 @@
+"""What of healing a recipe cannot ask for: training what is not there, or settings of a training it does not have."""
+
+from __future__ import annotations
+
+from ..errors import StreamlineError
+from ..plan import TRAINED
+from ..recipe import Recipe
+
+# Fields of the recipe that say how and on what is trained, whatever to.
+_OF_ANY_TRAINING = ("heal_data", "heal_tokens", "heal_minutes", "heal_lr", "heal_epochs", "heal_batch")
+
+
+def check_healing(recipe: Recipe) -> None:
+    """Refuse what a recipe says of trainings that it does not have: it would be passed over in silence.
+
+    With `heal: none` spelled out, how and on what the other trainings would be is no mistake.
+
+    Raises:
+        StreamlineError: naming the field, the value and what would be right.
+    """
+    _check_what_is_trained(recipe)
+    _check_distillation(recipe)
+    told = recipe.to_dict()
+    needed = [("heal_scope", {"lm", "distill"}), ("heal_normalised", {"hidden-mse"})]
+    if recipe.heal is None:
+        needed += [(field, {"hidden-mse", "lm", "distill"}) for field in _OF_ANY_TRAINING]
+    for field, goals in needed:
+        if field in told and not goals & set(recipe.healing):
+            having = "nothing" if not recipe.healing else " and ".join(recipe.healing)
+            raise StreamlineError(
+                f"{field.replace('_', '-')} {getattr(recipe, field)!r}: {having} is trained to; "
+                f"it is of heal {' or '.join(sorted(goals))}"
+            )
+    if "lora_rank" in told and not recipe.lora:
+        raise StreamlineError(f"lora-rank {recipe.lora_rank}: there are no adapters; add lora")
+
+
+def _check_what_is_trained(recipe: Recipe) -> None:
+    trained, one_of = recipe.stand_in in TRAINED, ", ".join(TRAINED)
+    if "hidden-mse" in recipe.healing and not trained:
+        raise StreamlineError(f"heal {recipe.heal!r}: hidden-mse trains a replacement; use replacement {one_of}")
+    if recipe.heal_scope == "replacement" and not trained:
+        raise StreamlineError(f"heal-scope 'replacement': there is none; use replacement {one_of}, or scope model")
+    if recipe.lora and (recipe.heal_scope == "replacement" or not {"lm", "distill"} & set(recipe.healing)):
+        raise StreamlineError("lora: adapters are trained by heal lm or distill with heal-scope model")
+
+
+def _check_distillation(recipe: Recipe) -> None:
+    for field in ("heal_kl", "heal_hidden"):
+        if getattr(recipe, field) is not None and "distill" not in recipe.healing:
+            raise StreamlineError(f"{field.replace('_', '-')} {getattr(recipe, field)}: is of heal distill only")
+    if recipe.method in ("come-sp", "come-mp") and "distill" not in recipe.healing:
+        raise StreamlineError(
+            f"heal {recipe.heal!r}: method {recipe.method} is come and its distillation; "
+            "use heal distill, or method come"
+        )
+    if (recipe.heal_kl, recipe.heal_hidden) == (0, 0):
+        raise StreamlineError("heal-kl 0 and heal-hidden 0: nothing of the original is left in heal distill; use lm")
