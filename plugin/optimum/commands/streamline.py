@@ -110,7 +110,7 @@ def _healing_flags(parser: argparse.ArgumentParser) -> None:
     _recipe_flag(group, "--heal-epochs", "passes over these tokens (default 4)", int)
     _recipe_flag(group, "--heal-batch", "windows an update, over all processes (default 4)", int)
     _recipe_switch(group, "--heal-normalised", "hidden-mse: divide each token's error by its squared norm")
-    _recipe_flag(group, "--heal-kl", "distill: share of the KL, the rest is cross-entropy (default 0.5)", float)
+    _recipe_flag(group, "--heal-kl", "distill: share of the KL, the rest is cross-entropy (default 1)", float)
     _recipe_flag(group, "--heal-hidden", "distill: weight of the layers' hidden-state error (default 10)", float)
     _recipe_switch(group, "--lora", "train low-rank adapters, merged before saving, not the weights")
     _recipe_flag(group, "--lora-rank", "their rank (default 16)", int)
