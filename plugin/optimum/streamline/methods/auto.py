@@ -8,8 +8,8 @@ from .blockpruner import BlockPruner
 class Auto(BlockPruner):
     """BlockPruner's choice of attentions and MLPs; `heal`, left out, is `distill` to the original's logits.
 
-    Of all methods measured on three trained models it costs least perplexity at every share of the weights removed,
-    before healing and after it (`docs/methods.md`, `ci/bench methods`).
+    Unhealed, it costs least perplexity of all methods at every share removed from the reference model; distilled, as
+    much as CoMe at a quarter and less at a half, the others not yet measured (`docs/methods.md`, `ci/bench methods`).
     """
 
     summary = "the default: what docs/methods.md measures to be best; today blockpruner, then heal distill"
