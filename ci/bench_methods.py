@@ -2,7 +2,7 @@
 
     ci/bench methods                                  # everything that is not measured yet, then the page
     ci/bench methods --part healed --only 'sleb*'     # a part of it
-    ci/bench methods --page                           # write docs/methods.md from what is measured, measure nothing
+    ci/bench methods --page                           # drop rows that are no more, write the page, measure nothing
 
 A row that `docs/methods.json` has is not measured again, unless `--again` asks for it; several of these may run side
 by side on different parts. Choices are
@@ -14,13 +14,16 @@ made on `stdlib:calibration`, healing is on other windows of it, and everything 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import fcntl
+import gc
 import json
 import math
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from fnmatch import fnmatch
 from functools import cache
@@ -60,7 +63,9 @@ def main() -> None:
     )
     parser.add_argument("--only", default="*", help="rows whose name this pattern matches")
     parser.add_argument("--again", action="store_true", help="forget the rows asked for, and measure them again")
-    parser.add_argument("--page", action="store_true", help="measure nothing, write the page")
+    parser.add_argument(
+        "--page", action="store_true", help="drop rows that are no more, write the page, measure nothing"
+    )
     args = parser.parse_args()
     wanted = [
         case
@@ -70,10 +75,13 @@ def main() -> None:
         and fnmatch(case.name, args.only)
     ]
     if not args.page:
-        LOCK.parent.mkdir(exist_ok=True)
         measure_missing(wanted, args.again)
-    done = read_rows()
-    write_page([done[case.key] for case in cases() if case.key in done])
+    with locked():
+        done = read_rows()
+        known = [done[case.key] for case in cases() if case.key in done]
+        if args.page:
+            write_rows(known)
+        write_page(known)
 
 
 def read_rows() -> dict[str, Row]:
@@ -98,13 +106,25 @@ def measure_missing(wanted: Sequence[Case], again: bool) -> None:
         )
 
 
-def keep(row: Row) -> None:
-    """Write a row down beside those that are there by now, other processes' among them."""
+@contextmanager
+def locked() -> Iterator[None]:
+    """Keep other runs from the results and the page meanwhile."""
+    LOCK.parent.mkdir(exist_ok=True)
     with LOCK.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        rows = {**read_rows(), row.key: row}
-        fields = {"machine": describe_machine("cpu"), "rows": [asdict(row) for row in rows.values()]}
-        write_file(RESULTS, json.dumps(fields, indent=1) + "\n")
+        yield
+
+
+def keep(row: Row) -> None:
+    """Write a row down beside those that are there by now, other processes' among them."""
+    with locked():
+        write_rows({**read_rows(), row.key: row}.values())
+
+
+def write_rows(rows: Iterable[Row]) -> None:
+    """Write these rows as the results."""
+    fields = {"machine": describe_machine("cpu"), "rows": [asdict(row) for row in rows]}
+    write_file(RESULTS, json.dumps(fields, indent=1) + "\n")
 
 
 def measure(case: Case) -> Row:
@@ -113,9 +133,12 @@ def measure(case: Case) -> Row:
     dense = dense_losses(case.model)
     reset_peak()
     start = time.monotonic()
-    draws = [(without(case.model, gone), "") for gone in case.draws()] if case.random else [make(case)]
-    seconds, peak = (time.monotonic() - start) / len(draws), peak_mib()
-    judged = [losses(model, evaluation_windows(case.model)) for model, _ in draws]
+    model, layers = make(case)
+    seconds, peak = time.monotonic() - start, peak_mib()
+    windows = evaluation_windows(case.model)
+    judged = [losses(model, windows)]
+    for gone in case.draws()[1:] if case.random else ():
+        judged.append(losses(without(case.model, gone), windows))
     counts = np.full(len(dense), LENGTH - 1, np.float64)
     if case.random:
         means = [math.exp(float((loss - dense).sum()) / counts.sum()) for loss in judged]
@@ -126,7 +149,6 @@ def measure(case: Case) -> Row:
         change_of = mean_interval(judged[0] - dense, counts, 0).map(np.exp)
         level = mean_interval(judged[0], counts, 0).map(np.exp)
         ratio, of_all = (change_of.value, change_of.low, change_of.high), (level.value, level.low, level.high)
-    model, layers = draws[0]
     return Row(
         key=case.key,
         model=case.model,
@@ -134,7 +156,7 @@ def measure(case: Case) -> Row:
         removed=case.removed,
         name=case.name,
         seed=case.seed,
-        layers="" if case.random else layers,
+        layers=layers,
         perplexity=of_all,
         ratio=ratio,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -144,9 +166,11 @@ def measure(case: Case) -> Row:
 
 
 def make(case: Case) -> tuple[PreTrainedModel, str]:
-    """The model of a case, its dead sublayers dropped, and what was done to it in words."""
+    """The model of a case, of several draws the first, its dead sublayers dropped, and what was done in words."""
     if case.dense:
         return dense(case), ""
+    if case.random:
+        return without(case.model, case.draws()[0]), ""
     prepared = prepare(source_of(case.model), make_recipe(case.fields, case.name), print_nothing)
     change(prepared, print_nothing)
     model = drop_dead_sublayers(prepared.model, architecture_of(prepared.model.config))
@@ -159,7 +183,7 @@ def dense(case: Case) -> PreTrainedModel:
     model = load_stock(source, torch.float32)
     if recipe.healing:
         text = read_windows(recipe.heal_data, load_tokenizer(source), recipe.heal_tokens // LENGTH, LENGTH, case.seed)
-        train_model(model, NextToken(), text, model_settings(recipe, model.config.hidden_size))
+        train_model(model, NextToken(), text, model_settings(recipe, model.config.hidden_size, "lm"))
     return model
 
 
@@ -204,7 +228,9 @@ def losses(model: PreTrainedModel, windows: Windows) -> Samples:
 
 
 def reset_peak() -> None:
-    """Begin to measure peak memory anew (Linux)."""
+    """Begin to measure peak memory anew (Linux), what earlier rows took given back first."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -18,7 +18,6 @@ ALL_ROWS = Path("docs/methods-rows.md")
 PLOTS = Path("docs")
 # Of many curves, these are told apart; the others are drawn thin and grey.
 LIT = {
-    "auto": "#d1495b",
     "shortgpt": "#4477aa",
     "llm-streamline none": "#228833",
     "come": "#ccbb44",

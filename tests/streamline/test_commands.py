@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from console import Outcome, optimum_cli
 from optimum.streamline.card import CITATIONS
 from optimum.streamline.methods import METHODS
+from optimum.streamline.methods.protecting import Protecting
 from reference import REFERENCE
 from tiny import tiny_model
 
@@ -232,6 +233,38 @@ def test_healing_that_would_be_passed_over_is_refused(cli: Cli, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("flags", "processes", "part"),
+    [
+        (("--heal-data", "no/such.txt"), 1, "'no/such.txt': no such file or folder"),
+        (("--heal-tokens", 10**8), 1, "too short for 1562500 windows of 64"),
+        (("--heal-tokens", 127), 1, "heal-tokens 127: must be at least two windows of 64 tokens, 128"),
+        (("--method", "come-mp", "--heal-tokens", 256), 1, "3 windows to train on, too few for 4 trainings"),
+        (("--heal-batch", 7), 2, "heal-batch 7: must be a multiple of the 2 processes"),
+        (("--heal-tokens", 128, "--heal-epochs", 1), 2, "1 windows to train on, fewer than the 2 processes"),
+    ],
+)
+def test_healing_that_cannot_be_is_refused_before_the_search(
+    cli: Cli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[object, ...],
+    processes: int,
+    part: str,
+) -> None:
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")  # which several processes would leave set
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    outcome = cli("prune", "-m", REFERENCE, "--remove", 4, *QUICK, *flags, tmp_path / "out")
+    assert_refused(outcome, part)
+    assert "scoring" not in outcome.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_root_is_no_output(cli: Cli) -> None:
+    for flags in ((), ("--overwrite",)):
+        assert_refused(cli("prune", "-m", REFERENCE, "--remove", 4, *QUICK, *flags, "/"), "output /: holds ")
+
+
 @pytest.mark.parametrize(("name", "value"), [("ACCELERATE_MIXED_PRECISION", "bf16"), ("ACCELERATE_USE_FSDP", "true")])
 def test_a_launcher_that_wants_other_arithmetic_is_refused(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
@@ -269,11 +302,64 @@ def test_save_recipe_is_what_the_flags_amount_to(cli: Cli, tmp_path: Path) -> No
     assert "16 layers become 14" in again.out
     same = cli("run", "-m", REFERENCE, *flags, "--dry-run", "--save-recipe", recipe, tmp_path / "out")
     assert same.code == 0
-    inside = cli(
-        "prune", "-m", REFERENCE, "--remove", 2, "--save-recipe", tmp_path / "out" / "r.yaml", tmp_path / "out"
-    )
-    assert_refused(inside, "lies in the output")
     assert [file.name for file in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("latin1", "latin1: exists already, and is not this recipe; choose another"),
+        ("folder", "folder: exists already, and is not this recipe; choose another"),
+        ("latin1/recipe.yaml", "latin1 cannot be written"),
+        ("out/recipe.yaml", "one lies in the other; choose another place"),
+        (".", "one lies in the other; choose another place"),
+    ],
+)
+def test_a_recipe_that_cannot_be_saved_is_refused_before_any_work(
+    cli: Cli, tmp_path: Path, name: str, part: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "latin1").write_bytes(b"r\xe9sum\xe9")
+    words = ("--method", "shortgpt", "--remove", 2, *QUICK, "--save-recipe", tmp_path / name, tmp_path / "out")
+    outcome = cli("prune", "-m", REFERENCE, *words)
+    assert_refused(outcome, part)
+    assert "loading" not in outcome.out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--calibration", "no/such.txt"),
+        ("--calibration", "no/such.txt", "--dry-run"),
+        ("--heal", "lm", "--heal-data", "no/such.txt"),
+        ("--overwrite",),  # of a folder with somebody else's file
+    ],
+)
+@pytest.mark.parametrize("command", ["prune", "run"])
+def test_bad_input_saves_no_recipe(cli: Cli, tmp_path: Path, command: str, flags: tuple[object, ...]) -> None:
+    out, recipe = tmp_path / "out", tmp_path / "recipe.yaml"
+    out.mkdir()
+    if "--overwrite" in flags:
+        (out / "not_ours.txt").touch()
+    words = ("--method", "shortgpt", "--remove", 2, *QUICK, *flags, "--save-recipe", recipe, out)
+    assert_refused(cli(command, "-m", REFERENCE, *words))
+    assert not recipe.exists()
+
+
+def test_a_recipe_is_saved_with_what_it_made(cli: Cli, tmp_path: Path) -> None:
+    out, recipe = tmp_path / "out", tmp_path / "recipe.yaml"
+    outcome = cli("prune", "-m", REFERENCE, "--layers", 3, *QUICK, "--save-recipe", recipe, out)
+    assert outcome.code == 0
+    assert outcome.out.endswith(f"saved {out}\nrecipe written to {recipe}\n")
+    assert recipe.read_text() == "layers: '3'\nsamples: 4\nlength: 64\n"
+
+
+def test_the_help_says_what_each_method_protects(cli: Cli) -> None:
+    text = cli("prune", "--help").out
+    for name, method in METHODS.items():
+        if isinstance(method, Protecting):
+            assert f"{name}: {method.default_protect}" in text
 
 
 def test_an_unknown_command_is_one_line(cli: Cli) -> None:

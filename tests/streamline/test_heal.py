@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from optimum.streamline.edit import apply_plan, build_replacement
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing import HealSettings, engine, heal_windows, split_windows, train_replacement
+from optimum.streamline.healing.engine import NotFiniteError
 from optimum.streamline.plan import Plan
 from optimum.streamline.windows import Windows
 from tiny import LAYERS, tiny_model, token_ids
@@ -161,6 +162,17 @@ def test_a_loss_that_is_not_finite_is_an_error_that_names_the_rate() -> None:
     model, plan = tiny_model(), Plan(LAYERS, (1, 2), "layer")
     with pytest.raises(StreamlineError, match=r"heal-lr 1e\+30: the loss is no longer finite"):
         train_replacement(model, plan, build_replacement(model, plan).layer, WINDOWS, HealSettings(lr=1e30, epochs=3))
+
+
+def test_a_held_out_loss_that_is_not_finite_is_an_error_and_blames_the_rate_only_for_what_it_did() -> None:
+    model, plan = tiny_model(), Plan(LAYERS, (1, 2), "layer")
+    student = build_replacement(model, plan).layer
+    one_update = HealSettings(lr=1e30, epochs=1, batch=61)  # its loss is of the weights before it
+    with pytest.raises(NotFiniteError, match=r"^heal-lr 1e\+30: the held-out loss is nan at update 1; try less$"):
+        train_replacement(model, plan, student, WINDOWS, one_update)
+    student.mlp.down_proj.weight.data.fill_(math.inf)
+    with pytest.raises(NotFiniteError, match=r"^model: the held-out loss is nan before the first update; remove fewer"):
+        train_replacement(model, plan, student, WINDOWS, HealSettings(lr=1e-3))
 
 
 def test_no_hidden_state_outlives_its_batch_and_the_rest_of_the_model_is_not_run() -> None:

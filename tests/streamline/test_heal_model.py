@@ -20,7 +20,6 @@ from optimum.streamline.healing import (
     NextToken,
     default_lora_lr,
     default_lr,
-    default_model_lr,
     model_settings,
     replacement_settings,
     train_model,
@@ -236,14 +235,19 @@ def test_what_is_trained_by_default(fields: dict[str, object], trained: bool, sc
 
 def test_settings_are_the_recipes_over_the_papers() -> None:
     recipe = Recipe(heal_epochs=3, heal_batch=2, heal_minutes=1.5, seed=5)
-    alone, whole = replacement_settings(recipe, 128, "lm"), model_settings(recipe, 128)
+    alone, whole = replacement_settings(recipe, 128, "lm"), model_settings(recipe, 128, "lm")
     assert (alone.lr, alone.clip, alone.min_lr_share, alone.betas) == (default_lr(128), 5.0, 0.25, (0.9, 0.95))
-    assert (whole.lr, whole.clip, whole.weight_decay, whole.decay_vectors) == (default_model_lr(128), 1.0, 0.1, False)
-    for settings in (alone, whole):
+    assert (whole.lr, whole.clip, whole.weight_decay, whole.decay_vectors) == (3e-4, 1.0, 0.1, False)
+    assert (whole.min_lr_share, whole.betas) == (0.1, (0.9, 0.95))
+    distilled = model_settings(recipe, 128, "distill")
+    assert (distilled.lr, distilled.clip, distilled.weight_decay) == (3e-4 * 32**0.5, 1.0, 0.0)
+    assert (distilled.min_lr_share, distilled.betas) == (0.0, (0.9, 0.999))
+    for settings in (alone, whole, distilled):
         assert (settings.epochs, settings.batch, settings.minutes, settings.seed) == (3, 2, 1.5, 5)
-    adapted = model_settings(Recipe(lora=True, lora_rank=3), 128)
-    assert (adapted.lr, adapted.lora_rank) == (default_lora_lr(128), 3)
-    assert model_settings(Recipe(heal_lr=0.5), 128).lr == replacement_settings(Recipe(heal_lr=0.5), 128, "lm").lr == 0.5
+    adapted = model_settings(Recipe(lora=True, lora_rank=3), 128, "lm")
+    assert (adapted.lr, adapted.lora_rank, adapted.weight_decay) == (default_lora_lr(128, "lm"), 3, 0.0)
+    given = Recipe(heal_lr=0.5)
+    assert model_settings(given, 128, "lm").lr == replacement_settings(given, 128, "lm").lr == 0.5
 
 
 def test_come_mp_distils_after_every_merge_each_time_on_other_windows() -> None:

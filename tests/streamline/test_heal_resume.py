@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import os
 import random
@@ -17,10 +19,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel
 
+from console import optimum_cli
+from optimum.streamline.checkpoint import Source
 from optimum.streamline.errors import StreamlineError
-from optimum.streamline.healing import HealLog, HealSettings, NextToken, train_model
+from optimum.streamline.healing import HealLog, HealSettings, NextToken, engine, train_model
 from optimum.streamline.healing.engine import NotFiniteError
 from optimum.streamline.healing.workspace import healing_workspace, open_workspace
+from optimum.streamline.outputs import claimed
+from optimum.streamline.plan import Plan
+from optimum.streamline.prune import change, prepare
+from optimum.streamline.recipe import make_recipe
 from optimum.streamline.windows import Windows
 from reference import REFERENCE
 from tiny import tiny_model
@@ -81,6 +89,16 @@ def test_a_stopped_training_ends_where_one_that_was_not_does(
     assert torch.equal(flat(model), weights)
 
 
+def test_a_stopped_training_keeps_to_the_time_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "monotonic", itertools.count().__next__)  # a second a look
+    settings = dataclasses.replace(SETTINGS, minutes=0.3)
+    log = train_model(tiny_model(), NextToken(), COUNTING, settings)
+    assert len(log.steps) == 18  # of 23
+    with pytest.raises(Stop):
+        train_model(tiny_model(), Stopping(15), COUNTING, settings, workspace=tmp_path)
+    assert train_model(tiny_model(), NextToken(), COUNTING, settings, workspace=tmp_path) == log
+
+
 def test_a_checkpoint_holds_what_is_trained_and_nothing_else(tmp_path: Path) -> None:
     model = tiny_model()
     train_model(model, NextToken(), COUNTING, SETTINGS, part=model.model.layers[1], workspace=tmp_path)
@@ -127,13 +145,15 @@ def test_a_workspace_is_for_one_model_and_text(tmp_path: Path) -> None:
 def test_what_was_saved_outlives_all_but_a_training_that_came_to_nothing(
     error: BaseException, stays: bool, tmp_path: Path
 ) -> None:
-    for has_saved in (True, False):
-        with pytest.raises(type(error)), healing_workspace(tmp_path / "out", "abc") as workspace:
+    for has_saved in (False, True):
+        with pytest.raises(type(error)) as raised, healing_workspace(tmp_path / "out", "abc") as workspace:
             open_workspace(workspace, {"text": "a"})
             if has_saved:
                 saved(workspace)
             raise error
         assert workspace.exists() == (stays and has_saved)
+        note = f"checkpoints kept in {workspace}: the same command goes on from them"
+        assert (note in getattr(raised.value, "__notes__", ())) == (stays and has_saved)
         shutil.rmtree(workspace, ignore_errors=True)
 
 
@@ -194,9 +214,59 @@ def test_a_killed_command_goes_on(words: list[str], alone: Path, tmp_path: Path)
         said, err = process.communicate()
     assert (process.returncode, err) == (0, "")
     assert f"going on from the checkpoints in {workspace}" in said
-    assert not workspace.exists()
+    assert [folder.name for folder in tmp_path.iterdir()] == ["out"]
     assert (out / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
     assert healing(out) == healing(alone)
+
+
+SHORT = ["--heal-tokens", "384"]  # of 12 windows one is held out
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (StreamlineError("the disk is full"), 2, "error: the disk is full\n"),
+    ],
+)
+def test_what_ends_a_command_says_what_it_leaves(
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    line: str,
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr("optimum.streamline.prune.save_model", fail)
+        stopped = optimum_cli(patched, capsys, *words, *SHORT, tmp_path / "out")
+    [workspace] = tmp_path.iterdir()
+    assert workspace.name.startswith(".out.healing-")
+    assert stopped.code == code
+    assert stopped.err == f"{line}checkpoints kept in {workspace}: the same command goes on from them\n"
+    again = optimum_cli(monkeypatch, capsys, *words, *SHORT, tmp_path / "out")
+    assert (again.code, again.err) == (0, "")
+    assert f"going on from the checkpoints in {workspace}" in again.out
+    assert [folder.name for folder in tmp_path.iterdir()] == ["out"]
+
+
+def test_checkpoints_of_another_plan_are_not_gone_on_from(words: list[str], tmp_path: Path) -> None:
+    # The same recipe may choose otherwise where the scores are nearly equal, on another machine.
+    text = words[words.index("--heal-data") + 1]
+    fields = {"layers": "1", "heal": "lm", "heal_tokens": 384, "heal_epochs": 1, "samples": 4, "length": 32}
+    recipe = make_recipe({**fields, "calibration": text, "heal_data": text})
+    told: list[bool] = []
+    for layer in (1, 1, 2):
+        prepared = prepare(Source(words[words.index("-m") + 1]), recipe, lambda _: None)
+        prepared.plan = Plan(prepared.plan.total, (layer,))
+        said: list[str] = []
+        change(prepared, said.append, tmp_path / "workspace")
+        told.append(any("going on from the checkpoints" in line for line in said))
+    assert told == [False, True, False]
 
 
 TORCHRUN = "torch.distributed.run --nproc_per_node 2"
@@ -230,6 +300,54 @@ def test_two_processes_train_as_one(launcher: str, words: list[str], alone: Path
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
         assert ours["best"] == pytest.approx(theirs["best"], rel=1e-4)
         assert ours["settings"] == theirs["settings"]
+
+
+def test_two_processes_judge_by_one_held_out_window(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both, one = tmp_path / "both", tmp_path / "one"
+    with run(f"{TORCHRUN} -m optimum.commands.optimum_cli", [*words, *SHORT], both) as process:
+        _, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert optimum_cli(monkeypatch, capsys, *words, *SHORT, one).code == 0
+    for ours, theirs in zip(healing(both), healing(one), strict=True):
+        assert ours["before"] == pytest.approx(theirs["before"], rel=1e-4)
+        assert ours["best"] == pytest.approx(theirs["best"], rel=1e-4)
+
+
+# Two processes that would each take out another layer, as they may where the scores are nearly equal.
+DIVIDED = """
+import sys
+from pathlib import Path
+from optimum.streamline.checkpoint import Source
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.processes import is_main
+from optimum.streamline.prune import prune
+from optimum.streamline.recipe import make_recipe
+
+model, text, folder = sys.argv[1:]
+recipe = make_recipe({"layers": "1" if is_main() else "2", "samples": 2, "length": 32, "calibration": text})
+for name in ("claimed", "free"):
+    try:
+        options = {"overwrite": False, "verbose": False, "say": lambda _: None}
+        end = prune(Source(model), recipe, Path(folder) / name, **options).plan.gone
+    except StreamlineError as error:
+        end = error
+    (Path(folder) / f"{name}-{1 - is_main()}").write_text(str(end))
+"""
+
+
+def test_two_processes_are_refused_as_one_and_plan_as_one(words: list[str], tmp_path: Path) -> None:
+    script = tmp_path / "divided.py"
+    script.write_text(DIVIDED)
+    inputs = [words[words.index(flag) + 1] for flag in ("-m", "--calibration")]
+    with claimed(tmp_path / "claimed", ()), run(f"{TORCHRUN} {script}", inputs, tmp_path) as process:
+        _, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    refusals = [(tmp_path / f"claimed-{rank}").read_text() for rank in (0, 1)]
+    assert refusals[0] == refusals[1]
+    assert "another run is making it" in refusals[0]
+    assert [(tmp_path / f"free-{rank}").read_text() for rank in (0, 1)] == ["(1,)", "(1,)"]
 
 
 def test_what_two_processes_began_one_ends(words: list[str], alone: Path, tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from optimum.streamline.errors import StreamlineError
-from optimum.streamline.outputs import check_output, staged_folder, write_file
+from optimum.streamline.outputs import check_output, claimed, staged_folder, write_file
 
 
 def test_a_folder_appears_when_the_block_ends_well(tmp_path: Path) -> None:
@@ -88,6 +92,80 @@ def test_what_appears_meanwhile_is_left_alone(tmp_path: Path) -> None:
         (out / "notes.txt").write_text("precious")
     assert [file.name for file in out.iterdir()] == ["notes.txt"]
     assert list(tmp_path.iterdir()) == [out]
+
+
+def assert_claimed(out: Path) -> None:
+    with pytest.raises(StreamlineError, match="another run is making it"), claimed(out, ()):
+        pass
+
+
+def test_one_run_makes_an_output_at_a_time(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with claimed(out, ()):
+        assert_claimed(out)
+        assert_claimed(tmp_path / "missing" / ".." / "out")
+        with claimed(tmp_path / "other", ()):
+            pass
+        assert_claimed(out)
+    with staged_folder(out, ()):
+        assert_claimed(out)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_lock_that_went_with_its_holder_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, flock, calls = tmp_path / ".out.streamline-lock", fcntl.flock, []
+
+    def late(descriptor: int, how: int) -> None:
+        calls.append(how)
+        if len(calls) == 1:
+            lock.unlink()  # the run before ends between our opening and our locking
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with claimed(tmp_path / "out", ()):
+        assert_claimed(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with staged_folder(tmp_path / "out", ()) as staging:
+        (staging / "file").write_text("text")
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from optimum.streamline.outputs import staged_folder
+rename = Path.rename
+def renamed(self, target):
+    rename(self, target)
+    os.kill(os.getpid(), signal.SIGKILL)  # the old folder has stepped aside
+Path.rename = renamed
+with staged_folder(Path(sys.argv[1]), (), overwrite=True) as staging:
+    (staging / "half").touch()
+    if sys.argv[2] == "early":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("when", ["early", "late"])
+def test_what_a_killed_run_leaves_the_next_one_clears_away(tmp_path: Path, when: str) -> None:
+    out = tmp_path / "out"
+    with staged_folder(out, ()) as staging:
+        (staging / "streamline.json").write_text('{"recipe_fingerprint": ""}')
+    done = subprocess.run([sys.executable, "-c", KILLED, str(out), when], check=False, capture_output=True)
+    assert (done.returncode, done.stderr) == (-9, b"")
+    assert out.exists() == (when == "early")
+    assert len(list(tmp_path.iterdir())) == 3  # the lock, the new, and the old, aside or not
+    with staged_folder(out, (), overwrite=True) as staging:
+        (staging / "whole").touch()
+    assert list(tmp_path.iterdir()) == [out]
+    assert [file.name for file in out.iterdir()] == ["whole"]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

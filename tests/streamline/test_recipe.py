@@ -119,7 +119,10 @@ def test_the_method_follows_from_the_rest() -> None:
     assert make_recipe({"remove": 1}).method_name == "auto"
     assert make_recipe({"remove": 1}).healing == ("distill",)
     assert make_recipe({"remove": 1, "replacement": "mlp"}).method_name == "llm-streamline"
+    assert make_recipe({"remove": 1, "replacement": "linear"}).method_name == "shortgpt"
+    assert make_recipe({"remove": 1, "replacement": "none"}).method_name == "auto"
     assert make_recipe({"layers": "1"}).method_name == "explicit"
+    assert make_recipe({"layers": "1", "replacement": "linear"}).method_name == "explicit"
     assert make_recipe({"remove": 1, "replacement": "mlp"}).healing == ("hidden-mse",)
     assert make_recipe({"remove": 1, "replacement": "mlp", "heal": "none"}).healing == ()
     assert make_recipe({"remove": 1, "method": "layerchop"}).healing == ("lm",)

@@ -72,11 +72,21 @@ def _common_recipe_flags(group: Any) -> None:
 def _prune_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to remove")
     methods = "\n".join(f"  {name}: {line}" for name, line in METHOD_LINES.items())
-    _recipe_flag(group, "--method", f"how layers are chosen:\n{methods}")
+    _recipe_flag(
+        group,
+        "--method",
+        "how layers are chosen; left out, explicit with --layers, shortgpt with --replacement linear,\n"
+        f"llm-streamline with any other --replacement but none, else auto:\n{methods}",
+    )
     _recipe_flag(group, "--remove", "layers to lose, net (4), or a share of them (25%%)")
     _recipe_flag(group, "--layers", "explicit layers, 0-based, such as 3,7,11-13")
     _recipe_switch(group, "--iterative", "shortgpt: score anew after each removal")
-    _recipe_flag(group, "--protect", "sleb, shortened-*: how many first and last layers stay, such as 1,1")
+    _recipe_flag(
+        group,
+        "--protect",
+        "how many of the first and of the last layers stay (default of sleb: 1,1; of shortened-taylor: 4,2;\n"
+        "of shortened-ppl: 0,0; the other methods have no such choice)",
+    )
     _recipe_flag(group, "--pattern", "layerchop: max-gap (default), input, output, middle or both")
     group = parser.add_argument_group("what stands in for it")
     _recipe_flag(
@@ -102,13 +112,22 @@ def _healing_flags(parser: argparse.ArgumentParser) -> None:
         "one),\nlm (cross-entropy), distill (to the original's logits and hidden states);\n"
         "default of auto, come-sp and come-mp: distill; of layerchop: lm; of the others: none",
     )
-    _recipe_flag(group, "--heal-scope", "what lm and distill train: replacement or model")
+    _recipe_flag(
+        group,
+        "--heal-scope",
+        "what lm and distill train: replacement or model (default: replacement for an lm that comes first,\n"
+        "with a trained replacement and without --lora; else model)",
+    )
     _recipe_flag(group, "--heal-data", f"text it is trained on: {SPEC} (default)")
     _recipe_flag(group, "--heal-tokens", "tokens to train on (default 200000)", int)
     _recipe_flag(group, "--heal-minutes", "longest time of each training (default: no limit)", float)
-    _recipe_flag(group, "--heal-lr", "peak learning rate (default: by the model's width)", float)
-    _recipe_flag(group, "--heal-epochs", "passes over these tokens (default 4)", int)
-    _recipe_flag(group, "--heal-batch", "windows an update, over all processes (default 4)", int)
+    _recipe_flag(
+        group, "--heal-lr", "peak learning rate (default: by what is trained, to what, and the model's width)", float
+    )
+    _recipe_flag(group, "--heal-epochs", "passes over these tokens (default 4: each is seen four times)", int)
+    _recipe_flag(
+        group, "--heal-batch", "windows an update, over all processes: a multiple of their number (default 4)", int
+    )
     _recipe_switch(group, "--heal-normalised", "hidden-mse: divide each token's error by its squared norm")
     _recipe_flag(group, "--heal-kl", "distill: share of the KL, the rest is cross-entropy (default 1)", float)
     _recipe_flag(group, "--heal-hidden", "distill: weight of the layers' hidden-state error (default 10)", float)
@@ -133,7 +152,12 @@ def _output_flags(parser: argparse.ArgumentParser) -> None:
 
 def _plan_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the plan and what it would bring; write nothing")
-    parser.add_argument("--save-recipe", type=Path, metavar="FILE", help="write the recipe that the flags amount to")
+    parser.add_argument(
+        "--save-recipe",
+        type=Path,
+        metavar="FILE",
+        help="write the recipe that the flags amount to, when all else is done",
+    )
 
 
 # Repeated from `methods.METHODS`, which cannot be imported here; a test holds the two together.

@@ -10,8 +10,10 @@ import os
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from threading import Event
 from typing import Any, NoReturn
 
@@ -47,10 +49,10 @@ def run_command(name: str, args: Namespace) -> int:
             _check_processes(name, args.verbose)
             return commands[name](args, console)
     except StreamlineError as error:
-        _complain(f"error: {error}")
+        _complain(f"error: {error}", error)
         return error.exit_code
-    except KeyboardInterrupt:
-        _complain("interrupted")
+    except KeyboardInterrupt as interruption:
+        _complain("interrupted", interruption)
         return 130
     finally:
         signal.signal(signal.SIGTERM, ended_before)
@@ -66,9 +68,10 @@ def _check_processes(name: str, verbose: bool) -> None:
         raise StreamlineError(f"{name}: works in one process; prune is the command that several can share")
 
 
-def _complain(message: str) -> None:
+def _complain(message: str, error: BaseException) -> None:
     if is_main():
-        print(message, file=sys.stderr)
+        # A note says what is left to go on from. Errors that are not ours show theirs below their traceback.
+        print(message, *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
 
 
 _asked_to_end = Event()
@@ -118,15 +121,32 @@ def _say(console: Console) -> Callable[[str], None]:
     return say
 
 
-def _save_recipe(args: Namespace, recipe: Recipe, console: Console) -> None:
-    if args.save_recipe is not None and is_main():
-        path, text = args.save_recipe, write_recipe(recipe)
-        if path.resolve().is_relative_to(args.output.resolve()):
-            raise StreamlineError(f"save-recipe {path}: lies in the output {args.output}; choose another place")
-        if not (path.is_file() and path.read_text(encoding="utf-8") == text):
-            check_output(path)
+@contextmanager
+def _saved_recipe(args: Namespace, recipe: Recipe, console: Console) -> Iterator[None]:
+    # Refused before the work, and written after it: only then is it known that nothing in the recipe was bad input.
+    path, text = args.save_recipe, write_recipe(recipe)
+    there = path is None or _holds_recipe(path, text, args.output)
+    yield
+    if path is not None and is_main():
+        if not there:
             write_file(path, text)
-        console.print(f"recipe written to {args.save_recipe}", markup=False)
+        console.print(f"recipe written to {path}", markup=False)
+
+
+def _holds_recipe(path: Path, text: str, output: Path) -> bool:
+    """Whether this recipe is in the file already; refuses one that could not be written, or that holds another."""
+    try:
+        ours, out = path.resolve(), output.resolve()
+        if ours.is_relative_to(out) or out.is_relative_to(ours):
+            raise StreamlineError(f"save-recipe {path}, output {output}: one lies in the other; choose another place")
+        if path.is_file() and path.read_bytes() == text.encode():
+            return True
+        if path.exists():
+            raise StreamlineError(f"save-recipe {path}: exists already, and is not this recipe; choose another name")
+    except (OSError, RuntimeError) as error:  # links in a circle are a RuntimeError
+        raise StreamlineError(f"save-recipe {path}: {getattr(error, 'strerror', None) or error}") from None
+    check_output(path)
+    return False
 
 
 def _score(args: Namespace, console: Console) -> int:
@@ -165,10 +185,10 @@ def _prune(args: Namespace, console: Console) -> int:
 
     source, recipe = _source(args, args.model), recipe_of(args)
     check_recipe(source, recipe)
-    _save_recipe(args, recipe, console)
-    if args.dry_run:
-        return _dry_run(source, recipe, console)
-    prune(source, recipe, args.output, overwrite=args.overwrite, verbose=args.verbose, say=_say(console))
+    with _saved_recipe(args, recipe, console):
+        if args.dry_run:
+            return _dry_run(source, recipe, console)
+        prune(source, recipe, args.output, overwrite=args.overwrite, verbose=args.verbose, say=_say(console))
     return 0
 
 
@@ -197,10 +217,10 @@ def _run(args: Namespace, console: Console) -> int:
     source, recipe = _source(args, args.model), recipe_of(args)
     check_recipe(source, recipe)
     refuse_own_input(args.output, (str(args.recipe),) if args.recipe else ())
-    _save_recipe(args, recipe, console)
-    if args.dry_run:
-        return _dry_run(source, recipe, console)
-    report = run(source, recipe, args.output, overwrite=args.overwrite, verbose=args.verbose, say=_say(console))
+    with _saved_recipe(args, recipe, console):
+        if args.dry_run:
+            return _dry_run(source, recipe, console)
+        report = run(source, recipe, args.output, overwrite=args.overwrite, verbose=args.verbose, say=_say(console))
     console.print(comparison_table(report))
     console.print(f"checkpoint: {args.output}", markup=False)
     console.print(f"report: {args.output / 'report.html'}", markup=False)

@@ -6,9 +6,11 @@ Every process makes the same choices; the main one alone prints and writes. Know
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import StreamlineError
+
+T = TypeVar("T")
 
 # What launchers call the number of processes and a process's own number: torch's, then MPI's, which `accelerate
 # launch` starts processes on a CPU with.
@@ -54,6 +56,17 @@ def wait_for_all() -> None:
     """Go on when every process has come here; alone, at once."""
     if process_count() > 1:
         _partial_state()().wait_for_everyone()
+
+
+def from_main(value: T) -> T:
+    """What the main process has for `value`, in all of them; alone, `value` itself."""
+    if process_count() == 1:
+        return value
+    from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
+
+    _partial_state()()
+    values: list[T] = broadcast_object_list([value])
+    return values[0]
 
 
 def _partial_state() -> Any:

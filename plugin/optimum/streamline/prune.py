@@ -21,13 +21,13 @@ from .dead import layers_without_attention
 from .edit import Materials, build_replacement, planned_config
 from .errors import StreamlineError
 from .evidence import Evidence
-from .healing import Healed, Healer, check_healing, heal_windows
+from .healing import Healed, Healer, check_heal_windows, check_healing, heal_windows
 from .healing.workspace import healing_workspace, open_workspace
 from .logs import LOG_FILE, captured_logs
 from .methods import method_of
-from .outputs import staged_by_main
+from .outputs import claimed_by_main, staged_by_main
 from .plan import Plan
-from .processes import is_main, join_processes
+from .processes import from_main, is_main, join_processes
 from .recipe import Recipe
 from .record import Record, seen_text
 from .scores import Scores, measure_scores
@@ -38,7 +38,12 @@ Say = Callable[[str], None]
 
 @dataclass
 class Prepared:
-    """A model, its scores and the plan for it, before any weight moves."""
+    """A model, its scores and the plan for it, before any weight moves.
+
+    Args:
+        stored: What the result is stored in.
+        heal_text: What is trained on, where something is.
+    """
 
     source: Source
     recipe: Recipe
@@ -46,6 +51,7 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     stored: torch.dtype
     calibration: Windows
+    heal_text: Windows | None
     scores: Scores
     plan: Plan
     seconds: dict[str, float] = field(default_factory=dict)
@@ -57,8 +63,10 @@ def check_recipe(source: Source, recipe: Recipe) -> None:
     Raises:
         StreamlineError: the model, the method, a count or a length is wrong.
     """
-    method_of(recipe, _checked_config(source, recipe))
+    config = _checked_config(source, recipe)
+    method_of(recipe, config)
     check_healing(recipe)
+    check_heal_windows(recipe, config.num_hidden_layers)
 
 
 def _checked_config(source: Source, recipe: Recipe) -> PreTrainedConfig:
@@ -94,6 +102,8 @@ def prepare(source: Source, recipe: Recipe, say: Say) -> Prepared:
     config = read_config(source)
     tokenizer = load_tokenizer(source)
     calibration = _windows(recipe, tokenizer, recipe.calibration, recipe.samples, "calibration")
+    # Not needed yet, but a text that cannot be read is better found now than after hours of a greedy search.
+    heal_text = _heal_text(recipe, tokenizer) if recipe.healing else None
     model = load_stock(source, torch.float32, recipe.device)
     loaded = time.monotonic()
     say(f"scoring {config.num_hidden_layers} layers on {len(calibration.ids)} windows of {recipe.length} tokens")
@@ -105,7 +115,7 @@ def prepare(source: Source, recipe: Recipe, say: Say) -> Prepared:
     say(plan.describe())
     seconds = {"load": loaded - start, "score": time.monotonic() - loaded}
     stored = DTYPES[recipe.dtype] if recipe.dtype else _stored_dtype(config)
-    return Prepared(source, recipe, model, tokenizer, stored, calibration, scores, plan, seconds)
+    return Prepared(source, recipe, model, tokenizer, stored, calibration, heal_text, scores, plan, seconds)
 
 
 def _stored_dtype(config: PreTrainedConfig) -> torch.dtype:
@@ -130,11 +140,14 @@ def prune(source: Source, recipe: Recipe, out: Path, *, overwrite: bool, verbose
     if not is_main():
         say = _say_nothing
     with (
+        claimed_by_main(out, inputs_of(source, recipe), overwrite),
         healing_workspace(out, recipe.fingerprint) as workspace,
-        staged_by_main(out, inputs_of(source, recipe), overwrite) as staging,
+        staged_by_main(out, overwrite) as staging,
         captured_logs(staging and staging / LOG_FILE, verbose),
     ):
         prepared = prepare(source, recipe, say)
+        # Nearly equal numbers may fall either way on another processor: all train one model.
+        prepared.plan = from_main(prepared.plan)
         record = change(prepared, say, workspace)
         if staging is not None:
             save_model(prepared.model, prepared.tokenizer, prepared.stored, staging)
@@ -156,19 +169,18 @@ def change(prepared: Prepared, say: Say, workspace: Path | None = None) -> Recor
         workspace: Where trainings keep checkpoints, to go on from after a kill.
 
     Raises:
-        StreamlineError: the text to train on cannot be read, or a training fails.
+        StreamlineError: a training fails.
     """
     recipe, model, plan = prepared.recipe, prepared.model, prepared.plan
     source = fingerprint(prepared.source.model, prepared.source.cache_dir)
     data = {"calibration": seen_text(prepared.calibration)}
     replacement = build_replacement(model, plan, prepared.calibration, recipe.seed)
     healer: Healer | None = None
-    if recipe.healing:
-        text = _heal_text(recipe, prepared.tokenizer)
-        data["heal"] = seen_text(text)
-        if workspace is not None and open_workspace(workspace, _workspace_key(prepared, source, text)):
+    if prepared.heal_text is not None:
+        data["heal"] = seen_text(prepared.heal_text)
+        if workspace is not None and open_workspace(workspace, _workspace_key(prepared, source, prepared.heal_text)):
             say(f"going on from the checkpoints in {workspace}")
-        healer = Healer(recipe, model, plan, text, say, workspace)
+        healer = Healer(recipe, model, plan, prepared.heal_text, say, workspace)
     start = time.monotonic()
     if healer is not None:
         healer.before_edit(replacement.layer if replacement else None)
@@ -200,6 +212,8 @@ def _workspace_key(prepared: Prepared, source: str, text: Windows) -> dict[str, 
         "source": source,
         "calibration": prepared.calibration.fingerprint,
         "heal": text.fingerprint,
+        # It does not follow from the rest: what is chosen is nearly equal numbers' order, which hangs on the machine.
+        "plan": repr(prepared.plan),
         "optimum-streamline": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

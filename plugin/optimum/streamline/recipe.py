@@ -37,6 +37,9 @@ Device = Literal["cpu", "cuda"]
 Format = Literal["none", "onnx"]
 # What stands in for the layers that a method takes, in its own paper; nothing in all others.
 _PAPERS_REPLACEMENT: dict[str, Replacement] = {"llm-streamline": "layer"}
+# What chooses the layers for a replacement where no method is named: for a trained one `llm-streamline`, its paper's.
+# Linear maps go into any gaps, and patch layers chosen apart better than a block (measured: `docs/methods.md`).
+_METHOD_FOR: dict[Replacement, str] = {"none": "auto", "linear": "shortgpt"}
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -62,7 +65,7 @@ class Recipe:
 
     Args:
         method: How layers are chosen: a name in `methods.METHODS`. Left out, it follows from the rest: `explicit`
-            with `layers`, `llm-streamline` with a replacement, else `auto`.
+            with `layers`, `shortgpt` with the replacement `linear`, `llm-streamline` with a trained one, else `auto`.
         remove: Net number of layers to lose, or a share of them such as `25%`.
         layers: The layers to take out, by number in the original, instead of `remove`: `3,7,11-13`.
         iterative: Score anew after each removal (ShortGPT).
@@ -70,16 +73,18 @@ class Recipe:
         pattern: Which layers LayerChop takes.
         replacement: What stands in for a removed block; left out, a trained layer for `llm-streamline`, else nothing.
         heal: Trainings in order, joined by `+`: `hidden-mse` (the replacement alone, to the block's output), `lm`
-            (cross-entropy), `distill` (to the original's logits).
-        heal_scope: What `lm` and `distill` train: the replacement, or the whole model.
+            (cross-entropy), `distill` (to the original's logits and hidden states).
+        heal_scope: What `lm` and `distill` train: the replacement, or the whole model; left out, the replacement for
+            an `lm` that comes first, where there is a trained one and no `lora`, else the model.
         heal_tokens: Tokens to train on, each counted once.
         heal_minutes: Longest time of each training; it ends at whichever of the two comes first.
-        heal_lr: Peak learning rate; by default that of `healing.settings` for the model's width.
+        heal_lr: Peak learning rate; left out, that of `healing.settings` for what is trained, to what, and the width.
         heal_epochs: Passes over these tokens.
         heal_batch: Windows an update, over all processes.
         heal_normalised: Divide `hidden-mse`'s error by each token's squared norm.
-        heal_kl: Share of the KL to the original's logits in `distill`; the rest is cross-entropy.
-        heal_hidden: Weight in `distill` of the error of each layer's hidden states to those it stands for.
+        heal_kl: Share of the KL to the original's logits in `distill`; the rest is cross-entropy. Left out, 1.
+        heal_hidden: Weight in `distill` of the error of each layer's hidden states to those it stands for. Left out,
+            10, the same for every method.
         lora: Train low-rank adapters (merged before saving) instead of the weights, in `lm` and `distill`.
         lora_rank: Their rank.
         calibration: Text SPEC for the choices.
@@ -138,7 +143,7 @@ class Recipe:
             return self.method
         if self.layers is not None:
             return "explicit"
-        return "auto" if self.stand_in == "none" else "llm-streamline"
+        return _METHOD_FOR.get(self.stand_in, "llm-streamline")
 
     @property
     def healing(self) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Repairing a model by training: a replacement alone, or the edited model or a part of it."""
 
-from .checks import check_healing
+from .checks import check_heal_windows, check_healing
 from .engine import split_windows
 from .goals import BlockOutput, Distillation, Goal, NextToken
 from .settings import (
@@ -27,6 +27,7 @@ __all__ = [
     "Healed",
     "Healer",
     "NextToken",
+    "check_heal_windows",
     "check_healing",
     "default_lora_lr",
     "default_lr",

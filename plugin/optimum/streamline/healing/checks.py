@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from ..errors import StreamlineError
+from ..methods import METHODS
 from ..plan import TRAINED
-from ..recipe import Recipe
+from ..recipe import Recipe, parse_remove
+from .engine import check_sharing
+from .settings import heal_windows, scope_of
 
 # Fields of the recipe that say how and on what is trained, whatever to.
 _OF_ANY_TRAINING = ("heal_data", "heal_tokens", "heal_minutes", "heal_lr", "heal_epochs", "heal_batch")
@@ -35,6 +38,23 @@ def check_healing(recipe: Recipe) -> None:
         raise StreamlineError(f"lora-rank {recipe.lora_rank}: there are no adapters; add lora")
 
 
+def check_heal_windows(recipe: Recipe, layers: int) -> None:
+    """Refuse trainings that would find too few windows, or a batch that the processes cannot share.
+
+    Args:
+        recipe: One that its method has checked.
+        layers: The original's.
+
+    Raises:
+        StreamlineError: naming the field, the value and what would be right.
+    """
+    if recipe.healing:
+        stepwise = METHODS[recipe.method_name].stepwise
+        trainings = parse_remove(str(recipe.remove), layers) if stepwise else 1
+        windows = heal_windows(recipe.heal_tokens, recipe.length)
+        check_sharing(windows, recipe.heal_batch, recipe.heal_epochs, trainings)
+
+
 def _check_what_is_trained(recipe: Recipe) -> None:
     trained, one_of = recipe.stand_in in TRAINED, ", ".join(TRAINED)
     if "hidden-mse" in recipe.healing and not trained:
@@ -43,6 +63,12 @@ def _check_what_is_trained(recipe: Recipe) -> None:
         raise StreamlineError(f"heal-scope 'replacement': there is none; use replacement {one_of}, or scope model")
     if recipe.lora and (recipe.heal_scope == "replacement" or not {"lm", "distill"} & set(recipe.healing)):
         raise StreamlineError("lora: adapters are trained by heal lm or distill with heal-scope model")
+    scopes = [scope_of(recipe, number, trained) for number in range(len(recipe.healing))]
+    if recipe.lora and recipe.stand_in in ("ffn", "swiglu") and "replacement" not in scopes:
+        raise StreamlineError(
+            f"lora: adapters alone would leave the {recipe.stand_in}'s own weights random; "
+            f"train them first, as heal hidden-mse+{recipe.healing[-1]} does"
+        )
 
 
 def _check_distillation(recipe: Recipe) -> None:

@@ -72,7 +72,7 @@ def train(
         StreamlineError: the windows or the batch cannot be shared out.
     """
     training, held_out = split_windows(windows, share)
-    batch = _batch(settings, len(training) * settings.epochs)
+    batch = _batch(settings.batch, len(training) * settings.epochs)
     order = _order(len(training), settings, batch)
     trained = _Trained(parameters, loss)
     with _checkpoints(workspace) as (folder, last):
@@ -94,21 +94,38 @@ def split_windows(windows: Windows, share: tuple[int, int] = (0, 1)) -> tuple[to
     Raises:
         StreamlineError: a part would be empty.
     """
-    count = max(1, round(len(windows.ids) * HELD_OUT_SHARE))
-    training, held_out = windows.ids[:-count], windows.ids[-count:]
     number, parts = share
-    if len(training) < parts:
-        raise StreamlineError(
-            f"heal-tokens: {len(training)} windows to train on, too few for {parts} trainings; give more"
-        )
-    return training.tensor_split(parts)[number], held_out
+    training = _to_train_on(len(windows.ids), parts)
+    return windows.ids[:training].tensor_split(parts)[number], windows.ids[training:]
 
 
-def _batch(settings: HealSettings, available: int) -> int:
+def check_sharing(windows: int, batch: int, epochs: int, parts: int) -> None:
+    """Refuse, before any work is done, what `train` could not share out.
+
+    Args:
+        windows: All of them.
+        batch: `HealSettings.batch`.
+        epochs: `HealSettings.epochs`.
+        parts: How many trainings there will be, each on its own windows.
+
+    Raises:
+        StreamlineError: the windows or the batch cannot be shared out among trainings or processes.
+    """
+    _batch(batch, _to_train_on(windows, parts) // parts * epochs)  # that of the training with the fewest
+
+
+def _to_train_on(windows: int, parts: int) -> int:
+    training = windows - max(1, round(windows * HELD_OUT_SHARE))
+    if training < parts:
+        raise StreamlineError(f"heal-tokens: {training} windows to train on, too few for {parts} trainings; give more")
+    return training
+
+
+def _batch(wanted: int, available: int) -> int:
     processes = process_count()
-    if settings.batch % processes:
-        raise StreamlineError(f"heal-batch {settings.batch}: must be a multiple of the {processes} processes")
-    batch = min(settings.batch, available // processes * processes)
+    if wanted % processes:
+        raise StreamlineError(f"heal-batch {wanted}: must be a multiple of the {processes} processes")
+    batch = min(wanted, available // processes * processes)
     if not batch:
         raise StreamlineError(f"heal-tokens: {available} windows to train on, fewer than the {processes} processes")
     return batch
@@ -226,8 +243,9 @@ class _Course(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Measure before the first update, or take up the log where the last checkpoint left it."""
         if not state.log_history:
-            state.log_history.append({"step": 0, "held_out": self._measure(), "elapsed": 0.0})
-        self._start = monotonic() - state.log_history[-1]["elapsed"]
+            state.log_history.append({"step": 0, "held_out": self._measure(0), "elapsed": 0.0})
+        self._elapsed = state.log_history[-1]["elapsed"]
+        self._start = monotonic() - self._elapsed
         self.bar.advance(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -238,7 +256,7 @@ class _Course(TrainerCallback):
         tenths = math.floor(self._progress(step, self._elapsed) * EVALUATIONS) > math.floor(before * EVALUATIONS)
         held_out = None
         if over or tenths:
-            held_out = self._measure()
+            held_out = self._measure(step)
             if held_out < _best(state.log_history)["held_out"]:
                 self.trained.keep()
         row = {"step": step, "lr": self._lr, "loss": self._loss, "held_out": held_out, "elapsed": self._elapsed}
@@ -264,15 +282,30 @@ class _Course(TrainerCallback):
         return float(broadcast(torch.tensor([elapsed], device=self.trained.device)).item())
 
     @torch.no_grad()
-    def _measure(self) -> float:
+    def _measure(self, done: int) -> float:
+        """The held-out loss after so many updates, the windows shared out among processes.
+
+        Raises:
+            NotFiniteError: it is not finite; in every process at once.
+        """
         processes = process_count()
         rank = torch.distributed.get_rank() if processes > 1 else 0
         total = torch.zeros((), dtype=torch.float64, device=self.trained.device)
         for rows in self._held_out[rank::processes].split(self.settings.batch):
-            total += self.trained(rows.to(self.trained.device)).double() * len(rows)
+            if len(rows):  # more processes than windows: the last ones have none, of which there is no mean
+                total += self.trained(rows.to(self.trained.device)).double() * len(rows)
         if processes > 1:
             torch.distributed.all_reduce(total)
-        return float(total) / len(self._held_out)
+        held_out = float(total) / len(self._held_out)
+        if math.isfinite(held_out):
+            return held_out
+        if done:
+            raise NotFiniteError(
+                f"heal-lr {self.settings.lr}: the held-out loss is {held_out} at update {done}; try less"
+            )
+        raise NotFiniteError(
+            f"model: the held-out loss is {held_out} before the first update; remove fewer, or other layers"
+        )
 
 
 def _run(

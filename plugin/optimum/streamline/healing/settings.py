@@ -79,21 +79,30 @@ def default_lr(width: int) -> float:
     return 2e-4 * 4096 / width
 
 
-def default_model_lr(width: int) -> float:
-    """The peak learning rate of all weights, `width` the hidden size: LayerChop's 3e-4 (arXiv 2305.14864) at 4096.
+def default_model_lr(width: int, goal: str) -> float:
+    """The peak learning rate of all weights: LayerChop's 3e-4 (arXiv 2305.14864), and more to distil a small model.
 
-    Smaller models take more, though not as many times more as a single layer does (measured: `docs/methods.md`).
+    The original's logits and states say more than the next token does, so the smaller a model is, the higher a rate it
+    takes; to the next token it forgets at such a rate more than it learns (measured: `docs/methods.md`).
+
+    Args:
+        width: The model's hidden size.
+        goal: One of `Recipe.healing`.
     """
-    return 3e-4 * math.sqrt(4096 / width)
+    return 3e-4 * math.sqrt(4096 / width) if goal == "distill" else 3e-4
 
 
-def default_lora_lr(width: int) -> float:
+def default_lora_lr(width: int, goal: str) -> float:
     """The peak learning rate of adapters on a whole model: three times `default_model_lr`."""
-    return 3 * default_model_lr(width)
+    return 3 * default_model_lr(width, goal)
 
 
 def scope_of(recipe: Recipe, number: int, trained: bool) -> Scope:
     """What the training of that number in `recipe.healing` trains.
+
+    Left out, `heal_scope` is LLM-Streamline's own order: an `lm` that comes first trains the replacement, whose weights
+    are new, and what follows trains the model, by adapters where there is `lora`. A single `lm` with `lora` is the
+    model's, or there would be no adapters.
 
     Args:
         trained: Whether a trained layer stands in for the block.
@@ -102,8 +111,8 @@ def scope_of(recipe: Recipe, number: int, trained: bool) -> Scope:
         return "replacement"
     if recipe.heal_scope is not None:
         return recipe.heal_scope
-    alone = recipe.healing[number] == "lm" and number == 0 and trained and not recipe.lora
-    return "replacement" if alone else "model"
+    first = recipe.healing[number] == "lm" and number == 0 and trained
+    return "replacement" if first and (not recipe.lora or len(recipe.healing) > 1) else "model"
 
 
 def replacement_settings(recipe: Recipe, width: int, goal: str) -> HealSettings:
@@ -123,23 +132,27 @@ def replacement_settings(recipe: Recipe, width: int, goal: str) -> HealSettings:
     )
 
 
-def model_settings(recipe: Recipe, width: int) -> HealSettings:
-    """How LayerChop (arXiv 2305.14864) trains on all weights: decay on matrices only, to a tenth of the peak rate.
+def model_settings(recipe: Recipe, width: int, goal: str) -> HealSettings:
+    """How all weights are trained: to the next token as by LayerChop (arXiv 2305.14864), or to the original.
 
-    Adapters, where `recipe.lora` asks for them, do not decay: what they add is small as it is.
+    LayerChop's decay is on matrices only, and its rate ends at a tenth of the peak. Distillation goes on from weights
+    that are good already: nothing pulls them to zero, and the rate ends there, which leaves less of the error of
+    single batches in them (measured: `docs/methods.md`). Adapters do not decay: what they add is small as it is.
 
     Args:
         width: The model's hidden size.
+        goal: One of `recipe.healing`.
     """
-    lr = default_lora_lr(width) if recipe.lora else default_model_lr(width)
+    lr = default_lora_lr(width, goal) if recipe.lora else default_model_lr(width, goal)
+    distils = goal == "distill"
     return HealSettings(
         lr=recipe.heal_lr or lr,
         epochs=recipe.heal_epochs,
         batch=recipe.heal_batch,
         minutes=recipe.heal_minutes,
-        min_lr_share=0.1,
-        betas=(0.9, 0.95),
-        weight_decay=0.0 if recipe.lora else 0.1,
+        min_lr_share=0.0 if distils else 0.1,
+        betas=(0.9, 0.999) if distils else (0.9, 0.95),
+        weight_decay=0.0 if distils or recipe.lora else 0.1,
         decay_vectors=False,
         clip=1.0,
         lora_rank=recipe.lora_rank if recipe.lora else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..anatomy import architecture_of, decoder_layers
+from ..methods import METHODS
 from ..plan import TRAINED, Place, Plan, depths_of
 from ..recipe import Recipe
 from ..windows import Windows
@@ -26,8 +27,6 @@ _HIDDEN = 10.0
 # Share of the KL to the original's logits, of which the rest is cross-entropy: that helps the first pass over a text
 # and does harm in the fourth (measured there too).
 _KL = 1.0
-# The method that trains between its merges.
-_STEPWISE = "come-mp"
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,9 @@ class Healer:
 
     @property
     def after_merge(self) -> Callable[[tuple[Place, ...]], None] | None:
-        """What `Materials.after_merge` is to be: CoMe-mp trains the model, as it then is, after every merge."""
-        return self._train_places if self._recipe.method_name == _STEPWISE and self._recipe.healing else None
+        """What `Materials.after_merge` is to be: a stepwise method trains the model, as it then is, after each merge."""
+        stepwise = METHODS[self._recipe.method_name].stepwise
+        return self._train_places if stepwise and self._recipe.healing else None
 
     def after_edit(self, places: tuple[Place, ...]) -> None:
         """Train the edited model, whose layers are `places`; with `after_merge` before it, on the last share."""
@@ -127,7 +127,9 @@ class Healer:
         recipe, width = self._recipe, self._model.config.hidden_size
         scope = scope_of(recipe, number, self._plan.replacement in TRAINED)
         alone = scope == "replacement"
-        settings = replacement_settings(recipe, width, stage) if alone else model_settings(recipe, width)
+        settings = replacement_settings(recipe, width, stage) if alone else model_settings(recipe, width, stage)
+        if settings.minutes is not None:  # between merges no longer than once at the end, as with the windows
+            settings = replace(settings, minutes=settings.minutes / share[1])
         self._announce(stage, scope, settings, share)
         log = train_model(
             self._model,

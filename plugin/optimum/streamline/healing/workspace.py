@@ -23,9 +23,11 @@ def healing_workspace(out: Path, fingerprint: str) -> Iterator[Path]:
     """The place, not yet made, for the checkpoints of a run into `out`.
 
     It is gone when the block ends well, when a training came to nothing, and where none has saved yet. Whatever else
-    ends the block, an interruption, a full disk, a text that cannot be fetched this time, leaves it to be gone on from.
+    ends the block, an interruption, a full disk, a text that cannot be fetched this time, leaves it to be gone on from,
+    and says so in a note on the exception.
 
     Args:
+        out: The output, which this run has claimed: nobody else is at what is beside it.
         fingerprint: `Recipe.fingerprint`.
     """
     path = out.resolve()
@@ -35,6 +37,8 @@ def healing_workspace(out: Path, fingerprint: str) -> Iterator[Path]:
     except BaseException as error:
         if isinstance(error, NotFiniteError) or not any(workspace.glob(f"*/*/{WHOLE_FILE}")):
             _remove(workspace)
+        else:
+            error.add_note(f"checkpoints kept in {workspace}: the same command goes on from them")
         raise
     _remove(workspace)
 

@@ -8,9 +8,10 @@ from ..bare_layers import refuse_bare
 from ..errors import StreamlineError
 from ..recipe import Recipe
 from .auto import Auto
+from .average import Average
 from .base import Method
 from .blockpruner import BlockPruner
-from .come import Average, CoMe, CoMeMp, CoMeSp
+from .come import CoMe, CoMeMp, CoMeSp
 from .come_p import CoMeP
 from .explicit import Explicit
 from .gromov import Gromov

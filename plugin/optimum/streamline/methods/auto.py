@@ -6,7 +6,7 @@ from .blockpruner import BlockPruner
 
 
 class Auto(BlockPruner):
-    """BlockPruner's choice of attentions and MLPs; `heal`, left out, is `distill` to the original's logits.
+    """BlockPruner's choice of attentions and MLPs; `heal`, left out, is `distill`: the original's logits and states.
 
     Unhealed, it costs least perplexity of all methods at every share removed from the reference model; distilled, as
     much as CoMe at a quarter and less at a half, the others not yet measured (`docs/methods.md`, `ci/bench methods`).

@@ -27,6 +27,8 @@ class Method(ABC):
     """What may stand in for the layers it takes; a trained layer needs one contiguous block."""
     options: ClassVar[tuple[str, ...]] = ()
     """Fields of the recipe that only some methods have, and this one has."""
+    stepwise: ClassVar[bool] = False
+    """Whether healing follows every merge, and not only the last."""
 
     def check(self, recipe: Recipe, config: PreTrainedConfig) -> None:
         """Refuse a recipe this method cannot follow on a model of this config, by one line.

@@ -13,15 +13,7 @@ from ..anatomy import key_value_heads, layer_kinds
 from ..edit import Change, Materials
 from ..errors import StreamlineError
 from ..evidence import Evidence
-from ..merging import (
-    Channels,
-    average_layers,
-    check_mergeable,
-    merge_layers,
-    replace_pair,
-    share_of_first,
-    shared_copy,
-)
+from ..merging import Channels, check_mergeable, merge_layers, replace_pair, share_of_first, shared_copy
 from ..merging_scores import closest_pair, measure_channels, ratio_of_first
 from ..plan import Merge, Plan, merge_plan
 from ..recipe import Recipe
@@ -115,25 +107,4 @@ class CoMeMp(CoMe):
     """
 
     summary = "as come, healed by a distillation after each merge (2510.15304)"
-
-
-class Average(CoMe):
-    """The weighted sum that CoMe's paper compares itself with: CoMe's pairs, all parameters of the two summed.
-
-    The weights are BI_i / (BI_i + BI_{i+1}) and the rest; norm gains are folded into the projections first.
-    """
-
-    summary = "the same neighbours as come, their weights averaged (baseline of 2510.15304)"
-    by_channel = False
-
-    def choose(
-        self, model: PreTrainedModel, scores: Scores, channels: Sequence[Channels], calibration: Windows
-    ) -> Merge:
-        """The next pair, and the first one's weight as both shares."""
-        first = closest_pair(model, scores)
-        ratio = ratio_of_first(scores, first)
-        return Merge(first, ratio, ratio)
-
-    def merged(self, model: PreTrainedModel, merge: Merge, channels: Sequence[Channels]) -> nn.Module:
-        """The weighted sum of the two."""
-        return average_layers(model, merge.first, merge.attention)
+    stepwise = True

@@ -1,0 +1,45 @@
+"""What is said of the default holds for the figures measured: `docs/methods.json`, written by `ci/bench methods`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROWS: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "docs" / "methods.json").read_text())["rows"]
+# The four papers' methods, by what their rows begin with.
+SEEDS = ("shortgpt", "llm-streamline", "come", "layerchop")
+# What `auto` chooses, under the name that has rows.
+CHOICE = "blockpruner"
+
+
+def rows_of(part: str, model: str = "reference") -> list[dict[str, Any]]:
+    """The first seed's rows in which layers were removed."""
+    return [row for row in ROWS if (row["part"], row["model"], row["seed"]) == (part, model, 0) and row["removed"]]
+
+
+@pytest.mark.parametrize(("part", "model"), [("unhealed", "reference"), ("healed", "reference")])
+def test_the_default_is_as_good_as_every_seed_method(part: str, model: str) -> None:
+    chosen = CHOICE if part == "unhealed" else f"{CHOICE}: distill"
+    rows = rows_of(part, model)
+    ours = {row["removed"]: row["ratio"][0] for row in rows if row["name"] == chosen}
+    assert sorted(ours) == ([2, 4, 6, 8] if part == "unhealed" else [4, 8])
+    for seed in SEEDS:
+        others = [row for row in rows if row["name"].startswith(seed)]
+        assert {row["removed"] for row in others} == set(ours)
+        for row in others:
+            assert ours[row["removed"]] <= row["ratio"][2], row["name"]
+
+
+@pytest.mark.parametrize(("removed", "limit"), [(4, 1.01), (5, 1.02), (8, 1.10)])
+def test_the_default_heals(removed: int, limit: float) -> None:
+    [row] = [row for row in rows_of("default") if row["removed"] == removed]
+    assert row["ratio"][0] <= limit
+
+
+def test_the_default_is_the_choice_that_has_rows() -> None:
+    chosen = {row["removed"]: row["layers"] for row in rows_of("unhealed") if row["name"] == CHOICE}
+    ours = {row["removed"]: row["layers"] for row in rows_of("default")}
+    assert {removed: ours[removed] for removed in (4, 8)} == {removed: chosen[removed] for removed in (4, 8)}
