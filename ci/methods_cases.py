@@ -105,6 +105,8 @@ SWEEP: dict[str, dict[str, Any]] = {
 }
 # The rate of the next token's loss on all weights, tried on LayerChop's choice, whose own healing it is.
 LM_RATES = (1.5e-4, 3e-4, 6e-4, 1.7e-3)
+# The same on a trained replacement alone.
+LM_RATES_ON_IT = (3e-4, 1e-3, 3e-3, 6.4e-3)
 # What the default makes of the same tokens seen four times, as is its own default: a quarter, a third, a half gone.
 FOUR_PASSES = {4: "25%", 5: "33%", 8: "50%"}
 # The four best healed, by the product of the first seed's two rows; measured with the other seeds too.
@@ -183,7 +185,7 @@ class Row:
 def cases() -> Iterator[Case]:
     """All rows: cheap ones first, so that an interrupted run leaves the most behind."""
     for model in MODELS:
-        yield Case(model, "unhealed", 0, "dense", {})
+        yield Case(model, "unhealed", 0, "dense", {"heal": "none"})
         for removed in REMOVED:
             yield Case(model, "unhealed", removed, f"random, mean of {DRAWS} (range)", {})
             for name, fields in UNHEALED.items():
@@ -193,6 +195,9 @@ def cases() -> Iterator[Case]:
     for rate in LM_RATES:
         name = f"layerchop max-gap: lm, rate {rate:g}"
         yield Case("reference", "sweep", HEALED[0], name, {"method": "layerchop", **LM, "heal_lr": rate})
+    for rate in LM_RATES_ON_IT:
+        name = f"llm-streamline layer: lm on it, rate {rate:g}"
+        yield Case("reference", "sweep", HEALED[0], name, {"replacement": "layer", **LM, "heal_lr": rate})
     for removed, share in FOUR_PASSES.items():
         fields = {"method": "auto", **DISTILL, "heal_epochs": 4}
         yield Case("reference", "default", removed, f"auto, {share}, 4 passes", fields)

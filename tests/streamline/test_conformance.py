@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BertConfig
+from transformers import AutoModelForCausalLM, BertConfig, PreTrainedModel
 
 from behaviour import greedy, logits
 from optimum.streamline.anatomy import ARCHITECTURES, architecture_of, decoder_layers
@@ -15,7 +16,10 @@ from optimum.streamline.checkpoint import load
 from optimum.streamline.dead import DeadAttention, DeadMLP, dead_sublayers
 from optimum.streamline.edit import apply_plan, build_replacement, planned_config
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.evidence import Evidence
+from optimum.streamline.methods import method_of
 from optimum.streamline.plan import Plan
+from optimum.streamline.recipe import make_recipe
 from optimum.streamline.scores import measure_scores
 from optimum.streamline.windows import Windows
 from tiny import LAYERS, tiny_model, token_ids
@@ -32,12 +36,10 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("architecture", ALL)
-def test_scores_are_those_of_the_raw_residual_stream(architecture: str) -> None:
-    model, ids = tiny_model(architecture), token_ids(3, 20)
-    scores = measure_scores(model, Windows(ids, "random"))
+def literal_similarity(model: PreTrainedModel, ids: torch.Tensor) -> dict[tuple[int, int], float]:
+    """The mean over tokens of cos(h_i, h_j), i < j, token by token, of the stream before any final norm."""
     stream: list[torch.Tensor] = []
-    layers = decoder_layers(model, ARCHITECTURES[architecture])
+    layers = decoder_layers(model, architecture_of(model.config))
 
     def keep_input(_: object, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
         stream.append((args[0] if args else kwargs["hidden_states"]).double())
@@ -50,12 +52,36 @@ def test_scores_are_those_of_the_raw_residual_stream(architecture: str) -> None:
     logits(model, ids)
     for hook in hooks:
         hook.remove()
-    for first in range(LAYERS):
-        a, b = stream[first], stream[first + 1]
-        cosines = [
-            float(a[row, t] @ b[row, t] / (a[row, t].norm() * b[row, t].norm())) for row in range(3) for t in range(20)
-        ]
-        assert scores.block_influence[first] == pytest.approx(1 - sum(cosines) / len(cosines), abs=1e-6)
+    similarity: dict[tuple[int, int], float] = {}
+    for i, j in itertools.combinations(range(LAYERS + 1), 2):
+        pairs = zip(stream[i].flatten(0, 1), stream[j].flatten(0, 1), strict=True)
+        cosines = [float(a @ b / (a.norm() * b.norm())) for a, b in pairs]
+        similarity[i, j] = sum(cosines) / len(cosines)
+    return similarity
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_scores_are_those_of_the_raw_residual_stream(architecture: str) -> None:
+    model, ids = tiny_model(architecture), token_ids(3, 20)
+    scores, literal = measure_scores(model, Windows(ids, "random")), literal_similarity(model, ids)
+    for (i, j), similarity in literal.items():
+        assert scores.similarity[i][j] == pytest.approx(similarity, abs=1e-6)
+        if j == i + 1:
+            assert scores.block_influence[i] == pytest.approx(1 - similarity, abs=1e-6)
+
+
+@pytest.mark.parametrize("replacement", ["none", "layer"])
+@pytest.mark.parametrize("architecture", ALL)
+def test_llm_streamline_takes_the_block_of_most_alike_input_and_output(architecture: str, replacement: str) -> None:
+    model, windows = tiny_model(architecture), Windows(token_ids(3, 20), "random")
+    literal, evidence = literal_similarity(model, windows.ids), Evidence(model, windows, measure_scores(model, windows))
+    for remove in range(1, LAYERS):
+        length = remove + (replacement == "layer")
+        alike = [literal[first, first + length] for first in range(LAYERS - length + 1)]
+        best = alike.index(max(alike))
+        recipe = make_recipe({"method": "llm-streamline", "remove": remove, "replacement": replacement})
+        plan = method_of(recipe, model.config).plan(recipe, evidence)
+        assert plan == Plan(LAYERS, tuple(range(best, best + length)), replacement)
 
 
 @pytest.mark.parametrize("edit", PLANS)
@@ -98,6 +124,21 @@ def test_a_replacement_layer_follows_the_models_config(replacement: str) -> None
     expected = logits(model, ids)
     model.set_attn_implementation("eager")
     torch.testing.assert_close(logits(model, ids), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("gone", [(0, 1), (1, 2, 3), (3, 4)])
+@pytest.mark.parametrize(("replacement", "dead"), [("layer", ()), ("mlp", ("attention",))])
+@pytest.mark.parametrize("architecture", ALL)
+def test_a_replacement_begins_as_its_blocks_first_layer(
+    architecture: str, replacement: str, dead: tuple[str, ...], gone: tuple[int, ...]
+) -> None:
+    model, ids = tiny_model(architecture), token_ids()
+    plan = Plan(LAYERS, gone, replacement)
+    apply_plan(model, plan, build_replacement(model, plan))
+    first_alone = tiny_model(architecture)
+    apply_plan(first_alone, Plan(LAYERS, gone[1:], dead=tuple((gone[0], sublayer) for sublayer in dead)), None)
+    assert model.config.to_dict() == first_alone.config.to_dict()
+    torch.testing.assert_close(logits(model, ids), logits(first_alone, ids), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("replacement", "dead"), [("layer", {}), ("mlp", {1: ["attention"]}), ("ffn", {})])

@@ -126,9 +126,8 @@ def brute_blocks(model: PreTrainedModel, count: int) -> tuple[set[int], set[tupl
     size = {}
     for index, layer in enumerate(decoder_layers(model, row)):
         for name, value in layer.named_parameters():
-            sublayer = (
-                "attention" if name.startswith(row.attention) else "mlp" if name.startswith(row.mlp) else "neither"
-            )
+            module = name.partition(".")[0]
+            sublayer = "attention" if module == row.attention else "mlp" if module in row.mlp else "neither"
             size[index, sublayer] = size.get((index, sublayer), 0) + value.numel()
     size = {part: value for part, value in size.items() if part[1] != "neither"}
     out: set[tuple[int, str]] = set()

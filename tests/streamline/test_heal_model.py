@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from optimum.streamline.checkpoint import Source
 from optimum.streamline.edit import Materials, apply_plan, build_replacement
 from optimum.streamline.evidence import Evidence
 from optimum.streamline.healing import (
@@ -20,6 +24,7 @@ from optimum.streamline.healing import (
     NextToken,
     default_lora_lr,
     default_lr,
+    engine,
     model_settings,
     replacement_settings,
     train_model,
@@ -27,9 +32,11 @@ from optimum.streamline.healing import (
 from optimum.streamline.healing.settings import scope_of
 from optimum.streamline.methods import method_of
 from optimum.streamline.plan import Plan
+from optimum.streamline.prune import prepare, prune
 from optimum.streamline.recipe import Recipe, make_recipe
 from optimum.streamline.scores import measure_scores
 from optimum.streamline.windows import Windows
+from reference import REFERENCE
 from tiny import LAYERS, tiny_model, token_ids
 
 WINDOWS = Windows(token_ids(40, 24), "random")
@@ -223,6 +230,10 @@ def test_the_teacher_is_left_alone() -> None:
         ({"heal": "lm+distill", "replacement": "layer"}, True, ["replacement", "model"]),
         ({"heal": "distill", "replacement": "layer"}, True, ["model"]),
         ({"heal": "lm", "replacement": "layer", "lora": True}, True, ["model"]),
+        ({"heal": "lm+lm", "replacement": "layer", "lora": True}, True, ["replacement", "model"]),
+        ({"heal": "lm+distill", "replacement": "ffn", "lora": True}, True, ["replacement", "model"]),
+        ({"heal": "hidden-mse+lm", "replacement": "layer", "lora": True}, True, ["replacement", "model"]),
+        ({"heal": "lm+lm", "lora": True}, False, ["model", "model"]),
         ({"heal": "lm", "replacement": "layer", "heal_scope": "model"}, True, ["model"]),
         ({"heal": "distill", "replacement": "layer", "heal_scope": "replacement"}, True, ["replacement"]),
         ({"heal": "lm"}, False, ["model"]),
@@ -231,6 +242,50 @@ def test_the_teacher_is_left_alone() -> None:
 def test_what_is_trained_by_default(fields: dict[str, object], trained: bool, scopes: list[str]) -> None:
     recipe = make_recipe(fields)
     assert [scope_of(recipe, number, trained) for number in range(len(recipe.healing))] == scopes
+
+
+def test_an_lm_before_adapters_trains_the_replacements_own_weights() -> None:
+    model, _, plan = edited("layer", (1, 2, 3))
+    fields = {"heal": "lm+lm", "lora": True, "lora_rank": 2, "heal_epochs": 1, "heal_lr": 1e-2}
+    recipe = make_recipe({"remove": 2, "replacement": "layer", **fields})
+    states: list[dict[str, torch.Tensor]] = []  # before each training, and at the end
+    healer = Healer(recipe, model, plan, COUNTING, lambda _: states.append(copy.deepcopy(model.state_dict())))
+    healer.before_edit(None)
+    healer.after_edit(plan.places)
+    states.append(model.state_dict())
+    trained = [(healed.scope, healed.settings.lora_rank) for healed in healer.done]
+    assert trained == [("replacement", None), ("model", 2)]
+    alone, whole = (
+        {name for name in before if not torch.equal(before[name], after[name])}
+        for before, after in itertools.pairwise(states)
+    )
+    assert alone == {name for name in states[0] if name.startswith("model.layers.1.")}
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.linalg.matrix_rank((states[1][name] - states[0][name]).double(), rtol=1e-4) > 2
+    assert whole == {name for name in states[0] if "layers" in name and name.endswith("proj.weight")}
+
+
+def test_what_adapters_healed_is_saved_as_a_plain_checkpoint(tmp_path: Path) -> None:
+    source, text, out = tmp_path / "model", tmp_path / "text.txt", tmp_path / "out"
+    tiny_model(vocab_size=4096).save_pretrained(source)
+    AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(source)
+    text.write_text(" ".join(f"{number} {'abc'[number % 3] * 4}" for number in range(1000)))
+    fields = {"remove": 2, "replacement": "layer", "heal": "hidden-mse+lm", "lora": True, "heal_tokens": 640}
+    texts = {"calibration": str(text), "heal_data": str(text), "samples": 2, "length": 32}
+    recipe = make_recipe({**fields, **texts})
+    windows = prepare(Source(str(source)), recipe, [].append).heal_text
+    record = prune(Source(str(source)), recipe, out, overwrite=False, verbose=False, say=[].append)
+    trained = [(healed.stage, healed.settings.lora_rank) for healed in record.healing]
+    assert trained == [("hidden-mse", None), ("lm", 16)]
+    assert all(healed.log.best < healed.log.before for healed in record.healing)
+    stock, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert stock.config.num_hidden_layers == LAYERS - 2
+    assert not [file.name for file in out.iterdir() if "adapter" in file.name]
+    assert not [name for name in load_file(out / "model.safetensors") if "lora" in name or "base_layer" in name]
+    # What the adapters learned is in the weights.
+    assert literal_cross_entropy(stock, windows.ids[-1:]) == pytest.approx(record.healing[-1].log.best, rel=1e-5)
 
 
 def test_settings_are_the_recipes_over_the_papers() -> None:
@@ -276,6 +331,24 @@ def test_come_mp_distils_after_every_merge_each_time_on_other_windows() -> None:
     for (before, depths), healed, ids in zip(stages, healer.done, WINDOWS.ids[:38].split(19), strict=True):
         expected = literal_kl(original, before, ids) + 10 * literal_hidden(original, before, depths, ids)
         assert [step.loss for step in healed.log.steps] == [pytest.approx(expected, rel=1e-4)]
+
+
+@pytest.mark.parametrize(("method", "trainings"), [("come-sp", 1), ("come-mp", 3)])
+def test_all_trainings_between_merges_take_the_time_of_one(
+    method: str, trainings: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter(range(10**6))
+    monkeypatch.setattr(engine, "monotonic", lambda: float(next(now)))  # a second a look: one an update, or so
+    model, calibration = tiny_model(), Windows(token_ids(4, 24, seed=3), "random")
+    recipe = make_recipe({"method": method, "remove": 3, "heal_epochs": 100, "heal_lr": 1e-3, "heal_minutes": 1})
+    chosen = method_of(recipe, model.config)
+    plan = chosen.plan(recipe, Evidence(model, calibration, measure_scores(model, calibration)))
+    healer = Healer(recipe, model, plan, WINDOWS, [].append)
+    healer.before_edit(None)
+    healer.after_edit(chosen.apply(model, plan, Materials(calibration, None, healer.after_merge)).places)
+    assert len(healer.done) == trainings
+    assert 55 <= sum(len(healed.log.steps) for healed in healer.done) <= 62
+    assert {healed.settings.minutes for healed in healer.done} == {1 / trainings}
 
 
 def test_come_sp_distils_once() -> None:

@@ -232,20 +232,44 @@ def test_a_layer_that_does_nothing_merges_into_nothing(architecture: str) -> Non
         torch.testing.assert_close(logits(other, ids), before, atol=1e-5, rtol=0)
 
 
-def test_the_average_is_of_folded_parameters() -> None:
-    model = model_of("qwen3")
+# Which norm each projection reads.
+READS = {
+    "llama": {
+        **dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
+        **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
+    },
+    "gpt2": {"attn.c_attn": "ln_1", "mlp.c_fc": "ln_2"},
+}
+READS["qwen3"] = READS["llama"]
+
+
+def folded(architecture: str, layer: nn.Module, name: str) -> torch.Tensor:
+    """A parameter in float64, the gain and the bias of the norm it reads taken into it: W g, and c + W b."""
+    value, (path, _, kind) = layer.get_parameter(name).double(), name.rpartition(".")
+    if path in READS[architecture].values():
+        return torch.ones_like(value) if kind == "weight" else torch.zeros_like(value)
+    if path not in READS[architecture]:
+        return value
+    norm = layer.get_submodule(READS[architecture][path])
+    if kind == "weight":  # gpt2's matrices stand the other way round
+        return norm.weight.double()[:, None] * value if architecture == "gpt2" else value * norm.weight.double()
+    if architecture != "gpt2":  # whose norms alone have a bias
+        return value
+    weight = layer.get_parameter(f"{path}.weight").double()
+    return value + norm.bias.double() @ weight
+
+
+@pytest.mark.parametrize(("architecture", "biases"), [("llama", 7), ("qwen3", 0), ("gpt2", 6)])
+def test_the_average_is_of_folded_parameters(architecture: str, biases: int) -> None:
+    model = model_of(architecture)
     one, two = layers_of(model)[1], layers_of(model)[2]
     new = average_layers(model, 1, 0.3)
-    for name, parameter in new.named_parameters():
-        pair = [of.get_parameter(name).double() for of in (one, two)]
-        if any(part in name for part in ("q_proj", "k_proj", "v_proj")):
-            pair = [value * of.input_layernorm.weight.double() for value, of in zip(pair, (one, two), strict=True)]
-        elif any(part in name for part in ("gate_proj", "up_proj")):
-            norms = [of.post_attention_layernorm.weight.double() for of in (one, two)]
-            pair = [value * gain for value, gain in zip(pair, norms, strict=True)]
-        elif "layernorm" in name:
-            pair = [torch.ones_like(value) for value in pair]
-        torch.testing.assert_close(parameter.double(), 0.3 * pair[0] + 0.7 * pair[1], atol=1e-6, rtol=1e-5)
+    names = [name for name, _ in one.named_parameters()]
+    assert [name for name, _ in new.named_parameters()] == names
+    assert sum(name.endswith("bias") for name in names) == biases
+    for name in names:
+        expected = 0.3 * folded(architecture, one, name) + 0.7 * folded(architecture, two, name)
+        torch.testing.assert_close(new.get_parameter(name).double(), expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2", "gpt_neox", "opt"])

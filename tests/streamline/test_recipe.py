@@ -80,6 +80,14 @@ def test_a_method_refuses_what_it_cannot_follow(fields: dict[str, Any], message:
         ),
         ({"heal": "distill", "heal_scope": "replacement"}, "heal-scope 'replacement': there is none"),
         ({"lora": True}, "lora: adapters are trained by heal lm or distill"),
+        (
+            {"heal": "lm", "replacement": "ffn", "lora": True},
+            "lora: adapters alone would leave the ffn's own weights random; train them first, as heal hidden-mse.lm do",
+        ),
+        (
+            {"heal": "lm+distill", "replacement": "swiglu", "lora": True, "heal_scope": "model"},
+            "lora: adapters alone would leave the swiglu's own weights random",
+        ),
         ({"heal": "lm", "heal_kl": 0.5}, "heal-kl 0.5: is of heal distill only"),
         ({"heal_tokens": 9000}, "heal-tokens 9000: nothing is trained to; it is of heal distill or hidden-mse or lm"),
         ({"heal_data": "a.txt"}, "heal-data 'a.txt': nothing is trained to"),
@@ -109,6 +117,10 @@ def test_what_no_training_of_the_recipe_has_is_refused(fields: dict[str, Any], m
         {"method": "auto", "heal_tokens": 9000, "heal_kl": 0},
         {"method": "come-mp", "heal": "lm+distill", "lora": True, "lora_rank": 4, "heal_scope": "model"},
         {"method": "llm-streamline", "replacement": "ffn", "heal_normalised": True, "heal_minutes": 1},
+        {"method": "llm-streamline", "replacement": "layer", "heal": "lm+lm", "lora": True},
+        {"method": "llm-streamline", "replacement": "layer", "heal": "lm", "lora": True},
+        {"method": "llm-streamline", "replacement": "ffn", "heal": "lm+lm", "lora": True},
+        {"method": "llm-streamline", "replacement": "swiglu", "heal": "hidden-mse+distill", "lora": True},
     ],
 )
 def test_what_some_training_has_or_none_was_asked_for_is_not(fields: dict[str, Any]) -> None:

@@ -116,11 +116,16 @@ def _healing_flags(parser: argparse.ArgumentParser) -> None:
         group,
         "--heal-scope",
         "what lm and distill train: replacement or model (default: replacement for an lm that comes first,\n"
-        "with a trained replacement and without --lora; else model)",
+        "with a trained replacement, and with --lora if a training follows; else model)",
     )
     _recipe_flag(group, "--heal-data", f"text it is trained on: {SPEC} (default)")
     _recipe_flag(group, "--heal-tokens", "tokens to train on (default 200000)", int)
-    _recipe_flag(group, "--heal-minutes", "longest time of each training (default: no limit)", float)
+    _recipe_flag(
+        group,
+        "--heal-minutes",
+        "longest time of each training, shared out among come-mp's merges (default: no limit)",
+        float,
+    )
     _recipe_flag(
         group, "--heal-lr", "peak learning rate (default: by what is trained, to what, and the model's width)", float
     )

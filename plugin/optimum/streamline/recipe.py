@@ -75,9 +75,10 @@ class Recipe:
         heal: Trainings in order, joined by `+`: `hidden-mse` (the replacement alone, to the block's output), `lm`
             (cross-entropy), `distill` (to the original's logits and hidden states).
         heal_scope: What `lm` and `distill` train: the replacement, or the whole model; left out, the replacement for
-            an `lm` that comes first, where there is a trained one and no `lora`, else the model.
+            an `lm` that comes first, where there is a trained one (with `lora`: if a training follows), else the model.
         heal_tokens: Tokens to train on, each counted once.
-        heal_minutes: Longest time of each training; it ends at whichever of the two comes first.
+        heal_minutes: Longest time of each training, which ends at whichever of the two comes first; those after
+            `come-mp`'s merges share it.
         heal_lr: Peak learning rate; left out, that of `healing.settings` for what is trained, to what, and the width.
         heal_epochs: Passes over these tokens.
         heal_batch: Windows an update, over all processes.

@@ -37,6 +37,10 @@ class Distillation:
     KL is KL(original || model), nats, and H = mean_k E[|s_k - t|^2 / |t|^2], s_k the raw output of the model's layer k
     and t = h_{depths[k]} of the original, before any final norm: hierarchical distillation of CoMe (arXiv 2510.15304).
 
+    Deviation: each token's squared error is divided by its target's squared norm, where the paper's, as far as it could
+    be read, is the plain mean squared error: in that a few tokens of massive activation, such as the first of a window,
+    would decide alone.
+
     Args:
         teacher: The original: used in evaluation mode, without gradients.
         depths: `Plan.depths`: for each of the model's layers, how many original layers its output stands for.

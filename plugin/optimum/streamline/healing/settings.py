@@ -135,9 +135,10 @@ def replacement_settings(recipe: Recipe, width: int, goal: str) -> HealSettings:
 def model_settings(recipe: Recipe, width: int, goal: str) -> HealSettings:
     """How all weights are trained: to the next token as by LayerChop (arXiv 2305.14864), or to the original.
 
-    LayerChop's decay is on matrices only, and its rate ends at a tenth of the peak. Distillation goes on from weights
-    that are good already: nothing pulls them to zero, and the rate ends there, which leaves less of the error of
-    single batches in them (measured: `docs/methods.md`). Adapters do not decay: what they add is small as it is.
+    LayerChop's are the rate, the decay and a cosine that ends at a tenth of the peak; a decay of matrices only, the
+    betas and the clipping are this program's. Distillation goes on from weights that are good already: nothing pulls
+    them to zero, and the rate ends there, which leaves less of the error of single batches in them (measured:
+    `docs/methods.md`). Adapters do not decay: what they add is small as it is.
 
     Args:
         width: The model's hidden size.

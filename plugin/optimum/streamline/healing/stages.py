@@ -108,7 +108,7 @@ class Healer:
 
     @property
     def after_merge(self) -> Callable[[tuple[Place, ...]], None] | None:
-        """What `Materials.after_merge` is to be: a stepwise method trains the model, as it then is, after each merge."""
+        """What `Materials.after_merge` is to be: a `stepwise` method trains the model, as it then is, at each merge."""
         stepwise = METHODS[self._recipe.method_name].stepwise
         return self._train_places if stepwise and self._recipe.healing else None
 
@@ -128,7 +128,7 @@ class Healer:
         scope = scope_of(recipe, number, self._plan.replacement in TRAINED)
         alone = scope == "replacement"
         settings = replacement_settings(recipe, width, stage) if alone else model_settings(recipe, width, stage)
-        if settings.minutes is not None:  # between merges no longer than once at the end, as with the windows
+        if settings.minutes is not None:  # shared out as the windows are: all merges take no longer than one training
             settings = replace(settings, minutes=settings.minutes / share[1])
         self._announce(stage, scope, settings, share)
         log = train_model(

@@ -34,7 +34,8 @@ class CoMe(Method):
     them up under grouped-query attention; norm gains are folded into the projections first, where the code averages
     them, so that taking all channels from one layer is the same as removing the other; what all channels share is
     weighted by the channels' shares and not by the parts before rounding; BI and angle are of the raw residual
-    stream, without the final norm, and cosines below 0 count as they are, where the code takes 0.
+    stream, without the final norm, and cosines below 0 count as they are, where the code takes 0; only neighbours of
+    one kind of attention (full or of a sliding window, rotary or not) may be a pair, where the code looks at no kind.
     """
 
     summary = "the two neighbours most alike merged by their channels, step by step (2510.15304)"
@@ -93,6 +94,9 @@ class CoMeSp(CoMe):
     A process is a stage of training: it runs once, after the last merge, with each layer's hidden state held to that
     of the last original layer merged into it, and the logits to the original's. The authors' public code has no
     post-training, so its hyper-parameters are this program's own.
+
+    Deviation: the error of hidden states is relative to each token's squared norm, where the paper's, as far as it
+    could be read, is plain: a few tokens of massive activation would decide that alone (`healing.goals.Distillation`).
     """
 
     summary = "as come, then healed by one distillation (2510.15304)"
@@ -101,9 +105,10 @@ class CoMeSp(CoMe):
 class CoMeMp(CoMe):
     """CoMe-mp, the paper's Algorithm 4, "CoMe Multi-Process Post-training": CoMe, with a distillation at each merge.
 
-    As `CoMeSp`, but a stage of training follows every merge, and the next merge is of the model so healed: which pair
-    and what share are planned on the unhealed model, which channels is measured after each stage. The authors'
-    public code has no post-training, so its hyper-parameters are this program's own.
+    As `CoMeSp`, and with its deviation, but a stage of training follows every merge, and the next merge is of the model
+    so healed: which pair and what share are planned on the unhealed model, which channels is measured after each stage.
+    Text and time are shared out evenly among the stages. The authors' public code has no post-training, so its
+    hyper-parameters are this program's own.
     """
 
     summary = "as come, healed by a distillation after each merge (2510.15304)"

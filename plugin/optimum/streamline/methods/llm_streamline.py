@@ -13,6 +13,11 @@ class LLMStreamline(OneBlock):
 
     A trained replacement counts as a layer that stays, as the authors count it. For ties, replacements and the last
     block see `OneBlock`.
+
+    The replacement, by default a layer, is trained to put out what the block did (`heal: hidden-mse`), the paper's
+    training; its authors' code recommends cross-entropy, `heal: lm`. Deviations in both: a warmup of 5% of the updates
+    (theirs 1%), 4 passes (theirs 1) of 4 windows an update (theirs 128 sequences), and a peak rate of 2e-4 x 4096 /
+    width, theirs at a width of 4096 (`healing.settings.default_lr`).
     """
 
     summary = "the block of highest input-output cosine, removed or replaced (2403.19135)"
