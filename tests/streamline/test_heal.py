@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from optimum.streamline.anatomy import ARCHITECTURES, decoder_layers
 from optimum.streamline.edit import apply_plan, build_replacement
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing import HealSettings, engine, heal_windows, split_windows, train_replacement
@@ -61,6 +62,21 @@ def test_the_replacement_learns_what_its_block_does(kind: str) -> None:
     assert all(torch.equal(value, untouched[name]) for name, value in model.state_dict().items())
     apply_plan(model, plan, replacement)
     assert model(held_out).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_a_layer_of_every_architecture_learns_what_its_block_does(architecture: str) -> None:
+    model = tiny_model(architecture)
+    plan = Plan(LAYERS, (0, 1), "layer")
+    replacement = build_replacement(model, plan)
+    log = train_replacement(model, plan, replacement.layer, WINDOWS, HealSettings(lr=3e-3, epochs=1))
+    assert log.best < log.before
+    before = copy.deepcopy(decoder_layers(model, ARCHITECTURES[architecture])[1])
+    apply_plan(model, plan, replacement)
+    healed = decoder_layers(model, ARCHITECTURES[architecture])
+    assert len(healed) == LAYERS - 1
+    assert any(not torch.equal(a, b) for a, b in zip(healed[0].parameters(), before.parameters(), strict=True))
+    assert model(token_ids()).logits.isfinite().all()
 
 
 def test_the_loss_logged_is_the_error_of_the_block() -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from optimum.streamline.anatomy import ARCHITECTURES
 from optimum.streamline.checkpoint import Source
 from optimum.streamline.edit import Materials, apply_plan, build_replacement
 from optimum.streamline.evidence import Evidence
@@ -159,7 +160,7 @@ def test_a_part_is_trained_through_the_rest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "rank"), [("llama", None), ("opt", None), ("qwen2", 4), ("gpt2", None), ("gpt2", 4)]
+    ("architecture", "rank"), [*((name, None) for name in sorted(ARCHITECTURES)), ("qwen2", 4), ("gpt2", 4)]
 )
 def test_dead_sublayers_stay_as_they_were_and_the_model_a_plain_one(architecture: str, rank: int | None) -> None:
     model = tiny_model(architecture)
@@ -178,12 +179,12 @@ def test_dead_sublayers_stay_as_they_were_and_the_model_a_plain_one(architecture
     assert list(after) == list(before)
     assert (model.config.to_dict(), repr(model), type(model)) == (config, modules, type(teacher))
     assert [getattr(module, "layer_idx", None) for module in model.modules()] == numbers
-    paths = {"gpt2": ("transformer.h.{}.", "attn.", "mlp."), "opt": ("model.decoder.layers.{}.", "self_attn.", "fc")}
-    layer, attention, mlp = paths.get(architecture, ("model.layers.{}.", "self_attn.", "mlp."))
-    dead = [name for name in before if name.startswith((layer.format(1) + attention, layer.format(2) + mlp))]
+    row = ARCHITECTURES[architecture]
+    prefixes = [f"{row.layers}.1.{row.attention}.", *(f"{row.layers}.2.{path}." for path in row.mlp)]
+    dead = [name for name in before if name.startswith(tuple(prefixes))]
     assert dead
     assert all(torch.equal(after[name], before[name]) for name in dead)
-    assert any(not torch.equal(after[name], before[name]) for name in before if name.startswith(layer.format(0)))
+    assert any(not torch.equal(after[name], before[name]) for name in before if name.startswith(f"{row.layers}.0."))
     with torch.no_grad():
         assert float(Distillation(teacher, plan.depths, 0.5, 1.0).loss(model, HELD_OUT)) == pytest.approx(
             log.best, rel=1e-4
