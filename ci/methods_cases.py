@@ -28,7 +28,7 @@ HEAL: dict[str, Any] = {"heal_data": "stdlib:calibration", "heal_tokens": 200_00
 LM = {**HEAL, "heal": "lm"}
 DISTILL = {**HEAL, "heal": "distill", "heal_kl": 1.0, "heal_hidden": 10.0}
 
-# Every choice of layers, with nothing trained afterwards; `auto` chooses as blockpruner does.
+# Every choice of layers, with nothing trained afterwards.
 UNHEALED: dict[str, dict[str, Any]] = {
     "shortgpt": {"method": "shortgpt"},
     "shortgpt iterative": {"method": "shortgpt", "iterative": True},
@@ -48,6 +48,7 @@ UNHEALED: dict[str, dict[str, Any]] = {
     "shortened-ppl": {"method": "shortened-ppl"},
     "shortened-taylor": {"method": "shortened-taylor"},
     "blockpruner": {"method": "blockpruner"},
+    "auto": {"method": "auto"},
 }
 
 # Those that are also healed: of LayerChop's patterns its paper's best and worst, of the linear maps one, and not
@@ -67,6 +68,8 @@ DISTILLED = (
     "shortened-ppl",
     "shortened-taylor",
 )
+# What `auto` chooses among, distilled on the other models too.
+CANDIDATES = ("blockpruner", "come-p", "sleb + linear", "shortgpt + linear")
 # What each paper itself repairs with; CoMe-sp is "come: distill" under its own name.
 OWN_HEALING: dict[str, dict[str, Any]] = {
     "llm-streamline layer: hidden-mse": {"replacement": "layer", **HEAL, "heal": "hidden-mse"},
@@ -190,6 +193,21 @@ def cases() -> Iterator[Case]:
             yield Case(model, "unhealed", removed, f"random, mean of {DRAWS} (range)", {})
             for name, fields in UNHEALED.items():
                 yield Case(model, "unhealed", removed, name, {**fields, "heal": "none"})
+    yield from sweep_cases()
+    for removed, share in FOUR_PASSES.items():
+        fields = {"method": "auto", **DISTILL, "heal_epochs": 4}
+        yield Case("reference", "default", removed, f"auto, {share}, 4 passes", fields)
+    yield from healed_cases(SEEDS[0], "healed", None)
+    for model in MODELS:
+        for removed in HEALED if model != "reference" else ():
+            for name in CANDIDATES:
+                yield Case(model, "healed", removed, f"{name}: distill", {**UNHEALED[name], **DISTILL})
+    for seed in SEEDS[1:]:
+        yield from healed_cases(seed, "seeds", BEST)
+
+
+def sweep_cases() -> Iterator[Case]:
+    """The settings tried, on one choice of layers each."""
     for name, fields in SWEEP.items():
         yield Case("reference", "sweep", HEALED[0], name, {"method": "come-sp", **SWEPT_FROM, **fields})
     for rate in LM_RATES:
@@ -198,12 +216,6 @@ def cases() -> Iterator[Case]:
     for rate in LM_RATES_ON_IT:
         name = f"llm-streamline layer: lm on it, rate {rate:g}"
         yield Case("reference", "sweep", HEALED[0], name, {"replacement": "layer", **LM, "heal_lr": rate})
-    for removed, share in FOUR_PASSES.items():
-        fields = {"method": "auto", **DISTILL, "heal_epochs": 4}
-        yield Case("reference", "default", removed, f"auto, {share}, 4 passes", fields)
-    yield from healed_cases(SEEDS[0], "healed", None)
-    for seed in SEEDS[1:]:
-        yield from healed_cases(seed, "seeds", BEST)
 
 
 def healed_cases(seed: int, part: Literal["healed", "seeds"], names: tuple[str, ...] | None) -> Iterator[Case]:

@@ -32,6 +32,9 @@ def write_page(rows: Sequence[Row]) -> None:
     for model in MODELS:
         replace(f"unhealed {model}", wide(rows, model, "unhealed", REMOVED))
     replace("healed", wide(rows, "reference", "healed", HEALED, long=True))
+    for model in MODELS:
+        if model != "reference":
+            replace(f"healed {model}", wide(rows, model, "healed", HEALED, long=True))
     replace("seeds", seeds(rows))
     replace("default", long_table(row for row in rows if row.part == "default"))
     replace("sweep", wide(rows, "reference", "sweep", HEALED[:1], long=True))

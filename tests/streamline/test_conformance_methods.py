@@ -21,7 +21,7 @@ from optimum.streamline.scores import measure_scores
 from optimum.streamline.windows import Windows
 from tiny import LAYERS, tiny_model, token_ids
 
-CALIBRATION = Windows(token_ids(3, 12, seed=5), "random")
+CALIBRATION, HELD_OUT = Windows(token_ids(3, 12, seed=5), "random"), Windows(token_ids(3, 12, seed=6), "random")
 RECIPES: dict[str, dict[str, Any]] = {
     name: {"method": name, "remove": 2} for name in METHODS if name not in ("explicit", "shortened-taylor")
 }
@@ -57,7 +57,7 @@ def test_what_a_method_leaves_is_a_plain_checkpoint(architecture: str, name: str
         return
     method, before = method_of(recipe, model.config), logits(model, ids)
     untouched = {key: value.clone() for key, value in model.state_dict().items()}
-    plan = method.plan(recipe, Evidence(model, CALIBRATION, measure_scores(model, CALIBRATION)))
+    plan = method.plan(recipe, Evidence(model, CALIBRATION, measure_scores(model, CALIBRATION), HELD_OUT))
     assert all(torch.equal(value, untouched[key]) for key, value in model.state_dict().items())
     assert torch.equal(logits(model, ids), before)
     expected = planned_config(model.config, plan).to_dict()

@@ -167,7 +167,7 @@ def _plan_flags(parser: argparse.ArgumentParser) -> None:
 
 # Repeated from `methods.METHODS`, which cannot be imported here; a test holds the two together.
 METHOD_LINES = {
-    "auto": "the default: what docs/methods.md measures to be best; today blockpruner, then heal distill",
+    "auto": "the default: blockpruner or come-p, unhealed also linear maps, by held-out loss; then heal distill",
     "average": "the same neighbours as come, their weights averaged (baseline of 2510.15304)",
     "blockpruner": "attentions and MLPs, one at a time by loss, to the weight of so many layers (2406.10594)",
     "come": "the two neighbours most alike merged by their channels, step by step (2510.15304)",

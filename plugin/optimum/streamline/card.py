@@ -12,7 +12,6 @@ from .healing import Healed
 from .record import Record
 
 CITATIONS = {
-    "auto": "BlockPruner (arXiv 2406.10594), the default",
     "average": "neighbours averaged, a baseline of CoMe (arXiv 2510.15304)",
     "blockpruner": "BlockPruner (arXiv 2406.10594)",
     "come": "CoMe (arXiv 2510.15304)",
@@ -57,7 +56,7 @@ It needs no `trust_remote_code`, and its ONNX export needs neither.
 
 def model_card(record: Record) -> str:
     """The text of the checkpoint's `README.md`."""
-    recipe, plan = record.recipe, record.plan
+    plan = record.plan
     bare = any(place.kind in ("ffn", "swiglu") for place in record.change.places)
     lines = [
         "---",
@@ -70,7 +69,7 @@ def model_card(record: Record) -> str:
         f"# {record.source.rstrip('/').rsplit('/', 1)[-1]}, made shallower",
         "",
         f"Made by optimum-streamline from `{record.source}`: {plan.describe()}.",
-        f"The choice: {CITATIONS.get(recipe.method_name, recipe.method_name)}, on {_data(record, 'calibration')}.",
+        f"The choice: {_choice(record)}, on {_data(record, 'calibration')}.",
     ]
     lines += [_training(healed, record) for healed in record.healing]
     lines += ["", "## Loading", *(_LOADING_BARE if bare else _LOADING).splitlines(), ""]
@@ -100,6 +99,13 @@ def _training(healed: Healed, record: Record) -> str:
         f"held-out {LOSSES[healed.stage]} "
         f"{healed.log.before:.4g} before, {healed.log.best:.4g} after."
     )
+
+
+def _choice(record: Record) -> str:
+    if record.plan.by:
+        method = record.plan.by.partition(" + ")[0]
+        return f"{CITATIONS[method]}, of several methods the one of lowest loss on text that none of them chose on"
+    return CITATIONS.get(record.recipe.method_name, record.recipe.method_name)
 
 
 def _data(record: Record, purpose: str) -> str:

@@ -18,11 +18,13 @@ class Evidence:
         model: The original, in fp32, in evaluation mode.
         calibration: The text to choose on.
         scores: `scores.measure_scores` of the two.
+        held_out: Text to compare plans on, for a method that does.
     """
 
     model: PreTrainedModel
     calibration: Windows
     scores: Scores
+    held_out: Windows | None = None
 
     @property
     def layers(self) -> int:

@@ -53,6 +53,7 @@ class Plan:
         replacement: What stands in for them: a trained layer for one contiguous block, or a linear map for each run.
         dead: Sublayers that go from layers that stay, as (layer, sublayer), rising.
         merges: Pairs to merge, in order; `gone` then names the layers that were merged into an earlier one.
+        by: Which of several methods chose, where the recipe left that open.
     """
 
     total: int
@@ -60,6 +61,7 @@ class Plan:
     replacement: Standing = "none"
     dead: tuple[tuple[int, Sublayer], ...] = ()
     merges: tuple[Merge, ...] = ()
+    by: str = ""
 
     @property
     def net(self) -> int:
@@ -93,6 +95,9 @@ class Plan:
 
     def describe(self) -> str:
         """One line for a person."""
+        return f"by {self.by}: {self._what()}" if self.by else self._what()
+
+    def _what(self) -> str:
         counts = f"{self.total} layers become {len(self.places)}"
         if self.merges:
             groups = [group for group in merged_groups(self.total, self.merges) if len(group) > 1]

@@ -24,7 +24,7 @@ from .evidence import Evidence
 from .healing import Healed, Healer, check_heal_windows, check_healing, heal_windows
 from .healing.workspace import healing_workspace, open_workspace
 from .logs import LOG_FILE, captured_logs
-from .methods import method_of
+from .methods import METHODS, method_of
 from .outputs import claimed_by_main, staged_by_main
 from .plan import Plan
 from .processes import from_main, is_main, join_processes
@@ -42,6 +42,7 @@ class Prepared:
 
     Args:
         stored: What the result is stored in.
+        chosen_on: What the choice is made on: `calibration`, and what plans are compared on where they are.
         heal_text: What is trained on, where something is.
     """
 
@@ -50,11 +51,16 @@ class Prepared:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     stored: torch.dtype
-    calibration: Windows
+    chosen_on: Windows
     heal_text: Windows | None
     scores: Scores
     plan: Plan
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def calibration(self) -> Windows:
+        """What layers are scored, maps fitted and channels measured on: the recipe's `samples` windows."""
+        return self.chosen_on.part(0, self.recipe.samples)
 
 
 def check_recipe(source: Source, recipe: Recipe) -> None:
@@ -101,21 +107,23 @@ def prepare(source: Source, recipe: Recipe, say: Say) -> Prepared:
     start = time.monotonic()
     config = read_config(source)
     tokenizer = load_tokenizer(source)
-    calibration = _windows(recipe, tokenizer, recipe.calibration, recipe.samples, "calibration")
+    chosen_on = _text_of_choice(recipe, tokenizer)
+    calibration = chosen_on.part(0, recipe.samples)
+    held_out = chosen_on.part(recipe.samples, len(chosen_on.ids)) if len(chosen_on.ids) > recipe.samples else None
     # Not needed yet, but a text that cannot be read is better found now than after hours of a greedy search.
     heal_text = _heal_text(recipe, tokenizer) if recipe.healing else None
     model = load_stock(source, torch.float32, recipe.device)
     loaded = time.monotonic()
     say(f"scoring {config.num_hidden_layers} layers on {len(calibration.ids)} windows of {recipe.length} tokens")
     scores = measure_scores(model, calibration)
-    plan = method_of(recipe, config).plan(recipe, Evidence(model, calibration, scores))
+    plan = method_of(recipe, config).plan(recipe, Evidence(model, calibration, scores, held_out))
     planned = planned_config(model.config, plan)
     if len(layers_without_attention(planned)) == planned.num_hidden_layers:
         raise StreamlineError("model: no layer with attention would be left; remove fewer, or other layers")
     say(plan.describe())
     seconds = {"load": loaded - start, "score": time.monotonic() - loaded}
     stored = DTYPES[recipe.dtype] if recipe.dtype else _stored_dtype(config)
-    return Prepared(source, recipe, model, tokenizer, stored, calibration, heal_text, scores, plan, seconds)
+    return Prepared(source, recipe, model, tokenizer, stored, chosen_on, heal_text, scores, plan, seconds)
 
 
 def _stored_dtype(config: PreTrainedConfig) -> torch.dtype:
@@ -173,7 +181,7 @@ def change(prepared: Prepared, say: Say, workspace: Path | None = None) -> Recor
     """
     recipe, model, plan = prepared.recipe, prepared.model, prepared.plan
     source = fingerprint(prepared.source.model, prepared.source.cache_dir)
-    data = {"calibration": seen_text(prepared.calibration)}
+    data = {"calibration": seen_text(prepared.chosen_on)}
     replacement = build_replacement(model, plan, prepared.calibration, recipe.seed)
     healer: Healer | None = None
     if prepared.heal_text is not None:
@@ -210,7 +218,7 @@ def _workspace_key(prepared: Prepared, source: str, text: Windows) -> dict[str, 
     return {
         "recipe": prepared.recipe.fingerprint,
         "source": source,
-        "calibration": prepared.calibration.fingerprint,
+        "calibration": prepared.chosen_on.fingerprint,
         "heal": text.fingerprint,
         # It does not follow from the rest: what is chosen is nearly equal numbers' order, which hangs on the machine.
         "plan": repr(prepared.plan),
@@ -218,6 +226,20 @@ def _workspace_key(prepared: Prepared, source: str, text: Windows) -> dict[str, 
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def _text_of_choice(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Windows:
+    """The calibration windows, and after them those to compare plans on where the method does."""
+    held_out = METHODS[recipe.method_name].held_out(recipe)
+    try:
+        return _windows(recipe, tokenizer, recipe.calibration, recipe.samples + held_out, "calibration")
+    except StreamlineError as error:
+        if not held_out:
+            raise
+        raise StreamlineError(
+            f"{error}; samples are {recipe.samples}, and method {recipe.method_name} reads {held_out} more windows to "
+            "compare what its candidates choose"
+        ) from None
 
 
 def _heal_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Windows:
@@ -246,7 +268,7 @@ def read_texts(source: Source, recipe: Recipe) -> Texts:
     """
     tokenizer = load_tokenizer(source)
     judged_on = _windows(recipe, tokenizer, recipe.eval_data, recipe.eval_samples, "eval")
-    chosen_on = {"calibration": _windows(recipe, tokenizer, recipe.calibration, recipe.samples, "calibration")}
+    chosen_on = {"calibration": _text_of_choice(recipe, tokenizer)}
     if recipe.healing:
         chosen_on["heal"] = _heal_text(recipe, tokenizer)
     for windows in chosen_on.values():

@@ -37,6 +37,10 @@ class Windows:
     ids: torch.Tensor
     spec: str
 
+    def part(self, start: int, end: int) -> Windows:
+        """The windows from `start` up to `end`."""
+        return Windows(self.ids[start:end], self.spec)
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the token ids: the same windows have the same one."""

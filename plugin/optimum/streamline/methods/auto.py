@@ -1,15 +1,104 @@
-"""The default: the choice that `docs/methods.md` measured to be best, under a name that may come to mean another."""
+"""The default: several methods choose, each plan is tried, and the one of lowest loss on held-out text is followed.
+
+Which methods these are is what `docs/methods.md` measures: on each model and at each share another one is best.
+"""
 
 from __future__ import annotations
 
+import copy
+import math
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..edit import Change, Materials, build_replacement
+from ..errors import StreamlineError
+from ..evidence import Evidence
+from ..plan import Plan
+from ..recipe import Recipe
+from ..scores import BATCH
+from ..trials import cross_entropy_sum, mean_losses
+from ..windows import Windows
+from .base import Method
 from .blockpruner import BlockPruner
+from .come_p import CoMeP
+from .shortgpt import ShortGPT
+from .sleb import SLEB
+
+CANDIDATES: dict[str, Method] = {
+    "blockpruner": BlockPruner(),
+    "come-p": CoMeP(),
+    "sleb + linear": SLEB(),
+    "shortgpt + linear": ShortGPT(),
+}
+"""What is tried, by method and replacement, as far as `Auto.candidates` allows; ties go to the first."""
+
+HELD_OUT_TOKENS = 24_576
+"""What plans are compared on. A quarter of it mistook two plans that are 2% apart in perplexity (`docs/methods.md`)."""
 
 
-class Auto(BlockPruner):
-    """BlockPruner's choice of attentions and MLPs; `heal`, left out, is `distill`: the original's logits and states.
+class Auto(Method):
+    """The plan of lowest next-token loss on `Evidence.held_out` among those of `CANDIDATES`.
 
-    On the reference model it costs least perplexity of all methods, unhealed at every share removed and distilled at a
-    quarter and a half, at a quarter with others in its interval (`docs/methods.md`, `ci/bench methods`).
+    The candidates choose on the calibration text, and are compared on text that none of them has seen: a search by
+    loss, or a fitted map, is better on its own text than elsewhere. Where something is trained afterwards, those with
+    linear maps are left out: distillation does what the maps do and more, so that the loss before it makes too much of
+    them, while the other two keep their order. `heal`, left out, is `distill`. All this is measured: `docs/methods.md`.
+
+    Not a paper's: each candidate is its own paper's method. Memory holds the model twice while plans are tried.
     """
 
-    summary = "the default: what docs/methods.md measures to be best; today blockpruner, then heal distill"
+    summary = "the default: blockpruner or come-p, unhealed also linear maps, by held-out loss; then heal distill"
+    replacements = ("none",)
+
+    def held_out(self, recipe: Recipe) -> int:
+        """Windows of `HELD_OUT_TOKENS` tokens in all, but no more than four times the calibration windows."""
+        return min(4 * recipe.samples, math.ceil(HELD_OUT_TOKENS / recipe.length))
+
+    def plan(self, recipe: Recipe, evidence: Evidence) -> Plan:
+        """The best of the candidates' plans, with the candidate's name in `Plan.by`."""
+        assert evidence.held_out is not None  # it asks for some
+        plans, losses = list[Plan](), list[torch.Tensor]()
+        refusal: StreamlineError | None = None
+        for name in self.candidates(recipe, evidence.model.config):
+            try:
+                plan = replace(CANDIDATES[name].plan(_recipe_of(recipe, name), evidence), by=name)
+                losses.append(self._loss_sum(plan, evidence, evidence.held_out))
+                plans.append(plan)
+            except StreamlineError as error:  # some things only the weights show, such as an MLP that writes nothing
+                refusal = refusal or error
+        if refusal is not None and not plans:
+            raise refusal
+        means = mean_losses(torch.stack(losses), evidence.held_out, "whichever method chooses")
+        return plans[means.index(min(means))]
+
+    def apply(self, model: PreTrainedModel, plan: Plan, materials: Materials) -> Change:
+        """As the candidate that made the plan does."""
+        return CANDIDATES[plan.by].apply(model, plan, materials)
+
+    def candidates(self, recipe: Recipe, config: PreTrainedConfig) -> list[str]:
+        """Those that are of use before this healing, and can be followed on a model of this config."""
+        useful = [name for name in CANDIDATES if not (recipe.healing and _recipe_of(recipe, name).stand_in == "linear")]
+        return [name for name in useful if _possible(recipe, name, config)]
+
+    def _loss_sum(self, plan: Plan, evidence: Evidence, windows: Windows) -> torch.Tensor:
+        model = copy.deepcopy(evidence.model)
+        replacement = build_replacement(model, plan, evidence.calibration)
+        self.apply(model, plan, Materials(evidence.calibration, replacement))
+        with torch.inference_mode():
+            sums = [cross_entropy_sum(model, ids.to(model.device)).cpu() for ids in windows.ids.split(BATCH)]
+        return torch.stack(sums).sum()
+
+
+def _recipe_of(recipe: Recipe, name: str) -> Recipe:
+    method, _, patch = name.partition(" + ")
+    return replace(recipe, method=method, replacement="linear" if patch else "none")
+
+
+def _possible(recipe: Recipe, name: str, config: PreTrainedConfig) -> bool:
+    try:
+        CANDIDATES[name].check(_recipe_of(recipe, name), config)
+    except StreamlineError:
+        return False
+    return True

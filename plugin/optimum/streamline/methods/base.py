@@ -65,6 +65,10 @@ class Method(ABC):
             raise StreamlineError("remove is missing: say how many layers, such as 4, or what share, such as 25%")
         return parse_remove(recipe.remove, total)
 
+    def held_out(self, recipe: Recipe) -> int:
+        """How many windows it needs beside the calibration windows, to compare plans on: `Evidence.held_out`."""
+        return 0
+
     @abstractmethod
     def plan(self, recipe: Recipe, evidence: Evidence) -> Plan:
         """Choose the layers."""
