@@ -11,8 +11,8 @@ import pytest
 ROWS: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "docs" / "methods.json").read_text())["rows"]
 # The four papers' methods, by what their rows begin with.
 SEEDS = ("shortgpt", "llm-streamline", "come", "layerchop")
-# What `auto` chooses, under the name that has rows.
-CHOICE = "blockpruner"
+# What `auto` follows on the reference model, under the name that has healed rows of one pass.
+FOLLOWED = "blockpruner"
 
 
 def rows_of(part: str, model: str = "reference") -> list[dict[str, Any]]:
@@ -20,9 +20,12 @@ def rows_of(part: str, model: str = "reference") -> list[dict[str, Any]]:
     return [row for row in ROWS if (row["part"], row["model"], row["seed"]) == (part, model, 0) and row["removed"]]
 
 
-@pytest.mark.parametrize(("part", "model"), [("unhealed", "reference"), ("healed", "reference")])
+@pytest.mark.parametrize(
+    ("part", "model"),
+    [("unhealed", "reference"), ("unhealed", "qwen3"), ("unhealed", "gpt2"), ("healed", "reference")],
+)
 def test_the_default_is_as_good_as_every_seed_method(part: str, model: str) -> None:
-    chosen = CHOICE if part == "unhealed" else f"{CHOICE}: distill"
+    chosen = "auto" if part == "unhealed" else f"{FOLLOWED}: distill"
     rows = rows_of(part, model)
     ours = {row["removed"]: row["ratio"][0] for row in rows if row["name"] == chosen}
     assert sorted(ours) == ([2, 4, 6, 8] if part == "unhealed" else [4, 8])
@@ -39,7 +42,21 @@ def test_the_default_heals(removed: int, limit: float) -> None:
     assert row["ratio"][0] <= limit
 
 
-def test_the_default_is_the_choice_that_has_rows() -> None:
-    chosen = {row["removed"]: row["layers"] for row in rows_of("unhealed") if row["name"] == CHOICE}
-    ours = {row["removed"]: row["layers"] for row in rows_of("default")}
-    assert {removed: ours[removed] for removed in (4, 8)} == {removed: chosen[removed] for removed in (4, 8)}
+def test_the_default_follows_the_choice_that_has_healed_rows() -> None:
+    assert {(row["removed"], row["layers"]) for row in rows_of("default")} == {
+        (removed, f"by {FOLLOWED}") for removed in (4, 5, 8)
+    }
+
+
+@pytest.mark.parametrize("model", ["reference", "qwen3", "gpt2"])
+@pytest.mark.parametrize("removed", [4, 8])
+def test_the_candidates_of_the_default_keep_their_order_when_distilled(model: str, removed: int) -> None:
+    before, after = (
+        {
+            row["name"].removesuffix(": distill"): row["ratio"][0]
+            for row in rows_of(part, model)
+            if row["removed"] == removed
+        }
+        for part in ("unhealed", "healed")
+    )
+    assert (before["blockpruner"] < before["come-p"]) == (after["blockpruner"] < after["come-p"])
