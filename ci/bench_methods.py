@@ -174,7 +174,7 @@ def make(case: Case) -> tuple[PreTrainedModel, str]:
     prepared = prepare(source_of(case.model), make_recipe(case.fields, case.name), print_nothing)
     change(prepared, print_nothing)
     model = drop_dead_sublayers(prepared.model, architecture_of(prepared.model.config))
-    return model, prepared.plan.describe().partition(":")[0]
+    return model, prepared.plan.describe().rpartition(":")[0]
 
 
 def dense(case: Case) -> PreTrainedModel:

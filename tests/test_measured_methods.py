@@ -36,16 +36,16 @@ def test_the_default_is_as_good_as_every_seed_method(part: str, model: str) -> N
             assert ours[row["removed"]] <= row["ratio"][2], row["name"]
 
 
-@pytest.mark.parametrize(("removed", "limit"), [(4, 1.01), (5, 1.02), (8, 1.10)])
+@pytest.mark.parametrize(("removed", "limit"), [(4, 1.01), (5, 1.02), (8, 1.05)])
 def test_the_default_heals(removed: int, limit: float) -> None:
     [row] = [row for row in rows_of("default") if row["removed"] == removed]
     assert row["ratio"][0] <= limit
 
 
 def test_the_default_follows_the_choice_that_has_healed_rows() -> None:
-    assert {(row["removed"], row["layers"]) for row in rows_of("default")} == {
-        (removed, f"by {FOLLOWED}") for removed in (4, 5, 8)
-    }
+    rows = rows_of("default")
+    assert [row["removed"] for row in rows] == [4, 5, 8]
+    assert all(row["layers"].startswith(f"by {FOLLOWED}") for row in rows)
 
 
 @pytest.mark.parametrize("model", ["reference", "qwen3", "gpt2"])

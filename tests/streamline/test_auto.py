@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from optimum.streamline.card import CITATIONS
 from optimum.streamline.checkpoint import Source
 from optimum.streamline.edit import Materials, apply_plan, build_replacement
 from optimum.streamline.errors import StreamlineError
@@ -17,7 +19,7 @@ from optimum.streamline.evidence import Evidence
 from optimum.streamline.methods import METHODS
 from optimum.streamline.methods.auto import Auto
 from optimum.streamline.plan import Plan
-from optimum.streamline.prune import prepare, read_texts
+from optimum.streamline.prune import prepare, prune, read_texts
 from optimum.streamline.recipe import make_recipe
 from optimum.streamline.scores import measure_scores
 from optimum.streamline.windows import Windows, read_windows
@@ -40,8 +42,10 @@ def literal_loss(model: PreTrainedModel, plan: Plan, method: str) -> float:
     return float(functional.cross_entropy(logits[:, :-1].flatten(0, 1), HELD_OUT.ids[:, 1:].flatten()))
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, 4])  # each of the four is best once
-def test_it_follows_the_plan_of_lowest_held_out_loss(seed: int) -> None:
+@pytest.mark.parametrize(
+    ("seed", "best"), [(0, "sleb + linear"), (1, "shortgpt + linear"), (2, "blockpruner"), (4, "come-p")]
+)
+def test_it_follows_the_plan_of_lowest_held_out_loss(seed: int, best: str) -> None:
     model = tiny_model("llama", seed)
     before = copy.deepcopy(model.state_dict())
     evidence = evidence_of(model)
@@ -51,7 +55,8 @@ def test_it_follows_the_plan_of_lowest_held_out_loss(seed: int) -> None:
         recipe = make_recipe({"method": method, "remove": 2, "replacement": replacement or "none", "heal": "none"})
         losses[name] = literal_loss(model, METHODS[method].plan(recipe, evidence), method)
     plan = METHODS["auto"].plan(RECIPE, evidence)
-    assert plan.by == min(losses, key=losses.__getitem__), losses
+    assert plan.by == min(losses, key=losses.__getitem__) == best
+    assert dict(plan.tried) == pytest.approx(losses, rel=1e-4)
     assert plan.describe().startswith(f"by {plan.by}: ")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -67,6 +72,9 @@ def test_it_follows_the_plan_of_lowest_held_out_loss(seed: int) -> None:
 def test_what_the_architecture_cannot_have_is_no_candidate(architecture: str, names: list[str]) -> None:
     model = tiny_model(architecture)
     assert Auto().candidates(RECIPE, model.config) == names
+    plain = make_recipe({"method": "auto", "remove": 2, "heal": "none", "replacement": "none"})
+    assert Auto().candidates(plain, model.config) == [name for name in names if "linear" not in name]
+    assert plain.fingerprint != RECIPE.fingerprint
     healed = make_recipe({"method": "auto", "remove": 2})
     assert healed.healing == ("distill",)
     assert Auto().candidates(healed, model.config) == [name for name in names if "linear" not in name]
@@ -79,7 +87,9 @@ def test_a_candidate_that_the_weights_refuse_is_left_out() -> None:
     sleb = make_recipe({"method": "sleb", "remove": 2, "replacement": "linear"})
     with pytest.raises(StreamlineError, match="writes nothing"):
         build_replacement(model, METHODS["sleb"].plan(sleb, evidence), CALIBRATION)
-    assert "linear" not in METHODS["auto"].plan(RECIPE, evidence).by
+    plan = METHODS["auto"].plan(RECIPE, evidence)
+    assert "linear" not in plan.by
+    assert dict(plan.tried)["sleb + linear"] is None
 
 
 def test_a_choice_that_none_can_make_is_refused() -> None:
@@ -106,6 +116,21 @@ def test_a_large_calibration_text_asks_for_no_more_than_it_takes_to_compare() ->
     assert Auto().held_out(make_recipe({"remove": 1, "samples": 128, "length": 512})) == 48
     assert Auto().held_out(make_recipe({"remove": 1, "samples": 24, "length": 256})) == 96
     assert METHODS["sleb"].held_out(make_recipe({"method": "sleb", "remove": 1})) == 0
+
+
+def test_what_is_followed_is_printed_and_on_record(tmp_path: Path) -> None:
+    fields = {"method": "auto", "remove": 1, "samples": 2, "length": 32, "heal": "none"}
+    said: list[str] = []
+    prune(Source(REFERENCE), make_recipe(fields), tmp_path / "out", overwrite=False, verbose=False, say=said.append)
+    record = json.loads((tmp_path / "out" / "streamline.json").read_text())
+    tried = record["tried"]
+    assert list(tried) == ["blockpruner", "come-p", "sleb + linear", "shortgpt + linear"]
+    best = min(tried, key=tried.__getitem__)
+    assert record["plan"].startswith(f"by {best}: ")
+    assert any(f"{best} {tried[best]:.4f}" in line for line in said)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"The choice: {CITATIONS[best.partition(' + ')[0]]}, of the methods that `auto` tried" in card
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_too_little_text_is_an_error_that_says_why_it_is_so_much(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def _recipe_switch(group: Any, flag: str, text: str) -> None:
 def _calibration_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("calibration")
     _recipe_flag(group, "--calibration", f"text the choices are made on: {SPEC} (default)")
-    _recipe_flag(group, "--samples", "calibration windows (default 128)", int)
+    _recipe_flag(group, "--samples", "calibration windows (default 128); auto reads some more", int)
     _common_recipe_flags(group)
 
 
@@ -92,7 +92,7 @@ def _prune_flags(parser: argparse.ArgumentParser) -> None:
     _recipe_flag(
         group,
         "--replacement",
-        "none (default, but for llm-streamline, whose is layer);\n"
+        "none (default, but for llm-streamline, whose is layer, and auto, which unhealed may choose linear);\n"
         "linear: a least-squares map, folded into the layer before;\nor, for one block, a trained "
         "layer: layer (a decoder layer), mlp (one without attention),\nffn or swiglu (no norm, no residual: needs "
         "optimum.streamline.load)",

@@ -104,7 +104,7 @@ def _training(healed: Healed, record: Record) -> str:
 def _choice(record: Record) -> str:
     if record.plan.by:
         method = record.plan.by.partition(" + ")[0]
-        return f"{CITATIONS[method]}, of several methods the one of lowest loss on text that none of them chose on"
+        return f"{CITATIONS[method]}, of the methods that `auto` tried the one of lowest loss on a part held out"
     return CITATIONS.get(record.recipe.method_name, record.recipe.method_name)
 
 

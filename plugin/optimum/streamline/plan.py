@@ -54,6 +54,8 @@ class Plan:
         dead: Sublayers that go from layers that stay, as (layer, sublayer), rising.
         merges: Pairs to merge, in order; `gone` then names the layers that were merged into an earlier one.
         by: Which of several methods chose, where the recipe left that open.
+        tried: Each method that was tried then, with its plan's loss on held-out text, nats per token; `None` where it
+            could make no plan.
     """
 
     total: int
@@ -62,6 +64,7 @@ class Plan:
     dead: tuple[tuple[int, Sublayer], ...] = ()
     merges: tuple[Merge, ...] = ()
     by: str = ""
+    tried: tuple[tuple[str, float | None], ...] = ()
 
     @property
     def net(self) -> int:

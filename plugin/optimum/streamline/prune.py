@@ -31,7 +31,7 @@ from .processes import from_main, is_main, join_processes
 from .recipe import Recipe
 from .record import Record, seen_text
 from .scores import Scores, measure_scores
-from .windows import Windows, check_disjoint, read_windows
+from .windows import TooShortError, Windows, check_disjoint, read_windows
 
 Say = Callable[[str], None]
 
@@ -120,10 +120,16 @@ def prepare(source: Source, recipe: Recipe, say: Say) -> Prepared:
     planned = planned_config(model.config, plan)
     if len(layers_without_attention(planned)) == planned.num_hidden_layers:
         raise StreamlineError("model: no layer with attention would be left; remove fewer, or other layers")
+    if plan.tried:
+        say(f"loss on held-out text, nats per token: {_losses(plan)}")
     say(plan.describe())
     seconds = {"load": loaded - start, "score": time.monotonic() - loaded}
     stored = DTYPES[recipe.dtype] if recipe.dtype else _stored_dtype(config)
     return Prepared(source, recipe, model, tokenizer, stored, chosen_on, heal_text, scores, plan, seconds)
+
+
+def _losses(plan: Plan) -> str:
+    return ", ".join(f"{name} {'no plan' if loss is None else f'{loss:.4f}'}" for name, loss in plan.tried)
 
 
 def _stored_dtype(config: PreTrainedConfig) -> torch.dtype:
@@ -233,7 +239,7 @@ def _text_of_choice(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Windo
     held_out = METHODS[recipe.method_name].held_out(recipe)
     try:
         return _windows(recipe, tokenizer, recipe.calibration, recipe.samples + held_out, "calibration")
-    except StreamlineError as error:
+    except TooShortError as error:
         if not held_out:
             raise
         raise StreamlineError(

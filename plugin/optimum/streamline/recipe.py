@@ -71,7 +71,8 @@ class Recipe:
         iterative: Score anew after each removal (ShortGPT).
         protect: How many of the first and of the last layers are never removed, as `1,1` (SLEB, Shortened-LLaMA).
         pattern: Which layers LayerChop takes.
-        replacement: What stands in for a removed block; left out, a trained layer for `llm-streamline`, else nothing.
+        replacement: What stands in for a removed block; left out, a trained layer for `llm-streamline`, what it
+            finds best for `auto` with nothing trained (nothing, or linear maps), else nothing.
         heal: Trainings in order, joined by `+`: `hidden-mse` (the replacement alone, to the block's output), `lm`
             (cross-entropy), `distill` (to the original's logits and hidden states).
         heal_scope: What `lm` and `distill` train: the replacement, or the whole model; left out, the replacement for
@@ -91,7 +92,7 @@ class Recipe:
         calibration: Text SPEC for the choices.
         heal_data: Text SPEC for the training.
         eval_data: Text SPEC for the judgement.
-        samples: Calibration windows.
+        samples: Calibration windows; `auto` reads some more, to compare plans on.
         eval_samples: Evaluation windows.
         length: Tokens a window, for all three.
         dtype: What the result is stored in: the original's own for a checkpoint, fp32 for an export, by default.
@@ -176,7 +177,9 @@ class Recipe:
         # What is spelled out and what follows are one: `remove: 4` and `--remove 4`, a method named or left out.
         pattern = (self.pattern or "max-gap") if self.method_name == "layerchop" else None
         fields |= {"method": self.method_name, "pattern": pattern, "heal": list(self.healing)}
-        fields["replacement"] = self.stand_in
+        # `auto` with nothing trained may choose linear maps where nothing is spelled out.
+        open_choice = self.method_name == "auto" and not self.healing
+        fields["replacement"] = self.replacement if open_choice else self.stand_in
         fields["remove"] = str(self.remove)
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 

@@ -52,6 +52,7 @@ class Record:
             "source": {"model": self.source, "fingerprint": self.source_fingerprint, "layers": self.plan.total},
             "method": self.recipe.method_name,
             "plan": self.plan.describe(),
+            "tried": dict(self.plan.tried),
             "layers": layer_origins(self.change),
             "removed": [] if self.plan.replacement in TRAINED or self.plan.merges else list(self.plan.gone),
             "merged": [list(place.originals) for place in self.change.places if place.kind == "merged"],

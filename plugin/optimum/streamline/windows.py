@@ -25,6 +25,10 @@ SHARED = 0.05
 _CHUNK = 65_536
 
 
+class TooShortError(StreamlineError):
+    """A text has fewer tokens than windows are asked of it."""
+
+
 @dataclass(frozen=True)
 class Windows:
     """Windows of tokens, and where they come from.
@@ -78,7 +82,8 @@ def read_windows(
         part: The part that a bare `stdlib` stands for.
 
     Raises:
-        StreamlineError: the text cannot be read, or is too short.
+        TooShortError: the text is too short.
+        StreamlineError: it cannot be read.
     """
     if spec == "stdlib":
         spec = f"stdlib:{part}"
@@ -89,7 +94,7 @@ def read_windows(
         if len(tokens) >= count * length:
             break
     else:
-        raise StreamlineError(
+        raise TooShortError(
             f"text SPEC {spec!r}: {len(tokens)} tokens, too short for {count} windows of {length}; "
             f"ask for at most {len(tokens) // length} windows, shorter ones, or give more text"
         )

@@ -39,12 +39,12 @@ HELD_OUT_TOKENS = 24_576
 
 
 class Auto(Method):
-    """The plan of lowest next-token loss on `Evidence.held_out` among those of `CANDIDATES`.
+    """The plan of lowest next-token loss on `Evidence.held_out` among those of `CANDIDATES`, all in `Plan.tried`.
 
     The candidates choose on the calibration text, and are compared on text that none of them has seen: a search by
     loss, or a fitted map, is better on its own text than elsewhere. Where something is trained afterwards, those with
-    linear maps are left out: distillation does what the maps do and more, so that the loss before it makes too much of
-    them, while the other two keep their order. `heal`, left out, is `distill`. All this is measured: `docs/methods.md`.
+    linear maps are left out: distillation does what the maps do and more, so that the loss before it can make too much
+    of them, while the other two kept their order (measured: `docs/methods.md`). `heal`, left out, is `distill`.
 
     Not a paper's: each candidate is its own paper's method. Memory holds the model twice while plans are tried.
     """
@@ -53,25 +53,26 @@ class Auto(Method):
     replacements = ("none",)
 
     def held_out(self, recipe: Recipe) -> int:
-        """Windows of `HELD_OUT_TOKENS` tokens in all, but no more than four times the calibration windows."""
+        """Windows of about `HELD_OUT_TOKENS` tokens in all, but no more than four times the calibration windows."""
         return min(4 * recipe.samples, math.ceil(HELD_OUT_TOKENS / recipe.length))
 
     def plan(self, recipe: Recipe, evidence: Evidence) -> Plan:
         """The best of the candidates' plans, with the candidate's name in `Plan.by`."""
         assert evidence.held_out is not None  # it asks for some
-        plans, losses = list[Plan](), list[torch.Tensor]()
-        refusal: StreamlineError | None = None
+        plans, losses, refusals = list[Plan](), list[torch.Tensor](), dict[str, StreamlineError]()
         for name in self.candidates(recipe, evidence.model.config):
             try:
                 plan = replace(CANDIDATES[name].plan(_recipe_of(recipe, name), evidence), by=name)
                 losses.append(self._loss_sum(plan, evidence, evidence.held_out))
                 plans.append(plan)
             except StreamlineError as error:  # some things only the weights show, such as an MLP that writes nothing
-                refusal = refusal or error
-        if refusal is not None and not plans:
-            raise refusal
+                refusals[name] = error
+        if not plans:
+            raise next(iter(refusals.values()))
         means = mean_losses(torch.stack(losses), evidence.held_out, "whichever method chooses")
-        return plans[means.index(min(means))]
+        tried = [(plan.by, mean if math.isfinite(mean) else None) for plan, mean in zip(plans, means, strict=True)]
+        best = plans[means.index(min(means))]
+        return replace(best, tried=(*tried, *((name, None) for name in refusals)))
 
     def apply(self, model: PreTrainedModel, plan: Plan, materials: Materials) -> Change:
         """As the candidate that made the plan does."""
@@ -79,7 +80,8 @@ class Auto(Method):
 
     def candidates(self, recipe: Recipe, config: PreTrainedConfig) -> list[str]:
         """Those that are of use before this healing, and can be followed on a model of this config."""
-        useful = [name for name in CANDIDATES if not (recipe.healing and _recipe_of(recipe, name).stand_in == "linear")]
+        maps = not recipe.healing and recipe.replacement is None
+        useful = [name for name in CANDIDATES if maps or _recipe_of(recipe, name).stand_in == "none"]
         return [name for name in useful if _possible(recipe, name, config)]
 
     def _loss_sum(self, plan: Plan, evidence: Evidence, windows: Windows) -> torch.Tensor:
