@@ -129,7 +129,7 @@ def test_an_export_of_the_original_is_recognised(folder: Path, tmp_path: Path) -
     def export(name: str, source: str) -> str:
         (tmp_path / name).mkdir()
         source_fingerprint = fingerprint(str(folder / source))
-        Artifact(str(tmp_path / name), "onnx", "fp32", "gone", source_fingerprint, {}).write(tmp_path / name)
+        Artifact(str(tmp_path / name), "onnx", "fp32", "gone", source_fingerprint, {}, (0,)).write(tmp_path / name)
         return str(tmp_path / name)
 
     paths = [str(folder / "candidate"), export("a", "original"), export("b", "candidate")]
@@ -163,7 +163,7 @@ def test_a_model_of_the_hub_is_read_from_the_cache_it_was_put_in(
         validate(subjects_of("org/small", []), DATA, Budget())
 
     source_fingerprint = fingerprint("org/small", cache)
-    Artifact(str(tmp_path), "onnx", "fp32", "org/small", source_fingerprint, {}).write(tmp_path)
+    Artifact(str(tmp_path), "onnx", "fp32", "org/small", source_fingerprint, {}, (0,)).write(tmp_path)
     export = recognise(subjects_of("org/small", [str(tmp_path)], cache_dir=cache))[1]
     assert export.role == "original"
 

@@ -155,6 +155,12 @@ def key_value_heads(config: PreTrainedConfig) -> int:
     return heads
 
 
+def head_size(config: PreTrainedConfig) -> int:
+    """The width of a head's queries, keys and values."""
+    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size
+
+
 def submodule(module: nn.Module, path: str) -> nn.Module:
     """The submodule at a dotted path."""
     return module.get_submodule(path)

@@ -27,6 +27,7 @@ from .anatomy import architecture_of
 from .bare_layers import bare_layers, host_config, is_bare_checkpoint, load_bare, save_bare
 from .dead import drop_dead_sublayers
 from .errors import StreamlineError
+from .offload import offload_options, read_parameter
 
 RECORD_FILE = "streamline.json"
 RECORD_KEYS = ("source", "layers", "scores", "recipe_fingerprint", "data")
@@ -86,11 +87,14 @@ def _config_of(source: Source) -> PreTrainedConfig:
     return config
 
 
-def load_stock(source: Source, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
+def load_stock(
+    source: Source, dtype: torch.dtype | None = None, device: str = "cpu", offload: Path | None = None
+) -> PreTrainedModel:
     """Load a checkpoint as stock transformers does, dead sublayers computed with their zeros; bare layers besides.
 
     Args:
         dtype: What to load in; the checkpoint's own by default.
+        offload: Leave the weights on disk, as `offload_options` does with this folder.
 
     Raises:
         StreamlineError: a weight is missing, of the wrong shape, truncated or not finite.
@@ -101,6 +105,7 @@ def load_stock(source: Source, dtype: torch.dtype | None = None, device: str = "
     loaded: Any
     try:
         options = {"dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}
+        options |= offload_options(offload) if offload else {}
         if bare_layers(config):
             loaded = load_bare(source.model, config, cache_dir=source.cache_dir, **options)
         else:
@@ -115,11 +120,15 @@ def load_stock(source: Source, dtype: torch.dtype | None = None, device: str = "
             raise StreamlineError(f"model {source.model!r}: {len(names)} {fault.replace('_', ' ')}, first {names[0]!r}")
     _check_finite(source.model, model)
     module: nn.Module = model  # transformers' own `to` carries no types
-    module.to(device).eval()
+    if not offload:
+        module.to(device)
+    module.eval()
     return model
 
 
-def load(path: str, dtype: torch.dtype | None = None, device: str = "cpu", **options: Any) -> PreTrainedModel:
+def load(
+    path: str, dtype: torch.dtype | None = None, device: str = "cpu", offload: Path | None = None, **options: Any
+) -> PreTrainedModel:
     """Load a checkpoint with its dead sublayers dropped: no matrix product, no cache entry.
 
     The only way to load one that has a bare feed-forward network for a layer, which stock transformers refuses.
@@ -127,6 +136,7 @@ def load(path: str, dtype: torch.dtype | None = None, device: str = "cpu", **opt
     Args:
         path: A checkpoint's folder or Hub id, ours or not.
         dtype: What to load in; the checkpoint's own by default.
+        offload: Leave the weights on disk, as `offload_options` does with this folder.
         options: `cache_dir`, `trust_remote_code`.
 
     Returns:
@@ -135,7 +145,7 @@ def load(path: str, dtype: torch.dtype | None = None, device: str = "cpu", **opt
     Raises:
         StreamlineError: the checkpoint cannot be handled, or a weight is missing or not finite.
     """
-    model = load_stock(Source(path, **options), dtype, device)
+    model = load_stock(Source(path, **options), dtype, device, offload)
     return drop_dead_sublayers(model, architecture_of(model.config))
 
 
@@ -213,8 +223,8 @@ def read_record(path: str) -> dict[str, Any] | None:
 
 
 def _check_finite(name: str, model: PreTrainedModel) -> None:
-    for key, value in model.named_parameters():
-        if not bool(torch.isfinite(value).all()):
+    for key, _ in model.named_parameters():
+        if not bool(torch.isfinite(read_parameter(model, key)).all()):
             raise StreamlineError(f"model {name!r}: weight {key} holds NaN or infinite values")
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from .anatomy import architecture_of
+from .anatomy import architecture_of, head_size, key_value_heads
 from .bare_layers import place_bare_layers
 from .checkpoint import DTYPES, weight_bytes
 from .dead import ATTENTION, MLP, dead_layers, layers_without_attention
@@ -77,16 +77,14 @@ def cost_of(config: PreTrainedConfig, dtype: str) -> Cost:
     dead = _dead_prefixes(config)
     # Weights shared under two names come once.
     live = [(name, value) for name, value in model.named_parameters() if not name.startswith(dead)]
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return Cost(
         parameters=model.num_parameters(),
         live_parameters=sum(value.numel() for _, value in live),
         read_parameters=_read_parameters(model, live),
         layers=config.num_hidden_layers,
         windows=_windows(config),
-        kv_width=2 * kv_heads * head_size,
-        attention_width=config.num_attention_heads * head_size,
+        kv_width=2 * key_value_heads(config) * head_size(config),
+        attention_width=config.num_attention_heads * head_size(config),
         element_bytes=DTYPES[dtype].itemsize,
     )
 

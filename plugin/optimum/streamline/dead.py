@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .anatomy import Architecture, architecture_of, decoder_layers, submodule
 from .bare_layers import bare_layers
 from .errors import StreamlineError
+from .offload import read_parameter
 from .plan import Sublayer
 
 ATTENTION: Sublayer = "attention"
@@ -78,8 +79,8 @@ def mark_dead(config: PreTrainedConfig, dead: dict[int, list[str]]) -> None:
 def silence(layer: nn.Module, architecture: Architecture, sublayer: Sublayer) -> None:
     """Zero what a sublayer writes, in place: what its stand-in computes, in the host's own form."""
     with torch.no_grad():
-        for parameter in _writing_parameters(layer, architecture, sublayer):
-            parameter.zero_()
+        for name in _writing_parameters(layer, architecture, sublayer):
+            layer.get_parameter(name).zero_()
 
 
 def drop(layer: nn.Module, architecture: Architecture, sublayer: Sublayer) -> dict[str, nn.Module]:
@@ -101,16 +102,48 @@ def drop_dead_sublayers(model: PreTrainedModel, architecture: Architecture) -> P
     for index, skip in dead_sublayers(model.config).items():
         for name in skip:
             sublayer = _known_sublayer(index, name)
-            written = _writing_parameters(layers[index], architecture, sublayer)
-            if any(bool(parameter.count_nonzero()) for parameter in written):
+            names = _writing_parameters(layers[index], architecture, sublayer)
+            written = [read_parameter(model, f"{architecture.layers}.{index}.{name}") for name in names]
+            if any(bool(weights.count_nonzero()) for weights in written):
                 raise StreamlineError(
                     f"config.json: layer {index} is said to have a dead {sublayer}, but its output is not zero"
                 )
             drop(layers[index], architecture, sublayer)
-    silent = layers_without_attention(model.config)
-    if silent:
-        _renumber_cache(model, layers, architecture, silent)
+    number_cache(model, architecture)
     return model
+
+
+def number_cache(model: PreTrainedModel, architecture: Architecture) -> None:
+    """Number the cache entries so that the first of each kind are those of layers with an attention, in place.
+
+    Raises:
+        StreamlineError: no layer has one.
+    """
+    # The cache is built from the config, one entry a layer, each of its layer's kind; it reads the sequence
+    # length off the first entry, so a live layer has to stand there. A dead layer's kind no longer matters: it
+    # takes that of a live one, so that no kind is left without.
+    dead = layers_without_attention(model.config)
+    if not dead:
+        return
+    layers = decoder_layers(model, architecture)
+    live = [index for index in range(len(layers)) if index not in dead]
+    if not live:
+        raise StreamlineError("no layer has a live attention: nothing is left to hold the cache")
+    kinds = list(getattr(model.config, "layer_types", None) or ["full_attention"] * len(layers))
+    kinds = [kinds[live[0] if index in dead else index] for index in range(len(layers))]
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = kinds
+    for kind in dict.fromkeys(kinds):
+        places = [index for index, other in enumerate(kinds) if other == kind]
+        for place, index in zip(places, [index for index in live if kinds[index] == kind], strict=False):
+            submodule(layers[index], architecture.attention).layer_idx = place  # type: ignore[assignment]
+
+
+def cache_numbers(model: PreTrainedModel) -> list[int | None]:
+    """For each layer the number of its cache entry; none for one without an attention."""
+    architecture = architecture_of(model.config)
+    attentions = [getattr(layer, architecture.attention, None) for layer in decoder_layers(model, architecture)]
+    return [getattr(attention, "layer_idx", None) for attention in attentions]
 
 
 @contextmanager
@@ -142,28 +175,11 @@ def _known_sublayer(index: int, name: str) -> Sublayer:
     )
 
 
-def _writing_parameters(layer: nn.Module, architecture: Architecture, sublayer: Sublayer) -> list[nn.Parameter]:
-    """All that a sublayer's output is a product of, or a sum with: zero there is zero out."""
+def _writing_parameters(layer: nn.Module, architecture: Architecture, sublayer: Sublayer) -> list[str]:
+    """The names of all that a sublayer's output is a product of, or a sum with: zero there is zero out."""
     paths = (architecture.attention_out,) if sublayer == ATTENTION else architecture.mlp_out
     return [
-        parameter
-        for name, parameter in layer.named_parameters()
+        name
+        for name, _ in layer.named_parameters()
         if any(name == path or name.startswith(f"{path}.") for path in paths)
     ]
-
-
-def _renumber_cache(model: PreTrainedModel, layers: nn.ModuleList, architecture: Architecture, dead: set[int]) -> None:
-    # The cache is built from the config, one entry a layer, each of its layer's kind; it reads the sequence
-    # length off the first entry, so a live layer has to stand there. A dead layer's kind no longer matters: it
-    # takes that of a live one, so that no kind is left without.
-    live = [index for index in range(len(layers)) if index not in dead]
-    if not live:
-        raise StreamlineError("no layer has a live attention: nothing is left to hold the cache")
-    kinds = list(getattr(model.config, "layer_types", None) or ["full_attention"] * len(layers))
-    kinds = [kinds[live[0] if index in dead else index] for index in range(len(layers))]
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = kinds
-    for kind in dict.fromkeys(kinds):
-        places = [index for index, other in enumerate(kinds) if other == kind]
-        for place, index in zip(places, [index for index in live if kinds[index] == kind], strict=False):
-            submodule(layers[index], architecture.attention).layer_idx = place  # type: ignore[assignment]

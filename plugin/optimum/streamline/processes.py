@@ -62,7 +62,7 @@ def from_main(value: T) -> T:
     """What the main process has for `value`, in all of them; alone, `value` itself."""
     if process_count() == 1:
         return value
-    from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
+    from accelerate.utils import broadcast_object_list
 
     _partial_state()()
     values: list[T] = broadcast_object_list([value])
@@ -71,6 +71,6 @@ def from_main(value: T) -> T:
 
 def _partial_state() -> Any:
     # Brings torch with it, which a command that only refuses its flags does without.
-    from accelerate import PartialState  # type: ignore[import-untyped]
+    from accelerate import PartialState
 
     return PartialState

@@ -13,7 +13,7 @@ from .processes import is_main
 
 
 class Bar:
-    """One task's bar: `advance` it, and say a word on how it goes."""
+    """One task's bar: `advance` it, or put it where it is, and say a word on how it goes."""
 
     def __init__(self, progress: Progress, title: str, total: int) -> None:
         self._progress = progress
@@ -22,6 +22,10 @@ class Bar:
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Move on by `steps`; `note` stands at the end of the bar."""
         self._progress.update(self._task, advance=steps, note=note)
+
+    def at(self, step: int, note: str) -> None:
+        """Stand at `step`, wherever the bar stood before; `note` stands at its end."""
+        self._progress.update(self._task, completed=step, note=note)
 
 
 @contextmanager

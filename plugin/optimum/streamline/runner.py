@@ -50,6 +50,8 @@ class Artifact:
         source_fingerprint: `checkpoint.fingerprint` of that checkpoint, so that an export of the original
             is recognised as the original.
         parity: Largest absolute logit difference from torch, by check.
+        traced_layers: The layers whose graph was traced; that of the others was made from theirs.
+        whole_because: Why every layer was traced although some are of one kind; empty where that was not so.
     """
 
     path: str
@@ -58,6 +60,8 @@ class Artifact:
     source: str
     source_fingerprint: str
     parity: dict[str, float]
+    traced_layers: tuple[int, ...]
+    whole_because: str = ""
 
     def write(self, folder: Path) -> None:
         """Write `artifact.json` into `folder`."""
@@ -72,8 +76,9 @@ class Artifact:
             StreamlineError: the file is not one of ours.
         """
         try:
-            return cls(path=str(folder), **json.loads((folder / ARTIFACT_FILE).read_text()))
-        except (OSError, TypeError, ValueError) as error:
+            fields = json.loads((folder / ARTIFACT_FILE).read_text())
+            return cls(path=str(folder), **{**fields, "traced_layers": tuple(fields["traced_layers"])})
+        except (OSError, TypeError, ValueError, KeyError) as error:
             raise StreamlineError(f"{folder / ARTIFACT_FILE}: not an exported model's description ({error})") from None
 
 

@@ -1,4 +1,4 @@
-"""Leaving out of a traced graph what is of no use: traces of dead sublayers, weights kept twice, unread state.
+"""Leaving out of a traced graph what is of no use: traces of dead sublayers, unread state.
 
 A dead sublayer was dropped before tracing (`optimum.streamline.load`); what is left of it is the addition of a
 zero to the residual stream. Knows no architecture. Runs while the tracer's shapes are still on the values.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import MutableSequence
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -19,9 +18,8 @@ _KEEP_ZERO = {"RMSNormalization", "Cast"}
 
 
 def compact(model: ir.Model) -> None:
-    """Remove additions of zero and unread state, and store a tied embedding and output projection once, in place."""
+    """Remove additions of zero and unread state, in place."""
     _drop_zero_additions(model.graph)
-    _share_transposed(model.graph)
     # A sliding window's cache entry also carries the window's size and a count, passed through to an output. The
     # graph keeps every key and masks the window, so nothing reads them; `rename` refuses what something does read.
     _remove(model.graph.outputs, [value for value in model.graph.outputs if _is_bookkeeping(value)])
@@ -63,26 +61,3 @@ def _is_zero(node: ir.Node, zero: set[ir.Value]) -> bool:
 def _same_shape(value: ir.Value, other: ir.Value) -> bool:
     # What is added may have more axes, and then its zeros broadcast.
     return value.shape is not None and value.shape == other.shape
-
-
-def _share_transposed(graph: ir.Graph) -> None:
-    """Store a tied weight once: the tracer writes the output projection's transpose beside the embedding.
-
-    ONNX Runtime folds the `Transpose` put in its place when it loads the graph.
-    """
-    weights = list(graph.initializers.values())
-    embeddings = [value for value in weights if any(node.op_type == "Gather" for node in value.consumers())]
-    for embedding in embeddings:
-        for weight in weights:
-            if weight is not embedding and _is_transpose(weight, embedding):
-                transpose = ir.node("Transpose", [embedding], {"perm": [1, 0]})
-                graph.insert_before(graph[0], transpose)
-                weight.replace_all_uses_with(transpose.outputs[0])
-                graph.initializers.pop(str(weight.name))
-
-
-def _is_transpose(weight: ir.Value, other: ir.Value) -> bool:
-    ours, theirs = weight.const_value, other.const_value
-    if ours is None or theirs is None or len(ours.shape) != 2 or ours.shape.numpy() != theirs.shape.numpy()[::-1]:
-        return False
-    return np.array_equal(ours.numpy(), theirs.numpy().T)

@@ -5,15 +5,17 @@ Quantizing the written graph is a step between writing and comparing, with toler
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from optimum.streamline.errors import StreamlineError, require_extra
+from optimum.streamline.errors import ParityError, StreamlineError, require_extra
 from optimum.streamline.logs import captured_logs
 from optimum.streamline.outputs import staged_folder
-from optimum.streamline.progress import progress_bar
+from optimum.streamline.progress import Bar, progress_bar
 from optimum.streamline.runner import Artifact
 
 from .ort_runner import GRAPH_FILE, OnnxRunner, provider_of
@@ -21,6 +23,8 @@ from .ort_runner import GRAPH_FILE, OnnxRunner, provider_of
 if TYPE_CHECKING:
     import onnx_ir as ir
     from transformers import PreTrainedModel
+
+    from .stamp import Layers
 
 FORMAT = "onnx"
 WEIGHTS_FILE = f"{GRAPH_FILE}.data"
@@ -77,35 +81,87 @@ def check_options(dtype: str, device: str) -> None:
 def _export_into(folder: Path, job: OnnxExport) -> Artifact:
     from optimum.streamline import checkpoint
 
+    with TemporaryDirectory(dir=folder) as offload, progress_bar("exporting", len(STAGES)) as bar:
+        bar.at(0, STAGES[0])
+        model = checkpoint.load(job.checkpoint, checkpoint.DTYPES[job.dtype], offload=Path(offload), **job.options)
+        traced, whole_because, parity = _export_model(model, job, folder, bar)
+        _write_companions(model, job, folder)
+    fingerprint = checkpoint.fingerprint(job.checkpoint, job.options.get("cache_dir"))
+    return Artifact(str(job.out), FORMAT, job.dtype, job.checkpoint, fingerprint, parity, tuple(traced), whole_because)
+
+
+def _export_model(
+    model: PreTrainedModel, job: OnnxExport, folder: Path, bar: Bar
+) -> tuple[list[int], str, dict[str, float]]:
+    """Write a graph that is proved equal to `model`: a stamped one, or else one of which every layer was traced.
+
+    Returns:
+        The layers that were traced, why it had to be all of them (empty where it was not), the differences from torch.
+    """
+    from .skeleton import layers_to_trace
+    from .stamp import CannotStampError
+
+    every, few = list(range(model.config.num_hidden_layers)), layers_to_trace(model)
+    whole_because = ""
+    if few != every:
+        try:
+            return few, "", _export_traced(model, job, folder, few, bar)
+        except (CannotStampError, ParityError) as error:
+            whole_because = str(error)
+    return every, whole_because, _export_traced(model, job, folder, every, bar)
+
+
+def _export_traced(
+    model: PreTrainedModel, job: OnnxExport, folder: Path, traced: list[int], bar: Bar
+) -> dict[str, float]:
     from .parity import TOLERANCES, check_parity
 
+    bar.at(1, STAGES[1])
+    graph = build_graph(model, traced)
+    bar.at(2, STAGES[2])
+    write_graph(graph, model, folder)
+    bar.at(3, STAGES[3])
     tolerance = TOLERANCES[job.dtype] if job.tolerance is None else job.tolerance
-    with progress_bar("exporting", len(STAGES)) as bar:
-        bar.advance(0, STAGES[0])
-        model = checkpoint.load(job.checkpoint, checkpoint.DTYPES[job.dtype], **job.options)
-        bar.advance(1, STAGES[1])
-        graph = build_graph(model)
-        bar.advance(1, STAGES[2])
-        write_graph(graph, model, folder)
-        _write_companions(model, job, folder)
-        bar.advance(1, STAGES[3])
-        parity = check_parity(model, OnnxRunner(folder, job.device), tolerance)
-    fingerprint = checkpoint.fingerprint(job.checkpoint, job.options.get("cache_dir"))
-    return Artifact(str(job.out), FORMAT, job.dtype, job.checkpoint, fingerprint, parity)
+    return check_parity(model, OnnxRunner(folder, job.device), tolerance)
 
 
-def build_graph(model: PreTrainedModel) -> ir.Model:
-    """The one graph of a model, its dead parts left out and its inputs and outputs named for clients."""
+def build_graph(model: PreTrainedModel, traced: Sequence[int]) -> ir.Model:
+    """The one graph of a model, its dead parts left out and its inputs and outputs named for clients.
+
+    Args:
+        model: With its weights offloaded: they are read as the graph is written.
+        traced: The layers to trace: all of them, or `layers_to_trace`.
+
+    Raises:
+        CannotStampError: the others cannot be made from these.
+    """
     from .compact import compact
     from .names import rename
     from .repair import repair
+    from .skeleton import skeleton
+    from .stamp import stamp
     from .trace import trace
+    from .weights import bind_weights
 
-    graph = trace(model)
+    short = skeleton(model, traced)
+    graph = trace(short)
     repair(graph)
     compact(graph)
+    stamp(graph, _layers(model, short, traced))
+    bind_weights(graph, model)
     rename(graph)
     return graph
+
+
+def _layers(model: PreTrainedModel, short: PreTrainedModel, traced: Sequence[int]) -> Layers:
+    from optimum.streamline.anatomy import architecture_of
+    from optimum.streamline.dead import cache_numbers
+
+    from .skeleton import templates
+    from .stamp import Layers
+
+    path = architecture_of(model.config).layers
+    return Layers(path, traced, templates(model, traced), cache_numbers(short), cache_numbers(model))
 
 
 def write_graph(graph: ir.Model, model: PreTrainedModel, folder: Path) -> None:

@@ -48,6 +48,17 @@ def rename(model: ir.Model) -> None:
     _name_nodes(graph)
 
 
+def scopes(node: ir.Node) -> list[str]:
+    """The modules a traced node came from, outermost first, and last the torch operator; none where that was lost."""
+    found: list[str] = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+    return found
+
+
+def set_scopes(node: ir.Node, found: list[str]) -> None:
+    """Say where a node came from, as `scopes` tells it."""
+    node.metadata_props[_SCOPES] = repr(found)
+
+
 def cache_inputs(model: ir.Model) -> list[ir.Value]:
     """The inputs that hold keys and values, each `[batch, heads, past, head size]`, of a renamed graph."""
     return [value for value in model.graph.inputs if str(value.name).startswith("past_key_values.")]
@@ -80,7 +91,7 @@ def _name_nodes(graph: ir.Graph) -> None:
     """Name nodes by the module they came from, `model.layers.3.mlp.up_proj/MatMul`, for profiles and exclusions."""
     taken: dict[str, int] = {}
     for node in graph:
-        *modules, _ = ast.literal_eval(node.metadata_props.get(_SCOPES, "['', '']"))  # the last is the torch operator
+        modules = scopes(node)[:-1]
         name = f"{modules[-1] if modules and modules[-1] != _NO_MODULE else ''}/{node.op_type}"
         taken[name] = taken.get(name, 0) + 1
         node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"

@@ -80,7 +80,7 @@ def check_parity(model: PreTrainedModel, runner: MaskedRunner, tolerance: float)
     """Compare `runner` with `model` on prefill, continuation, decode and a left-padded batch.
 
     Args:
-        model: The source, in evaluation mode.
+        model: The source, in evaluation mode, computed on the CPU.
         tolerance: As in `TOLERANCES`.
 
     Returns:
@@ -127,7 +127,7 @@ def _reference(model: PreTrainedModel, ids: TokenIds, mask: npt.NDArray[np.int64
     """Logits `[batch, length, vocabulary]` of one forward without cache."""
     positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    tensors = {name: torch.from_numpy(array).to(model.device) for name, array in inputs.items()}
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
     output = model(**tensors, use_cache=False)
     logits: Logits = output.logits.float().cpu().numpy()
     return logits

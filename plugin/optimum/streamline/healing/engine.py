@@ -18,7 +18,7 @@ from time import monotonic
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast  # type: ignore[import-untyped]
+from accelerate.utils import broadcast
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
