@@ -269,6 +269,11 @@ class ExportCommand(_Command):
         parser.add_argument("--opset", type=int, default=23, help="23 (default)")
         parser.add_argument("--dtype", default="fp32", help="fp32 (default) or fp16")
         parser.add_argument("--device", default="cpu", help="cpu (default) or cuda: where it is compared with torch")
+        parser.add_argument(
+            "--max-memory",
+            metavar="SIZE",
+            help="memory to make do with, such as 1.5GB; what is free by default, and never less than two layers take",
+        )
 
 
 class ValidateCommand(_Command):

@@ -235,14 +235,32 @@ def _export(args: Namespace, console: Console) -> int:
     if args.opset != 23:
         raise StreamlineError(f"opset {args.opset}: must be 23, which has attention and normalisation as single nodes")
     options = _source(args, args.model).options()
+    options |= {"verbose": args.verbose, "max_memory": _bytes("max-memory", args.max_memory)}
     artifact = export_checkpoint(
-        args.model, args.output, args.format, args.dtype, args.device, args.overwrite, verbose=args.verbose, **options
+        args.model, args.output, args.format, args.dtype, args.device, args.overwrite, **options
     )
+    if artifact.whole_because:
+        console.print(f"every layer was traced, which takes longer: {artifact.whole_because}", markup=False)
     for check, difference in artifact.parity.items():
         console.print(f"largest difference from torch, {check}: {difference:.2g}", markup=False)
     console.print(f"exported to {args.output}", markup=False)
     _note_bare(args, console, args.model)
     return 0
+
+
+def _bytes(name: str, text: str | None) -> int | None:
+    """The number of bytes that a size says, such as `1.5GB`."""
+    if text is None:
+        return None
+    number = text.upper().removesuffix("B")
+    unit = {"K": 10**3, "M": 10**6, "G": 10**9}.get(number[-1:], 1)
+    try:
+        size = int(float(number.rstrip("KMG")) * unit)
+    except (ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise StreamlineError(f"{name} {text!r}: must be a size in bytes, or one such as 500MB or 1.5GB")
+    return size
 
 
 def _validate(args: Namespace, console: Console) -> int:

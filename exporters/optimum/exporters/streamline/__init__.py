@@ -25,6 +25,7 @@ def export_checkpoint(
     overwrite: bool = False,
     tolerance: float | None = None,
     verbose: bool = False,
+    max_memory: int | None = None,
     **options: Any,
 ) -> Artifact:
     """Export a checkpoint into the folder `out`, proved equal to torch, or not at all.
@@ -39,6 +40,8 @@ def export_checkpoint(
         tolerance: Largest logit difference from torch allowed, as a share of the largest logit;
             the default is `parity.TOLERANCES` of the dtype.
         verbose: Whether what torch and transformers say goes to the terminal rather than to `export.log`.
+        max_memory: Bytes of memory to make do with, though never with less than two layers take: the weights stay on
+            disk, and the graph is compared with torch a few layers at a time. By default what is free.
         options: `cache_dir`, `trust_remote_code`.
 
     Returns:
@@ -51,7 +54,8 @@ def export_checkpoint(
     _check_format(format)
     from .export import OnnxExport, export_onnx
 
-    return export_onnx(OnnxExport(checkpoint, out, dtype, device, tolerance, options), overwrite, verbose)
+    job = OnnxExport(checkpoint, out, dtype, device, tolerance, max_memory, options)
+    return export_onnx(job, overwrite, verbose)
 
 
 def check_export(format: str, dtype: str, device: str) -> None:  # noqa: A002 - the command's word

@@ -5,7 +5,6 @@ Quantizing the written graph is a step between writing and comparing, with toler
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from transformers import PreTrainedModel
 
-    from .stamp import Layers
+    from .build import Built
+    from .calls import Answer
 
 FORMAT = "onnx"
 WEIGHTS_FILE = f"{GRAPH_FILE}.data"
@@ -42,6 +42,7 @@ class OnnxExport:
     dtype: str = "fp32"
     device: str = "cpu"
     tolerance: float | None = None
+    max_memory: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -114,54 +115,30 @@ def _export_model(
 def _export_traced(
     model: PreTrainedModel, job: OnnxExport, folder: Path, traced: list[int], bar: Bar
 ) -> dict[str, float]:
+    from .build import build_graph
     from .parity import TOLERANCES, check_parity
 
     bar.at(1, STAGES[1])
-    graph = build_graph(model, traced)
+    built = build_graph(model, traced)
     bar.at(2, STAGES[2])
-    write_graph(graph, model, folder)
+    write_graph(built.model, model, folder)
     bar.at(3, STAGES[3])
     tolerance = TOLERANCES[job.dtype] if job.tolerance is None else job.tolerance
-    return check_parity(model, OnnxRunner(folder, job.device), tolerance)
+    return check_parity(model, _answer(folder, built, job), tolerance)
 
 
-def build_graph(model: PreTrainedModel, traced: Sequence[int]) -> ir.Model:
-    """The one graph of a model, its dead parts left out and its inputs and outputs named for clients.
+def _answer(folder: Path, built: Built, job: OnnxExport) -> Answer:
+    """What answers for the graph: a session on the whole of it, or on a few layers after another if it is too large."""
+    from .calls import one_by_one
+    from .memory import IN_RUNTIME, free_memory, taken_memory
+    from .segments import SegmentedRunner
 
-    Args:
-        model: With its weights offloaded: they are read as the graph is written.
-        traced: The layers to trace: all of them, or `layers_to_trace`.
-
-    Raises:
-        CannotStampError: the others cannot be made from these.
-    """
-    from .compact import compact
-    from .names import rename
-    from .repair import repair
-    from .skeleton import skeleton
-    from .stamp import stamp
-    from .trace import trace
-    from .weights import bind_weights
-
-    short = skeleton(model, traced)
-    graph = trace(short)
-    repair(graph)
-    compact(graph)
-    stamp(graph, _layers(model, short, traced))
-    bind_weights(graph, model)
-    rename(graph)
-    return graph
-
-
-def _layers(model: PreTrainedModel, short: PreTrainedModel, traced: Sequence[int]) -> Layers:
-    from optimum.streamline.anatomy import architecture_of
-    from optimum.streamline.dead import cache_numbers
-
-    from .skeleton import templates
-    from .stamp import Layers
-
-    path = architecture_of(model.config).layers
-    return Layers(path, traced, templates(model, traced), cache_numbers(short), cache_numbers(model))
+    free = free_memory() if job.max_memory is None else job.max_memory - taken_memory()
+    weights = (folder / WEIGHTS_FILE).stat().st_size
+    if IN_RUNTIME * weights <= free or not built.hidden:
+        return one_by_one(OnnxRunner(folder, job.device))
+    hidden = [str(value.name) for value in built.hidden]
+    return SegmentedRunner(folder, hidden, free // IN_RUNTIME, job.device).answer
 
 
 def write_graph(graph: ir.Model, model: PreTrainedModel, folder: Path) -> None:

@@ -16,10 +16,10 @@ import numpy.typing as npt
 from optimum.streamline.errors import StreamlineError, require_extra
 from optimum.streamline.runner import Logits, TokenIds
 
+from .calls import Mask
+
 if TYPE_CHECKING:
     import onnxruntime
-
-Mask = npt.NDArray[np.int64]
 
 GRAPH_FILE = "model.onnx"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -55,7 +55,7 @@ class OnnxRunner:
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         self.device = device
-        self.session = _open_session(folder / GRAPH_FILE, device)
+        self.session = open_session(folder / GRAPH_FILE, device)
         self._past = [each for each in self.session.get_inputs() if each.name.startswith("past_key_values.")]
         self._present = [each.name.replace("past_key_values", "present") for each in self._past]
 
@@ -66,7 +66,7 @@ class OnnxRunner:
             attention_mask: `[batch, length]`, 0 for padding, which must be on the left; all tokens by default.
         """
         batch = len(input_ids)
-        empty = OnnxCache(np.ones((batch, 0), np.int64), tuple(self._no_state(batch, each) for each in self._past))
+        empty = OnnxCache(np.ones((batch, 0), np.int64), tuple(self._no_state(each, batch) for each in self._past))
         return self._extend(input_ids, np.ones_like(input_ids) if attention_mask is None else attention_mask, empty)
 
     def decode(self, input_ids: TokenIds, cache: OnnxCache) -> tuple[Logits, OnnxCache]:
@@ -75,11 +75,7 @@ class OnnxRunner:
 
     def _extend(self, input_ids: TokenIds, mask: Mask, cache: OnnxCache) -> tuple[Logits, OnnxCache]:
         attention_mask = np.concatenate([cache.attention_mask, mask], axis=1)
-        # A padding token's position is of no consequence, but must be one.
-        positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)[:, -input_ids.shape[1] :]
-        feeds = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
-        # The binding reads these arrays where they lie: they are whole, and `feeds` holds them until it has run.
-        feeds = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        feeds = token_feeds(input_ids, attention_mask)  # the binding reads these arrays where they lie
         logits, *states = self._run(feeds, cache.states)
         return logits.numpy().astype(np.float32, copy=False), OnnxCache(attention_mask, tuple(states))
 
@@ -97,12 +93,24 @@ class OnnxRunner:
         outputs: list[Any] = binding.get_outputs()
         return outputs
 
-    def _no_state(self, batch: int, value: Any) -> Any:
+    def _no_state(self, value: Any, batch: int) -> Any:
         import onnxruntime
 
-        _, heads, _, head_size = value.shape
-        empty = np.empty((batch, heads, 0, head_size), _ELEMENTS[value.type])
-        return onnxruntime.OrtValue.ortvalue_from_numpy(empty, self.device)
+        return onnxruntime.OrtValue.ortvalue_from_numpy(empty_state(value, batch), self.device)
+
+
+def token_feeds(input_ids: TokenIds, attention_mask: Mask) -> dict[str, npt.NDArray[Any]]:
+    """What a graph is fed beside its cache, for tokens `[batch, length]` and the mask of everything up to their end."""
+    # A padding token's position is of no consequence, but must be one.
+    positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)[:, -input_ids.shape[1] :]
+    feeds = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
+    return {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+
+
+def empty_state(value: Any, batch: int) -> npt.NDArray[Any]:
+    """What to feed to a session's cache input before the first token."""
+    _, heads, _, head_size = value.shape
+    return np.empty((batch, heads, 0, head_size), _ELEMENTS[value.type])
 
 
 def provider_of(device: str) -> str:
@@ -120,13 +128,28 @@ def provider_of(device: str) -> str:
     return available[device]
 
 
-def _open_session(file: Path, device: str) -> onnxruntime.InferenceSession:
+def open_session(graph: Path | bytes, device: str, weights: Path | None = None) -> onnxruntime.InferenceSession:
+    """A session on a graph.
+
+    Args:
+        graph: Its file, or its bytes.
+        device: `cpu` or `cuda`.
+        weights: The folder of its weights, if it is given by its bytes.
+
+    Raises:
+        StreamlineError: ONNX Runtime is not installed, has no such device, or cannot read the graph.
+    """
     provider = provider_of(device)
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _QUIET
+    if weights is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+        options.enable_cpu_mem_arena = False
+    source = graph if isinstance(graph, bytes) else str(graph)
     try:
-        return onnxruntime.InferenceSession(str(file), options, providers=[provider])
+        return onnxruntime.InferenceSession(source, options, providers=[provider])
     except Exception as error:  # ONNX Runtime raises a class of its own for each kind of fault
-        raise StreamlineError(f"{file}: ONNX Runtime cannot open it ({str(error).strip().splitlines()[0]})") from None
+        said = str(error).strip().splitlines()[0]
+        raise StreamlineError(f"{weights or source!s}: ONNX Runtime cannot open it ({said})") from None

@@ -1,14 +1,13 @@
 """Whether an exported graph computes what the model computes: `check_parity`, run at every export.
 
 The reference is one torch forward over the whole text, without a cache: so prefill, continuation and decode
-are each held to the model itself. Any runner that takes a mask can be checked.
+are each held to the model itself. Whatever answers calls can be checked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +16,8 @@ from transformers import PreTrainedModel
 
 from optimum.streamline.errors import ParityError
 from optimum.streamline.runner import Logits, TokenIds
+
+from .calls import Answer, Call
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}
 """Largest difference of a logit allowed, as a share of the largest reference logit of the check.
@@ -29,42 +30,32 @@ LENGTHS = (PROMPT, 7, 4)
 """Prompt lengths of the padded batch: three rows, where the graph was traced with two."""
 
 
-class MaskedRunner(Protocol):
-    """A `Runner` whose prefill takes a mask, and whose cache remembers it."""
-
-    def prefill(self, input_ids: TokenIds, attention_mask: npt.NDArray[np.int64] | None = None) -> tuple[Logits, Any]:
-        """As `Runner.prefill`, the mask `[batch, length]` being 0 for padding on the left."""
-
-    def decode(self, input_ids: TokenIds, cache: Any) -> tuple[Logits, Any]:
-        """As `Runner.decode`."""
-
-
 @dataclass(frozen=True)
-class Comparison:
-    """What was answered at some places of some texts, and what torch answers there.
+class Question:
+    """What is asked of some places of some texts, and what torch answers there.
 
     Args:
         check: What is checked.
-        got: Logits `[rows, length, vocabulary]`.
-        expected: Those of torch.
+        call: What is asked.
+        expected: Torch's logits, `[rows, length, vocabulary]`.
         positions: Where in its own text each place is, `[rows, length]`, from 0; nothing is promised for padding,
             which lies before 0 and is not compared.
     """
 
     check: str
-    got: Logits
+    call: Call
     expected: Logits
     positions: npt.NDArray[np.int64]
 
-    def judge(self, tolerance: float) -> float:
-        """The largest absolute difference of a logit.
+    def judge(self, got: Logits, tolerance: float) -> float:
+        """The largest absolute difference of a logit that was answered, `[rows, length, vocabulary]`.
 
         Raises:
             ParityError: it is beyond the tolerance.
         """
         rows, columns = np.nonzero(self.positions >= 0)
         expected = self.expected[rows, columns]
-        differences = np.abs(self.got[rows, columns] - expected)
+        differences = np.abs(got[rows, columns] - expected)
         place, token = np.unravel_index(differences.argmax(), differences.shape)  # to `argmax`, a NaN is the largest
         difference, allowed = float(differences[place, token]), tolerance * float(np.abs(expected).max())
         if not difference <= allowed:  # not `>`: a NaN must fail
@@ -76,11 +67,12 @@ class Comparison:
         return difference
 
 
-def check_parity(model: PreTrainedModel, runner: MaskedRunner, tolerance: float) -> dict[str, float]:
-    """Compare `runner` with `model` on prefill, continuation, decode and a left-padded batch.
+def check_parity(model: PreTrainedModel, answer: Answer, tolerance: float) -> dict[str, float]:
+    """Compare answers with those of `model` on prefill, continuation, decode and a left-padded batch.
 
     Args:
         model: The source, in evaluation mode, computed on the CPU.
+        answer: What is to be judged.
         tolerance: As in `TOLERANCES`.
 
     Returns:
@@ -90,32 +82,32 @@ def check_parity(model: PreTrainedModel, runner: MaskedRunner, tolerance: float)
         ParityError: a difference is beyond the tolerance; says which check, the difference, what was allowed, and
             where it is largest: the row of the batch, the position in the row's text, the token id, all from 0.
     """
-    comparisons = (*_one_row(model, runner), *_padded_rows(model, runner))
-    return {comparison.check: comparison.judge(tolerance) for comparison in comparisons}
+    questions = (*_one_row(model), *_padded_rows(model))
+    answers = answer([question.call for question in questions])
+    judged = zip(questions, answers, strict=True)
+    return {question.check: question.judge(got, tolerance) for question, got in judged}
 
 
-def _one_row(model: PreTrainedModel, runner: MaskedRunner) -> Iterator[Comparison]:
+def _one_row(model: PreTrainedModel) -> Iterator[Question]:
     ids = _tokens(model, 1, PROMPT + CONTINUATION + 1)
-    positions = np.arange(ids.shape[1])[None]
-    expected = _reference(model, ids, np.ones_like(ids))
-    prompt, continuation, token = np.split(ids, [PROMPT, PROMPT + CONTINUATION], axis=1)
-    got, cache = runner.prefill(prompt)
-    yield Comparison("prefill", got, expected[:, :PROMPT], positions[:, :PROMPT])
-    got, cache = runner.decode(continuation, cache)
-    yield Comparison("continuation", got, expected[:, PROMPT:-1], positions[:, PROMPT:-1])
-    got, _ = runner.decode(token, cache)
-    yield Comparison("decode", got, expected[:, -1:], positions[:, -1:])
+    mask, positions = np.ones_like(ids), np.arange(ids.shape[1])[None]
+    expected = _reference(model, ids, mask)
+    ends = (0, PROMPT, PROMPT + CONTINUATION, ids.shape[1])
+    for place, check in enumerate(("prefill", "continuation", "decode")):
+        part, end = slice(ends[place], ends[place + 1]), ends[place + 1]
+        call = Call(ids[:, part], mask[:, :end], place - 1 if place else None)
+        yield Question(check, call, expected[:, part], positions[:, part])
 
 
-def _padded_rows(model: PreTrainedModel, runner: MaskedRunner) -> Iterator[Comparison]:
+def _padded_rows(model: PreTrainedModel) -> Iterator[Question]:
     ids = _tokens(model, len(LENGTHS), PROMPT + 1)
     positions = np.arange(PROMPT + 1) - (PROMPT - np.array(LENGTHS)[:, None])
     mask = (positions >= 0).astype(np.int64)
     expected = _reference(model, ids, mask)
-    got, cache = runner.prefill(ids[:, :PROMPT], mask[:, :PROMPT])
-    yield Comparison("left-padded prefill", got, expected[:, :PROMPT], positions[:, :PROMPT])
-    got, _ = runner.decode(ids[:, PROMPT:], cache)
-    yield Comparison("left-padded decode", got, expected[:, PROMPT:], positions[:, PROMPT:])
+    prompt, token = slice(PROMPT), slice(PROMPT, PROMPT + 1)
+    first = Call(ids[:, prompt], mask[:, prompt])
+    yield Question("left-padded prefill", first, expected[:, prompt], positions[:, prompt])
+    yield Question("left-padded decode", Call(ids[:, token], mask, 3), expected[:, token], positions[:, token])
 
 
 def _tokens(model: PreTrainedModel, rows: int, length: int) -> TokenIds:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -39,26 +39,26 @@ class Layers:
     caches: Sequence[int | None]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Part:
     """A traced layer's part of the graph.
 
     Args:
         prefix: What the names of its weights begin with.
         nodes: Its nodes, in order.
+        own: Those of the nodes that compute something of this layer's own; the others serve all layers.
         entry: The hidden state that enters it; unknown for the first layer.
         exit: The hidden state that leaves it; `entry` where nothing is added to it.
-        own: Those of the nodes that compute something of this layer's own; the others serve all layers.
     """
 
     prefix: str
     nodes: list[ir.Node]
-    entry: ir.Value | None = None
-    exit: ir.Value | None = None
-    own: list[ir.Node] = field(default_factory=list)
+    own: list[ir.Node]
+    entry: ir.Value | None
+    exit: ir.Value
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Copy:
     """A layer stamped out: all that is to be added to the graph."""
 
@@ -69,11 +69,14 @@ class _Copy:
     outputs: list[ir.Value]
 
 
-def stamp(model: ir.Model, layers: Layers) -> None:
+def stamp(model: ir.Model, layers: Layers) -> list[ir.Value]:
     """Make the graph of a few layers that of all, in place.
 
     Args:
         model: Its weights are initializers under the names they have in the traced model.
+
+    Returns:
+        The hidden states that leave the layers, first to last; twice the same where a layer adds nothing.
 
     Raises:
         CannotStampError: a layer's part of the graph has more ways out than the hidden state, or none. The graph is
@@ -81,15 +84,12 @@ def stamp(model: ir.Model, layers: Layers) -> None:
     """
     graph = model.graph
     parts = _parts(graph, layers)
-    last = parts[-1].exit
-    assert last is not None
-    behind = [use for use in last.uses() if use.node not in parts[-1].nodes]
+    behind = [use for use in parts[-1].exit.uses() if use.node not in parts[-1].nodes]
     copies: dict[int, _Copy] = {}
     stream = parts[0].exit
     streams = [stream]
     for index, place in list(enumerate(layers.templates))[1:]:
         part = parts[place]
-        assert stream is not None
         if layers.traced[place] != index:
             copies[index] = _copy(part, stream, layers, place, index)
             stream = copies[index].exit
@@ -104,24 +104,29 @@ def stamp(model: ir.Model, layers: Layers) -> None:
     for copy in copies.values():
         _add(graph, copy)
     graph.sort()
+    return streams
 
 
 def _parts(graph: ir.Graph, layers: Layers) -> list[_Part]:
-    parts = [_Part(f"{layers.path}.{place}.", nodes) for place, nodes in enumerate(_nodes_by_layer(graph, layers))]
-    for place, part in enumerate(parts):
-        part.entry = parts[place - 1].exit if place else None
-        seeds = _weights(part.nodes, part.prefix)
-        exits = _ways_out(part, _followers(part.nodes, seeds))
-        if len(exits) > 1 or not (exits or part.entry):
-            found = ", ".join(str(value.name) for value in exits) or "none"
-            raise CannotStampError(f"layer {layers.traced[place]} should have one output, it has {found}")
-        part.exit = exits[0] if exits else part.entry
-        caches = _caches(part.nodes, layers.traced_caches[place])
-        entry = [part.entry] if part.entry else []
-        part.own = _followers(part.nodes, [*seeds, *caches, *entry])
-        if any(node.attributes and _has_graph(node) for node in part.own):
-            raise CannotStampError(f"layer {layers.traced[place]} has a subgraph")
+    parts: list[_Part] = []
+    for place, nodes in enumerate(_nodes_by_layer(graph, layers)):
+        parts.append(_part(nodes, parts[-1].exit if parts else None, layers, place))
     return parts
+
+
+def _part(nodes: list[ir.Node], entry: ir.Value | None, layers: Layers, place: int) -> _Part:
+    index, prefix = layers.traced[place], f"{layers.path}.{place}."
+    weights, caches = _weights(nodes, prefix), _caches(nodes, layers.traced_caches[place])
+    exits = _ways_out(nodes, _followers(nodes, weights))
+    if not exits and entry is not None:
+        exits = [entry]
+    if len(exits) != 1:
+        found = ", ".join(str(value.name) for value in exits) or "none"
+        raise CannotStampError(f"layer {index} should have one output, it has {found}")
+    own = _followers(nodes, [*weights, *caches, *([entry] if entry else [])])
+    if any(_has_graph(node) for node in own):
+        raise CannotStampError(f"layer {index} has a graph within its graph")
+    return _Part(prefix, nodes, own, entry, exits[0])
 
 
 def _nodes_by_layer(graph: ir.Graph, layers: Layers) -> list[list[ir.Node]]:
@@ -179,9 +184,9 @@ def _followers(nodes: Iterable[ir.Node], seeds: Iterable[ir.Value]) -> list[ir.N
     return following
 
 
-def _ways_out(part: _Part, nodes: Iterable[ir.Node]) -> list[ir.Value]:
+def _ways_out(part: Iterable[ir.Node], nodes: Iterable[ir.Node]) -> list[ir.Value]:
     """What other parts read of these nodes' outputs; shapes apart, which are the same in all layers."""
-    inside = set(part.nodes)
+    inside = set(part)
     outputs = [value for node in nodes for value in node.outputs if any(use.node not in inside for use in value.uses())]
     return [value for value in outputs if value.dtype is None or value.dtype.is_floating_point()]
 
@@ -192,8 +197,7 @@ def _has_graph(node: ir.Node) -> bool:
 
 def _copy(part: _Part, entering: ir.Value, layers: Layers, place: int, index: int) -> _Copy:
     """The part of traced layer `place` once more, for layer `index` of the model."""
-    assert part.entry is not None
-    assert part.exit is not None
+    assert part.entry is not None  # only the first layer's is unknown, and that is never copied
     prefix, number = f"{layers.path}.{index}.", layers.caches[index]
     weights = {value: _like(value, _moved(value, part.prefix, prefix)) for value in _weights(part.own, part.prefix)}
     cached = _caches(part.own, layers.traced_caches[place])
@@ -238,7 +242,7 @@ def _renumbered(value: ir.Value, number: int | None) -> str:
     return f"{name[: match.start(1)]}{number}{name[match.end(1) :]}"
 
 
-def _feed(nodes: Iterable[ir.Node], old: ir.Value | None, new: ir.Value | None) -> None:
+def _feed(nodes: Iterable[ir.Node], old: ir.Value | None, new: ir.Value) -> None:
     """Let nodes read `new` where they read `old`."""
     for node in nodes:
         for position, value in enumerate(node.inputs):

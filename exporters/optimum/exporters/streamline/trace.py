@@ -12,6 +12,7 @@ import onnx_ir as ir
 import onnxscript.optimizer
 import onnxscript.rewriter.onnx_fusions
 import torch
+from onnx_ir.passes.common import ShapeInferencePass
 from transformers import DynamicCache, PreTrainedModel
 from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes, register_cache_pytrees_for_model
@@ -47,6 +48,7 @@ def trace(model: PreTrainedModel) -> ir.Model:
     # for there are none yet.
     onnxscript.optimizer.optimize_ir(program)
     onnxscript.rewriter.onnx_fusions.fuse(program)
+    ShapeInferencePass()(program)  # fusions leave some values without a type
     for value in weights:
         program.graph.inputs.remove(value)
         program.graph.initializers[str(value.name)] = value

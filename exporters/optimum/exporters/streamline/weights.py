@@ -7,6 +7,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import onnx_ir as ir
+import torch
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.tensor_adapters import TorchTensor
 from transformers import PreTrainedModel
@@ -62,7 +63,8 @@ def _computed(node: ir.Node, place: int) -> Callable[[], ir.TensorProtocol]:
     """A function that computes one of a node's outputs."""
     evaluator = ReferenceEvaluator(ir.to_proto(node), opsets={"": OPSET})
     constants = tuple((str(each.name), each.const_value) for each in node.inputs if each is not None)
-    return lambda: ir.tensor(_outputs(evaluator, constants)[place])
+    # Torch brings what was transposed into order, several times faster than numpy.
+    return lambda: TorchTensor(torch.from_numpy(_outputs(evaluator, constants)[place]).contiguous())
 
 
 @lru_cache(maxsize=1)  # a stack of experts' weights is taken apart one by one, and read once for all of them

@@ -1,0 +1,57 @@
+"""From a model to its whole graph, every weight still on disk: trace, tidy, stamp, bind, name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from transformers import PreTrainedModel
+
+from optimum.streamline.anatomy import architecture_of
+from optimum.streamline.dead import cache_numbers
+
+from .compact import compact
+from .names import rename
+from .repair import repair
+from .skeleton import skeleton, templates
+from .stamp import Layers, stamp
+from .trace import trace
+from .weights import bind_weights
+
+
+@dataclass(frozen=True)
+class Built:
+    """A graph.
+
+    Args:
+        model: The graph, its weights read when they are asked for.
+        hidden: The hidden states that leave the layers, first to last; empty where they were not looked for.
+    """
+
+    model: ir.Model
+    hidden: list[ir.Value]
+
+
+def build_graph(model: PreTrainedModel, traced: Sequence[int]) -> Built:
+    """The one graph of a model, its dead parts left out and its inputs and outputs named for clients.
+
+    Args:
+        model: With its weights offloaded.
+        traced: The layers to trace: all of them, or `layers_to_trace`.
+
+    Raises:
+        CannotStampError: the others cannot be made from these.
+    """
+    short = skeleton(model, traced)
+    graph = trace(short)
+    repair(graph)
+    compact(graph)
+    hidden: list[ir.Value] = []
+    if len(traced) < model.config.num_hidden_layers:
+        path = architecture_of(model.config).layers
+        layers = Layers(path, traced, templates(model, traced), cache_numbers(short), cache_numbers(model))
+        hidden = stamp(graph, layers)
+    bind_weights(graph, model)
+    rename(graph)
+    return Built(graph, hidden)
