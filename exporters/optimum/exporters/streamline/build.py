@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from optimum.streamline.anatomy import architecture_of
 from optimum.streamline.dead import cache_numbers
 
+from .attention import simplify_attention
 from .compact import compact
 from .names import rename
 from .repair import repair
@@ -47,6 +48,7 @@ def build_graph(model: PreTrainedModel, traced: Sequence[int]) -> Built:
     graph = trace(short)
     repair(graph)
     compact(graph)
+    simplify_attention(graph)
     hidden: list[ir.Value] = []
     if len(traced) < model.config.num_hidden_layers:
         path = architecture_of(model.config).layers
