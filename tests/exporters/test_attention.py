@@ -1,4 +1,4 @@
-"""What is left around `Attention` in a graph, and what is left alone."""
+"""What is left around `Attention` in a graph, its mask above all, and what is left alone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from onnx_ir.passes.common import ShapeInferencePass
 
 from optimum.exporters.streamline.attention import simplify_attention
+from optimum.exporters.streamline.mask import simplify_mask
 from tiny import token_ids
 
 pytestmark = pytest.mark.onnx
@@ -156,3 +157,49 @@ def test_padding_is_a_number(exported, case: str) -> None:
     logits, cache = exported(case).runner().prefill(ids, mask)
     assert np.isfinite(logits).all()
     assert all(np.isfinite(state.numpy()).all() for state in cache.states)
+
+
+LOOKED_UP = """
+<ir_version: 10, opset_import: ["" : 23]>
+traced (int64[b,t] attention_mask, int64 rows, int64 columns) => (bool[b,1,1,t] seen)
+<int64 zero = {0}, int64 one = {1}, int64[3] behind = {1, 2, 3}, int64[3] before = {0, 1, 2}, int64[1] last = {-1},
+ int64[4] wide = {2, 1, 1, 5}>
+{
+    mask = Cast<to = 9>(attention_mask)
+    r = Range(zero, rows, one)
+    r4 = Unsqueeze(r, behind)
+    r44 = Expand(r4, wide)
+    r5 = Unsqueeze(r44, last)
+    c = Range(zero, columns, one)
+    c4 = Unsqueeze(c, before)
+    c44 = Expand(c4, wide)
+    c5 = Unsqueeze(c44, last)
+    place = Concat<axis = -1>(r5, c5)
+    found = GatherND(mask, place)
+    seen = Not(found)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "left"),
+    [
+        ("", "", False),
+        ("c = Range(zero", "c = Range(one", True),  # not all columns
+        ("Concat<axis = -1>(r5, c5)", "Concat<axis = -1>(c5, r5)", True),  # the other way round
+        ("attention_mask", "other_mask", True),  # of which nothing is known
+    ],
+)
+def test_the_mask_is_looked_up_only_where_it_must_be(old: str, new: str, left: bool) -> None:
+    model = ShapeInferencePass()(ir.from_onnx_text(LOOKED_UP.replace(old, new))).model
+    simplify_mask(model)
+    assert operators(model)["GatherND"] == left
+    if not left:
+        mask = np.array([[0, 1, 1, 0, 1], [1, 1, 0, 1, 1]])
+        (got,) = run(model, {"attention_mask": mask, "rows": np.array(2), "columns": np.array(5)})
+        np.testing.assert_array_equal(got, mask[:, None, None] == 0)
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2", "gemma2"])
+def test_no_exported_mask_is_looked_up(exported, case: str) -> None:
+    assert exported(case).count("GatherND") == 0

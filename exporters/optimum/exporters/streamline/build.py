@@ -13,6 +13,7 @@ from optimum.streamline.dead import cache_numbers
 
 from .attention import simplify_attention
 from .compact import compact
+from .mask import simplify_mask
 from .names import rename
 from .repair import repair
 from .skeleton import skeleton, templates
@@ -48,6 +49,7 @@ def build_graph(model: PreTrainedModel, traced: Sequence[int]) -> Built:
     graph = trace(short)
     repair(graph)
     compact(graph)
+    simplify_mask(graph)
     simplify_attention(graph)
     hidden: list[ir.Value] = []
     if len(traced) < model.config.num_hidden_layers:

@@ -96,3 +96,4 @@ def _name_nodes(graph: ir.Graph) -> None:
         taken[name] = taken.get(name, 0) + 1
         node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
         node.metadata_props.clear()
+    graph.metadata_props.clear()  # the tracer's account of the few layers it saw
