@@ -7,7 +7,7 @@ runtime; `torch_runner.py` and `optimum.exporters.streamline` hold them, `open_r
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,6 +52,9 @@ class Artifact:
         parity: Largest absolute logit difference from torch, by check.
         traced_layers: The layers whose graph was traced; that of the others was made from theirs.
         whole_because: Why every layer was traced although some are of one kind; empty where that was not so.
+        quantize: How the graph was quantized after it was compared with torch; `none`, or such as `int4`.
+        divergence: Of a quantized graph, the largest logit difference from torch as a share of the largest logit, by
+            check.
     """
 
     path: str
@@ -62,6 +65,13 @@ class Artifact:
     parity: dict[str, float]
     traced_layers: tuple[int, ...]
     whole_because: str = ""
+    quantize: str = "none"
+    divergence: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def precision(self) -> str:
+        """What it is computed in, in a word: how it was quantized, or else its dtype."""
+        return self.dtype if self.quantize == "none" else self.quantize
 
     def write(self, folder: Path) -> None:
         """Write `artifact.json` into `folder`."""

@@ -5,13 +5,19 @@ Importing this package is cheap: torch and transformers are imported by an expor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.runner import Artifact, Runner
 
-__all__ = ["check_export", "export_checkpoint", "open_artifact"]
+from .quantize import NONE, WAYS, Quantization
+
+__all__ = ["WAYS", "check_export", "export_checkpoint", "open_artifact"]
 
 FORMATS = ("onnx",)  # a second format is a second branch below; what is common to them is `Artifact`
 
@@ -26,6 +32,9 @@ def export_checkpoint(
     tolerance: float | None = None,
     verbose: bool = False,
     max_memory: int | None = None,
+    quantize: str = NONE,
+    quantize_exclude: Sequence[str] = (),
+    windows: npt.NDArray[np.int64] | None = None,
     **options: Any,
 ) -> Artifact:
     """Export a checkpoint into the folder `out`, proved equal to torch, or not at all.
@@ -42,6 +51,10 @@ def export_checkpoint(
         verbose: Whether what torch and transformers say goes to the terminal rather than to `export.log`.
         max_memory: Bytes of memory to make do with, though never with less than two layers take: the weights stay on
             disk, and the graph is compared with torch a few layers at a time. By default what is free.
+        quantize: A key of `quantize.WAYS`: what the graph becomes when it has been proved equal to torch.
+        quantize_exclude: What to leave in float: numbers of the checkpoint's layers, and names of modules in which `*`
+            stands for anything.
+        windows: Token ids `[windows, length]` to calibrate on, for a way to quantize that does.
         options: `cache_dir`, `trust_remote_code`.
 
     Returns:
@@ -54,11 +67,12 @@ def export_checkpoint(
     _check_format(format)
     from .export import OnnxExport, export_onnx
 
-    job = OnnxExport(checkpoint, out, dtype, device, tolerance, max_memory, options)
+    quantization = None if quantize == NONE else Quantization(quantize, quantize_exclude, windows)
+    job = OnnxExport(checkpoint, out, dtype, device, tolerance, max_memory, quantization, options)
     return export_onnx(job, overwrite, verbose)
 
 
-def check_export(format: str, dtype: str, device: str) -> None:  # noqa: A002 - the command's word
+def check_export(format: str, dtype: str, device: str, quantize: str = NONE) -> None:  # noqa: A002 - the command's word
     """Refuse what cannot be exported here, before anything is made to be exported.
 
     Raises:
@@ -67,7 +81,7 @@ def check_export(format: str, dtype: str, device: str) -> None:  # noqa: A002 - 
     _check_format(format)
     from .export import check_options
 
-    check_options(dtype, device)
+    check_options(dtype, device, quantize)
 
 
 def open_artifact(artifact: Artifact, device: str = "cpu") -> Runner:

@@ -6,15 +6,12 @@ shapes are still on the values. Knows no architecture.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
-from onnx_ir.convenience import replace_all_uses_with
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from .names import TRACED_CACHE
+from .rewriting import initializer, take_over
 
 _HEADS_APART = (0, 2, 1, 3)  # between [batch, length, heads, size] and [batch, heads, length, size]
 QUERY, KEY, VALUE, MASK = range(4)
@@ -66,7 +63,8 @@ def _keep_masked_rows(graph: ir.Graph, attention: ir.Node) -> None:
     lowest = np.finfo(least.dtype.numpy()).min
     found = least.const_value.numpy()
     if found.size == 1 and found.item() in (lowest, lowest / 2):
-        half = _constant(graph, f"half_of_least_{least.dtype.name.lower()}", np.array(lowest / 2, found.dtype))
+        name = f"half_of_least_{least.dtype.name.lower()}"
+        half = initializer(graph, ir.tensor(np.array(lowest / 2, found.dtype), name=name))
         scale.replace_input_with(1, half)
         wheres[0].outputs[0].replace_all_uses_with(zeroed)
 
@@ -86,7 +84,7 @@ def _append_to_cache(graph: ir.Graph, attention: ir.Node) -> None:
     graph.insert_before(attention, made)
     for old, new in zip((attention.outputs[0], *attention.inputs[KEY:MASK]), made.outputs, strict=True):
         assert old is not None
-        _take_over(old, new)
+        take_over(old, new)
 
 
 def _appended(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
@@ -112,9 +110,9 @@ def _flatten_heads(graph: ir.Graph, attention: ir.Node) -> None:
     made.attributes["q_num_heads"] = ir.AttrInt64("q_num_heads", heads[QUERY])
     made.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", heads[KEY])
     graph.insert_before(attention, made)
-    _take_over(joined, made.outputs[0])
+    take_over(joined, made.outputs[0])
     for old, new in zip(attention.outputs[1:], made.outputs[1:], strict=True):
-        _take_over(old, new)
+        take_over(old, new)
 
 
 def _heads(value: ir.Value | None) -> int:
@@ -159,7 +157,7 @@ def _flat(graph: ir.Graph, value: ir.Value | None, heads: int) -> ir.Value:
         whole = source.inputs[0] if source is not None and source.op_type == "Reshape" else None
         if whole is not None and whole.shape is not None and len(whole.shape) == 3:
             return whole
-        shape = _constant(graph, "side_by_side", np.array([0, 0, -1]))
+        shape = initializer(graph, ir.tensor(np.array([0, 0, -1]), name="side_by_side"))
         made = ir.node("Reshape", [apart, shape], metadata_props=dict(node.metadata_props))
         made.outputs[0].type = value.type
     graph.insert_before(node, made)
@@ -180,21 +178,3 @@ def _node(like: ir.Node, inputs: list[ir.Value | None], outputs: int) -> ir.Node
     for value in made.outputs:
         value.type = like.outputs[0].type
     return made
-
-
-def _take_over(old: ir.Value, new: ir.Value) -> None:
-    """Let `new` stand wherever `old` stood, under its name."""
-    new.shape, new.type = old.shape, old.type
-    name = old.name
-    replace_all_uses_with(old, new, replace_graph_outputs=True)
-    old.name, new.name = None, name
-
-
-def _constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
-    """The initializer of this name, made if there is none."""
-    if name not in graph.initializers:
-        tensor, shape = ir.tensor(array, name=name), ir.Shape(array.shape)
-        graph.register_initializer(
-            ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-        )
-    return graph.initializers[name]

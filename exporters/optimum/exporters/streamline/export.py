@@ -1,6 +1,6 @@
-"""The steps from a checkpoint to a proved ONNX folder, in order: trace, tidy, write, compare, or nothing.
+"""The steps from a checkpoint to a proved ONNX folder, in order: build, write, compare, or nothing.
 
-Quantizing the written graph is a step between writing and comparing, with tolerances of its own.
+A graph to be quantized is proved first, as any; what quantizing it changed is measured, not judged.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from optimum.streamline.progress import Bar, progress_bar
 from optimum.streamline.runner import Artifact
 
 from .ort_runner import GRAPH_FILE, OnnxRunner, provider_of
+from .quantize import NONE, WAYS, Quantization, check_quantization
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -30,7 +31,7 @@ FORMAT = "onnx"
 WEIGHTS_FILE = f"{GRAPH_FILE}.data"
 LOG_FILE = "export.log"
 DTYPES = ("fp32", "fp16")
-STAGES = ("loading", "tracing", "writing", "comparing with torch")
+STAGES = ("loading", "tracing", "writing", "comparing with torch", "quantizing", "measuring what that changed")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class OnnxExport:
     device: str = "cpu"
     tolerance: float | None = None
     max_memory: int | None = None
+    quantization: Quantization | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -53,7 +55,7 @@ def export_onnx(job: OnnxExport, overwrite: bool = False, verbose: bool = False)
         ParityError: the graph does not compute what the checkpoint does.
         StreamlineError: the job cannot be done as it is given.
     """
-    check_options(job.dtype, job.device)
+    check_options(job.dtype, job.device, job.quantization.how if job.quantization else NONE)
     with staged_folder(job.out, (job.checkpoint,), overwrite) as folder:
         with captured_logs(folder / LOG_FILE, verbose):
             artifact = _export_into(folder, job)
@@ -61,8 +63,8 @@ def export_onnx(job: OnnxExport, overwrite: bool = False, verbose: bool = False)
     return artifact
 
 
-def check_options(dtype: str, device: str) -> None:
-    """Refuse a dtype or device that cannot be exported to here.
+def check_options(dtype: str, device: str, quantize: str = NONE) -> None:
+    """Refuse a dtype, device or quantization that cannot be exported to here.
 
     Raises:
         StreamlineError: naming it, or the package that is missing.
@@ -74,6 +76,8 @@ def check_options(dtype: str, device: str) -> None:
         )
     if dtype not in DTYPES:
         raise StreamlineError(f"dtype {dtype!r}: unknown; one of {', '.join(DTYPES)}")
+    if quantize != NONE:
+        check_quantization(quantize, dtype)
     for package in ("onnx", "onnxscript", "transformers.exporters"):  # older transformers lack the last
         require_extra(package, "onnx")
     provider_of(device)
@@ -82,13 +86,43 @@ def check_options(dtype: str, device: str) -> None:
 def _export_into(folder: Path, job: OnnxExport) -> Artifact:
     from optimum.streamline import checkpoint
 
-    with TemporaryDirectory(dir=folder) as offload, progress_bar("exporting", len(STAGES)) as bar:
+    with (
+        TemporaryDirectory(dir=folder) as scratch,
+        progress_bar("exporting", len(STAGES) if job.quantization else 4) as bar,
+    ):
         bar.at(0, STAGES[0])
-        model = checkpoint.load(job.checkpoint, checkpoint.DTYPES[job.dtype], offload=Path(offload), **job.options)
-        traced, whole_because, parity = _export_model(model, job, folder, bar)
+        model = checkpoint.load(job.checkpoint, checkpoint.DTYPES[job.dtype], offload=Path(scratch), **job.options)
+        plain = Path(scratch) if job.quantization else folder
+        traced, whole_because, parity = _export_model(model, job, plain, bar)
+        divergence = _quantize(model, job, plain, folder, bar) if job.quantization else {}
         _write_companions(model, job, folder)
     fingerprint = checkpoint.fingerprint(job.checkpoint, job.options.get("cache_dir"))
-    return Artifact(str(job.out), FORMAT, job.dtype, job.checkpoint, fingerprint, parity, tuple(traced), whole_because)
+    return Artifact(
+        path=str(job.out),
+        format=FORMAT,
+        dtype=job.dtype,
+        source=job.checkpoint,
+        source_fingerprint=fingerprint,
+        parity=parity,
+        traced_layers=tuple(traced),
+        whole_because=whole_because,
+        quantize=job.quantization.how if job.quantization else NONE,
+        divergence=divergence,
+    )
+
+
+def _quantize(model: PreTrainedModel, job: OnnxExport, plain: Path, folder: Path, bar: Bar) -> dict[str, float]:
+    """Quantize the graph in `plain` into `folder`; returns by how much it then differs from torch."""
+    from .calls import one_by_one
+    from .genai import CONFIG_FILE
+    from .parity import measure_divergence
+
+    assert job.quantization is not None
+    bar.at(4, STAGES[4])
+    WAYS[job.quantization.how].run(plain, folder, job.quantization)
+    (folder / CONFIG_FILE).write_bytes((plain / CONFIG_FILE).read_bytes())
+    bar.at(5, STAGES[5])
+    return measure_divergence(model, one_by_one(OnnxRunner(folder, job.device)))
 
 
 def _export_model(

@@ -53,18 +53,28 @@ class Question:
         Raises:
             ParityError: it is beyond the tolerance.
         """
-        rows, columns = np.nonzero(self.positions >= 0)
-        expected = self.expected[rows, columns]
-        differences = np.abs(got[rows, columns] - expected)
-        place, token = np.unravel_index(differences.argmax(), differences.shape)  # to `argmax`, a NaN is the largest
-        difference, allowed = float(differences[place, token]), tolerance * float(np.abs(expected).max())
+        difference, row, position, token = self.largest_difference(got)
+        allowed = tolerance * self.scale
         if not difference <= allowed:  # not `>`: a NaN must fail
-            row, position = rows[place], self.positions[rows[place], columns[place]]
             raise ParityError(
                 f"parity: {self.check} differs from torch by {difference:.3g} in a logit, allowed is {allowed:.3g}; "
                 f"most at row {row}, position {position}, token {token}"
             )
         return difference
+
+    @property
+    def scale(self) -> float:
+        """The largest logit that is compared."""
+        rows, columns = np.nonzero(self.positions >= 0)
+        return float(np.abs(self.expected[rows, columns]).max())
+
+    def largest_difference(self, got: Logits) -> tuple[float, int, int, int]:
+        """The largest absolute difference, and its row, position and token."""
+        rows, columns = np.nonzero(self.positions >= 0)
+        differences = np.abs(got[rows, columns] - self.expected[rows, columns])
+        place, token = np.unravel_index(differences.argmax(), differences.shape)  # to `argmax`, a NaN is the largest
+        row, position = int(rows[place]), int(self.positions[rows[place], columns[place]])
+        return float(differences[place, token]), row, position, int(token)
 
 
 def check_parity(model: PreTrainedModel, answer: Answer, tolerance: float) -> dict[str, float]:
@@ -82,10 +92,30 @@ def check_parity(model: PreTrainedModel, answer: Answer, tolerance: float) -> di
         ParityError: a difference is beyond the tolerance; says which check, the difference, what was allowed, and
             where it is largest: the row of the batch, the position in the row's text, the token id, all from 0.
     """
+    return {question.check: question.judge(got, tolerance) for question, got in _answered(model, answer)}
+
+
+def measure_divergence(model: PreTrainedModel, answer: Answer) -> dict[str, float]:
+    """How far answers that need not be those of `model` are from them.
+
+    Returns:
+        The largest absolute logit difference as a share of the largest logit, by check.
+
+    Raises:
+        ParityError: an answer is not a number.
+    """
+    shares: dict[str, float] = {}
+    for question, got in _answered(model, answer):
+        share = question.largest_difference(got)[0] / question.scale
+        if not np.isfinite(share):
+            raise ParityError(f"parity: {question.check} gives what is not a number")
+        shares[question.check] = share
+    return shares
+
+
+def _answered(model: PreTrainedModel, answer: Answer) -> Iterator[tuple[Question, Logits]]:
     questions = (*_one_row(model), *_padded_rows(model))
-    answers = answer([question.call for question in questions])
-    judged = zip(questions, answers, strict=True)
-    return {question.check: question.judge(got, tolerance) for question, got in judged}
+    return zip(questions, answer([question.call for question in questions]), strict=True)
 
 
 def _one_row(model: PreTrainedModel) -> Iterator[Question]:

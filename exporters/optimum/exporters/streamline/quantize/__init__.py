@@ -1,0 +1,88 @@
+"""Quantizing an exported graph: one table of ways, onnxruntime's own quantizers behind each.
+
+What goes in is a folder with a float graph that was proved equal to torch; what comes out is another graph file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from optimum.streamline.errors import StreamlineError
+
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How to quantize.
+
+    Args:
+        how: A key of `WAYS`.
+        exclude: What to leave in float: numbers of the checkpoint's layers, and names of modules as `lm_head` or
+            `*.mlp.down_proj`.
+        windows: Token ids `[windows, length]` to calibrate on, for a way that does.
+    """
+
+    how: str
+    exclude: Sequence[str] = ()
+    windows: npt.NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to quantize.
+
+    Args:
+        run: Quantizes the graph in one folder into another.
+        text: What it does, for a user who chooses.
+        calibrated: Whether it needs text.
+    """
+
+    run: Callable[[Path, Path, Quantization], None]
+    text: str
+    calibrated: bool = False
+
+
+def _int4(algorithm: str) -> Callable[[Path, Path, Quantization], None]:
+    def run(source: Path, target: Path, quantization: Quantization) -> None:
+        from .int4 import quantize_int4
+
+        quantize_int4(source, target, quantization, algorithm)
+
+    return run
+
+
+def _int8(calibrated: bool) -> Callable[[Path, Path, Quantization], None]:
+    def run(source: Path, target: Path, quantization: Quantization) -> None:
+        from .int8 import quantize_int8
+
+        quantize_int8(source, target, quantization, calibrated)
+
+    return run
+
+
+WAYS: dict[str, Way] = {
+    "int8": Way(_int8(calibrated=False), "weights in 8 bits, activations too, scaled as they come"),
+    "int8-static": Way(_int8(calibrated=True), "the same, activations scaled by what text gave (QDQ)", calibrated=True),
+    "int4": Way(_int4("rtn"), "weights in 4 bits, blocks of 32 rounded to nearest (MatMulNBits)"),
+    "int4-hqq": Way(_int4("hqq"), "the same, offsets chosen by half-quadratic optimization"),
+    "int4-gptq": Way(_int4("gptq"), "the same, weights rounded by what they do to text (GPTQ)", calibrated=True),
+}
+
+
+def check_quantization(how: str, dtype: str) -> Way:
+    """The way of this name, if it can be used.
+
+    Raises:
+        StreamlineError: there is none, or not for this dtype.
+    """
+    if how not in WAYS:
+        raise StreamlineError(f"quantize {how!r}: unknown; one of {', '.join((NONE, *WAYS))}")
+    if dtype != "fp32":
+        raise StreamlineError(f"quantize {how!r}: starts from dtype 'fp32', not {dtype!r}")
+    return WAYS[how]
