@@ -166,6 +166,15 @@ def _plan_flags(parser: argparse.ArgumentParser) -> None:
 
 
 # Repeated from `methods.METHODS`, which cannot be imported here; a test holds the two together.
+# What `optimum.exporters.streamline.quantize.WAYS` says of each, which importing would take seconds; a test compares.
+QUANTIZATION_LINES = {
+    "int8": "weights in 8 bits, activations too, scaled as they come",
+    "int8-static": "the same, activations scaled by what text gave (QDQ)",
+    "int4": "weights in 4 bits, blocks of 32 rounded to nearest (MatMulNBits)",
+    "int4-hqq": "the same, offsets chosen by half-quadratic optimization",
+    "int4-gptq": "the same, weights rounded by what they do to text (GPTQ)",
+}
+
 METHOD_LINES = {
     "auto": "the default: blockpruner or come-p, unhealed also linear maps, by held-out loss; then heal distill",
     "average": "the same neighbours as come, their weights averaged (baseline of 2510.15304)",
@@ -274,6 +283,20 @@ class ExportCommand(_Command):
             metavar="SIZE",
             help="memory to make do with, such as 1.5GB; what is free by default, and never less than two layers take",
         )
+        group = parser.add_argument_group("quantization, of the graph that was compared with torch")
+        ways = "\n".join(f"  {name}: {line}" for name, line in QUANTIZATION_LINES.items())
+        group.add_argument("--quantize", default="none", help=f"none (default), or one of\n{ways}")
+        group.add_argument(
+            "--quantize-exclude",
+            default="",
+            metavar="WHAT",
+            help="what stays in float, by commas: numbers of the checkpoint's layers, and modules such as lm_head or\n"
+            "*.mlp.down_proj",
+        )
+        group.add_argument("--calibration", default="stdlib", help=f"for int8-static and int4-gptq: {SPEC} (default)")
+        group.add_argument("--samples", type=int, default=32, help="calibration windows (default 32)")
+        group.add_argument("--length", type=int, default=256, help="tokens a window (default 256)")
+        group.add_argument("--seed", type=int, default=0, help="of the order of the text (default 0)")
 
 
 class ValidateCommand(_Command):

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from threading import Event
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 
@@ -24,6 +24,10 @@ from .logs import captured_logs
 from .outputs import check_output, refuse_own_input, write_file
 from .processes import is_main, process_count
 from .recipe import Budget, Recipe, make_recipe, read_recipe, write_recipe
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 BUDGET_FIELDS = {field.name for field in fields(Budget)}
 RECIPE_FIELDS = {field.name for field in fields(Recipe)}
@@ -228,14 +232,21 @@ def _run(args: Namespace, console: Console) -> int:
 
 
 def _export(args: Namespace, console: Console) -> int:
-    from optimum.exporters.streamline import export_checkpoint
+    from optimum.exporters.streamline import check_export, export_checkpoint
 
     if args.task not in ("text-generation", "text-generation-with-past"):
         raise StreamlineError(f"task {args.task!r}: must be text-generation")
     if args.opset != 23:
         raise StreamlineError(f"opset {args.opset}: must be 23, which has attention and normalisation as single nodes")
-    options = _source(args, args.model).options()
-    options |= {"verbose": args.verbose, "max_memory": _bytes("max-memory", args.max_memory)}
+    check_export(args.format, args.dtype, args.device, args.quantize)
+    check_output(args.output, args.overwrite)
+    options = _source(args, args.model).options() | {
+        "verbose": args.verbose,
+        "max_memory": _bytes("max-memory", args.max_memory),
+        "quantize": args.quantize,
+        "quantize_exclude": [each for each in args.quantize_exclude.split(",") if each],
+        "windows": _calibration_ids(args),
+    }
     artifact = export_checkpoint(
         args.model, args.output, args.format, args.dtype, args.device, args.overwrite, **options
     )
@@ -243,9 +254,32 @@ def _export(args: Namespace, console: Console) -> int:
         console.print(f"every layer was traced, which takes longer: {artifact.whole_because}", markup=False)
     for check, difference in artifact.parity.items():
         console.print(f"largest difference from torch, {check}: {difference:.2g}", markup=False)
+    for check, share in artifact.divergence.items():
+        console.print(f"quantized ({artifact.quantize}), {check}: {share:.1%} of the largest logit", markup=False)
     console.print(f"exported to {args.output}", markup=False)
     _note_bare(args, console, args.model)
     return 0
+
+
+def _calibration_ids(args: Namespace) -> npt.NDArray[np.int64] | None:
+    """The token windows that a way to quantize asks for; none where it asks for none."""
+    from optimum.exporters.streamline import WAYS
+
+    from .checkpoint import load_tokenizer, read_config
+    from .windows import read_windows
+
+    if args.quantize not in WAYS or not WAYS[args.quantize].calibrated:
+        return None
+    source = _source(args, args.model)
+    limit = read_config(source).max_position_embeddings
+    for name, least, most in (("samples", 1, 10**6), ("length", 8, limit)):
+        value = getattr(args, name)
+        if not least <= value <= most:
+            raise StreamlineError(f"{name} {value}: must be from {least} to {most}")
+    tokenizer = load_tokenizer(source)
+    windows = read_windows(args.calibration, tokenizer, args.samples, args.length, args.seed, "calibration")
+    ids: npt.NDArray[np.int64] = windows.ids.numpy()
+    return ids
 
 
 def _bytes(name: str, text: str | None) -> int | None:

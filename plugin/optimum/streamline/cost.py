@@ -34,6 +34,8 @@ class Cost:
         kv_width: Cached numbers per token and attending layer, keys and values together.
         attention_width: Heads times head size.
         element_bytes: Bytes a number in the dtype it is computed in.
+        weight_bytes: Bytes of what one token multiplies by, where that is quantized; by default they follow from
+            `read_parameters`.
     """
 
     parameters: int
@@ -44,6 +46,7 @@ class Cost:
     kv_width: int
     attention_width: int
     element_bytes: int
+    weight_bytes: int | None = None
 
     @property
     def attention_layers(self) -> int:
@@ -57,8 +60,9 @@ class Cost:
 
     def decode_bytes(self, context: float) -> float:
         """Bytes read to decode one token after `context` others, batch 1: weights and cache."""
-        cached = sum(_seen(context, window) for window in self.windows) * self.kv_width
-        return (self.read_parameters + cached) * self.element_bytes
+        cached = sum(_seen(context, window) for window in self.windows) * self.kv_width * self.element_bytes
+        weights = self.read_parameters * self.element_bytes if self.weight_bytes is None else self.weight_bytes
+        return weights + cached
 
     def prefill_flops(self, length: int) -> float:
         """Floating-point operations of a prompt of `length` tokens whose every token gets logits, batch 1.

@@ -55,6 +55,7 @@ class Artifact:
         quantize: How the graph was quantized after it was compared with torch; `none`, or such as `int4`.
         divergence: Of a quantized graph, the largest logit difference from torch as a share of the largest logit, by
             check.
+        weight_bytes: Of a quantized graph, bytes of the weights that a token is multiplied by.
     """
 
     path: str
@@ -67,6 +68,7 @@ class Artifact:
     whole_because: str = ""
     quantize: str = "none"
     divergence: dict[str, float] = field(default_factory=dict)
+    weight_bytes: int | None = None
 
     @property
     def precision(self) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from transformers import PreTrainedConfig
+
 from .accuracy import Accuracy, measure_accuracy
 from .checkpoint import Source, fingerprint, local_folder, read_config
 from .cost import Cost, cost_of, disk_bytes
@@ -142,8 +144,8 @@ def validate(
     if questions is not None:
         questions.check(positions, min(config.vocab_size for config in configs))
     prompt = _clip(prompt_length, decode_tokens, min(positions, windows.ids.numel()))
-    dtypes = [Artifact.read(Path(each.path)).dtype if is_artifact(each.path) else dtype for each in subjects]
-    costs = [cost_of(config, each) for config, each in zip(configs, dtypes, strict=True)]
+    computed = [_computed(subject, config, dtype) for subject, config in zip(subjects, configs, strict=True)]
+    dtypes, costs = zip(*computed, strict=True)
     runtimes, accuracies, answers = _judged(subjects, windows, questions, dtype, device)
     tokens = windows.ids.flatten()[None, : prompt.length + prompt.decoded].numpy()
     jobs = [Job(each.label, each.path, dtype, device, each.cache_dir, each.trust_remote_code) for each in subjects]
@@ -188,6 +190,14 @@ def _source_fingerprint(subject: Subject) -> str:
     if is_artifact(subject.path):
         return Artifact.read(Path(subject.path)).source_fingerprint
     return fingerprint(subject.path, subject.cache_dir)
+
+
+def _computed(subject: Subject, config: PreTrainedConfig, dtype: str) -> tuple[str, Cost]:
+    """What a subject is computed in, in a word, and its cost; `dtype` is that of checkpoints."""
+    if not is_artifact(subject.path):
+        return dtype, cost_of(config, dtype)
+    artifact = Artifact.read(Path(subject.path))
+    return artifact.precision, replace(cost_of(config, artifact.dtype), weight_bytes=artifact.weight_bytes)
 
 
 def _clip(length: int, decoded: int, room: int) -> Prompt:

@@ -18,7 +18,7 @@ from optimum.streamline.progress import Bar, progress_bar
 from optimum.streamline.runner import Artifact
 
 from .ort_runner import GRAPH_FILE, OnnxRunner, provider_of
-from .quantize import NONE, WAYS, Quantization, check_quantization
+from .quantize import NONE, WAYS, Quantization, check_quantization, weight_bytes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -95,6 +95,7 @@ def _export_into(folder: Path, job: OnnxExport) -> Artifact:
         plain = Path(scratch) if job.quantization else folder
         traced, whole_because, parity = _export_model(model, job, plain, bar)
         divergence = _quantize(model, job, plain, folder, bar) if job.quantization else {}
+        read = weight_bytes(folder) if job.quantization else None
         _write_companions(model, job, folder)
     fingerprint = checkpoint.fingerprint(job.checkpoint, job.options.get("cache_dir"))
     return Artifact(
@@ -108,6 +109,7 @@ def _export_into(folder: Path, job: OnnxExport) -> Artifact:
         whole_because=whole_because,
         quantize=job.quantization.how if job.quantization else NONE,
         divergence=divergence,
+        weight_bytes=read,
     )
 
 

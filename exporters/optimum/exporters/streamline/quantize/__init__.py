@@ -86,3 +86,14 @@ def check_quantization(how: str, dtype: str) -> Way:
     if dtype != "fp32":
         raise StreamlineError(f"quantize {how!r}: starts from dtype 'fp32', not {dtype!r}")
     return WAYS[how]
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the weights in `folder` that a token is multiplied by: all but the tables that it is looked up in."""
+    import onnx_ir as ir
+
+    from ..ort_runner import GRAPH_FILE
+
+    weights = ir.load(folder / GRAPH_FILE).graph.initializers.values()
+    read = [value for value in weights if {use.node.op_type for use in value.uses()} != {"Gather"}]
+    return sum(value.const_value.nbytes for value in read if value.const_value is not None)

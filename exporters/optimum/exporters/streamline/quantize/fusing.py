@@ -21,6 +21,25 @@ def is_product(node: ir.Node) -> bool:
     return weight is not None and weight.is_initializer() and weight.shape is not None and len(weight.shape) == 2
 
 
+def split_biases(graph: ir.Graph) -> None:
+    """Make a product and a sum of `Gemm`, where it is just that, in place."""
+    for node in list(graph):
+        if node.op_type != "Gemm" or len(node.inputs) < 3 or not _is_plain(node):
+            continue
+        product = ir.node("MatMul", node.inputs[:2], name=f"{module_of(node)}/MatMul")
+        product.outputs[0].type = node.outputs[0].type
+        summed = ir.node("Add", [product.outputs[0], node.inputs[2]], name=f"{module_of(node)}/Add")
+        graph.insert_before(node, [product, summed])
+        take_over(node.outputs[0], summed.outputs[0])
+        graph.remove(node, safe=True)
+
+
+def _is_plain(gemm: ir.Node) -> bool:
+    flips = [gemm.attributes.get_int(name, 0) for name in ("transA", "transB")]
+    factors = [gemm.attributes.get_float(name, 1.0) for name in ("alpha", "beta")]
+    return not any(flips) and factors == [1.0, 1.0]
+
+
 def pack_products(graph: ir.Graph, excluded: Collection[ir.Node]) -> None:
     """Make one product of those that read the same, and take its output apart, in place.
 
