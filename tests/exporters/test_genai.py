@@ -1,6 +1,8 @@
-"""The folder in onnxruntime-genai, unchanged."""
+"""The folder in onnxruntime-genai, unchanged, and a pruned checkpoint in its builder."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import onnxruntime_genai as genai
@@ -50,6 +52,14 @@ def test_a_pruned_trained_model_writes_what_it_writes_in_torch(pruned_reference)
     expected = greedy_in_torch(pruned_reference.stock(), prompt)
     assert len(set(expected[len(prompt) :])) > 2  # or it repeats itself, and equality says little
     assert greedy(pruned_reference.folder, prompt) == expected
+
+
+def test_its_builder_takes_a_pruned_checkpoint(pruned_reference, tmp_path):
+    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "fp32", "-e", "cpu"]
+    command = [*builder, "-m", str(pruned_reference.checkpoint), "-o", str(tmp_path / "built")]
+    subprocess.run(command, check=True, capture_output=True)
+    prompt = AutoTokenizer.from_pretrained(REFERENCE).encode(CODE)
+    assert greedy(tmp_path / "built", prompt) == greedy_in_torch(pruned_reference.stock(), prompt)
 
 
 def test_the_config_counts_the_layers_that_have_a_cache(exported):

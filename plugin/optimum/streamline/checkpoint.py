@@ -28,6 +28,7 @@ from .bare_layers import bare_layers, host_config, is_bare_checkpoint, load_bare
 from .dead import drop_dead_sublayers
 from .errors import StreamlineError
 from .offload import offload_options, read_parameter
+from .older_names import add_older_names
 
 RECORD_FILE = "streamline.json"
 RECORD_KEYS = ("source", "layers", "scores", "recipe_fingerprint", "data")
@@ -200,6 +201,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype
     model.config.dtype = dtype
     save = save_bare if bare_layers(model.config) else PreTrainedModel.save_pretrained
     save(model, folder)
+    add_older_names(folder)
     tokenizer.save_pretrained(folder)
 
 
