@@ -1,6 +1,7 @@
 """The exported graph: its names, what it computes, and what it leaves out."""
 
 import re
+from itertools import pairwise
 
 import numpy as np
 import onnx
@@ -74,6 +75,31 @@ def test_every_row_of_a_padded_batch_is_what_stock_transformers_computes_of_it_a
         with torch.inference_mode():
             expected = model(torch.from_numpy(text), use_cache=False).logits.numpy()[0]
         difference = np.abs(got[row, longest - length :] - expected).max()
+        assert difference < TOLERANCE[export.artifact.dtype] * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("pieces", [(1, 12), (3, 9, 1), (12, 1), (1,) * 13])
+def test_a_prompt_in_pieces_is_what_stock_transformers_computes_of_the_whole(exported, case, pieces):
+    # A piece that is longer than what the cache holds, one longer than gemma2's sliding window, and single tokens.
+    export = exported(case)
+    ids = token_ids(2, sum(pieces), seed=5).numpy()
+    mask = (np.arange(len(ids[0])) >= np.array([[0], [2]])).astype(
+        np.int64
+    )  # the second has padding in its first piece
+    ends = np.cumsum(pieces)
+    mask[:, ends[0] - 1 :] = 1
+    runner = export.runner()
+    logits, cache = runner.prefill(ids[:, : ends[0]], mask[:, : ends[0]])
+    parts = [logits]
+    for start, end in pairwise(ends):
+        logits, cache = runner.decode(ids[:, start:end], cache)
+        parts.append(logits)
+    got = np.concatenate(parts, axis=1)
+    for row, (text, seen) in enumerate(zip(ids, mask.astype(bool), strict=True)):
+        with torch.inference_mode():
+            expected = export.stock()(torch.from_numpy(text[seen][None]), use_cache=False).logits.numpy()[0]
+        difference = np.abs(got[row][seen] - expected).max()
         assert difference < TOLERANCE[export.artifact.dtype] * np.abs(expected).max()
 
 
