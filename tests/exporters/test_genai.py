@@ -1,6 +1,7 @@
 """The folder in onnxruntime-genai, unchanged, and a pruned checkpoint in its builder."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from optimum.exporters.streamline.last_logits import keep_last_logits
 from reference import REFERENCE
 from tiny import token_ids
 
@@ -22,36 +24,52 @@ CODE = '''    def read(self, path, encoding="utf-8"):
             return '''
 
 
-def greedy(folder, prompt):
+def greedy(folder, *prompts):
+    """The new tokens of each prompt, the shorter ones padded as GenAI pads: on the right."""
     parameters = genai.GeneratorParams(model := genai.Model(str(folder)))
-    length = len(prompt) + NEW_TOKENS
-    parameters.set_search_options(max_length=length, min_length=length)
+    longest = max(map(len, prompts))
+    lengths = {"max_length": longest + NEW_TOKENS, "min_length": longest + NEW_TOKENS}
+    parameters.set_search_options(batch_size=len(prompts), **lengths)
+    pad = json.loads((folder / "genai_config.json").read_text())["model"]["pad_token_id"]
     generator = genai.Generator(model, parameters)
-    generator.append_tokens(np.array([prompt], dtype=np.int32))
+    generator.append_tokens(np.array([prompt + [pad] * (longest - len(prompt)) for prompt in prompts], dtype=np.int32))
     while not generator.is_done():
         generator.generate_next_token()
-    return generator.get_sequence(0).tolist()
+    return [generator.get_sequence(row).tolist()[longest:] for row in range(len(prompts))]
 
 
 def greedy_in_torch(model, prompt):
     prompt = torch.tensor([prompt])
     attend_to_all = torch.ones_like(prompt)
     lengths = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
-    return model.generate(prompt, attention_mask=attend_to_all, do_sample=False, **lengths)[0].tolist()
+    return model.generate(prompt, attention_mask=attend_to_all, do_sample=False, **lengths)[
+        0, prompt.shape[1] :
+    ].tolist()
 
 
 @pytest.mark.parametrize("case", ["llama", "dead first", "dead middle", "gpt2", "opt"])
 def test_greedy_tokens_are_those_of_torch(exported, case):
     export = exported(case)
     prompt = token_ids(1, 9, seed=3)[0].tolist()
-    assert greedy(export.folder, prompt) == greedy_in_torch(export.stock(), prompt)
+    assert greedy(export.folder, prompt) == [greedy_in_torch(export.stock(), prompt)]
 
 
 def test_a_pruned_trained_model_writes_what_it_writes_in_torch(pruned_reference):
     prompt = AutoTokenizer.from_pretrained(REFERENCE).encode(CODE)
     expected = greedy_in_torch(pruned_reference.stock(), prompt)
-    assert len(set(expected[len(prompt) :])) > 2  # or it repeats itself, and equality says little
-    assert greedy(pruned_reference.folder, prompt) == expected
+    assert len(set(expected)) > 2  # or it repeats itself, and equality says little
+    assert greedy(pruned_reference.folder, prompt) == [expected]
+
+
+@pytest.mark.parametrize("last_only", [False, True])
+def test_prompts_of_mixed_lengths_in_one_batch(pruned_reference, tmp_path, last_only):
+    tokenizer, folder = AutoTokenizer.from_pretrained(REFERENCE), tmp_path / "onnx"
+    shutil.copytree(pruned_reference.folder, folder)
+    if last_only:
+        keep_last_logits(folder)
+    prompts = [tokenizer.encode(text) for text in (CODE, "import os\nfor name in ", "class Reader:\n")]
+    assert len(set(map(len, prompts))) == 3
+    assert greedy(folder, *prompts) == [greedy_in_torch(pruned_reference.stock(), prompt) for prompt in prompts]
 
 
 def test_its_builder_takes_a_pruned_checkpoint(pruned_reference, tmp_path):
@@ -59,7 +77,7 @@ def test_its_builder_takes_a_pruned_checkpoint(pruned_reference, tmp_path):
     command = [*builder, "-m", str(pruned_reference.checkpoint), "-o", str(tmp_path / "built")]
     subprocess.run(command, check=True, capture_output=True)
     prompt = AutoTokenizer.from_pretrained(REFERENCE).encode(CODE)
-    assert greedy(tmp_path / "built", prompt) == greedy_in_torch(pruned_reference.stock(), prompt)
+    assert greedy(tmp_path / "built", prompt) == [greedy_in_torch(pruned_reference.stock(), prompt)]
 
 
 def test_the_config_counts_the_layers_that_have_a_cache(exported):

@@ -167,6 +167,25 @@ def test_validation_names_the_quantization_and_counts_its_bytes(
     assert rows["c"].ideal_decode_speedup == pytest.approx(cost.decode_bytes(18.5) / (small.weight_bytes + cached))
 
 
+def test_an_odd_number_of_blocks_is_refused_for_gptq(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, exported: Callable
+) -> None:
+    words = (
+        "export",
+        "-m",
+        exported("llama").checkpoint,
+        tmp_path / "out",
+        "--quantize",
+        "int4-gptq",
+        "--length",
+        "16",
+    )
+    done = optimum_cli(monkeypatch, capsys, "streamline", *words)
+    assert done.code == 2
+    assert "quantize 'int4-gptq': model.layers.0.self_attn.q_proj multiplies 32 numbers, an odd number of" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_help_repeats_the_table() -> None:
     assert {name: way.text for name, way in WAYS.items()} == QUANTIZATION_LINES
 

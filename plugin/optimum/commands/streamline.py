@@ -276,12 +276,18 @@ class ExportCommand(_Command):
         parser.add_argument("--format", default="onnx", help="onnx (default)")
         parser.add_argument("--task", default="text-generation", help="text-generation (default)")
         parser.add_argument("--opset", type=int, default=23, help="23 (default)")
-        parser.add_argument("--dtype", default="fp32", help="fp32 (default) or fp16")
+        parser.add_argument("--dtype", default="fp32", help="fp32 (default), fp16, or on cuda bf16")
         parser.add_argument("--device", default="cpu", help="cpu (default) or cuda: where it is compared with torch")
         parser.add_argument(
             "--max-memory",
             metavar="SIZE",
             help="memory to make do with, such as 1.5GB; what is free by default, and never less than two layers take",
+        )
+        parser.add_argument(
+            "--last-logits",
+            action="store_true",
+            help="logits of each row's last token only, for a shorter prefill where text is generated; fed 0 as\n"
+            "num_logits_to_keep the graph gives all, which scoring text needs",
         )
         group = parser.add_argument_group("quantization, of the graph that was compared with torch")
         ways = "\n".join(f"  {name}: {line}" for name, line in QUANTIZATION_LINES.items())

@@ -246,6 +246,7 @@ def _export(args: Namespace, console: Console) -> int:
         "quantize": args.quantize,
         "quantize_exclude": [each for each in args.quantize_exclude.split(",") if each],
         "windows": _calibration_ids(args),
+        "last_logits": args.last_logits,
     }
     artifact = export_checkpoint(
         args.model, args.output, args.format, args.dtype, args.device, args.overwrite, **options

@@ -35,6 +35,7 @@ def export_checkpoint(
     quantize: str = NONE,
     quantize_exclude: Sequence[str] = (),
     windows: npt.NDArray[np.int64] | None = None,
+    last_logits: bool = False,
     **options: Any,
 ) -> Artifact:
     """Export a checkpoint into the folder `out`, proved equal to torch, or not at all.
@@ -43,7 +44,7 @@ def export_checkpoint(
         checkpoint: A checkpoint's folder or Hub id.
         out: The folder to write: beside its name, then renamed.
         format: `onnx`.
-        dtype: `fp32` or `fp16`: what weights, cache and logits are in.
+        dtype: `fp32`, `fp16`, or on `cuda` `bf16`: what weights, cache and logits are in (fp32 logits with `bf16`).
         device: `cpu` or `cuda`: where the export runs to be compared with torch.
         overwrite: Whether `out` may exist.
         tolerance: Largest logit difference from torch allowed, as a share of the largest logit;
@@ -55,6 +56,8 @@ def export_checkpoint(
         quantize_exclude: What to leave in float: numbers of the checkpoint's layers, and names of modules in which `*`
             stands for anything.
         windows: Token ids `[windows, length]` to calibrate on, for a way to quantize that does.
+        last_logits: Whether the graph, left to itself, gives the logits of each row's last token only: a shorter
+            prefill for a client that generates. Fed 0 as `num_logits_to_keep` it gives all.
         options: `cache_dir`, `trust_remote_code`.
 
     Returns:
@@ -68,7 +71,7 @@ def export_checkpoint(
     from .export import OnnxExport, export_onnx
 
     quantization = None if quantize == NONE else Quantization(quantize, quantize_exclude, windows)
-    job = OnnxExport(checkpoint, out, dtype, device, tolerance, max_memory, quantization, options)
+    job = OnnxExport(checkpoint, out, dtype, device, tolerance, max_memory, quantization, last_logits, options)
     return export_onnx(job, overwrite, verbose)
 
 

@@ -60,7 +60,7 @@ def _keep_masked_rows(graph: ir.Graph, attention: ir.Node) -> None:
     least = scale.inputs[1] if scale.op_type == "Mul" else None
     if least is None or least.const_value is None or least.dtype is None or not _is_zero(wheres[0].inputs[1]):
         return
-    lowest = np.finfo(least.dtype.numpy()).min
+    lowest = float(least.dtype.min)
     found = least.const_value.numpy()
     if found.size == 1 and found.item() in (lowest, lowest / 2):
         name = f"half_of_least_{least.dtype.name.lower()}"

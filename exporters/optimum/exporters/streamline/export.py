@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 FORMAT = "onnx"
 WEIGHTS_FILE = f"{GRAPH_FILE}.data"
 LOG_FILE = "export.log"
-DTYPES = ("fp32", "fp16")
+DTYPES = ("fp32", "fp16", "bf16")
 STAGES = ("loading", "tracing", "writing", "comparing with torch", "quantizing", "measuring what that changed")
 
 
@@ -45,6 +45,7 @@ class OnnxExport:
     tolerance: float | None = None
     max_memory: int | None = None
     quantization: Quantization | None = None
+    last_logits: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -69,13 +70,13 @@ def check_options(dtype: str, device: str, quantize: str = NONE) -> None:
     Raises:
         StreamlineError: naming it, or the package that is missing.
     """
-    if dtype == "bf16":
-        raise StreamlineError(
-            "dtype 'bf16': ONNX Runtime's CPU provider cannot compute it, so the export could not be compared "
-            "with torch; use 'fp32' or 'fp16'"
-        )
     if dtype not in DTYPES:
         raise StreamlineError(f"dtype {dtype!r}: unknown; one of {', '.join(DTYPES)}")
+    if dtype == "bf16" and device == "cpu":
+        raise StreamlineError(
+            "dtype 'bf16': ONNX Runtime's CPU provider cannot compute it, so the export could not be compared "
+            "with torch; use 'fp32' or 'fp16', or device 'cuda'"
+        )
     if quantize != NONE:
         check_quantization(quantize, dtype)
     for package in ("onnx", "onnxscript", "transformers.exporters"):  # older transformers lack the last
@@ -96,6 +97,10 @@ def _export_into(folder: Path, job: OnnxExport) -> Artifact:
         traced, whole_because, parity = _export_model(model, job, plain, bar)
         divergence = _quantize(model, job, plain, folder, bar) if job.quantization else {}
         read = weight_bytes(folder) if job.quantization else None
+        if job.last_logits:
+            from .last_logits import keep_last_logits
+
+            keep_last_logits(folder)
         _write_companions(model, job, folder)
     fingerprint = checkpoint.fingerprint(job.checkpoint, job.options.get("cache_dir"))
     return Artifact(

@@ -2,7 +2,8 @@
 
     input_ids, attention_mask, position_ids, past_key_values.N.key/value -> logits, present.N.key/value
 
-Knows no model: N counts the cache entries the graph has, in order, whichever layers they belong to.
+One value within has a name that is relied on, `last_hidden_state`: what the output projection reads. Knows no model: N
+counts the cache entries the graph has, in order, whichever layers they belong to.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import onnx_ir as ir
 
 from optimum.streamline.errors import StreamlineError
 
+from .rewriting import PRODUCTS
+
 BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
+LAST_HIDDEN_STATE = "last_hidden_state"
 TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 TRACED_CACHE = re.compile(r"(?:(?:in|out)put\.)?past_key_values\.layers\.(\d+)\.(key|value)s")
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -43,6 +47,7 @@ def rename(model: ir.Model) -> None:
     _rename_cache(list(graph.inputs), "past_key_values")
     _rename_cache(list(graph.outputs), "present")
     _forget_inner_shapes(graph)
+    _name_last_hidden_state(graph)
     for value in (*graph.inputs, *graph.outputs):
         _rename_axes(value)
     _name_nodes(graph)
@@ -85,6 +90,15 @@ def _forget_inner_shapes(graph: ir.Graph) -> None:
         for output in node.outputs:
             if not output.is_graph_output():
                 output.shape = None
+
+
+def _name_last_hidden_state(graph: ir.Graph) -> None:
+    # Behind the output projection is at most what scales or caps logits, of one input and constants.
+    [node] = [value.producer() for value in graph.outputs if value.name == "logits"]
+    while node is not None and node.op_type not in PRODUCTS:
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if node is not None and node.inputs[0] is not None:
+        node.inputs[0].name = LAST_HIDDEN_STATE
 
 
 def _name_nodes(graph: ir.Graph) -> None:

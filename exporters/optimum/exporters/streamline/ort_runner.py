@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     import onnxruntime
 
 GRAPH_FILE = "model.onnx"
+LOGITS_TO_KEEP = "num_logits_to_keep"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_ELEMENTS: dict[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+# Types of caches, by ONNX Runtime's names, as ONNX numbers them: numpy has none for the last.
+_ELEMENTS = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
 _QUIET = 3  # errors only: ONNX Runtime writes its warnings to the file descriptor
 
 
@@ -57,6 +59,9 @@ class OnnxRunner:
         self.device = device
         self.session = open_session(folder / GRAPH_FILE, device)
         self._past = [each for each in self.session.get_inputs() if each.name.startswith("past_key_values.")]
+        # All of them, of a graph that left to itself gives the last only. The binding takes such an input as a value.
+        optional = [each.name for each in self.session.get_overridable_initializers()]
+        self._every_logit = {LOGITS_TO_KEEP: value_of(np.array(0))} if LOGITS_TO_KEEP in optional else {}
         self._present = [each.name.replace("past_key_values", "present") for each in self._past]
 
     def prefill(self, input_ids: TokenIds, attention_mask: Mask | None = None) -> tuple[Logits, OnnxCache]:
@@ -66,7 +71,8 @@ class OnnxRunner:
             attention_mask: `[batch, length]`, 0 for padding, which must be on the left; all tokens by default.
         """
         batch = len(input_ids)
-        empty = OnnxCache(np.ones((batch, 0), np.int64), tuple(self._no_state(each, batch) for each in self._past))
+        states = tuple(empty_state(each, batch, self.device) for each in self._past)
+        empty = OnnxCache(np.ones((batch, 0), np.int64), states)
         return self._extend(input_ids, np.ones_like(input_ids) if attention_mask is None else attention_mask, empty)
 
     def decode(self, input_ids: TokenIds, cache: OnnxCache) -> tuple[Logits, OnnxCache]:
@@ -84,6 +90,8 @@ class OnnxRunner:
         binding = self.session.io_binding()
         for name, array in feeds.items():
             binding.bind_cpu_input(name, array)
+        for name, value in self._every_logit.items():
+            binding.bind_ortvalue_input(name, value)
         for each, state in zip(self._past, states, strict=True):
             binding.bind_ortvalue_input(each.name, state)
         binding.bind_output("logits", "cpu")
@@ -93,10 +101,12 @@ class OnnxRunner:
         outputs: list[Any] = binding.get_outputs()
         return outputs
 
-    def _no_state(self, value: Any, batch: int) -> Any:
-        import onnxruntime
 
-        return onnxruntime.OrtValue.ortvalue_from_numpy(empty_state(value, batch), self.device)
+def value_of(array: npt.NDArray[Any]) -> onnxruntime.OrtValue:
+    """An array as ONNX Runtime's own value."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 
 def token_feeds(input_ids: TokenIds, attention_mask: Mask) -> dict[str, npt.NDArray[Any]]:
@@ -107,10 +117,14 @@ def token_feeds(input_ids: TokenIds, attention_mask: Mask) -> dict[str, npt.NDAr
     return {name: np.ascontiguousarray(array) for name, array in feeds.items()}
 
 
-def empty_state(value: Any, batch: int) -> npt.NDArray[Any]:
+def empty_state(value: Any, batch: int, device: str) -> onnxruntime.OrtValue:
     """What to feed to a session's cache input before the first token."""
+    import onnxruntime
+
     _, heads, _, head_size = value.shape
-    return np.empty((batch, heads, 0, head_size), _ELEMENTS[value.type])
+    return onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+        (batch, heads, 0, head_size), _ELEMENTS[value.type], device
+    )
 
 
 def provider_of(device: str) -> str:

@@ -19,7 +19,7 @@ from optimum.streamline.runner import Logits, TokenIds
 
 from .calls import Answer, Call
 
-TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 """Largest difference of a logit allowed, as a share of the largest reference logit of the check.
 
 Rounding gives 1e-6 and 1e-3 on shallow models and grows with depth; a wrong mask, position or weight gives 1e-1.

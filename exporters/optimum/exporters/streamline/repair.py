@@ -6,8 +6,9 @@ import onnx_ir as ir
 
 
 def repair(model: ir.Model) -> None:
-    """Mend what ONNX Runtime refuses, in place."""
+    """Mend what ONNX Runtime refuses, or its clients cannot read, in place."""
     _unmix_norms(model.graph)
+    _widen_logits(model.graph)
 
 
 def _unmix_norms(graph: ir.Graph) -> None:
@@ -26,3 +27,17 @@ def _unmix_norms(graph: ir.Graph) -> None:
             cast.metadata_props.update(node.metadata_props)
             graph.insert_before(node, cast)
             node.replace_input_with(0, cast.outputs[0])
+
+
+def _widen_logits(graph: ir.Graph) -> None:
+    """Give logits in bfloat16, which neither numpy nor GenAI's search can read, as float."""
+    [place] = [place for place, value in enumerate(graph.outputs) if value.name == "logits"]
+    logits = graph.outputs[place]
+    if logits.dtype != ir.DataType.BFLOAT16:
+        return
+    cast = ir.node("Cast", [logits], {"to": ir.DataType.FLOAT})
+    wide = cast.outputs[0]
+    wide.shape, wide.dtype = logits.shape, ir.DataType.FLOAT
+    wide.name, logits.name = "logits", "logits/bfloat16"
+    graph.append(cast)
+    graph.outputs[place] = wide

@@ -1,9 +1,12 @@
-"""Small edits of a graph that more than one rewriting makes."""
+"""What more than one rewriting of a graph needs: small edits, a list of operators."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 from onnx_ir.convenience import replace_all_uses_with
+
+PRODUCTS = ("MatMul", "Gemm")
+"""Operators that multiply by a weight."""
 
 
 def take_over(old: ir.Value, new: ir.Value) -> None:

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from optimum.streamline.runner import Logits
 
 from .calls import Call
-from .ort_runner import GRAPH_FILE, empty_state, open_session, token_feeds
+from .ort_runner import GRAPH_FILE, empty_state, open_session, token_feeds, value_of
 
-Values = dict[str, npt.NDArray[Any]]
+Values = dict[str, Any]
+"""ONNX Runtime's own values by name, for numpy lacks a type that they may have."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,15 @@ class SegmentedRunner:
 
     def answer(self, calls: Sequence[Call]) -> list[Logits]:
         """The logits `[batch, length, vocabulary]` of each call."""
-        held: list[Values] = [token_feeds(call.input_ids, call.attention_mask) for call in calls]
+        held: list[Values] = [
+            {name: value_of(array) for name, array in token_feeds(call.input_ids, call.attention_mask).items()}
+            for call in calls
+        ]
         for place, segment in enumerate(self.segments):
             self._run(segment, calls, held)
             needed = {"logits"}.union(*(each.inputs for each in self.segments[place + 1 :]))
-            held = [{name: array for name, array in values.items() if name in needed} for values in held]
-        return [values["logits"].astype(np.float32, copy=False) for values in held]
+            held = [{name: value for name, value in values.items() if name in needed} for values in held]
+        return [values["logits"].numpy().astype(np.float32, copy=False) for values in held]
 
     def _run(self, segment: _Segment, calls: Sequence[Call], held: list[Values]) -> None:
         """Answer every call as far as one segment goes, adding to what is held for each."""
@@ -65,9 +68,10 @@ class SegmentedRunner:
             past = {} if call.follows is None else held[call.follows]
             for each in states:
                 present = each.name.replace("past_key_values", "present")
-                held[place][each.name] = past[present] if past else empty_state(each, len(call.input_ids))
+                held[place][each.name] = past[present] if past else empty_state(each, len(call.input_ids), self._device)
             feeds = {name: held[place][name] for name in segment.inputs}
-            held[place].update(zip(segment.outputs, session.run(segment.outputs, feeds), strict=True))
+            made = session.run_with_ort_values(segment.outputs, feeds)
+            held[place].update(zip(segment.outputs, made, strict=True))
 
 
 def _segments(graph: ir.Graph, hidden: Sequence[str], limit: int) -> Iterator[_Segment]:

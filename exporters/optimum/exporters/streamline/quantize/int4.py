@@ -6,7 +6,7 @@ The operators are ONNX Runtime's own, so the graph is brought into the form that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,10 +19,12 @@ import onnx_ir as ir
 from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 from onnxruntime.quantization.neural_compressor import gptq_quantize
 
+from optimum.streamline.errors import StreamlineError
+
 from ..ort_runner import GRAPH_FILE
 from ..rewriting import initializer, sizes, take_over
 from . import Quantization
-from .excluding import excluded
+from .excluding import excluded, module_of
 from .feeds import feeds_of
 from .fusing import DOMAIN, fuse_norms, is_product, pack_products, split_biases
 from .tied import Tied, find_tied, untie
@@ -42,7 +44,7 @@ def quantize_int4(source: Path, target: Path, quantization: Quantization, algori
         algorithm: `rtn`, `hqq` or `gptq`; the last reads `quantization.windows`.
 
     Raises:
-        StreamlineError: what is to be excluded is not there.
+        StreamlineError: what is to be excluded is not there, or GPTQ cannot take a product.
     """
     model = ir.load(source / GRAPH_FILE)
     graph = model.graph
@@ -52,6 +54,8 @@ def quantize_int4(source: Path, target: Path, quantization: Quantization, algori
     kept = excluded(products, quantization.exclude)
     if tied and tied.product not in kept:
         _quantize_tied(graph, tied)
+    if algorithm == "gptq":
+        _check_gptq(node for node in graph if is_product(node) and node not in kept)
     pack_products(graph, kept)
     if algorithm == "gptq":
         model = _gptq(model, [str(node.name) for node in kept], quantization, target)
@@ -148,6 +152,16 @@ def _quantize_tied(graph: ir.Graph, tied: Tied) -> None:
     take_over(tied.product.outputs[0], product.outputs[0])
     graph.remove([tied.lookup, tied.product, tied.transposition], safe=True)
     del graph.initializers[str(tied.weight.name)]
+
+
+def _check_gptq(products: Iterable[ir.Node]) -> None:
+    for node in products:
+        depth = sizes(node.inputs[1])[0]
+        if -(-depth // BLOCK) % 2:
+            raise StreamlineError(
+                f"quantize 'int4-gptq': {module_of(node)} multiplies {depth} numbers, an odd number of blocks of "
+                f"{BLOCK}, whose offsets ONNX Runtime's GPTQ cannot pack; use 'int4', or quantize-exclude it"
+            )
 
 
 def _gptq(model: ir.Model, kept: Collection[str], quantization: Quantization, scratch: Path) -> ir.Model:

@@ -10,12 +10,11 @@ import onnx_ir as ir
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 
 from ..ort_runner import GRAPH_FILE
+from ..rewriting import PRODUCTS
 from . import Quantization
 from .excluding import excluded
 from .feeds import Reader, feeds_of
 from .tied import untie
-
-PRODUCTS = ["MatMul", "Gemm"]
 
 
 def quantize_int8(source: Path, target: Path, quantization: Quantization, calibrated: bool) -> None:
@@ -35,7 +34,7 @@ def quantize_int8(source: Path, target: Path, quantization: Quantization, calibr
         plain = Path(folder) / GRAPH_FILE
         ir.save(model, plain, external_data=f"{GRAPH_FILE}.data")
         options = {
-            "op_types_to_quantize": PRODUCTS,
+            "op_types_to_quantize": list(PRODUCTS),
             "nodes_to_exclude": kept,
             "per_channel": True,
             "weight_type": QuantType.QInt8,
