@@ -11,8 +11,9 @@ import onnxruntime
 import pytest
 
 from console import optimum_cli
-from optimum.exporters.streamline import export_checkpoint, last_logits, names
+from optimum.exporters.streamline import WAYS, export_checkpoint, last_logits, names
 from optimum.exporters.streamline.ort_runner import OnnxRunner, token_feeds
+from optimum.exporters.streamline.quantize import Quantization
 from optimum.streamline.errors import StreamlineError
 from tiny import tiny_model, token_ids
 
@@ -76,21 +77,36 @@ def test_what_is_given_is_that_of_the_last_token_of_each_row(exported, last_only
         np.testing.assert_allclose(answer(folder, after, longer, None, cache)[0], expected[:, -1:], **close)
 
 
-@pytest.mark.parametrize("quantize", ["none", "int8", "int8-static", "int4", "int4-gptq"])
-def test_our_runner_is_given_all_logits_of_any_graph(exported, tmp_path, quantize, monkeypatch, capsys):
+@pytest.mark.parametrize("how", ["none", "int8", "int8-static", "int4"])
+def test_our_runner_is_given_all_logits_of_any_graph(exported, tmp_path, how):
+    ids, every = token_ids(2, 6).numpy(), exported("llama").folder
+    if how != "none":
+        (tmp_path / "every").mkdir()
+        WAYS[how].run(every, tmp_path / "every", Quantization(how, windows=token_ids(2, 16).numpy()))
+        every = tmp_path / "every"
+    shutil.copytree(every, tmp_path / "last")
+    last_logits.keep_last_logits(tmp_path / "last")
+    expected, cache = OnnxRunner(every).prefill(ids)
+    found, same = OnnxRunner(tmp_path / "last").prefill(ids)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    after = OnnxRunner(every).decode(ids, cache)[0]
+    np.testing.assert_allclose(OnnxRunner(tmp_path / "last").decode(ids, same)[0], after, atol=1e-5)
+    assert answer(tmp_path / "last", ids, np.ones_like(ids), None)[0].shape == (2, 1, expected.shape[2])
+
+
+def test_the_command_quantizes_first(exported, tmp_path, monkeypatch, capsys):
     shutil.copytree(exported("llama").checkpoint, checkpoint := tmp_path / "checkpoint")  # for its tokenizer
     tiny_model("llama", hidden_size=64, intermediate_size=64, num_hidden_layers=1).save_pretrained(checkpoint)
-    few = ("--samples", "2", "--length", "16")
-    for out, flags in ((tmp_path / "every", []), (tmp_path / "last", ["--last-logits"])):
-        words = ("export", "-m", checkpoint, out, "--quantize", quantize, *few, *flags)
-        assert optimum_cli(monkeypatch, capsys, "streamline", *words).code == 0
+    words = ("--quantize", "int4-gptq", "--last-logits", "--samples", "2", "--length", "16")
+    assert (
+        optimum_cli(monkeypatch, capsys, "streamline", "export", "-m", checkpoint, tmp_path / "out", *words).code == 0
+    )
     ids = token_ids(2, 6).numpy()
-    every, last = OnnxRunner(tmp_path / "every"), OnnxRunner(tmp_path / "last")
-    expected, cache = every.prefill(ids)
-    found, same = last.prefill(ids)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    np.testing.assert_allclose(last.decode(ids, same)[0], every.decode(ids, cache)[0], atol=1e-5)
-    assert answer(tmp_path / "last", ids, np.ones_like(ids), None)[0].shape == (2, 1, expected.shape[2])
+    found, _ = OnnxRunner(tmp_path / "out").prefill(ids)
+    last, _ = answer(tmp_path / "out", ids, np.ones_like(ids), None)
+    np.testing.assert_allclose(last, found[:, -1:], atol=1e-5)
+    graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
+    assert "MatMulNBits" in {node.op_type for node in graph.node}
 
 
 def test_the_projection_reads_what_is_kept(last_only):
