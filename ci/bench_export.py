@@ -1,144 +1,108 @@
-"""Exports to ONNX and what they run like, against the peers, on one checkpoint in one run.
+"""Exports to ONNX and what they run like, against the peers, on the same checkpoints in one run.
 
-    ci/bench export                    # everything, then the page
-    ci/bench export --only export      # seconds, memory and bytes of the exports
-    ci/bench export --only depth       # seconds by depth
-    ci/bench export --only size        # memory of a checkpoint that is larger than it
-    ci/bench export --only speed       # prefill and decode of what was exported
-    ci/bench export --page             # measure nothing
+    ci/bench export                      # everything, then the page
+    ci/bench export --only export        # seconds, memory and bytes of the exports
+    ci/bench export --only depth         # seconds by depth
+    ci/bench export --only size          # memory of a checkpoint that is larger than it
+    ci/bench export --only speed         # prefill and decode of what was exported
+    ci/bench export --only ideal         # speed-up by layers removed, over what it could be
+    ci/bench export --only compaction    # decode without the sublayers that are dead, and with them
+    ci/bench export --page               # measure nothing
 
-Peers: onnxruntime-genai's model builder, and optimum-onnx 0.1.0 in an environment of its own, which
-`--optimum PYTHON` names; without it, its rows stay as they are. Checkpoints are random, of the shape that
-docs/performance.md names, and made anew in a scratch folder. Numbers go to docs/performance.json; the page is
-written from that.
+Peers: onnxruntime-genai's model builder, and optimum-onnx in the environment that `ci/peer` makes. Checkpoints are the
+reference model and random ones of the shapes in `export_cases.py`, made anew in a scratch folder. Numbers go to
+docs/performance.json; the page is written from that.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import onnxruntime
-import onnxruntime_genai
-import torch
+from transformers import AutoConfig
 
-from optimum.streamline.checkpoint import load
+from export_cases import (
+    LARGE,
+    REFERENCE,
+    ROOT,
+    SMALL,
+    commands,
+    graph_bytes,
+    last_logits_commands,
+    make_checkpoint,
+    run_measured,
+    streamline,
+)
+from export_speed import DECODED, PROMPT, Timed, measure_in_turns
+from optimum.streamline.anatomy import head_size, key_value_heads
+from optimum.streamline.cost import Cost, cost_of
 from optimum.streamline.machine import describe_machine
-from optimum.streamline.torch_runner import TorchRunner
 from performance_page import write_page
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "performance.json"
-TOKENIZER = ROOT / "examples" / "reference_model"
-# Layers, width, inner width, heads, key-value heads, vocabulary.
-SMALL = (12, 640, 1856, 10, 5, 32_000)
-LARGE = (32, 2048, 8192, 16, 8, 32_000)
 DEPTHS = (4, 8, 16, 32)
+REMOVED = ("12.5%", "25%", "50%")
+# Enough to choose layers by; which ones is of no consequence to speed.
+FEW = "--samples 4 --length 64"
+UNHEALED = f"{FEW} --heal none"
 LARGE_MEMORY = 10**9
-EXPORT_ROUNDS, SPEED_ROUNDS = 3, 12
-PROMPT, DECODED = 128, 32
-
-CLI = "from optimum.commands.optimum_cli import main; main()"
-MAKE = """
-import sys, torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-out, dtype = sys.argv[1], getattr(torch, sys.argv[2])
-layers, width, inner, heads, kv, vocabulary = map(int, sys.argv[3:9])
-config = AutoConfig.for_model(
-    "llama", num_hidden_layers=layers, hidden_size=width, intermediate_size=inner, num_attention_heads=heads,
-    num_key_value_heads=kv, vocab_size=vocabulary, tie_word_embeddings=True, dtype=dtype)
-torch.manual_seed(0)
-AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(out, max_shard_size="2GB")
-AutoTokenizer.from_pretrained(sys.argv[9]).save_pretrained(out)
-"""
+ROUNDS = 3
 
 
 def main() -> None:
     """Measure what was asked for, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"export": measure_exports, "depth": measure_depth, "size": measure_size, "speed": measure_speed}
+    parts = {
+        "export": measure_exports,
+        "depth": measure_depth,
+        "size": measure_size,
+        "speed": measure_speed,
+        "ideal": measure_ideal,
+        "compaction": measure_compaction,
+    }
     parser.add_argument("--only", choices=list(parts))
-    parser.add_argument("--optimum", metavar="PYTHON", help="the interpreter of an environment with optimum-onnx 0.1.0")
     parser.add_argument("--page", action="store_true")
     args = parser.parse_args()
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     if not args.page:
-        with tempfile.TemporaryDirectory() as scratch:
-            for name in [args.only] if args.only else parts:
-                found = parts[name](Path(scratch), args.optimum)
-                results[name] = {**results.get(name, {}), **found}
-                results["machine"] = describe_machine("cpu")
-                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        for name in [args.only] if args.only else parts:
+            with tempfile.TemporaryDirectory() as scratch:
+                results[name] = parts[name](Path(scratch))
+            results["machine"] = describe_machine("cpu")
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     write_page(results)
 
 
-def make_checkpoint(folder: Path, shape: tuple[int, ...], dtype: str = "float32") -> Path:
-    """A random Llama of this shape, with a tokenizer that GenAI's builder asks for."""
-    command = [sys.executable, "-c", MAKE, str(folder), dtype, *map(str, shape), str(TOKENIZER)]
-    subprocess.run(command, check=True, capture_output=True)
-    return folder
+def _checkpoints(scratch: Path) -> dict[str, Path]:
+    return {"small": make_checkpoint(scratch / "small", SMALL), "reference": REFERENCE}
 
 
-def commands(checkpoint: Path, out: Path, optimum: str | None) -> Iterator[tuple[str, list[str]]]:
-    """Each exporter's own command line for a checkpoint."""
-    cli = [sys.executable, "-c", CLI]
-    for how in ("none", "int4"):
-        name = "streamline, fp32" if how == "none" else "streamline, int4"
-        yield name, [*cli, "streamline", "export", "-m", str(checkpoint), str(out / name), "--quantize", how]
-    for precision in ("fp32", "int4"):
-        name = f"GenAI's builder, {precision}"
-        builder = [
-            sys.executable,
-            "-m",
-            "onnxruntime_genai.models.builder",
-            "-m",
-            str(checkpoint),
-            "-o",
-            str(out / name),
-        ]
-        yield name, [*builder, "-p", precision, "-e", "cpu", "--extra_options", "int4_accuracy_level=4"]
-    if optimum:
-        name = "optimum-onnx, fp32"
-        other = [optimum, "-c", CLI, "export", "onnx", "--task", "text-generation-with-past"]
-        yield name, [*other, "-m", str(checkpoint), str(out / name)]
+def _peer() -> str:
+    """The interpreter of optimum-onnx's environment."""
+    return subprocess.run(["bash", "ci/peer"], check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout.strip()
 
 
-def run_measured(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak resident bytes of a command, its interpreter's start included."""
-    start = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if status:
-            said.seek(0)
-            raise SystemExit(f"{' '.join(command)} failed:\n{said.read()[-2000:]}")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
+def measure_exports(scratch: Path) -> dict[str, Any]:
+    """Median seconds and largest memory of each exporter, in turn, and the bytes it wrote, by checkpoint."""
+    peer = _peer()
+    return {name: _exports_of(folder, scratch / name, peer) for name, folder in _checkpoints(scratch).items()}
 
 
-def measure_exports(scratch: Path, optimum: str | None) -> dict[str, Any]:
-    """Median seconds and largest memory of each exporter, in turn, and the bytes it wrote."""
-    checkpoint = make_checkpoint(scratch / "small", SMALL)
+def _exports_of(checkpoint: Path, scratch: Path, peer: str) -> dict[str, Any]:
     taken: dict[str, list[tuple[float, float]]] = {}
     rows: dict[str, Any] = {}
-    for turn in range(EXPORT_ROUNDS):
+    for turn in range(ROUNDS):
         out = scratch / f"exports-{turn}"
-        for name, command in commands(checkpoint, out, optimum):
+        for name, command in commands(checkpoint, out, peer):
             taken.setdefault(name, []).append(run_measured(command))
-            files = [file for file in (out / name).rglob("*.onnx*") if file.is_file()]
-            rows[name] = {"bytes": sum(file.stat().st_size for file in files)}
+            rows[name] = {"bytes": graph_bytes(out / name)}
+        shutil.rmtree(out)
     for name, measured in taken.items():
         seconds, memory = zip(*measured, strict=True)
         rows[name] |= {"seconds": statistics.median(seconds), "peak_bytes": max(memory)}
@@ -146,32 +110,30 @@ def measure_exports(scratch: Path, optimum: str | None) -> dict[str, Any]:
     return rows
 
 
-def measure_depth(scratch: Path, optimum: str | None) -> dict[str, Any]:
+def measure_depth(scratch: Path) -> dict[str, Any]:
     """Median seconds of an export by the number of layers, depths in turn."""
     folders = {depth: make_checkpoint(scratch / f"deep-{depth}", (depth, *SMALL[1:])) for depth in DEPTHS}
     taken: dict[int, list[float]] = {depth: [] for depth in DEPTHS}
-    for turn in range(EXPORT_ROUNDS):
+    for _ in range(ROUNDS):
         for depth, folder in folders.items():
-            name, command = next(commands(folder, scratch / f"deep-exports-{turn}-{depth}", None))
-            taken[depth].append(run_measured(command)[0])
-            print(name, depth, taken[depth][-1], flush=True)
+            taken[depth].append(run_measured(streamline("export", "-m", folder, scratch / "out", "--overwrite"))[0])
+            print(depth, taken[depth][-1], flush=True)
     return {str(depth): statistics.median(seconds) for depth, seconds in taken.items()}
 
 
-def measure_size(scratch: Path, optimum: str | None) -> dict[str, Any]:
+def measure_size(scratch: Path) -> dict[str, Any]:
     """Seconds and memory of exporting a checkpoint in half precision that is larger than the memory it may take."""
-    checkpoint = make_checkpoint(scratch / "large", LARGE, "float16")
+    checkpoint, out = make_checkpoint(scratch / "large", LARGE, "float16"), scratch / "export"
     weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-    name, command = next(commands(checkpoint, scratch / "large-export", None))
-    seconds, memory = run_measured([*command, "--dtype", "fp16", "--max-memory", str(LARGE_MEMORY)])
-    out = scratch / "large-export" / name
+    command = streamline("export", "-m", checkpoint, out, "--dtype", "fp16", "--max-memory", LARGE_MEMORY)
+    seconds, memory = run_measured(command)
     row = {
         "checkpoint_bytes": weights,
         "layer_bytes": 2 * _layer_parameters(LARGE),
         "max_memory": LARGE_MEMORY,
         "seconds": seconds,
         "peak_bytes": memory,
-        "export_bytes": sum(file.stat().st_size for file in out.glob("*.onnx*")),
+        "export_bytes": graph_bytes(out),
     }
     print(row, flush=True)
     return row
@@ -182,98 +144,95 @@ def _layer_parameters(shape: tuple[int, ...]) -> int:
     return 2 * width * width + 2 * width * width * kv // heads + 3 * width * inner + 2 * width
 
 
-def measure_speed(scratch: Path, optimum: str | None) -> dict[str, Any]:
-    """Median milliseconds of a prompt and of a token after it, of everything that was exported, in turn."""
-    checkpoint = make_checkpoint(scratch / "small", SMALL)
-    out = scratch / "speed"
-    names = []
-    for name, command in commands(checkpoint, out, optimum):
+def measure_speed(scratch: Path) -> dict[str, Any]:
+    """Median milliseconds of a prompt and of a token after it, of everything that was exported, by checkpoint."""
+    peer = _peer()
+    return {name: _speed_of(folder, scratch / f"{name}-out", peer) for name, folder in _checkpoints(scratch).items()}
+
+
+def _speed_of(checkpoint: Path, out: Path, peer: str) -> dict[str, Any]:
+    timed = {}
+    for name, command in commands(checkpoint, out, peer):
         run_measured(command)
-        names.append(name)
-    runners: dict[str, Callable[[], tuple[float, float]]] = {}
-    for name in names:
-        runners[f"{name}, onnxruntime"] = partial(time_onnxruntime, open_onnxruntime(out / name))
-        if "optimum" not in name:
-            runners[f"{name}, GenAI"] = partial(time_genai, open_genai(out / name))
-    runners["torch eager, fp32"] = partial(time_torch, TorchRunner(load(str(checkpoint), torch.float32)))
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
-    for _ in range(SPEED_ROUNDS):
-        for name, run in runners.items():
-            taken[name].append(run())
-    rows = {}
-    for name, measured in taken.items():
-        prefill, decode = np.median(measured[2:], axis=0)  # two rounds to warm up
-        rows[name] = {"prefill_ms": 1e3 * float(prefill), "decode_ms": 1e3 * float(decode)}
-        print(name, rows[name], flush=True)
+        for runtime in ("onnxruntime",) if "optimum" in name else ("onnxruntime", "GenAI"):
+            timed[f"{name}, {runtime}"] = _timed(runtime, out / name, checkpoint)
+    for name, command in last_logits_commands(checkpoint, out):
+        run_measured(command)
+        timed[f"{name}, GenAI"] = _timed("GenAI", out / name, checkpoint)
+    timed["torch eager, fp32"] = _timed("torch", checkpoint, checkpoint)
+    return measure_in_turns(timed)
+
+
+def _timed(runtime: str, folder: Path, checkpoint: Path) -> Timed:
+    config = AutoConfig.from_pretrained(checkpoint)
+    return Timed(runtime, folder, key_value_heads(config), head_size(config))
+
+
+def measure_ideal(scratch: Path) -> dict[str, Any]:
+    """Prefill and decode by the share of layers removed, and the speed-up that bytes and FLOPs would allow."""
+    dense = make_checkpoint(scratch / "small", SMALL)
+    checkpoints = {"0": dense}
+    for share in REMOVED:
+        checkpoints[share] = scratch / f"less-{share}"
+        _prune(dense, checkpoints[share], f"--method shortgpt --remove {share} {UNHEALED}")
+    return _compare(checkpoints, scratch)
+
+
+def measure_compaction(scratch: Path) -> dict[str, Any]:
+    """The same for checkpoints with dead sublayers, beside graphs that compute with their zeros, by checkpoint."""
+    return {name: _compaction_of(folder, scratch / f"{name}-out") for name, folder in _checkpoints(scratch).items()}
+
+
+def _compaction_of(dense: Path, scratch: Path) -> dict[str, Any]:
+    prunings = {
+        "blockpruner, 25% of the sublayers": f"--method blockpruner --remove 25% {UNHEALED}",
+        "llm-streamline, 25%, an MLP instead": (
+            f"--method llm-streamline --replacement mlp --remove 25% {FEW} --heal-tokens 512"
+        ),
+    }
+    checkpoints = {"dense": dense}
+    for index, (name, choice) in enumerate(prunings.items()):
+        pruned = scratch / f"pruned-{index}"
+        _prune(dense, pruned, choice)
+        checkpoints[name] = pruned
+        checkpoints[f"{name}, not compacted"] = _unmarked(pruned, scratch / f"unmarked-{index}")
+    return _compare(checkpoints, scratch)
+
+
+def _prune(dense: Path, out: Path, choice: str) -> None:
+    run_measured(streamline("prune", "-m", dense, out, *choice.split()))
+
+
+def _unmarked(checkpoint: Path, out: Path) -> Path:
+    """The checkpoint of which nobody says what is dead: its zeros are weights like any."""
+    shutil.copytree(checkpoint, out)
+    config = json.loads((out / "config.json").read_text())
+    del config["per_layer_config"]
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def _compare(checkpoints: dict[str, Path], scratch: Path) -> dict[str, Any]:
+    """Measured times of each checkpoint's graph, and the ideal speed-up over the first."""
+    timed, costs = {}, {}
+    for index, (name, folder) in enumerate(checkpoints.items()):
+        out = scratch / f"graph-{index}"
+        run_measured(streamline("export", "-m", folder, out))
+        timed[name] = _timed("onnxruntime", out, folder)
+        costs[name] = cost_of(AutoConfig.from_pretrained(folder), "fp32")
+    rows: dict[str, Any] = measure_in_turns(timed)
+    first = next(iter(costs.values()))
+    for name, row in rows.items():
+        row |= {"layers": costs[name].layers, **_ideal(first, costs[name])}
     return rows
 
 
-def open_onnxruntime(folder: Path) -> onnxruntime.InferenceSession:
-    """A session as `onnxruntime` gives it, its log silent."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
-
-
-def time_onnxruntime(session: onnxruntime.InferenceSession) -> tuple[float, float]:
-    """Seconds of the prompt, and the median of those of a token; the cache stays in the runtime's own buffers."""
-    inputs = {value.name: value for value in session.get_inputs()}
-    heads, size = SMALL[4], SMALL[1] // SMALL[3]
-    none = onnxruntime.OrtValue.ortvalue_from_numpy(np.empty((1, heads, 0, size), np.float32))
-    past = {name: none for name in inputs if name.startswith("past_key_values.")}
-    seconds, fed = [], 0
-    for tokens in _tokens():
-        fed += tokens.shape[1]
-        positions = np.arange(fed - tokens.shape[1], fed, dtype=np.int64)[None]
-        feeds = {"input_ids": tokens, "attention_mask": np.ones((1, fed), np.int64), "position_ids": positions}
-        start = time.perf_counter()
-        binding = session.io_binding()
-        for name, array in feeds.items():
-            if name in inputs:
-                binding.bind_cpu_input(name, array)
-        for name, state in past.items():
-            binding.bind_ortvalue_input(name, state)
-        outputs = ["logits", *(name.replace("past_key_values", "present") for name in past)]
-        for name in outputs:
-            binding.bind_output(name, "cpu")
-        session.run_with_iobinding(binding)
-        past = dict(zip(past, binding.get_outputs()[1:], strict=True))
-        seconds.append(time.perf_counter() - start)
-    return seconds[0], statistics.median(seconds[1:])
-
-
-def open_genai(folder: Path) -> onnxruntime_genai.Model:
-    """A model as GenAI gives it."""
-    return onnxruntime_genai.Model(str(folder))
-
-
-def time_genai(model: onnxruntime_genai.Model) -> tuple[float, float]:
-    """The same, through GenAI."""
-    parameters = onnxruntime_genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=PROMPT + DECODED + 1, do_sample=False)
-    generator = onnxruntime_genai.Generator(model, parameters)
-    seconds = []
-    for tokens in _tokens():
-        start = time.perf_counter()
-        generator.append_tokens(tokens[0].astype(np.int32))
-        seconds.append(time.perf_counter() - start)
-    return seconds[0], statistics.median(seconds[1:])
-
-
-def time_torch(runner: TorchRunner) -> tuple[float, float]:
-    """The same, in torch."""
-    seconds, cache = [], None
-    for tokens in _tokens():
-        start = time.perf_counter()
-        _, cache = runner.prefill(tokens) if cache is None else runner.decode(tokens, cache)
-        seconds.append(time.perf_counter() - start)
-    return seconds[0], statistics.median(seconds[1:])
-
-
-def _tokens() -> list[npt.NDArray[np.int64]]:
-    """The prompt, and then each token alone."""
-    ids = np.random.default_rng(0).integers(5, 1000, (1, PROMPT + DECODED), dtype=np.int64)
-    return [ids[:, :PROMPT], *np.split(ids[:, PROMPT:], DECODED, axis=1)]
+def _ideal(dense: Cost, pruned: Cost) -> dict[str, float]:
+    context = PROMPT + DECODED / 2
+    return {
+        "ideal_prefill": dense.prefill_flops(PROMPT) / pruned.prefill_flops(PROMPT),
+        "ideal_decode": dense.decode_bytes(context) / pruned.decode_bytes(context),
+    }
 
 
 if __name__ == "__main__":

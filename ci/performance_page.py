@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from optimum.streamline.outputs import write_file
 
 PAGE = Path("docs/performance.md")
+CHECKPOINTS = {"small": "78M", "reference": "reference model"}
 
 
 def write_page(results: dict[str, Any]) -> None:
     """Write every generated part between its marks."""
-    tables = {"export": _exports, "depth": _depth, "size": _size, "speed": _speed, "machine": _machine}
+    tables: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
+        "export": _exports,
+        "depth": _depth,
+        "size": _size,
+        "speed": _speed,
+        "ideal": lambda rows: _compared("removed", rows),
+        "compaction": _compaction,
+        "machine": _machine,
+    }
     for name, table in tables.items():
         if name in results:
             _replace(name, table(results[name]))
@@ -27,10 +36,12 @@ def _replace(mark: str, lines: Iterable[str]) -> None:
     write_file(PAGE, "\n".join([before + start, "", *lines, "", end + after]))
 
 
-def _exports(rows: dict[str, Any]) -> list[str]:
-    lines = ["| export | seconds | peak memory, MB | files, MB |", "|---|---|---|---|"]
+def _exports(checkpoints: dict[str, dict[str, Any]]) -> list[str]:
+    lines = ["| checkpoint | export | seconds | peak memory, MB | files, MB |", "|---|---|---|---|---|"]
     return lines + [
-        f"| {name} | {row['seconds']:.1f} | {row['peak_bytes'] / 1e6:.0f} | {row['bytes'] / 1e6:.1f} |"
+        f"| {CHECKPOINTS[key]} | {name} | {row['seconds']:.1f} "
+        f"| {row['peak_bytes'] / 1e6:.0f} | {row['bytes'] / 1e6:.1f} |"
+        for key, rows in checkpoints.items()
         for name, row in rows.items()
     ]
 
@@ -52,9 +63,33 @@ def _size(row: dict[str, float]) -> list[str]:
     return [*lines, f"| seconds | {row['seconds']:.0f} |"]
 
 
-def _speed(rows: dict[str, Any]) -> list[str]:
-    lines = ["| graph, runtime | prefill, ms | decode, ms a token |", "|---|---|---|"]
-    return lines + [f"| {name} | {row['prefill_ms']:.1f} | {row['decode_ms']:.2f} |" for name, row in rows.items()]
+def _speed(checkpoints: dict[str, dict[str, Any]]) -> list[str]:
+    lines = ["| checkpoint | graph, runtime | prefill, ms | decode, ms a token |", "|---|---|---|---|"]
+    return lines + [
+        f"| {CHECKPOINTS[key]} | {name} | {row['prefill_ms']:.1f} | {row['decode_ms']:.2f} |"
+        for key, rows in checkpoints.items()
+        for name, row in rows.items()
+    ]
+
+
+def _compared(first: str, rows: dict[str, Any]) -> list[str]:
+    """Rows against the first of them: times, speed-up, and that as a share of the ideal."""
+    dense = next(iter(rows.values()))
+    head = [first, "layers"]
+    for phase in ("prefill", "decode"):
+        head += [f"{phase}, ms", "speed-up", "ideal", "of the ideal"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for name, row in rows.items():
+        cells = [name, str(row["layers"])]
+        for phase in ("prefill", "decode"):
+            speedup, ideal = dense[f"{phase}_ms"] / row[f"{phase}_ms"], row[f"ideal_{phase}"]
+            cells += [f"{row[f'{phase}_ms']:.2f}", f"{speedup:.2f}", f"{ideal:.2f}", f"{speedup / ideal:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _compaction(checkpoints: dict[str, dict[str, Any]]) -> list[str]:
+    return [line for key, rows in checkpoints.items() for line in ("", *_compared(CHECKPOINTS[key], rows))][1:]
 
 
 def _machine(facts: dict[str, Any]) -> list[str]:

@@ -1,0 +1,151 @@
+"""Prefill and decode of a graph or a checkpoint, timed in a process that holds nothing else.
+
+    python ci/export_speed.py onnxruntime FOLDER HEADS SIZE
+
+prints the median seconds of a prompt and of a token after it; `measure_in_turns` starts such processes in turns. In one
+process the threads of one runtime spin while another runs, which cost some of them a quarter of their speed.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+WARM, ROUNDS, TURNS = 2, 6, 5
+PROMPT, DECODED = 128, 32
+
+Seconds = tuple[float, float]
+"""Of the prompt, and the median of those of a token."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What to time: `onnxruntime`, `GenAI` or `torch`, a folder, and the heads and head size of its cache."""
+
+    runtime: str
+    folder: Path
+    heads: int
+    size: int
+
+
+def measure_in_turns(timed: Mapping[str, Timed]) -> dict[str, dict[str, float]]:
+    """Median milliseconds of a prompt and of a token after it, every case in a process of its own in every turn."""
+    taken: dict[str, list[Seconds]] = {name: [] for name in timed}
+    for turn in range(TURNS):
+        print("turn", turn + 1, "of", TURNS, flush=True)
+        for name, case in timed.items():
+            words = (__file__, case.runtime, str(case.folder), str(case.heads), str(case.size))
+            said = subprocess.run([sys.executable, *words], check=True, capture_output=True, text=True).stdout
+            taken[name].append(tuple(json.loads(said)))
+    rows = {}
+    for name, seconds in taken.items():
+        prefill, decode = 1e3 * np.median(seconds, axis=0)
+        rows[name] = {"prefill_ms": float(prefill), "decode_ms": float(decode)}
+        print(name, rows[name], flush=True)
+    return rows
+
+
+def _onnxruntime(case: Timed) -> Callable[[], Seconds]:
+    """Rounds in ONNX Runtime, the cache in the runtime's own buffers."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    path = str(case.folder / "model.onnx")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    inputs = {value.name for value in session.get_inputs()}
+    none = onnxruntime.OrtValue.ortvalue_from_numpy(np.empty((1, case.heads, 0, case.size), np.float32))
+    past = {name: none for name in sorted(inputs) if name.startswith("past_key_values.")}
+    present = [name.replace("past_key_values", "present") for name in past]
+    fed = 0
+
+    def call(tokens: npt.NDArray[np.int64]) -> None:
+        nonlocal past, fed
+        fed += tokens.shape[1]
+        positions = np.arange(fed - tokens.shape[1], fed, dtype=np.int64)[None]
+        feeds = {"input_ids": tokens, "attention_mask": np.ones((1, fed), np.int64), "position_ids": positions}
+        binding = session.io_binding()
+        for name in inputs & feeds.keys():
+            binding.bind_cpu_input(name, feeds[name])
+        for name, state in past.items():
+            binding.bind_ortvalue_input(name, state)
+        for name in ("logits", *present):
+            binding.bind_output(name, "cpu")
+        session.run_with_iobinding(binding)
+        past = dict(zip(past, binding.get_outputs()[1:], strict=True))
+
+    def round_() -> Seconds:
+        nonlocal past, fed
+        past, fed = dict.fromkeys(past, none), 0
+        return _timed(call)
+
+    return round_
+
+
+def _genai(case: Timed) -> Callable[[], Seconds]:
+    """Rounds in GenAI, as its config says."""
+    import onnxruntime_genai
+
+    model = onnxruntime_genai.Model(str(case.folder))
+
+    def round_() -> Seconds:
+        parameters = onnxruntime_genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=PROMPT + DECODED + 1, do_sample=False)
+        generator = onnxruntime_genai.Generator(model, parameters)
+        return _timed(lambda tokens: generator.append_tokens(tokens[0].astype(np.int32)))
+
+    return round_
+
+
+def _torch(case: Timed) -> Callable[[], Seconds]:
+    """Rounds in torch, eager, fp32."""
+    import torch
+
+    from optimum.streamline.checkpoint import load
+    from optimum.streamline.torch_runner import TorchRunner
+
+    runner = TorchRunner(load(str(case.folder), torch.float32))
+
+    def round_() -> Seconds:
+        cache = None
+
+        def call(tokens: npt.NDArray[np.int64]) -> None:
+            nonlocal cache
+            _, cache = runner.prefill(tokens) if cache is None else runner.decode(tokens, cache)
+
+        return _timed(call)
+
+    return round_
+
+
+def _timed(call: Callable[[npt.NDArray[np.int64]], None]) -> Seconds:
+    import time
+
+    ids = np.random.default_rng(0).integers(5, 1000, (1, PROMPT + DECODED), dtype=np.int64)
+    seconds = []
+    for tokens in (ids[:, :PROMPT], *np.split(ids[:, PROMPT:], DECODED, axis=1)):
+        start = time.perf_counter()
+        call(np.ascontiguousarray(tokens))
+        seconds.append(time.perf_counter() - start)
+    return seconds[0], statistics.median(seconds[1:])
+
+
+def main() -> None:
+    """Time what the arguments name."""
+    runtime, folder, heads, size = sys.argv[1:]
+    case = Timed(runtime, Path(folder), int(heads), int(size))
+    round_ = {"onnxruntime": _onnxruntime, "GenAI": _genai, "torch": _torch}[runtime](case)
+    rounds = [round_() for _ in range(WARM + ROUNDS)][WARM:]
+    print(json.dumps([statistics.median(seconds) for seconds in zip(*rounds, strict=True)]))
+
+
+if __name__ == "__main__":
+    main()
