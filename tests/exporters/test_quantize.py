@@ -18,13 +18,13 @@ from optimum.exporters.streamline import WAYS, export_checkpoint, open_artifact
 from optimum.exporters.streamline.quantize import Quantization, Way
 from optimum.streamline.checkpoint import Source, load_tokenizer, read_config
 from optimum.streamline.cost import cost_of
-from optimum.streamline.errors import ParityError
+from optimum.streamline.errors import ParityError, StreamlineError
 from optimum.streamline.recipe import Budget
 from optimum.streamline.runner import Artifact, open_runner
 from optimum.streamline.validation import Subject, validate
 from optimum.streamline.windows import Windows, read_windows
 from reference import REFERENCE
-from tiny import LAYERS, tiny_model
+from tiny import LAYERS, tiny_model, token_ids
 
 pytestmark = pytest.mark.onnx
 
@@ -126,6 +126,7 @@ def test_an_exclusion_that_names_nothing_is_refused(tmp_path: Path) -> None:
         ("qwen3", LAYERS * 4 + 1),
         ("mixtral", LAYERS * (2 + 4 * 2) + 1),  # four experts of two products; what chooses them stays in float
         ("gemma2", LAYERS * 4 + 1),
+        ("opt", LAYERS * 4 + 1),
     ],
 )
 def test_other_architectures_in_four_bits(architecture: str, products: int, tmp_path: Path) -> None:
@@ -186,6 +187,21 @@ def test_an_odd_number_of_blocks_is_refused_for_gptq(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_experts_are_refused_for_gptq(tmp_path: Path) -> None:
+    fields = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    tiny_model("mixtral", **fields).save_pretrained(tmp_path / "in")
+    windows = token_ids(1, 8).numpy()
+    with pytest.raises(
+        StreamlineError, match=r"'int4-gptq': .*experts.* is an expert's, .* use 'int4', or quantize-ex"
+    ):
+        export_checkpoint(str(tmp_path / "in"), tmp_path / "out", quantize="int4-gptq", windows=windows)
+
+
+def test_calibration_without_text_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(StreamlineError, match="windows None: quantize 'int8-static' needs token ids"):
+        export_checkpoint("no such model", tmp_path / "out", quantize="int8-static")
+
+
 def test_the_help_repeats_the_table() -> None:
     assert {name: way.text for name, way in WAYS.items()} == QUANTIZATION_LINES
 
@@ -195,6 +211,7 @@ def test_the_help_repeats_the_table() -> None:
     [
         (("--quantize", "int3"), "quantize 'int3': unknown; one of none, int8, int8-static, int4, int4-hqq, int4-gptq"),
         (("--quantize", "int4", "--dtype", "fp16"), "quantize 'int4': starts from dtype 'fp32', not 'fp16'"),
+        (("--quantize-exclude", "lm_head"), "quantize-exclude 'lm_head': nothing is quantized; give quantize too"),
         (("--quantize", "int4-gptq", "--samples", "0"), "samples 0: must be from 1 to 1000000"),
         (("--quantize", "int8-static", "--length", "4096"), "length 4096: must be from 8 to 512"),
         (("--quantize", "int8-static", "--calibration", "no/such.txt"), "'no/such.txt': no such file or folder"),

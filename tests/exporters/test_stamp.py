@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from optimum.exporters.streamline import build, export, export_checkpoint, segments, skeleton, stamp
 from optimum.exporters.streamline.calls import Call
 from optimum.exporters.streamline.ort_runner import OnnxRunner
-from optimum.exporters.streamline.stamp import CannotStampError
+from optimum.exporters.streamline.stamp import CannotStampError, Layers
 from optimum.streamline.anatomy import architecture_of, decoder_layers
 from optimum.streamline.checkpoint import load
 from optimum.streamline.dead import ATTENTION, MLP, mark_dead, silence
@@ -170,6 +170,24 @@ def test_an_export_in_little_memory_is_judged_alike(dtype: str, tmp_path: Path, 
         assert 0 < little.parity[check] < 3 * difference
     files = [tmp_path / name / export.WEIGHTS_FILE for name in ("plenty", "little")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_in_little_memory_a_layer_may_be_wholly_dead(tmp_path: Path, opened: list[int]) -> None:
+    checkpoint = saved(tmp_path / "checkpoint", dead=((2, ATTENTION), (2, MLP)))
+    export_checkpoint(checkpoint, tmp_path / "onnx", max_memory=1)
+    assert opened == [LAYERS - 1 + 1]
+
+
+def test_a_stamped_graph_that_cannot_be_opened_is_traced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stamp_and_spoil(graph: ir.Model, layers: Layers) -> list[ir.Value]:
+        hidden = stamp.stamp(graph, layers)
+        next(iter(graph.graph)).op_type = "NoSuchOperator"
+        return hidden
+
+    monkeypatch.setattr(build, "stamp", stamp_and_spoil)
+    artifact = export_checkpoint(saved(tmp_path / "checkpoint"), tmp_path / "onnx")
+    assert artifact.whole_because.startswith("parity: ONNX Runtime cannot open the graph (")
+    assert artifact.traced_layers == tuple(range(LAYERS))
 
 
 def test_in_little_memory_a_wrong_weight_is_found_too(

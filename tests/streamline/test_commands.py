@@ -107,7 +107,7 @@ def test_wrong_flags_are_one_line_and_nothing_is_written(
 
 
 @pytest.mark.onnx
-@pytest.mark.parametrize("size", ["little", "-1GB", "GB", "1e400", "0"])
+@pytest.mark.parametrize("size", ["little", "-1GB", "GB", "1e400", "0", "5MKB"])
 def test_a_size_that_is_none_is_refused(cli: Cli, tmp_path: Path, size: str) -> None:
     refused = cli("export", "-m", REFERENCE, f"--max-memory={size}", tmp_path / "out")
     assert_refused(refused, f"max-memory '{size}': must be a size in bytes, or one such as 500MB or 1.5GB")

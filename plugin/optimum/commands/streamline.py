@@ -165,7 +165,6 @@ def _plan_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-# Repeated from `methods.METHODS`, which cannot be imported here; a test holds the two together.
 # What `optimum.exporters.streamline.quantize.WAYS` says of each, which importing would take seconds; a test compares.
 QUANTIZATION_LINES = {
     "int8": "weights in 8 bits, activations too, scaled as they come",
@@ -175,6 +174,7 @@ QUANTIZATION_LINES = {
     "int4-gptq": "the same, weights rounded by what they do to text (GPTQ)",
 }
 
+# Repeated from `methods.METHODS`, which cannot be imported here; a test holds the two together.
 METHOD_LINES = {
     "auto": "the default: blockpruner or come-p, unhealed also linear maps, by held-out loss; then heal distill",
     "average": "the same neighbours as come, their weights averaged (baseline of 2510.15304)",

@@ -239,6 +239,8 @@ def _export(args: Namespace, console: Console) -> int:
     if args.opset != 23:
         raise StreamlineError(f"opset {args.opset}: must be 23, which has attention and normalisation as single nodes")
     check_export(args.format, args.dtype, args.device, args.quantize)
+    if args.quantize_exclude and args.quantize == "none":
+        raise StreamlineError(f"quantize-exclude {args.quantize_exclude!r}: nothing is quantized; give quantize too")
     check_output(args.output, args.overwrite)
     options = _source(args, args.model).options() | {
         "verbose": args.verbose,
@@ -290,7 +292,7 @@ def _bytes(name: str, text: str | None) -> int | None:
     number = text.upper().removesuffix("B")
     unit = {"K": 10**3, "M": 10**6, "G": 10**9}.get(number[-1:], 1)
     try:
-        size = int(float(number.rstrip("KMG")) * unit)
+        size = int(float(number if unit == 1 else number[:-1]) * unit)
     except (ValueError, OverflowError):
         size = 0
     if size <= 0:

@@ -17,7 +17,7 @@ from optimum.streamline.outputs import staged_folder
 from optimum.streamline.progress import Bar, progress_bar
 from optimum.streamline.runner import Artifact
 
-from .ort_runner import GRAPH_FILE, OnnxRunner, provider_of
+from .ort_runner import GRAPH_FILE, CannotOpenError, OnnxRunner, provider_of
 from .quantize import NONE, WAYS, Quantization, check_quantization, weight_bytes
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def export_onnx(job: OnnxExport, overwrite: bool = False, verbose: bool = False)
         StreamlineError: the job cannot be done as it is given.
     """
     check_options(job.dtype, job.device, job.quantization.how if job.quantization else NONE)
+    if job.quantization and WAYS[job.quantization.how].calibrated and job.quantization.windows is None:
+        raise StreamlineError(f"windows None: quantize {job.quantization.how!r} needs token ids to calibrate on")
     with staged_folder(job.out, (job.checkpoint,), overwrite) as folder:
         with captured_logs(folder / LOG_FILE, verbose):
             artifact = _export_into(folder, job)
@@ -165,7 +167,10 @@ def _export_traced(
     write_graph(built.model, model, folder)
     bar.at(3, STAGES[3])
     tolerance = TOLERANCES[job.dtype] if job.tolerance is None else job.tolerance
-    return check_parity(model, _answer(folder, built, job), tolerance)
+    try:
+        return check_parity(model, _answer(folder, built, job), tolerance)
+    except CannotOpenError as error:
+        raise ParityError(f"parity: ONNX Runtime cannot open the graph ({error.reason})") from None
 
 
 def _answer(folder: Path, built: Built, job: OnnxExport) -> Answer:

@@ -127,6 +127,14 @@ def empty_state(value: Any, batch: int, device: str) -> onnxruntime.OrtValue:
     )
 
 
+class CannotOpenError(StreamlineError):
+    """ONNX Runtime cannot open a graph; `reason` is its own line."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: ONNX Runtime cannot open it ({reason})")
+        self.reason = reason
+
+
 def provider_of(device: str) -> str:
     """The execution provider that stands for a device.
 
@@ -151,7 +159,8 @@ def open_session(graph: Path | bytes, device: str, weights: Path | None = None) 
         weights: The folder of its weights, if it is given by its bytes.
 
     Raises:
-        StreamlineError: ONNX Runtime is not installed, has no such device, or cannot read the graph.
+        StreamlineError: ONNX Runtime is not installed, or has no such device.
+        CannotOpenError: it cannot read the graph.
     """
     provider = provider_of(device)
     import onnxruntime
@@ -166,4 +175,4 @@ def open_session(graph: Path | bytes, device: str, weights: Path | None = None) 
         return onnxruntime.InferenceSession(source, options, providers=[provider])
     except Exception as error:  # ONNX Runtime raises a class of its own for each kind of fault
         said = str(error).strip().splitlines()[0]
-        raise StreamlineError(f"{weights or source!s}: ONNX Runtime cannot open it ({said})") from None
+        raise CannotOpenError(str(weights or source), said) from None

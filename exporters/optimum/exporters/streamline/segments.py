@@ -105,8 +105,9 @@ def _places(graph: ir.Graph, hidden: Sequence[str], limit: int) -> dict[ir.Node,
         )
     segments, taken = [0], sizes[0]
     for size in sizes[1:]:
-        taken = taken + size if taken + size <= limit else size
-        segments.append(segments[-1] + (taken == size))
+        begins = size > 0 and taken + size > limit  # a layer that is wholly dead has nothing to open
+        taken = size if begins else taken + size
+        segments.append(segments[-1] + begins)
     return {node: segments[layer] for node, layer in layers.items()}
 
 

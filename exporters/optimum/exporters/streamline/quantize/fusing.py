@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from ..rewriting import initializer, sizes, take_over
 from .excluding import module_of
+from .tied import transposed
 
 DOMAIN = "com.microsoft"
 
@@ -26,7 +27,12 @@ def split_biases(graph: ir.Graph) -> None:
     for node in list(graph):
         if node.op_type != "Gemm" or len(node.inputs) < 3 or not _is_plain(node):
             continue
-        product = ir.node("MatMul", node.inputs[:2], name=f"{module_of(node)}/MatMul")
+        weight = node.inputs[1]
+        if weight is not None and node.attributes.get_int("transB", 0) == 1:
+            stored, weight = weight, transposed(graph, weight)
+            if len(stored.uses()) == 1:
+                del graph.initializers[str(stored.name)]
+        product = ir.node("MatMul", [node.inputs[0], weight], name=f"{module_of(node)}/MatMul")
         product.outputs[0].type = node.outputs[0].type
         summed = ir.node("Add", [product.outputs[0], node.inputs[2]], name=f"{module_of(node)}/Add")
         graph.insert_before(node, [product, summed])
@@ -35,9 +41,10 @@ def split_biases(graph: ir.Graph) -> None:
 
 
 def _is_plain(gemm: ir.Node) -> bool:
-    flips = [gemm.attributes.get_int(name, 0) for name in ("transA", "transB")]
+    weight = gemm.inputs[1]
     factors = [gemm.attributes.get_float(name, 1.0) for name in ("alpha", "beta")]
-    return not any(flips) and factors == [1.0, 1.0]
+    held = weight is not None and weight.is_initializer()
+    return held and not gemm.attributes.get_int("transA", 0) and factors == [1.0, 1.0]
 
 
 def pack_products(graph: ir.Graph, excluded: Collection[ir.Node]) -> None:

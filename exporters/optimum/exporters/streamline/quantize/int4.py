@@ -156,6 +156,11 @@ def _quantize_tied(graph: ir.Graph, tied: Tied) -> None:
 
 def _check_gptq(products: Iterable[ir.Node]) -> None:
     for node in products:
+        if ".experts" in module_of(node):
+            raise StreamlineError(
+                f"quantize 'int4-gptq': {module_of(node)} is an expert's, and ONNX Runtime's GPTQ fails where a text "
+                "sends an expert no token; use 'int4', or quantize-exclude the experts"
+            )
         depth = sizes(node.inputs[1])[0]
         if -(-depth // BLOCK) % 2:
             raise StreamlineError(

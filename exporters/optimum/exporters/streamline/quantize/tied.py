@@ -39,15 +39,17 @@ def untie(graph: ir.Graph) -> None:
     tied = find_tied(graph)
     if tied is None:
         return
-    weight = tied.weight
+    take_over(tied.transposition.outputs[0], transposed(graph, tied.weight))
+    graph.remove(tied.transposition, safe=True)
+
+
+def transposed(graph: ir.Graph, weight: ir.Value) -> ir.Value:
+    """Another initializer, with a weight the other way round; read when it is written."""
     assert weight.dtype is not None
 
-    def transposed() -> ir.TensorProtocol:
+    def read() -> ir.TensorProtocol:
         assert weight.const_value is not None
         return TorchTensor(torch.from_numpy(weight.const_value.numpy()).t().contiguous())
 
-    own = ir.LazyTensor(
-        transposed, dtype=weight.dtype, shape=ir.Shape(sizes(weight)[::-1]), name=f"{weight.name}.transposed"
-    )
-    take_over(tied.transposition.outputs[0], initializer(graph, own))
-    graph.remove(tied.transposition, safe=True)
+    shape, name = ir.Shape(sizes(weight)[::-1]), f"{weight.name}.transposed"
+    return initializer(graph, ir.LazyTensor(read, dtype=weight.dtype, shape=shape, name=name))
