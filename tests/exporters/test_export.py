@@ -12,6 +12,7 @@ from optimum.exporters.streamline.calls import one_by_one
 from optimum.streamline import checkpoint
 from optimum.streamline.errors import ParityError, StreamlineError
 from optimum.streamline.runner import Artifact, open_runner
+from tiny import tiny_model
 
 pytestmark = pytest.mark.onnx
 
@@ -59,6 +60,24 @@ def test_bad_options_are_refused_before_any_work(tmp_path, options, said):
         export_checkpoint("no such model", tmp_path / "onnx", **options)
     assert refusal.value.exit_code == 2
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "said"),
+    [
+        ("gpt2", {"n_positions": 15}, "max_position_embeddings 15: must be at least 16"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_type 'dynamic'",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_exported_is_refused_by_name(tmp_path, architecture, fields, said):
+    tiny_model(architecture, **fields).save_pretrained(tmp_path / "in")
+    with pytest.raises(StreamlineError, match=said):
+        export_checkpoint(str(tmp_path / "in"), tmp_path / "onnx")
+    assert [each.name for each in tmp_path.iterdir()] == ["in"]
 
 
 def test_an_output_that_exists_is_left_alone(exported):

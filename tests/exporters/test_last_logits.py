@@ -15,6 +15,7 @@ from optimum.exporters.streamline import WAYS, export_checkpoint, last_logits, n
 from optimum.exporters.streamline.ort_runner import OnnxRunner, token_feeds
 from optimum.exporters.streamline.quantize import Quantization
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.windows import Windows
 from tiny import tiny_model, token_ids
 
 pytestmark = pytest.mark.onnx
@@ -82,7 +83,7 @@ def test_our_runner_is_given_all_logits_of_any_graph(exported, tmp_path, how):
     ids, every = token_ids(2, 6).numpy(), exported("llama").folder
     if how != "none":
         (tmp_path / "every").mkdir()
-        WAYS[how].run(every, tmp_path / "every", Quantization(how, windows=token_ids(2, 16).numpy()))
+        WAYS[how].run(every, tmp_path / "every", Quantization(how, windows=Windows(token_ids(2, 16), "some text")))
         every = tmp_path / "every"
     shutil.copytree(every, tmp_path / "last")
     last_logits.keep_last_logits(tmp_path / "last")

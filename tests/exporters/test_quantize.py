@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -16,10 +17,11 @@ from console import Outcome, optimum_cli
 from optimum.commands.streamline import QUANTIZATION_LINES
 from optimum.exporters.streamline import WAYS, export_checkpoint, open_artifact
 from optimum.exporters.streamline.quantize import Quantization, Way
-from optimum.streamline.checkpoint import Source, load_tokenizer, read_config
+from optimum.streamline.checkpoint import RECORD_FILE, RECORD_KEYS, Source, load_tokenizer, read_config
 from optimum.streamline.cost import cost_of
 from optimum.streamline.errors import ParityError, StreamlineError
 from optimum.streamline.recipe import Budget
+from optimum.streamline.record import refuse_seen_text, seen_text
 from optimum.streamline.runner import Artifact, open_runner
 from optimum.streamline.validation import Subject, validate
 from optimum.streamline.windows import Windows, read_windows
@@ -42,15 +44,17 @@ LIMITS = {
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
     """The reference model exported with a quantization of the table, or with none."""
-    tokenizer = load_tokenizer(Source(REFERENCE))
-    ids = read_windows("stdlib", tokenizer, 8, 128, 0, "calibration").ids.numpy()
 
     @cache
     def make(how: str, *exclude: str) -> Artifact:
         folder = tmp_path_factory.mktemp(how) / "onnx"
-        return export_checkpoint(REFERENCE, folder, quantize=how, quantize_exclude=exclude, windows=ids)
+        return export_checkpoint(REFERENCE, folder, quantize=how, quantize_exclude=exclude, windows=calibration())
 
     return make
+
+
+def calibration() -> Windows:
+    return read_windows("stdlib", load_tokenizer(Source(REFERENCE)), 8, 128, 0, "calibration")
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +194,7 @@ def test_an_odd_number_of_blocks_is_refused_for_gptq(
 def test_experts_are_refused_for_gptq(tmp_path: Path) -> None:
     fields = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     tiny_model("mixtral", **fields).save_pretrained(tmp_path / "in")
-    windows = token_ids(1, 8).numpy()
+    windows = Windows(token_ids(1, 8), "some text")
     with pytest.raises(
         StreamlineError, match=r"'int4-gptq': .*experts.* is an expert's, .* use 'int4', or quantize-ex"
     ):
@@ -198,8 +202,28 @@ def test_experts_are_refused_for_gptq(tmp_path: Path) -> None:
 
 
 def test_calibration_without_text_is_refused_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(StreamlineError, match="windows None: quantize 'int8-static' needs token ids"):
+    with pytest.raises(StreamlineError, match="windows None: quantize 'int8-static' needs text to calibrate on"):
         export_checkpoint("no such model", tmp_path / "out", quantize="int8-static")
+
+
+def test_what_it_was_calibrated_on_is_not_what_it_is_judged_on(
+    quantized: Callable[..., Artifact], judged_on: Windows
+) -> None:
+    artifact = quantized("int8-static")
+    assert artifact.data["quantization"]["fingerprint"] == calibration().fingerprint
+    with pytest.raises(StreamlineError, match="stdlib"):
+        refuse_seen_text(artifact.path, calibration())
+    refuse_seen_text(artifact.path, judged_on)
+    refuse_seen_text(quantized("int4").path, calibration())  # made without text
+
+
+def test_an_export_remembers_the_text_of_its_checkpoint(tmp_path: Path) -> None:
+    tiny_model("llama", num_hidden_layers=1).save_pretrained(tmp_path / "in")
+    record = {key: {} for key in RECORD_KEYS} | {"data": {"calibration": seen_text(calibration())}}
+    (tmp_path / "in" / RECORD_FILE).write_text(json.dumps(record))
+    export_checkpoint(str(tmp_path / "in"), tmp_path / "out")
+    with pytest.raises(StreamlineError, match="stdlib"):
+        refuse_seen_text(str(tmp_path / "out"), calibration())
 
 
 def test_the_help_repeats_the_table() -> None:

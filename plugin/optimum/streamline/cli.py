@@ -26,8 +26,7 @@ from .processes import is_main, process_count
 from .recipe import Budget, Recipe, make_recipe, read_recipe, write_recipe
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+    from .windows import Windows
 
 BUDGET_FIELDS = {field.name for field in fields(Budget)}
 RECIPE_FIELDS = {field.name for field in fields(Recipe)}
@@ -247,7 +246,7 @@ def _export(args: Namespace, console: Console) -> int:
         "max_memory": _bytes("max-memory", args.max_memory),
         "quantize": args.quantize,
         "quantize_exclude": [each for each in args.quantize_exclude.split(",") if each],
-        "windows": _calibration_ids(args),
+        "windows": _calibration(args),
         "last_logits": args.last_logits,
     }
     artifact = export_checkpoint(
@@ -264,8 +263,8 @@ def _export(args: Namespace, console: Console) -> int:
     return 0
 
 
-def _calibration_ids(args: Namespace) -> npt.NDArray[np.int64] | None:
-    """The token windows that a way to quantize asks for; none where it asks for none."""
+def _calibration(args: Namespace) -> Windows | None:
+    """The windows that a way to quantize asks for; none where it asks for none."""
     from optimum.exporters.streamline import WAYS
 
     from .checkpoint import load_tokenizer, read_config
@@ -280,9 +279,7 @@ def _calibration_ids(args: Namespace) -> npt.NDArray[np.int64] | None:
         if not least <= value <= most:
             raise StreamlineError(f"{name} {value}: must be from {least} to {most}")
     tokenizer = load_tokenizer(source)
-    windows = read_windows(args.calibration, tokenizer, args.samples, args.length, args.seed, "calibration")
-    ids: npt.NDArray[np.int64] = windows.ids.numpy()
-    return ids
+    return read_windows(args.calibration, tokenizer, args.samples, args.length, args.seed, "calibration")
 
 
 def _bytes(name: str, text: str | None) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .edit import Change
 from .healing import Healed
 from .plan import TRAINED, Plan
 from .recipe import Recipe
+from .runner import Artifact, is_artifact
 from .scores import Scores
 from .windows import Windows, check_disjoint
 
@@ -97,11 +99,21 @@ def seen_text(windows: Windows) -> dict[str, Any]:
     return {**windows.describe(), "runs": " ".join(f"{run:012x}" for run in sorted(windows.runs()))}
 
 
+def text_of(checkpoint: str) -> dict[str, dict[str, Any]]:
+    """What text went into a checkpoint, by purpose; nothing is known of one that is not ours."""
+    data: dict[str, dict[str, Any]] = (read_record(checkpoint) or {}).get("data", {})
+    return data
+
+
 def refuse_seen_text(checkpoint: str, windows: Windows) -> None:
-    """Refuse to judge a checkpoint of ours on the text it was calibrated or healed on, whatever that was called.
+    """Refuse to judge what we made on the text it was calibrated or healed on, whatever that was called.
+
+    Args:
+        checkpoint: A checkpoint, or an exported model's folder.
 
     Raises:
         StreamlineError: its record holds too much of the text of `windows`.
     """
-    for data in (read_record(checkpoint) or {}).get("data", {}).values():
+    made = Artifact.read(Path(checkpoint)).data if is_artifact(checkpoint) else text_of(checkpoint)
+    for data in made.values():
         check_disjoint([int(run, 16) for run in data["runs"].split()], data["spec"], windows)

@@ -56,6 +56,10 @@ class Artifact:
         divergence: Of a quantized graph, the largest logit difference from torch as a share of the largest logit, by
             check.
         weight_bytes: Of a quantized graph, bytes of the weights that a token is multiplied by.
+        quantize_exclude: What was left in float, as it was asked for.
+        last_logits: Whether the graph, left to itself, gives the logits of each row's last token only.
+        data: What text went into the weights, by purpose, as `record.seen_text` tells it: what chose and healed the
+            layers of the checkpoint, and what the quantization was calibrated on.
     """
 
     path: str
@@ -69,6 +73,9 @@ class Artifact:
     quantize: str = "none"
     divergence: dict[str, float] = field(default_factory=dict)
     weight_bytes: int | None = None
+    quantize_exclude: tuple[str, ...] = ()
+    last_logits: bool = False
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def precision(self) -> str:
@@ -89,7 +96,8 @@ class Artifact:
         """
         try:
             fields = json.loads((folder / ARTIFACT_FILE).read_text())
-            return cls(path=str(folder), **{**fields, "traced_layers": tuple(fields["traced_layers"])})
+            lists = {name: tuple(fields[name]) for name in ("traced_layers", "quantize_exclude")}
+            return cls(path=str(folder), **{**fields, **lists})
         except (OSError, TypeError, ValueError, KeyError) as error:
             raise StreamlineError(f"{folder / ARTIFACT_FILE}: not an exported model's description ({error})") from None
 

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.runner import Artifact, Runner
 
 from .quantize import NONE, WAYS, Quantization
+
+if TYPE_CHECKING:
+    from optimum.streamline.windows import Windows
 
 __all__ = ["WAYS", "check_export", "export_checkpoint", "open_artifact"]
 
@@ -34,7 +34,7 @@ def export_checkpoint(
     max_memory: int | None = None,
     quantize: str = NONE,
     quantize_exclude: Sequence[str] = (),
-    windows: npt.NDArray[np.int64] | None = None,
+    windows: Windows | None = None,
     last_logits: bool = False,
     **options: Any,
 ) -> Artifact:
@@ -55,7 +55,7 @@ def export_checkpoint(
         quantize: A key of `quantize.WAYS`: what the graph becomes when it has been proved equal to torch.
         quantize_exclude: What to leave in float: numbers of the checkpoint's layers, and names of modules in which `*`
             stands for anything.
-        windows: Token ids `[windows, length]` to calibrate on, for a way to quantize that does.
+        windows: Text to calibrate on, for a way to quantize that does.
         last_logits: Whether the graph, left to itself, gives the logits of each row's last token only: a shorter
             prefill for a client that generates. Fed 0 as `num_logits_to_keep` it gives all.
         options: `cache_dir`, `trust_remote_code`.
@@ -70,7 +70,7 @@ def export_checkpoint(
     _check_format(format)
     from .export import OnnxExport, export_onnx
 
-    quantization = None if quantize == NONE else Quantization(quantize, quantize_exclude, windows)
+    quantization = None if quantize == NONE else Quantization(quantize, tuple(quantize_exclude), windows)
     job = OnnxExport(checkpoint, out, dtype, device, tolerance, max_memory, quantization, last_logits, options)
     return export_onnx(job, overwrite, verbose)
 

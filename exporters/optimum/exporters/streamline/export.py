@@ -22,7 +22,7 @@ from .quantize import NONE, WAYS, Quantization, check_quantization, weight_bytes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from .build import Built
     from .calls import Answer
@@ -58,7 +58,7 @@ def export_onnx(job: OnnxExport, overwrite: bool = False, verbose: bool = False)
     """
     check_options(job.dtype, job.device, job.quantization.how if job.quantization else NONE)
     if job.quantization and WAYS[job.quantization.how].calibrated and job.quantization.windows is None:
-        raise StreamlineError(f"windows None: quantize {job.quantization.how!r} needs token ids to calibrate on")
+        raise StreamlineError(f"windows None: quantize {job.quantization.how!r} needs text to calibrate on")
     with staged_folder(job.out, (job.checkpoint,), overwrite) as folder:
         with captured_logs(folder / LOG_FILE, verbose):
             artifact = _export_into(folder, job)
@@ -86,9 +86,31 @@ def check_options(dtype: str, device: str, quantize: str = NONE) -> None:
     provider_of(device)
 
 
+def _check_config(config: PretrainedConfig) -> None:
+    """Refuse a model whose graph could not be made, or not be compared with torch.
+
+    Raises:
+        StreamlineError: naming the field.
+    """
+    from .parity import LONGEST
+
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "dynamic" in {
+        rope.get("rope_type"),
+        *(each.get("rope_type") for each in rope.values() if isinstance(each, dict)),
+    }:
+        raise StreamlineError("rope_type 'dynamic': cannot be exported, its angles change with the length of the text")
+    context = config.max_position_embeddings
+    if context < LONGEST:
+        raise StreamlineError(
+            f"max_position_embeddings {context}: must be at least {LONGEST} for the comparison with torch"
+        )
+
+
 def _export_into(folder: Path, job: OnnxExport) -> Artifact:
     from optimum.streamline import checkpoint
 
+    _check_config(checkpoint.read_config(checkpoint.Source(job.checkpoint, **job.options)))
     with (
         TemporaryDirectory(dir=folder) as scratch,
         progress_bar("exporting", len(STAGES) if job.quantization else 4) as bar,
@@ -117,7 +139,21 @@ def _export_into(folder: Path, job: OnnxExport) -> Artifact:
         quantize=job.quantization.how if job.quantization else NONE,
         divergence=divergence,
         weight_bytes=read,
+        quantize_exclude=tuple(job.quantization.exclude) if job.quantization else (),
+        last_logits=job.last_logits,
+        data=_text_of(job),
     )
+
+
+def _text_of(job: OnnxExport) -> dict[str, dict[str, Any]]:
+    """What text went into the artifact's weights, by purpose."""
+    from optimum.streamline.record import seen_text, text_of
+
+    data = dict(text_of(job.checkpoint))
+    if job.quantization and WAYS[job.quantization.how].calibrated:
+        assert job.quantization.windows is not None
+        data["quantization"] = seen_text(job.quantization.windows)
+    return data
 
 
 def _quantize(model: PreTrainedModel, job: OnnxExport, plain: Path, folder: Path, bar: Bar) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """A graph that by default gives the logits of each row's last token only, which is all that generating text reads.
 
-The output projection is then computed once a row rather than once a token of the prompt. Edits the finished graph, so
-whatever was proved or quantized before is as it was; the weights are not touched.
+The output projection is then computed once a row rather than once a token of the prompt. Edits the finished graph,
+after it was compared with torch and quantized; the weights are not touched.
 """
 
 from __future__ import annotations

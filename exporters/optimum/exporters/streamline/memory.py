@@ -18,11 +18,15 @@ _GROUP = Path("/sys/fs/cgroup")
 
 
 def free_memory() -> int:
-    """Bytes that this process can still have: of the machine's memory, and of its container's."""
+    """Bytes that this process can still have: of the machine's memory, and of its container's (control groups, v2)."""
     free: int = psutil.virtual_memory().available
-    with suppress(OSError, ValueError):  # no container, or one without a limit, which says "max"
+    with suppress(OSError, ValueError, KeyError):  # no container, or one without a limit, which says "max"
         limit = int((_GROUP / "memory.max").read_text())
-        free = min(free, limit - int((_GROUP / "memory.current").read_text()))
+        counts = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
+        cached = int(
+            counts["inactive_file"]
+        )  # of files, the weights just written among them: given back when asked for
+        free = min(free, limit - int((_GROUP / "memory.current").read_text()) + cached)
     return free
 
 

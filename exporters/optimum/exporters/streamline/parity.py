@@ -26,6 +26,9 @@ Rounding gives 1e-6 and 1e-3 on shallow models and grows with depth; a wrong mas
 """
 
 PROMPT, CONTINUATION = 12, 3
+LONGEST = PROMPT + CONTINUATION + 1
+"""Tokens of the longest text that is asked."""
+
 LENGTHS = (PROMPT, 7, 4)
 """Prompt lengths of the padded batch: three rows, where the graph was traced with two."""
 
@@ -119,7 +122,7 @@ def _answered(model: PreTrainedModel, answer: Answer) -> Iterator[tuple[Question
 
 
 def _one_row(model: PreTrainedModel) -> Iterator[Question]:
-    ids = _tokens(model, 1, PROMPT + CONTINUATION + 1)
+    ids = _tokens(model, 1, LONGEST)
     mask, positions = np.ones_like(ids), np.arange(ids.shape[1])[None]
     expected = _reference(model, ids, mask)
     ends = (0, PROMPT, PROMPT + CONTINUATION, ids.shape[1])

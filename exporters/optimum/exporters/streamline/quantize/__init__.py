@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from optimum.streamline.errors import StreamlineError
+
+if TYPE_CHECKING:
+    from optimum.streamline.windows import Windows
 
 NONE = "none"
 
@@ -25,12 +26,12 @@ class Quantization:
         how: A key of `WAYS`.
         exclude: What to leave in float: numbers of the checkpoint's layers, and names of modules as `lm_head` or
             `*.mlp.down_proj`.
-        windows: Token ids `[windows, length]` to calibrate on, for a way that does.
+        windows: Text to calibrate on, for a way that does.
     """
 
     how: str
     exclude: Sequence[str] = ()
-    windows: npt.NDArray[np.int64] | None = None
+    windows: Windows | None = None
 
 
 @dataclass(frozen=True)

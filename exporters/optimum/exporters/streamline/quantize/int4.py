@@ -177,7 +177,7 @@ def _gptq(model: ir.Model, kept: Collection[str], quantization: Quantization, sc
     with TemporaryDirectory(dir=scratch) as folder:
         ir.save(model, Path(folder) / GRAPH_FILE, external_data=WEIGHTS_FILE)
         proto = onnx.load(Path(folder) / GRAPH_FILE)
-    windows = [(feeds, None) for feeds in feeds_of(proto, quantization.windows)]
+    windows = [(feeds, None) for feeds in feeds_of(proto, quantization.windows.ids.numpy())]
     made = gptq_quantize(proto, windows, ways, blocksize=BLOCK, n_samples=-1, accuracy_level=ACCURACY)
     quantized: ir.Model = ir.from_proto(made.model)
     return quantized

@@ -43,7 +43,7 @@ def quantize_int8(source: Path, target: Path, quantization: Quantization, calibr
         }
         if calibrated:
             assert quantization.windows is not None
-            reader = Reader(feeds_of(onnx.load(plain, load_external_data=False), quantization.windows))
+            reader = Reader(feeds_of(onnx.load(plain, load_external_data=False), quantization.windows.ids.numpy()))
             quantize_static(
                 plain, target / GRAPH_FILE, reader, QuantFormat.QDQ, activation_type=QuantType.QUInt8, **options
             )
