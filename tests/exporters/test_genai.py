@@ -66,7 +66,7 @@ def test_prompts_of_mixed_lengths_in_one_batch(pruned_reference, tmp_path, last_
     tokenizer, folder = AutoTokenizer.from_pretrained(REFERENCE), tmp_path / "onnx"
     shutil.copytree(pruned_reference.folder, folder)
     if last_only:
-        keep_last_logits(folder)
+        keep_last_logits(folder, pruned_reference.stock().config.hidden_size)
     prompts = [tokenizer.encode(text) for text in (CODE, "import os\nfor name in ", "class Reader:\n")]
     assert len(set(map(len, prompts))) == 3
     assert greedy(folder, *prompts) == [greedy_in_torch(pruned_reference.stock(), prompt) for prompt in prompts]

@@ -14,13 +14,13 @@ from console import optimum_cli
 from optimum.exporters.streamline import WAYS, export_checkpoint, last_logits, names
 from optimum.exporters.streamline.ort_runner import OnnxRunner, token_feeds
 from optimum.exporters.streamline.quantize import Quantization
-from optimum.streamline.errors import StreamlineError
+from optimum.streamline.errors import ParityError, StreamlineError
 from optimum.streamline.windows import Windows
 from tiny import tiny_model, token_ids
 
 pytestmark = pytest.mark.onnx
 
-ROWS, LENGTH = 3, 9
+ROWS, LENGTH, WIDTH = 3, 9, 32
 LEFT = np.array([[1] * 9, [0] * 3 + [1] * 6, [0] * 8 + [1]])
 MASKS = {"no padding": np.ones_like(LEFT), "on the left": LEFT, "on the right": LEFT[:, ::-1]}
 
@@ -30,7 +30,7 @@ def last_only(exported, tmp_path):
     def make(case: str) -> Path:
         folder = tmp_path / case
         shutil.copytree(exported(case).folder, folder)
-        last_logits.keep_last_logits(folder)
+        last_logits.keep_last_logits(folder, WIDTH)
         return folder
 
     return make
@@ -86,7 +86,7 @@ def test_our_runner_is_given_all_logits_of_any_graph(exported, tmp_path, how):
         WAYS[how].run(every, tmp_path / "every", Quantization(how, windows=Windows(token_ids(2, 16), "some text")))
         every = tmp_path / "every"
     shutil.copytree(every, tmp_path / "last")
-    last_logits.keep_last_logits(tmp_path / "last")
+    last_logits.keep_last_logits(tmp_path / "last", WIDTH)
     expected, cache = OnnxRunner(every).prefill(ids)
     found, same = OnnxRunner(tmp_path / "last").prefill(ids)
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -117,6 +117,19 @@ def test_the_projection_reads_what_is_kept(last_only):
     assert (head.op_type, producers[head.input[0]].op_type) == ("MatMul", "GatherND")
     [logits] = [value for value in graph.output if value.name == "logits"]
     assert logits.type.tensor_type.shape.dim[1].dim_value == 1
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_what_gives_other_logits_is_not_delivered(exported, tmp_path, monkeypatch, dtype):
+    right = last_logits._places
+
+    def one_too_early(graph, steps):
+        return steps.add("Sub", right(graph, steps), steps.constant(1))
+
+    monkeypatch.setattr(last_logits, "_places", one_too_early)
+    with pytest.raises(ParityError, match=r"last-logits: with num_logits_to_keep 0 a logit differs from the whole"):
+        export_checkpoint(str(exported("llama").checkpoint), tmp_path / "out", dtype=dtype, last_logits=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_projection_is_an_error_and_no_export(exported, tmp_path, monkeypatch):

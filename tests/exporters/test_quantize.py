@@ -140,6 +140,18 @@ def test_other_architectures_in_four_bits(architecture: str, products: int, tmp_
     assert all(0 < share < 0.5 for share in artifact.divergence.values())
 
 
+def test_of_quantized_experts_a_token_reads_its_share(tmp_path: Path) -> None:
+    model = tiny_model("mixtral", num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "in")
+    artifact = export_checkpoint(str(tmp_path / "in"), tmp_path / "out", quantize="int4")
+    graph = onnx.load(tmp_path / "out" / "model.onnx").graph
+    sizes = {each.name: onnx.numpy_helper.to_array(each).nbytes for each in graph.initializer}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    looked_up = model.get_input_embeddings().weight.numel() * 4
+    read = sum(sizes.values()) - looked_up - experts / 2  # two experts of four
+    assert artifact.weight_bytes == pytest.approx(read, abs=32)  # a constant of the graph is looked up too
+
+
 def test_a_quantized_graph_that_gives_no_numbers_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def quantize_to_nothing(source: Path, target: Path, quantization: Quantization) -> None:
         model = onnx.load(source / "model.onnx")
@@ -236,6 +248,8 @@ def test_the_help_repeats_the_table() -> None:
         (("--quantize", "int3"), "quantize 'int3': unknown; one of none, int8, int8-static, int4, int4-hqq, int4-gptq"),
         (("--quantize", "int4", "--dtype", "fp16"), "quantize 'int4': starts from dtype 'fp32', not 'fp16'"),
         (("--quantize-exclude", "lm_head"), "quantize-exclude 'lm_head': nothing is quantized; give quantize too"),
+        (("--quantize", "int4", "--samples", "8"), "samples 8: quantize 'int4' is not calibrated; leave it out"),
+        (("--calibration", "stdlib"), "calibration stdlib: quantize 'none' is not calibrated; leave it out"),
         (("--quantize", "int4-gptq", "--samples", "0"), "samples 0: must be from 1 to 1000000"),
         (("--quantize", "int8-static", "--length", "4096"), "length 4096: must be from 8 to 512"),
         (("--quantize", "int8-static", "--calibration", "no/such.txt"), "'no/such.txt': no such file or folder"),

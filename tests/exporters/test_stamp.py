@@ -21,7 +21,7 @@ from optimum.exporters.streamline.stamp import CannotStampError, Layers
 from optimum.streamline.anatomy import architecture_of, decoder_layers
 from optimum.streamline.checkpoint import load
 from optimum.streamline.dead import ATTENTION, MLP, mark_dead, silence
-from optimum.streamline.errors import ParityError
+from optimum.streamline.errors import ParityError, StreamlineError
 from optimum.streamline.runner import Logits
 from tiny import LAYERS, tiny_model, token_ids
 
@@ -110,6 +110,8 @@ def test_a_stamp_that_computes_something_else_is_noticed_and_every_layer_traced(
 ) -> None:
     def stamp_wrongly(model: ir.Model, layers: stamp.Layers) -> list[ir.Value]:
         hidden = right(model, layers)
+        if len(layers.traced) == LAYERS:
+            return hidden
         first, second = (f"model.layers.{index}.self_attn.q_proj.weight" for index in (2, 3))
         one, other = model.graph.initializers.pop(first), model.graph.initializers.pop(second)
         one.name, other.name = second, first
@@ -178,10 +180,23 @@ def test_in_little_memory_a_layer_may_be_wholly_dead(tmp_path: Path, opened: lis
     assert opened == [LAYERS - 1 + 1]
 
 
+def test_in_little_memory_a_model_that_is_traced_whole_is_run_in_parts_too(tmp_path: Path, opened: list[int]) -> None:
+    artifact = export_checkpoint(saved(tmp_path / "in", num_hidden_layers=2), tmp_path / "out", max_memory=1)
+    assert (artifact.traced_layers, opened) == ((0, 1), [2 + 1])
+
+
+def test_what_has_no_parts_is_refused_in_little_memory(tmp_path: Path) -> None:
+    checkpoint = saved(tmp_path / "in", dead=((0, ATTENTION), (0, MLP)), num_hidden_layers=3)
+    with pytest.raises(StreamlineError, match=r"max-memory 1: the layers of this model are not parts that can be run"):
+        export_checkpoint(checkpoint, tmp_path / "out", max_memory=1)
+    assert [each.name for each in tmp_path.iterdir()] == ["in"]
+
+
 def test_a_stamped_graph_that_cannot_be_opened_is_traced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stamp_and_spoil(graph: ir.Model, layers: Layers) -> list[ir.Value]:
         hidden = stamp.stamp(graph, layers)
-        next(iter(graph.graph)).op_type = "NoSuchOperator"
+        if len(layers.traced) < LAYERS:
+            next(iter(graph.graph)).op_type = "NoSuchOperator"
         return hidden
 
     monkeypatch.setattr(build, "stamp", stamp_and_spoil)
@@ -203,4 +218,4 @@ def test_in_little_memory_a_wrong_weight_is_found_too(
     monkeypatch.setattr(export, "write_graph", write_and_corrupt)
     with pytest.raises(ParityError, match="prefill differs from torch by"):
         export_checkpoint(saved(tmp_path / "checkpoint"), tmp_path / "onnx", max_memory=1)
-    assert opened == [LAYERS + 1]
+    assert opened == [LAYERS + 1] * 2  # stamped, and traced whole

@@ -53,6 +53,7 @@ def test_one_command_does_the_whole_chain(cli: Cli, folder: Path) -> None:
     assert outcome.code == 0, outcome.err
     assert outcome.err == ""
     assert "16 layers become 12" in outcome.out
+    assert outcome.out.count("largest difference from torch, prefill: ") == 2
     assert str(folder / "out" / "report.html") in outcome.out
     report = Report.from_json((folder / "out" / "report.json").read_text())
     assert [(row.role, row.runtime, row.layers) for row in report.rows] == [

@@ -281,7 +281,8 @@ class ExportCommand(_Command):
         parser.add_argument(
             "--max-memory",
             metavar="SIZE",
-            help="memory to make do with, such as 1.5GB; what is free by default, and never less than two layers take",
+            help="memory to make do with, such as 1.5GB; what is free by default, and never less than two layers\n"
+            "take, or about five times the largest weight",
         )
         parser.add_argument(
             "--last-logits",
@@ -299,10 +300,10 @@ class ExportCommand(_Command):
             help="what stays in float, by commas: numbers of the checkpoint's layers, and modules such as lm_head or\n"
             "*.mlp.down_proj",
         )
-        group.add_argument("--calibration", default="stdlib", help=f"for int8-static and int4-gptq: {SPEC} (default)")
-        group.add_argument("--samples", type=int, default=32, help="calibration windows (default 32)")
-        group.add_argument("--length", type=int, default=256, help="tokens a window (default 256)")
-        group.add_argument("--seed", type=int, default=0, help="of the order of the text (default 0)")
+        group.add_argument("--calibration", help=f"for int8-static and int4-gptq: {SPEC} (default)")
+        group.add_argument("--samples", type=int, help="calibration windows (default 32)")
+        group.add_argument("--length", type=int, help="tokens a window (default 256)")
+        group.add_argument("--seed", type=int, help="of the order of the text (default 0)")
 
 
 class ValidateCommand(_Command):

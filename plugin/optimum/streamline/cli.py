@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .windows import Windows
 
 BUDGET_FIELDS = {field.name for field in fields(Budget)}
+# Of an export's calibration, which is for those of its quantizers that take one.
+CALIBRATION_DEFAULTS: dict[str, Any] = {"calibration": "stdlib", "samples": 32, "length": 256, "seed": 0}
 RECIPE_FIELDS = {field.name for field in fields(Recipe)}
 
 
@@ -252,12 +254,8 @@ def _export(args: Namespace, console: Console) -> int:
     artifact = export_checkpoint(
         args.model, args.output, args.format, args.dtype, args.device, args.overwrite, **options
     )
-    if artifact.whole_because:
-        console.print(f"every layer was traced, which takes longer: {artifact.whole_because}", markup=False)
-    for check, difference in artifact.parity.items():
-        console.print(f"largest difference from torch, {check}: {difference:.2g}", markup=False)
-    for check, share in artifact.divergence.items():
-        console.print(f"quantized ({artifact.quantize}), {check}: {share:.1%} of the largest logit", markup=False)
+    for line in artifact.findings():
+        console.print(line, markup=False)
     console.print(f"exported to {args.output}", markup=False)
     _note_bare(args, console, args.model)
     return 0
@@ -270,16 +268,20 @@ def _calibration(args: Namespace) -> Windows | None:
     from .checkpoint import load_tokenizer, read_config
     from .windows import read_windows
 
+    given = {name: getattr(args, name) for name in CALIBRATION_DEFAULTS if getattr(args, name) is not None}
     if args.quantize not in WAYS or not WAYS[args.quantize].calibrated:
+        for name, value in given.items():
+            raise StreamlineError(f"{name} {value}: quantize {args.quantize!r} is not calibrated; leave it out")
         return None
-    source = _source(args, args.model)
+    source, asked = _source(args, args.model), CALIBRATION_DEFAULTS | given
     limit = read_config(source).max_position_embeddings
     for name, least, most in (("samples", 1, 10**6), ("length", 8, limit)):
-        value = getattr(args, name)
-        if not least <= value <= most:
-            raise StreamlineError(f"{name} {value}: must be from {least} to {most}")
+        if not least <= asked[name] <= most:
+            raise StreamlineError(f"{name} {asked[name]}: must be from {least} to {most}")
     tokenizer = load_tokenizer(source)
-    return read_windows(args.calibration, tokenizer, args.samples, args.length, args.seed, "calibration")
+    return read_windows(
+        asked["calibration"], tokenizer, asked["samples"], asked["length"], asked["seed"], "calibration"
+    )
 
 
 def _bytes(name: str, text: str | None) -> int | None:

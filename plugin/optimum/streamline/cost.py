@@ -110,7 +110,7 @@ def _dead_prefixes(config: PreTrainedConfig) -> tuple[str, ...]:
 def _read_parameters(model: PreTrainedModel, live: list[tuple[str, nn.Parameter]]) -> int:
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     looked_up.discard(id(model.get_output_embeddings().weight))
-    share = _active_share(model.config)
+    share = active_share(model.config)
     read = 0.0
     for name, value in live:
         if id(value) not in looked_up:
@@ -118,7 +118,8 @@ def _read_parameters(model: PreTrainedModel, live: list[tuple[str, nn.Parameter]
     return round(read)
 
 
-def _active_share(config: PreTrainedConfig) -> float:
+def active_share(config: PreTrainedConfig) -> float:
+    """The share of a model's experts that one token goes through; 1 where there are none."""
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     return config.num_experts_per_tok / experts if experts else 1.0
 

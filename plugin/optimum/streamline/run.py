@@ -117,7 +117,7 @@ class _Chain:
     def _export(self, checkpoint: str, folder: Path) -> None:
         from optimum.exporters.streamline import export_checkpoint
 
-        export_checkpoint(
+        artifact = export_checkpoint(
             checkpoint,
             folder,
             format=self._recipe.format,
@@ -126,6 +126,8 @@ class _Chain:
             verbose=self._verbose,
             **self._source.options(),
         )
+        for line in artifact.findings():
+            self._say(line)
 
     def report(self, windows: Windows) -> Report:
         """The report: the one that is there if it judges by this recipe, else a new one."""

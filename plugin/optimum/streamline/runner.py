@@ -82,6 +82,16 @@ class Artifact:
         """What it is computed in, in a word: how it was quantized, or else its dtype."""
         return self.dtype if self.quantize == "none" else self.quantize
 
+    def findings(self) -> list[str]:
+        """What the export found out, in lines for a user."""
+        whole = [f"every layer was traced, which takes longer: {self.whole_because}"] if self.whole_because else []
+        parity = [f"largest difference from torch, {check}: {number:.2g}" for check, number in self.parity.items()]
+        divergence = [
+            f"quantized ({self.quantize}), {check}: {share:.1%} of the largest logit"
+            for check, share in self.divergence.items()
+        ]
+        return whole + parity + divergence
+
     def write(self, folder: Path) -> None:
         """Write `artifact.json` into `folder`."""
         fields = {key: value for key, value in asdict(self).items() if key != "path"}

@@ -50,8 +50,9 @@ def export_checkpoint(
         tolerance: Largest logit difference from torch allowed, as a share of the largest logit;
             the default is `parity.TOLERANCES` of the dtype.
         verbose: Whether what torch and transformers say goes to the terminal rather than to `export.log`.
-        max_memory: Bytes of memory to make do with, though never with less than two layers take: the weights stay on
-            disk, and the graph is compared with torch a few layers at a time. By default what is free.
+        max_memory: Bytes of memory to make do with, though never with less than two layers take, or about five times
+            the largest weight: the weights stay on disk, and the graph is compared with torch a few layers at a time.
+            By default what is free.
         quantize: A key of `quantize.WAYS`: what the graph becomes when it has been proved equal to torch.
         quantize_exclude: What to leave in float: numbers of the checkpoint's layers, and names of modules in which `*`
             stands for anything.

@@ -17,7 +17,7 @@ from .mask import simplify_mask
 from .names import rename
 from .repair import repair
 from .skeleton import skeleton, templates
-from .stamp import Layers, stamp
+from .stamp import CannotStampError, Layers, stamp
 from .trace import trace
 from .weights import bind_weights
 
@@ -28,7 +28,7 @@ class Built:
 
     Args:
         model: The graph, its weights read when they are asked for.
-        hidden: The hidden states that leave the layers, first to last; empty where they were not looked for.
+        hidden: The hidden states that leave the layers, first to last; empty where the layers are not parts of it.
     """
 
     model: ir.Model
@@ -51,11 +51,14 @@ def build_graph(model: PreTrainedModel, traced: Sequence[int]) -> Built:
     compact(graph)
     simplify_mask(graph)
     simplify_attention(graph)
-    hidden: list[ir.Value] = []
-    if len(traced) < model.config.num_hidden_layers:
-        path = architecture_of(model.config).layers
-        layers = Layers(path, traced, templates(model, traced), cache_numbers(short), cache_numbers(model))
+    path = architecture_of(model.config).layers
+    layers = Layers(path, traced, templates(model, traced), cache_numbers(short), cache_numbers(model))
+    try:
         hidden = stamp(graph, layers)
+    except CannotStampError:
+        if len(traced) < model.config.num_hidden_layers:
+            raise
+        hidden = []  # none is to be made of another
     bind_weights(graph, model)
     rename(graph)
     return Built(graph, hidden)

@@ -109,6 +109,7 @@ def _check_config(config: PretrainedConfig) -> None:
 
 def _export_into(folder: Path, job: OnnxExport) -> Artifact:
     from optimum.streamline import checkpoint
+    from optimum.streamline.cost import active_share
 
     _check_config(checkpoint.read_config(checkpoint.Source(job.checkpoint, **job.options)))
     with (
@@ -120,11 +121,11 @@ def _export_into(folder: Path, job: OnnxExport) -> Artifact:
         plain = Path(scratch) if job.quantization else folder
         traced, whole_because, parity = _export_model(model, job, plain, bar)
         divergence = _quantize(model, job, plain, folder, bar) if job.quantization else {}
-        read = weight_bytes(folder) if job.quantization else None
+        read = weight_bytes(folder, active_share(model.config)) if job.quantization else None
         if job.last_logits:
             from .last_logits import keep_last_logits
 
-            keep_last_logits(folder)
+            keep_last_logits(folder, model.get_output_embeddings().weight.shape[1], job.device)
         _write_companions(model, job, folder)
     fingerprint = checkpoint.fingerprint(job.checkpoint, job.options.get("cache_dir"))
     return Artifact(
@@ -217,8 +218,13 @@ def _answer(folder: Path, built: Built, job: OnnxExport) -> Answer:
 
     free = free_memory() if job.max_memory is None else job.max_memory - taken_memory()
     weights = (folder / WEIGHTS_FILE).stat().st_size
-    if IN_RUNTIME * weights <= free or not built.hidden:
+    if IN_RUNTIME * weights <= free or (not built.hidden and job.max_memory is None):
         return one_by_one(OnnxRunner(folder, job.device))
+    if not built.hidden:
+        raise StreamlineError(
+            f"max-memory {job.max_memory}: the layers of this model are not parts that can be run one by one, and all "
+            f"of them take up to {IN_RUNTIME * weights + taken_memory()} bytes"
+        )
     hidden = [str(value.name) for value in built.hidden]
     return SegmentedRunner(folder, hidden, free // IN_RUNTIME, job.device).answer
 

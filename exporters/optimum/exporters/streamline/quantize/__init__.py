@@ -89,12 +89,17 @@ def check_quantization(how: str, dtype: str) -> Way:
     return WAYS[how]
 
 
-def weight_bytes(folder: Path) -> int:
-    """Bytes of the weights in `folder` that a token is multiplied by: all but the tables that it is looked up in."""
+def weight_bytes(folder: Path, active_share: float = 1.0) -> int:
+    """Bytes of the weights in `folder` that a token is multiplied by: all but the tables that it is looked up in.
+
+    Args:
+        active_share: The share of the experts that a token goes through.
+    """
     import onnx_ir as ir
 
     from ..ort_runner import GRAPH_FILE
 
     weights = ir.load(folder / GRAPH_FILE).graph.initializers.values()
     read = [value for value in weights if {use.node.op_type for use in value.uses()} != {"Gather"}]
-    return sum(value.const_value.nbytes for value in read if value.const_value is not None)
+    shares = ((value, active_share if ".experts." in str(value.name) else 1.0) for value in read)
+    return round(sum(value.const_value.nbytes * share for value, share in shares if value.const_value is not None))
