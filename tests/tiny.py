@@ -70,6 +70,21 @@ def tiny_model(architecture: str = "llama", seed: int = 0, **fields: Any) -> Pre
     return model
 
 
+# Widths of whole blocks of 64 numbers, for those that are not as in `COMMON`.
+WIDE: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 64},
+    "opt": {"hidden_size": 64, "ffn_dim": 128, "word_embed_proj_dim": 64},
+}
+
+
+def wide_model(architecture: str = "llama", seed: int = 0, **fields: Any) -> PreTrainedModel:
+    """`tiny_model`, wide enough for quantizers that take weights by blocks of 64."""
+    wide = dict(WIDE.get(architecture, {"hidden_size": 64, "intermediate_size": 128}))
+    special = SPECIAL.get(architecture, {})
+    wide |= {name: value for name, value in (("head_dim", 16), ("moe_intermediate_size", 64)) if name in special}
+    return tiny_model(architecture, seed, **{**wide, **fields})
+
+
 def token_ids(rows: int = 2, length: int = 20, seed: int = 0) -> torch.Tensor:
     """Random token ids `[rows, length]`, special tokens left out."""
     return torch.randint(2, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))

@@ -101,6 +101,7 @@ def _prune_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what it is made on")
     _recipe_flag(group, "--dtype", "what the result is stored in: fp32, fp16 or bf16 (default: as the original)")
     _calibration_flags(parser)
+    _quantization_flags(parser)
 
 
 def _healing_flags(parser: argparse.ArgumentParser) -> None:
@@ -140,6 +141,23 @@ def _healing_flags(parser: argparse.ArgumentParser) -> None:
     _recipe_flag(group, "--lora-rank", "their rank (default 16)", int)
 
 
+def _quantization_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("quantization")
+    lines = "\n".join(f"  {name}: {line}" for name, line in CHECKPOINT_QUANTIZATION_LINES.items())
+    _recipe_flag(
+        group,
+        "--quantize",
+        f"none (default); of the checkpoint, one of\n{lines}\n"
+        f"or of the ONNX export, where there is one, {', '.join(QUANTIZATION_LINES)}",
+    )
+    _recipe_flag(
+        group,
+        "--quantize-exclude",
+        "what stays in float, by commas: numbers of the original's layers, and modules such as *.mlp.down_proj",
+    )
+    _recipe_flag(group, "--steps", "prune,quantize (default) or quantize,prune, which can only remove layers")
+
+
 def _judgement_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("judgement")
     _recipe_flag(group, "--eval-data", f"text the result is judged on: {SPEC} (default)")
@@ -148,6 +166,16 @@ def _judgement_flags(parser: argparse.ArgumentParser) -> None:
     _recipe_flag(group, "--max-kl", "largest KL(original || candidate), nats per token", float)
     _recipe_flag(group, "--min-speedup", "least decode speed-up over the original in the same runtime", float)
     _recipe_flag(group, "--max-size-ratio", "largest size on disk over the original's in the same runtime", float)
+
+
+def _exclude_flag(group: Any) -> None:
+    group.add_argument(
+        "--quantize-exclude",
+        default="",
+        metavar="WHAT",
+        help="what stays in float, by commas: numbers of layers (in the original of what was pruned here), and\n"
+        "modules such as lm_head or *.mlp.down_proj",
+    )
 
 
 def _output_flags(parser: argparse.ArgumentParser) -> None:
@@ -172,6 +200,13 @@ QUANTIZATION_LINES = {
     "int4": "weights in 4 bits, blocks of 32 rounded to nearest (MatMulNBits)",
     "int4-hqq": "the same, offsets chosen by half-quadratic optimization",
     "int4-gptq": "the same, weights rounded by what they do to text (GPTQ)",
+}
+
+# What `optimum.streamline.quantizers.QUANTIZERS` says of each; the same test.
+CHECKPOINT_QUANTIZATION_LINES = {
+    "bnb-int8": "weights in 8 bits, activations too (LLM.int8, bitsandbytes)",
+    "bnb-nf4": "weights in 4 bits, NormalFloat, blocks of 64 (bitsandbytes)",
+    "torchao-int4": "weights in 4 bits, groups of 32 (torchao; on a CPU a byte holds one)",
 }
 
 # Repeated from `methods.METHODS`, which cannot be imported here; a test holds the two together.
@@ -262,6 +297,23 @@ class PruneCommand(_Command):
         _prune_flags(parser)
 
 
+class QuantizeCommand(_Command):
+    """`optimum-cli streamline quantize`."""
+
+    COMMAND = CommandInfo(name="quantize", help="Quantize a checkpoint for torch; an ONNX export has its own.")
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Flags of `quantize`."""
+        _Command.parse_args(parser)
+        _model_flags(parser)
+        _output_flags(parser)
+        lines = "\n".join(f"  {name}: {line}" for name, line in CHECKPOINT_QUANTIZATION_LINES.items())
+        parser.add_argument("--quantize", required=True, help=f"one of\n{lines}")
+        _exclude_flag(parser)
+        parser.add_argument("--device", default="cpu", help="cpu (default) or cuda: where it is quantized")
+
+
 class ExportCommand(_Command):
     """`optimum-cli streamline export`."""
 
@@ -293,13 +345,7 @@ class ExportCommand(_Command):
         group = parser.add_argument_group("quantization, of the graph that was compared with torch")
         ways = "\n".join(f"  {name}: {line}" for name, line in QUANTIZATION_LINES.items())
         group.add_argument("--quantize", default="none", help=f"none (default), or one of\n{ways}")
-        group.add_argument(
-            "--quantize-exclude",
-            default="",
-            metavar="WHAT",
-            help="what stays in float, by commas: numbers of the checkpoint's layers, and modules such as lm_head or\n"
-            "*.mlp.down_proj",
-        )
+        _exclude_flag(group)
         group.add_argument("--calibration", help=f"for int8-static and int4-gptq: {SPEC} (default)")
         group.add_argument("--samples", type=int, help="calibration windows (default 32)")
         group.add_argument("--length", type=int, help="tokens a window (default 256)")
@@ -346,5 +392,5 @@ class StreamlineCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo(name="streamline", help="Make language models shallower, and prove what it cost.")
     SUBCOMMANDS: ClassVar[tuple[CommandInfo, ...]] = tuple(
         CommandInfo(name=command.COMMAND.name, help=command.COMMAND.help, subcommand_class=command)
-        for command in (RunCommand, ScoreCommand, PruneCommand, ExportCommand, ValidateCommand)
+        for command in (RunCommand, ScoreCommand, PruneCommand, QuantizeCommand, ExportCommand, ValidateCommand)
     )

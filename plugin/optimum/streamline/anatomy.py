@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .errors import StreamlineError
+from .quantization_config import renumber_quantization
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,7 @@ def renumber_config(config: PreTrainedConfig, origins: Sequence[int]) -> None:
         origins: As in `set_decoder_layers`.
     """
     before = config.num_hidden_layers
+    renumber_quantization(config, architecture_of(config).layers, origins)
     per_layer = {int(i): entry for i, entry in (config.to_dict().get("per_layer_config") or {}).items()}
     if per_layer:
         config.per_layer_config = None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .bare_layers import NEEDS_LOAD
 from .healing import Healed
+from .quantizers import QUANTIZERS
 from .record import Record
 
 CITATIONS = {
@@ -72,6 +73,9 @@ def model_card(record: Record) -> str:
         f"The choice: {_choice(record)}, on {_data(record, 'calibration')}.",
     ]
     lines += [_training(healed, record) for healed in record.healing]
+    if record.recipe.quantize in QUANTIZERS:
+        when = "before layers were chosen" if record.recipe.quantize_first else "afterwards"
+        lines.append(f"Quantized {when}: {QUANTIZERS[record.recipe.quantize].text}.")
     lines += ["", "## Loading", *(_LOADING_BARE if bare else _LOADING).splitlines(), ""]
     if record.change.dead:
         named = "; ".join(f"layer {index}: {' and '.join(skip)}" for index, skip in record.change.dead.items())

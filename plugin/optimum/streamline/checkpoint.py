@@ -29,6 +29,8 @@ from .dead import drop_dead_sublayers
 from .errors import StreamlineError
 from .offload import offload_options, read_parameter
 from .older_names import add_older_names
+from .quantization_config import quantization_name
+from .quantized import keep_as_read, save_as_read
 
 RECORD_FILE = "streamline.json"
 RECORD_KEYS = ("source", "layers", "scores", "recipe_fingerprint", "data")
@@ -60,7 +62,7 @@ def read_config(source: Source) -> PreTrainedConfig:
     """The config of a checkpoint that can be handled.
 
     Raises:
-        StreamlineError: it is not a model, or its architecture or quantization cannot be handled.
+        StreamlineError: it is not a model, or its architecture cannot be handled.
     """
     folder = Path(source.model)
     if folder.exists() and not (folder / "config.json").is_file():
@@ -73,8 +75,6 @@ def read_config(source: Source) -> PreTrainedConfig:
         raise StreamlineError(f"model {source.model!r}: cannot be read ({_first_line(error)})") from None
     architecture_of(config)
     bare_layers(config)
-    if getattr(config, "quantization_config", None) is not None:
-        raise StreamlineError(f"model {source.model!r}: it is quantized; give the unquantized weights")
     return config
 
 
@@ -89,13 +89,18 @@ def _config_of(source: Source) -> PreTrainedConfig:
 
 
 def load_stock(
-    source: Source, dtype: torch.dtype | None = None, device: str = "cpu", offload: Path | None = None
+    source: Source,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    offload: Path | None = None,
+    quantization: Any = None,
 ) -> PreTrainedModel:
     """Load a checkpoint as stock transformers does, dead sublayers computed with their zeros; bare layers besides.
 
     Args:
-        dtype: What to load in; the checkpoint's own by default.
+        dtype: What to load in; the checkpoint's own by default, and always of one that is quantized.
         offload: Leave the weights on disk, as `offload_options` does with this folder.
+        quantization: transformers' `quantization_config`, to quantize the weights as they are read.
 
     Raises:
         StreamlineError: a weight is missing, of the wrong shape, truncated or not finite.
@@ -103,28 +108,44 @@ def load_stock(
     config = read_config(source)
     if device == "cuda" and not torch.cuda.is_available():
         raise StreamlineError("device 'cuda': this machine or this build of torch has none; use 'cpu'")
+    quantized = quantization is not None or quantization_name(config) is not None
+    if quantized and offload:
+        raise StreamlineError(f"model {source.model!r}: its weights are quantized, and cannot stay on disk")
+    options: dict[str, Any] = {"dtype": "auto" if dtype is None or quantized else dtype}
+    options |= offload_options(offload) if offload else {}
+    if quantized:
+        options["device_map"] = {"": device}  # where the numbers are is settled as they are made
+    if quantization is not None:
+        options["quantization_config"] = quantization
+    model, info = _read_model(source, config, options)
+    for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if info[fault]:
+            names = sorted(str(name) for name in info[fault])
+            raise StreamlineError(f"model {source.model!r}: {len(names)} {fault.replace('_', ' ')}, first {names[0]!r}")
+    _check_finite(source.model, model)
+    if quantized:
+        keep_as_read(model)
+        save_as_read(model)
+    module: nn.Module = model  # transformers' own `to` carries no types
+    if not offload and not quantized:
+        module.to(device)
+    module.eval()
+    return model
+
+
+def _read_model(source: Source, config: PreTrainedConfig, options: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
+    """A model, and what transformers says of the weights it found."""
+    options |= {"use_safetensors": True, "output_loading_info": True}
     loaded: Any
     try:
-        options = {"dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}
-        options |= offload_options(offload) if offload else {}
         if bare_layers(config):
             loaded = load_bare(source.model, config, cache_dir=source.cache_dir, **options)
         else:
             loaded = AutoModelForCausalLM.from_pretrained(source.model, **options, **source.options())
     except Exception as error:  # safetensors and the Hub client each raise their own
         raise StreamlineError(f"model {source.model!r}: cannot be loaded ({_first_line(error)})") from None
-    model: PreTrainedModel
     model, info = loaded
-    for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if info[fault]:
-            names = sorted(str(name) for name in info[fault])
-            raise StreamlineError(f"model {source.model!r}: {len(names)} {fault.replace('_', ' ')}, first {names[0]!r}")
-    _check_finite(source.model, model)
-    module: nn.Module = model  # transformers' own `to` carries no types
-    if not offload:
-        module.to(device)
-    module.eval()
-    return model
+    return model, info
 
 
 def load(
@@ -148,6 +169,12 @@ def load(
     """
     model = load_stock(Source(path, **options), dtype, device, offload)
     return drop_dead_sublayers(model, architecture_of(model.config))
+
+
+def stored_dtype(config: PreTrainedConfig) -> str:
+    """The name in `DTYPES` of what a checkpoint's float weights are stored in; `fp32` where its config does not say."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    return names[config.dtype] if isinstance(config.dtype, torch.dtype) and config.dtype in names else "fp32"
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -193,16 +220,28 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, folder: Path) -> None:
-    """Write weights, config, generation config and tokenizer into `folder`; casts `model` to `dtype` in place."""
-    module: nn.Module = model  # transformers' own `to` carries no types
-    module.to(dtype)
-    _check_finite(f"stored in {dtype}", model)  # half precision ends at 65504
-    model.config.dtype = dtype
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None, folder: Path
+) -> None:
+    """Write weights, config, generation config and tokenizer into `folder`.
+
+    Args:
+        dtype: What `model` is cast to first, in place; `None` leaves every weight as it is.
+    """
+    if dtype is not None:
+        module: nn.Module = model  # transformers' own `to` carries no types
+        module.to(dtype)
+        _check_finite(f"stored in {dtype}", model)  # half precision ends at 65504
+        model.config.dtype = dtype
+    save_weights(model, folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Write weights, config and generation config into `folder`, as they are."""
     save = save_bare if bare_layers(model.config) else PreTrainedModel.save_pretrained
     save(model, folder)
     add_older_names(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def read_record(path: str) -> dict[str, Any] | None:

@@ -39,6 +39,7 @@ def run_command(name: str, args: Namespace) -> int:
     commands: dict[str, Callable[[Namespace, Console], int]] = {
         "export": _export,
         "prune": _prune,
+        "quantize": _quantize,
         "run": _run,
         "score": _score,
         "validate": _validate,
@@ -232,6 +233,39 @@ def _run(args: Namespace, console: Console) -> int:
     return report.exit_code
 
 
+def _quantize(args: Namespace, console: Console) -> int:
+    from .quantize import quantize
+    from .quantizers import check_quantizer
+
+    check_quantizer(args.quantize)
+    quantize(
+        _source(args, args.model),
+        args.output,
+        args.quantize,
+        _excluded(args),
+        device=args.device,
+        overwrite=args.overwrite,
+        verbose=args.verbose,
+        say=_say(console),
+    )
+    return 0
+
+
+def _excluded(args: Namespace) -> list[str]:
+    """What is to stay in float, by the numbers that the layers of a checkpoint have now, be it one of ours."""
+    from .checkpoint import read_record
+    from .module_patterns import followed
+
+    patterns = [each.strip() for each in args.quantize_exclude.split(",") if each.strip()]
+    record = read_record(args.model)
+    if record is None:
+        return patterns
+    new = followed(patterns, [layer["originals"] for layer in record["layers"]])
+    if patterns and not new:
+        raise StreamlineError(f"quantize-exclude {args.quantize_exclude!r}: none of these layers is left; leave it out")
+    return new
+
+
 def _export(args: Namespace, console: Console) -> int:
     from optimum.exporters.streamline import check_export, export_checkpoint
 
@@ -247,7 +281,7 @@ def _export(args: Namespace, console: Console) -> int:
         "verbose": args.verbose,
         "max_memory": _bytes("max-memory", args.max_memory),
         "quantize": args.quantize,
-        "quantize_exclude": [each for each in args.quantize_exclude.split(",") if each],
+        "quantize_exclude": _excluded(args),
         "windows": _calibration(args),
         "last_logits": args.last_logits,
     }

@@ -6,10 +6,15 @@ has to read, a long prompt by arithmetic. Nothing is loaded, and no runtime's ov
 
 from __future__ import annotations
 
+import copy
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -77,7 +82,7 @@ class Cost:
 def cost_of(config: PreTrainedConfig, dtype: str) -> Cost:
     """The cost of a model of this config computed in `dtype`."""
     with torch.device("meta"):
-        model: PreTrainedModel = place_bare_layers(AutoModelForCausalLM.from_config(config))
+        model: PreTrainedModel = place_bare_layers(AutoModelForCausalLM.from_config(float_config(config)))
     dead = _dead_prefixes(config)
     # Weights shared under two names come once.
     live = [(name, value) for name, value in model.named_parameters() if not name.startswith(dead)]
@@ -91,6 +96,42 @@ def cost_of(config: PreTrainedConfig, dtype: str) -> Cost:
         attention_width=config.num_attention_heads * head_size(config),
         element_bytes=DTYPES[dtype].itemsize,
     )
+
+
+def stored_weight_bytes(folder: Path, config: PreTrainedConfig) -> int:
+    """Bytes that the weights one token multiplies by take in a checkpoint's files: what a quantized model reads.
+
+    Args:
+        folder: The checkpoint's.
+        config: Its config.
+    """
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(float_config(config))
+    head = model.get_output_embeddings().weight
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} - {id(head)}
+    not_read = {name for name, value in model.named_parameters() if id(value) in embeddings}
+    dead, share = _dead_prefixes(config), active_share(config)
+    read = 0.0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="numpy") as tensors:
+            for name in sorted(tensors.keys()):
+                if name not in not_read and not name.startswith(dead):
+                    read += _bytes(tensors.get_slice(name)) * (share if ".experts." in name else 1.0)
+    return round(read)
+
+
+def _bytes(tensor: Any) -> int:
+    bits = re.search(r"\d+", tensor.get_dtype())  # F32, BF16, U8, F8_E4M3, ...; BOOL has none
+    size: int = math.prod(tensor.get_shape()) * (int(bits[0]) if bits else 8) // 8
+    return size
+
+
+def float_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the same model, not quantized."""
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    return plain
 
 
 def disk_bytes(folder: Path) -> int:

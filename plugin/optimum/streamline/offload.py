@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .quantized import float_values
+
 
 def offload_options(folder: Path) -> dict[str, Any]:
     """Arguments with which `from_pretrained` leaves all weights on disk.
@@ -23,10 +25,13 @@ def offload_options(folder: Path) -> dict[str, Any]:
 
 
 def read_parameter(model: PreTrainedModel, name: str) -> torch.Tensor:
-    """The values of a parameter, in memory only while they are held: read from disk if they lie there."""
+    """The values of a parameter, in memory only while they are held: read from disk if they lie there.
+
+    Of a quantized parameter, those that its numbers stand for.
+    """
     parameter = model.get_parameter(name)
     if not parameter.is_meta:
-        return parameter.detach()
+        return float_values(model.get_submodule(name.rpartition(".")[0]), parameter)
     from transformers.integrations.accelerate import load_offloaded_parameter
 
     weight: torch.Tensor = load_offloaded_parameter(model, name)

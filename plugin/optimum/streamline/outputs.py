@@ -19,6 +19,7 @@ from .processes import from_main, is_main, wait_for_all
 OURS = {
     "streamline.json": "recipe_fingerprint",
     "artifact.json": "source_fingerprint",
+    "quantization.json": "quantize",
     "scores.json": "block_influence",
     "report.json": "verdict",
 }

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import transformers
@@ -16,7 +17,17 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .bare_layers import NEEDS_LOAD, bare_layers
 from .card import model_card
-from .checkpoint import DTYPES, RECORD_FILE, Source, fingerprint, load_stock, load_tokenizer, read_config, save_model
+from .checkpoint import (
+    DTYPES,
+    RECORD_FILE,
+    Source,
+    fingerprint,
+    load_stock,
+    load_tokenizer,
+    read_config,
+    save_model,
+    stored_dtype,
+)
 from .dead import layers_without_attention
 from .edit import Materials, build_replacement, planned_config
 from .errors import StreamlineError
@@ -25,9 +36,14 @@ from .healing import Healed, Healer, check_heal_windows, check_healing, heal_win
 from .healing.workspace import healing_workspace, open_workspace
 from .logs import LOG_FILE, captured_logs
 from .methods import METHODS, method_of
+from .module_patterns import followed
 from .outputs import claimed_by_main, staged_by_main
 from .plan import Plan
 from .processes import from_main, is_main, join_processes
+from .quantization_config import quantization_name
+from .quantize import load_quantizing, write_quantization
+from .quantized_pruning import check_quantization
+from .quantizers import QUANTIZERS
 from .recipe import Recipe
 from .record import Record, seen_text
 from .scores import Scores, measure_scores
@@ -41,7 +57,7 @@ class Prepared:
     """A model, its scores and the plan for it, before any weight moves.
 
     Args:
-        stored: What the result is stored in.
+        stored: What the result is stored in; `None` if as it was read, which is how quantized weights stay.
         chosen_on: What the choice is made on: `calibration`, and what plans are compared on where they are.
         heal_text: What is trained on, where something is.
     """
@@ -50,7 +66,7 @@ class Prepared:
     recipe: Recipe
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    stored: torch.dtype
+    stored: torch.dtype | None
     chosen_on: Windows
     heal_text: Windows | None
     scores: Scores
@@ -71,6 +87,7 @@ def check_recipe(source: Source, recipe: Recipe) -> None:
     """
     config = _checked_config(source, recipe)
     method_of(recipe, config)
+    check_quantization(recipe, config)
     check_healing(recipe)
     check_heal_windows(recipe, config.num_hidden_layers)
 
@@ -112,7 +129,11 @@ def prepare(source: Source, recipe: Recipe, say: Say) -> Prepared:
     held_out = chosen_on.part(recipe.samples, len(chosen_on.ids)) if len(chosen_on.ids) > recipe.samples else None
     # Not needed yet, but a text that cannot be read is better found now than after hours of a greedy search.
     heal_text = _heal_text(recipe, tokenizer) if recipe.healing else None
-    model = load_stock(source, torch.float32, recipe.device)
+    quantizes = recipe.quantize_first and recipe.quantize in QUANTIZERS
+    if quantizes:
+        model = load_quantizing(source, recipe.quantize, recipe.excluded, recipe.device)
+    else:
+        model = load_stock(source, torch.float32, recipe.device)
     loaded = time.monotonic()
     say(f"scoring {config.num_hidden_layers} layers on {len(calibration.ids)} windows of {recipe.length} tokens")
     scores = measure_scores(model, calibration)
@@ -124,16 +145,13 @@ def prepare(source: Source, recipe: Recipe, say: Say) -> Prepared:
         say(f"loss on held-out text, nats per token: {_losses(plan)}")
     say(plan.describe())
     seconds = {"load": loaded - start, "score": time.monotonic() - loaded}
-    stored = DTYPES[recipe.dtype] if recipe.dtype else _stored_dtype(config)
+    kept = quantizes or quantization_name(config) is not None
+    stored = None if kept else DTYPES[recipe.dtype or stored_dtype(config)]
     return Prepared(source, recipe, model, tokenizer, stored, chosen_on, heal_text, scores, plan, seconds)
 
 
 def _losses(plan: Plan) -> str:
     return ", ".join(f"{name} {'no plan' if loss is None else f'{loss:.4f}'}" for name, loss in plan.tried)
-
-
-def _stored_dtype(config: PreTrainedConfig) -> torch.dtype:
-    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
 def inputs_of(source: Source, recipe: Recipe) -> tuple[str, ...]:
@@ -164,12 +182,29 @@ def prune(source: Source, recipe: Recipe, out: Path, *, overwrite: bool, verbose
         prepared.plan = from_main(prepared.plan)
         record = change(prepared, say, workspace)
         if staging is not None:
-            save_model(prepared.model, prepared.tokenizer, prepared.stored, staging)
+            _save(prepared, record, staging)
             (staging / RECORD_FILE).write_text(record.to_json())
             (staging / "README.md").write_text(model_card(record))
     note = f", which {NEEDS_LOAD}" if bare_layers(prepared.model.config) else ""
     say(f"saved {out}{note}")
     return record
+
+
+def _save(prepared: Prepared, record: Record, folder: Path) -> None:
+    """Write the checkpoint, quantized if that comes last, and what was quantized whenever that came."""
+    source, recipe, model = prepared.source, prepared.recipe, prepared.model
+    if recipe.quantize not in QUANTIZERS:
+        save_model(model, prepared.tokenizer, prepared.stored, folder)
+    elif recipe.quantize_first:
+        save_model(model, prepared.tokenizer, prepared.stored, folder)
+        write_quantization(model, source, recipe.quantize, recipe.excluded, folder)
+    else:
+        exclude = followed(recipe.excluded, [place.originals for place in record.change.places])
+        with TemporaryDirectory(dir=folder) as scratch:
+            save_model(model, prepared.tokenizer, prepared.stored, Path(scratch))
+            quantized = load_quantizing(Source(scratch), recipe.quantize, exclude, recipe.device)
+            save_model(quantized, prepared.tokenizer, None, folder)
+        write_quantization(quantized, source, recipe.quantize, recipe.excluded, folder)
 
 
 def _say_nothing(message: str) -> None:

@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from .errors import StreamlineError
+from .quantizers import NONE, QUANTIZERS
 
 _STRICT = ConfigDict(extra="forbid")
 _HUGE = 10**9
@@ -35,6 +36,7 @@ Scope = Literal["replacement", "model"]
 Dtype = Literal["fp32", "fp16", "bf16"]
 Device = Literal["cpu", "cuda"]
 Format = Literal["none", "onnx"]
+Steps = Literal["prune,quantize", "quantize,prune"]
 # What stands in for the layers that a method takes, in its own paper; nothing in all others.
 _PAPERS_REPLACEMENT: dict[str, Replacement] = {"llm-streamline": "layer"}
 # What chooses the layers for a replacement where no method is named: for a trained one `llm-streamline`, its paper's.
@@ -97,6 +99,10 @@ class Recipe:
         length: Tokens a window, for all three.
         dtype: What the result is stored in: the original's own for a checkpoint, fp32 for an export, by default.
         device: Where it is computed.
+        quantize: How the result is quantized: a key of `quantizers.QUANTIZERS`, or of the exporters' `WAYS` for the
+            ONNX export.
+        quantize_exclude: What stays in float, by commas: numbers of layers, in the original, and names of modules.
+        steps: In which order; left out, `prune,quantize`.
         format: What the checkpoint is exported to.
         seed: Of everything random.
         budget: What the candidate is judged by.
@@ -129,6 +135,9 @@ class Recipe:
     length: int = Field(default=512, gt=7, le=_HUGE)
     dtype: Dtype | None = None
     device: Device = "cpu"
+    quantize: str = NONE
+    quantize_exclude: str | None = None
+    steps: Steps | None = None
     format: Format = "none"
     seed: int = Field(default=0, ge=0, lt=2**63)
     budget: Budget = Field(default_factory=Budget)
@@ -146,6 +155,16 @@ class Recipe:
         if self.layers is not None:
             return "explicit"
         return _METHOD_FOR.get(self.stand_in, "llm-streamline")
+
+    @property
+    def quantize_first(self) -> bool:
+        """Whether layers are chosen in, and taken from, the quantized model."""
+        return self.steps == "quantize,prune"
+
+    @property
+    def excluded(self) -> list[str]:
+        """What `quantize_exclude` names."""
+        return [each.strip() for each in (self.quantize_exclude or "").split(",") if each.strip()]
 
     @property
     def healing(self) -> tuple[str, ...]:
@@ -174,6 +193,10 @@ class Recipe:
         fields = dataclasses.asdict(self)
         for judgement in ("budget", "eval_data", "eval_samples", "format"):
             del fields[judgement]
+        if self.quantize not in QUANTIZERS and not self.quantize_first:  # it is the export that is quantized
+            for field in ("quantize", "quantize_exclude"):
+                del fields[field]
+        fields["steps"] = self.quantize_first
         # What is spelled out and what follows are one: `remove: 4` and `--remove 4`, a method named or left out.
         pattern = (self.pattern or "max-gap") if self.method_name == "layerchop" else None
         fields |= {"method": self.method_name, "pattern": pattern, "heal": list(self.healing)}
@@ -200,10 +223,11 @@ def make_recipe(fields: dict[str, Any], origin: str = "recipe") -> Recipe:
     remove = fields.get("remove")
     if remove is not None and (isinstance(remove, bool) or not isinstance(remove, (int, str))):
         raise StreamlineError(f"{origin}: remove is {remove!r}: must be a number of layers or a share such as 25%")
-    if isinstance(fields.get("layers"), list):
-        fields = {**fields, "layers": ",".join(str(number) for number in fields["layers"])}
-    if isinstance(fields.get("layers"), int):
-        fields = {**fields, "layers": str(fields["layers"])}
+    for name in ("layers", "quantize_exclude", "steps"):
+        if isinstance(fields.get(name), list):
+            fields = {**fields, name: ",".join(str(each) for each in fields[name])}
+        if isinstance(fields.get(name), int):
+            fields = {**fields, name: str(fields[name])}
     try:
         recipe: Recipe = TypeAdapter(Recipe).validate_python(fields)
     except ValidationError as error:

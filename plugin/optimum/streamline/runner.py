@@ -58,6 +58,11 @@ class Artifact:
         weight_bytes: Of a quantized graph, bytes of the weights that a token is multiplied by.
         quantize_exclude: What was left in float, as it was asked for.
         last_logits: Whether the graph, left to itself, gives the logits of each row's last token only.
+        dequantized: What the checkpoint's weights were quantized by, which had to be made float; empty if nothing.
+        dequantized_error: Of such, the largest logit difference of the finished graph from the quantized checkpoint in
+            torch, as a share of the largest logit, by check.
+        hidden: The values in the graph that are the hidden states before and after the layers, first to last; empty
+            where the layers are no parts of it.
         data: What text went into the weights, by purpose, as `record.seen_text` tells it: what chose and healed the
             layers of the checkpoint, and what the quantization was calibrated on.
     """
@@ -75,6 +80,9 @@ class Artifact:
     weight_bytes: int | None = None
     quantize_exclude: tuple[str, ...] = ()
     last_logits: bool = False
+    dequantized: str = ""
+    dequantized_error: dict[str, float] = field(default_factory=dict)
+    hidden: tuple[str, ...] = ()
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -90,7 +98,13 @@ class Artifact:
             f"quantized ({self.quantize}), {check}: {share:.1%} of the largest logit"
             for check, share in self.divergence.items()
         ]
-        return whole + parity + divergence
+        made_float = [
+            f"against the weights as {self.dequantized} has them, {check}: {share * 100:.2g}% of the largest logit"
+            for check, share in self.dequantized_error.items()
+        ]
+        if made_float:
+            made_float.insert(0, f"a graph cannot hold {self.dequantized} weights: they were made float numbers again")
+        return whole + parity + divergence + made_float
 
     def write(self, folder: Path) -> None:
         """Write `artifact.json` into `folder`."""
@@ -106,7 +120,7 @@ class Artifact:
         """
         try:
             fields = json.loads((folder / ARTIFACT_FILE).read_text())
-            lists = {name: tuple(fields[name]) for name in ("traced_layers", "quantize_exclude")}
+            lists = {name: tuple(fields[name]) for name in ("traced_layers", "quantize_exclude", "hidden")}
             return cls(path=str(folder), **{**fields, **lists})
         except (OSError, TypeError, ValueError, KeyError) as error:
             raise StreamlineError(f"{folder / ARTIFACT_FILE}: not an exported model's description ({error})") from None
@@ -115,6 +129,13 @@ class Artifact:
 def is_artifact(path: str | Path) -> bool:
     """Whether `path` is the folder of an exported model rather than a checkpoint."""
     return (Path(path) / ARTIFACT_FILE).is_file()
+
+
+def graph_quantizers() -> dict[str, bool]:
+    """The ways to quantize an export, and of each whether it is calibrated on text."""
+    from optimum.exporters.streamline import WAYS
+
+    return {name: way.calibrated for name, way in WAYS.items()}
 
 
 def open_runner(
@@ -128,7 +149,7 @@ def open_runner(
 
     Args:
         path: A checkpoint's folder or Hub id, or an artifact's folder.
-        dtype: What a checkpoint is computed in; an artifact has its own.
+        dtype: What a checkpoint is computed in; an artifact, and a quantized checkpoint, has its own.
         cache_dir: Where Hub downloads are kept; transformers' own place by default.
         trust_remote_code: Whether code from a checkpoint may run.
     """
@@ -137,7 +158,9 @@ def open_runner(
 
         return open_artifact(Artifact.read(Path(path)), device)
     from .checkpoint import DTYPES, load
+    from .quantized import use_cpu_kernel
     from .torch_runner import TorchRunner
 
     model = load(path, DTYPES[dtype], device, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    use_cpu_kernel(model)  # as in stock transformers: nothing is saved from here
     return TorchRunner(model)

@@ -7,6 +7,7 @@ nor with the square of their length.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,23 +73,41 @@ def measure_scores(model: PreTrainedModel, windows: Windows) -> Scores:
     """
     layers = decoder_layers(model, architecture_of(model.config))
     depths: list[torch.Tensor] = []
+
+    def states(batch: torch.Tensor) -> list[torch.Tensor]:
+        depths.clear()
+        model.base_model(batch.to(model.device), use_cache=False)
+        return depths
+
     hooks = [layers[0].register_forward_pre_hook(lambda _, args, kwargs: _keep(depths, args, kwargs), with_kwargs=True)]
     hooks += [
         layer.register_forward_hook(lambda _, args, output: depths.append(layer_output(output))) for layer in layers
     ]
-    total = torch.zeros(len(layers) + 1, len(layers) + 1, dtype=torch.float64)
-    angle = torch.zeros_like(total)
     try:
-        with progress_bar("scoring layers", len(windows.ids)) as bar:
-            for batch in windows.ids.split(BATCH):
-                depths.clear()
-                model.base_model(batch.to(model.device), use_cache=False)
-                total += _similarity_sum(depths)
-                angle += _last_angle_sum(depths)
-                bar.advance(len(batch))
+        return scores_of(states, len(layers), windows)
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def scores_of(states: Callable[[torch.Tensor], list[torch.Tensor]], layers: int, windows: Windows) -> Scores:
+    """Scores of a model in any runtime.
+
+    Args:
+        states: For tokens `[batch, length]`, the hidden states `[batch, length, width]` before and after each layer.
+        layers: How many layers there are.
+
+    Raises:
+        StreamlineError: a layer's output is not finite.
+    """
+    total = torch.zeros(layers + 1, layers + 1, dtype=torch.float64)
+    angle = torch.zeros_like(total)
+    with progress_bar("scoring layers", len(windows.ids)) as bar:
+        for batch in windows.ids.split(BATCH):
+            depths = states(batch)
+            total += _similarity_sum(depths)
+            angle += _last_angle_sum(depths)
+            bar.advance(len(batch))
     mean = total / windows.ids.numel()
     if not bool(mean.isfinite().all()):
         first = int((~mean.diagonal().isfinite()).nonzero()[0])

@@ -14,12 +14,13 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from .accuracy import Accuracy, measure_accuracy
-from .checkpoint import Source, fingerprint, local_folder, read_config
-from .cost import Cost, cost_of, disk_bytes
+from .checkpoint import Source, fingerprint, local_folder, read_config, stored_dtype
+from .cost import Cost, cost_of, disk_bytes, stored_weight_bytes
 from .errors import StreamlineError
 from .intervals import RESAMPLES
 from .latency import Timing, median_time, speedup
 from .machine import describe_machine
+from .quantization_config import quantization_name
 from .recipe import Budget
 from .report import Measurement, Report, Role
 from .runner import Artifact, is_artifact, open_runner
@@ -193,9 +194,13 @@ def _source_fingerprint(subject: Subject) -> str:
 
 
 def _computed(subject: Subject, config: PreTrainedConfig, dtype: str) -> tuple[str, Cost]:
-    """What a subject is computed in, in a word, and its cost; `dtype` is that of checkpoints."""
+    """What a subject is computed in, in a word, and its cost; `dtype` is that of checkpoints in float."""
     if not is_artifact(subject.path):
-        return dtype, cost_of(config, dtype)
+        quantized = quantization_name(config)
+        if quantized is None:
+            return dtype, cost_of(config, dtype)
+        read = stored_weight_bytes(local_folder(subject.source), config)
+        return quantized, replace(cost_of(config, stored_dtype(config)), weight_bytes=read)
     artifact = Artifact.read(Path(subject.path))
     return artifact.precision, replace(cost_of(config, artifact.dtype), weight_bytes=artifact.weight_bytes)
 

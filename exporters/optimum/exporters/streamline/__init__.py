@@ -5,19 +5,19 @@ Importing this package is cheap: torch and transformers are imported by an expor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimum.streamline.errors import StreamlineError
-from optimum.streamline.runner import Artifact, Runner
+from optimum.streamline.runner import Artifact, Logits, Runner, TokenIds
 
 from .quantize import NONE, WAYS, Quantization
 
 if TYPE_CHECKING:
     from optimum.streamline.windows import Windows
 
-__all__ = ["WAYS", "check_export", "export_checkpoint", "open_artifact"]
+__all__ = ["WAYS", "check_export", "export_checkpoint", "open_artifact", "open_hidden_states"]
 
 FORMATS = ("onnx",)  # a second format is a second branch below; what is common to them is `Artifact`
 
@@ -98,6 +98,18 @@ def open_artifact(artifact: Artifact, device: str = "cpu") -> Runner:
     from .ort_runner import OnnxRunner
 
     return OnnxRunner(Path(artifact.path), device)
+
+
+def open_hidden_states(artifact: Artifact, device: str = "cpu") -> Callable[[TokenIds], list[Logits]]:
+    """What gives, for tokens `[batch, length]`, the hidden states `[batch, length, width]` around each layer.
+
+    Raises:
+        StreamlineError: the layers are no parts of the graph; or as `open_artifact`.
+    """
+    _check_format(artifact.format)
+    from .hidden_states import open_hidden_states as open_states
+
+    return open_states(artifact, device)
 
 
 def _check_format(name: str) -> None:

@@ -17,7 +17,7 @@ from .mask import simplify_mask
 from .names import rename
 from .repair import repair
 from .skeleton import skeleton, templates
-from .stamp import CannotStampError, Layers, stamp
+from .stamp import CannotStampError, Layers, entering, stamp
 from .trace import trace
 from .weights import bind_weights
 
@@ -29,10 +29,19 @@ class Built:
     Args:
         model: The graph, its weights read when they are asked for.
         hidden: The hidden states that leave the layers, first to last; empty where the layers are not parts of it.
+        entering: The one that enters the first layer, where it could be told.
     """
 
     model: ir.Model
     hidden: list[ir.Value]
+    entering: ir.Value | None = None
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The names of all of them, first to last; empty where one is not known."""
+        if self.entering is None or not self.hidden:
+            return ()
+        return tuple(str(value.name) for value in (self.entering, *self.hidden))
 
 
 def build_graph(model: PreTrainedModel, traced: Sequence[int]) -> Built:
@@ -53,6 +62,7 @@ def build_graph(model: PreTrainedModel, traced: Sequence[int]) -> Built:
     simplify_attention(graph)
     path = architecture_of(model.config).layers
     layers = Layers(path, traced, templates(model, traced), cache_numbers(short), cache_numbers(model))
+    entry = entering(graph.graph, layers)
     try:
         hidden = stamp(graph, layers)
     except CannotStampError:
@@ -61,4 +71,4 @@ def build_graph(model: PreTrainedModel, traced: Sequence[int]) -> Built:
         hidden = []  # none is to be made of another
     bind_weights(graph, model)
     rename(graph)
-    return Built(graph, hidden)
+    return Built(graph, hidden, entry)

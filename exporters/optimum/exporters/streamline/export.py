@@ -6,7 +6,7 @@ A graph to be quantized is proved first, as any; what quantizing it changed is m
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,16 @@ class OnnxExport:
     quantization: Quantization | None = None
     last_logits: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Proved:
+    """A graph that was written and compared with torch: what the fields of `Artifact` of these names say."""
+
+    traced_layers: tuple[int, ...]
+    parity: dict[str, float]
+    hidden: tuple[str, ...]
+    whole_because: str = ""
 
 
 def export_onnx(job: OnnxExport, overwrite: bool = False, verbose: bool = False) -> Artifact:
@@ -110,16 +120,26 @@ def _check_config(config: PretrainedConfig) -> None:
 def _export_into(folder: Path, job: OnnxExport) -> Artifact:
     from optimum.streamline import checkpoint
     from optimum.streamline.cost import active_share
+    from optimum.streamline.dequantize import write_dequantized
+    from optimum.streamline.quantization_config import quantization_name
 
-    _check_config(checkpoint.read_config(checkpoint.Source(job.checkpoint, **job.options)))
+    source = checkpoint.Source(job.checkpoint, **job.options)
+    config = checkpoint.read_config(source)
+    _check_config(config)
+    dequantized = quantization_name(config) or ""
     with (
         TemporaryDirectory(dir=folder) as scratch,
         progress_bar("exporting", len(STAGES) if job.quantization else 4) as bar,
     ):
         bar.at(0, STAGES[0])
-        model = checkpoint.load(job.checkpoint, checkpoint.DTYPES[job.dtype], offload=Path(scratch), **job.options)
+        if dequantized:
+            write_dequantized(source, Path(scratch) / "float")
+            source = checkpoint.Source(str(Path(scratch) / "float"))
+        model = checkpoint.load(
+            source.model, checkpoint.DTYPES[job.dtype], offload=Path(scratch) / "weights", **source.options()
+        )
         plain = Path(scratch) if job.quantization else folder
-        traced, whole_because, parity = _export_model(model, job, plain, bar)
+        proved = _export_model(model, job, plain, bar)
         divergence = _quantize(model, job, plain, folder, bar) if job.quantization else {}
         read = weight_bytes(folder, active_share(model.config)) if job.quantization else None
         if job.last_logits:
@@ -127,6 +147,7 @@ def _export_into(folder: Path, job: OnnxExport) -> Artifact:
 
             keep_last_logits(folder, model.get_output_embeddings().weight.shape[1], job.device)
         _write_companions(model, job, folder)
+        error = _dequantized_error(job, folder, bar) if dequantized else {}
     fingerprint = checkpoint.fingerprint(job.checkpoint, job.options.get("cache_dir"))
     return Artifact(
         path=str(job.out),
@@ -134,16 +155,31 @@ def _export_into(folder: Path, job: OnnxExport) -> Artifact:
         dtype=job.dtype,
         source=job.checkpoint,
         source_fingerprint=fingerprint,
-        parity=parity,
-        traced_layers=tuple(traced),
-        whole_because=whole_because,
+        parity=proved.parity,
+        traced_layers=proved.traced_layers,
+        whole_because=proved.whole_because,
+        hidden=proved.hidden,
         quantize=job.quantization.how if job.quantization else NONE,
         divergence=divergence,
         weight_bytes=read,
         quantize_exclude=tuple(job.quantization.exclude) if job.quantization else (),
         last_logits=job.last_logits,
+        dequantized=dequantized,
+        dequantized_error=error,
         data=_text_of(job),
     )
+
+
+def _dequantized_error(job: OnnxExport, folder: Path, bar: Bar) -> dict[str, float]:
+    """By how much the finished graph differs from a quantized checkpoint."""
+    from optimum.streamline import checkpoint
+
+    from .calls import one_by_one
+    from .parity import measure_divergence
+
+    bar.at(3, STAGES[3])
+    model = checkpoint.load(job.checkpoint, **job.options)
+    return measure_divergence(model, one_by_one(OnnxRunner(folder, job.device)))
 
 
 def _text_of(job: OnnxExport) -> dict[str, dict[str, Any]]:
@@ -171,14 +207,8 @@ def _quantize(model: PreTrainedModel, job: OnnxExport, plain: Path, folder: Path
     return measure_divergence(model, one_by_one(OnnxRunner(folder, job.device)))
 
 
-def _export_model(
-    model: PreTrainedModel, job: OnnxExport, folder: Path, bar: Bar
-) -> tuple[list[int], str, dict[str, float]]:
-    """Write a graph that is proved equal to `model`: a stamped one, or else one of which every layer was traced.
-
-    Returns:
-        The layers that were traced, why it had to be all of them (empty where it was not), the differences from torch.
-    """
+def _export_model(model: PreTrainedModel, job: OnnxExport, folder: Path, bar: Bar) -> _Proved:
+    """Write a graph that is proved equal to `model`: a stamped one, or else one of which every layer was traced."""
     from .skeleton import layers_to_trace
     from .stamp import CannotStampError
 
@@ -186,15 +216,13 @@ def _export_model(
     whole_because = ""
     if few != every:
         try:
-            return few, "", _export_traced(model, job, folder, few, bar)
+            return _export_traced(model, job, folder, few, bar)
         except (CannotStampError, ParityError) as error:
             whole_because = str(error)
-    return every, whole_because, _export_traced(model, job, folder, every, bar)
+    return replace(_export_traced(model, job, folder, every, bar), whole_because=whole_because)
 
 
-def _export_traced(
-    model: PreTrainedModel, job: OnnxExport, folder: Path, traced: list[int], bar: Bar
-) -> dict[str, float]:
+def _export_traced(model: PreTrainedModel, job: OnnxExport, folder: Path, traced: list[int], bar: Bar) -> _Proved:
     from .build import build_graph
     from .parity import TOLERANCES, check_parity
 
@@ -205,9 +233,10 @@ def _export_traced(
     bar.at(3, STAGES[3])
     tolerance = TOLERANCES[job.dtype] if job.tolerance is None else job.tolerance
     try:
-        return check_parity(model, _answer(folder, built, job), tolerance)
+        parity = check_parity(model, _answer(folder, built, job), tolerance)
     except CannotOpenError as error:
         raise ParityError(f"parity: ONNX Runtime cannot open the graph ({error.reason})") from None
+    return _Proved(tuple(traced), parity, built.states)
 
 
 def _answer(folder: Path, built: Built, job: OnnxExport) -> Answer:

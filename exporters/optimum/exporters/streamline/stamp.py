@@ -107,6 +107,21 @@ def stamp(model: ir.Model, layers: Layers) -> list[ir.Value]:
     return streams
 
 
+def entering(graph: ir.Graph, layers: Layers) -> ir.Value | None:
+    """The hidden state that enters the first layer of a traced graph; `None` where it cannot be told.
+
+    It is what has the shape of the hidden state that leaves that layer, and is not its own doing.
+    """
+    nodes = _nodes_by_layer(graph, layers)[0]
+    weights = _weights(nodes, f"{layers.path}.0.")
+    exits = _ways_out(nodes, _followers(nodes, weights))
+    inside = set(nodes)
+    shapes = [each.shape for each in exits]
+    outside = [value for value in _inputs(nodes) if not value.is_initializer() and value.producer() not in inside]
+    found = [value for value in outside if value.shape is not None and value.shape in shapes]
+    return found[0] if len(found) == 1 else None
+
+
 def _parts(graph: ir.Graph, layers: Layers) -> list[_Part]:
     parts: list[_Part] = []
     for place, nodes in enumerate(_nodes_by_layer(graph, layers)):

@@ -50,6 +50,7 @@ class Auto(Method):
     """
 
     summary = "the default: blockpruner or come-p, unhealed also linear maps, by held-out loss; then heal distill"
+    needs_float = "tries blockpruner, come-p and linear maps"
     replacements = ("none",)
 
     def held_out(self, recipe: Recipe) -> int:

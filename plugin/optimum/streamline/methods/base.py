@@ -27,6 +27,10 @@ class Method(ABC):
     """What may stand in for the layers it takes; a trained layer needs one contiguous block."""
     options: ClassVar[tuple[str, ...]] = ()
     """Fields of the recipe that only some methods have, and this one has."""
+    needs_float: ClassVar[str] = ""
+    """What it does with weights beside dropping whole layers, which quantized ones do not allow; empty if nothing."""
+    by_scores: ClassVar[bool] = False
+    """Whether `Scores` are all that it looks at, wherever they were measured."""
     stepwise: ClassVar[bool] = False
     """Whether healing follows every merge, and not only the last."""
 

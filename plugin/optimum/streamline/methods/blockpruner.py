@@ -25,6 +25,7 @@ class BlockPruner(Method):
     """
 
     summary = "attentions and MLPs, one at a time by loss, to the weight of so many layers (2406.10594)"
+    needs_float = "zeroes attentions and MLPs"
     replacements = ("none",)
 
     def plan(self, recipe: Recipe, evidence: Evidence) -> Plan:

@@ -39,6 +39,7 @@ class CoMe(Method):
     """
 
     summary = "the two neighbours most alike merged by their channels, step by step (2510.15304)"
+    needs_float = "merges weights"
     replacements = ("none",)
     by_channel: ClassVar[bool] = True
     """Whether merging goes by the channels' sensitivities."""

@@ -15,6 +15,7 @@ class Explicit(Method):
     """Takes out the layers of `layers`, whatever their scores."""
 
     summary = "the layers given by --layers, such as 3,7,11-13"
+    by_scores = True
     replacements = ("none", "linear", *TRAINED)
 
     def check(self, recipe: Recipe, config: PreTrainedConfig) -> None:

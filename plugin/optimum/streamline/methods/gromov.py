@@ -17,6 +17,7 @@ class Gromov(OneBlock):
     """
 
     summary = "the block of least angular distance on last tokens, removed or replaced (2403.17887)"
+    by_scores = True
 
     def distances(self, scores: Scores, length: int) -> Sequence[float]:
         """d of every block."""

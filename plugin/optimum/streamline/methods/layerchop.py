@@ -71,6 +71,7 @@ class LayerChop(Method):
     """
 
     summary = "layers by their place: evenly spread, or near input, output, middle or both (2305.14864)"
+    by_scores = True
     options = ("pattern",)
 
     def check(self, recipe: Recipe, config: PreTrainedConfig) -> None:

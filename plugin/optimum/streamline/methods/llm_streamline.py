@@ -21,6 +21,7 @@ class LLMStreamline(OneBlock):
     """
 
     summary = "the block of highest input-output cosine, removed or replaced (2403.19135)"
+    by_scores = True
 
     def distances(self, scores: Scores, length: int) -> Sequence[float]:
         """The mean cosine of every block, negated."""

@@ -31,6 +31,7 @@ class ShortenedTaylor(Protecting):
     """
 
     summary = "the layers of lowest sum of |weight x gradient|, all at once (2402.02834)"
+    needs_float = "takes gradients"
     default_protect = "4,2"
 
     def plan(self, recipe: Recipe, evidence: Evidence) -> Plan:

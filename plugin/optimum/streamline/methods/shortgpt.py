@@ -24,6 +24,7 @@ class ShortGPT(Method):
     """
 
     summary = "the layers of lowest Block Influence, all at once or iteratively (2403.03853)"
+    by_scores = True
     options = ("iterative",)
 
     def plan(self, recipe: Recipe, evidence: Evidence) -> Plan:

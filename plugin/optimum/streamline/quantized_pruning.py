@@ -1,0 +1,79 @@
+"""What pruning and quantizing allow of each other, in either order: checks that come before any weight is read."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+
+from .errors import StreamlineError
+from .methods import METHODS
+from .module_patterns import check_layers
+from .quantization_config import quantization_name
+from .quantize import check_quantizable
+from .quantizers import NONE, QUANTIZERS
+from .recipe import Recipe
+from .runner import graph_quantizers
+
+
+def check_quantization(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Refuse a quantization that a recipe cannot have, and a recipe that a quantized model cannot take.
+
+    Raises:
+        StreamlineError: naming the field, the value and what would be right.
+    """
+    for field in ("quantize_exclude", "steps"):
+        value = getattr(recipe, field)
+        if value is not None and recipe.quantize == NONE:
+            raise StreamlineError(f"{field.replace('_', '-')} {value!r}: nothing is quantized; give quantize too")
+    name = quantization_name(config)
+    if recipe.quantize in QUANTIZERS:
+        check_quantizable(config, recipe.quantize, recipe.excluded)
+        if recipe.format != "none":
+            raise StreamlineError(
+                f"format {recipe.format!r}: quantize {recipe.quantize!r} makes a checkpoint that torch runs; use a "
+                "quantizer of ONNX graphs, such as 'int4', or format 'none'"
+            )
+    elif recipe.quantize != NONE:
+        _check_graph_quantization(recipe)
+        check_layers(recipe.excluded, config.num_hidden_layers)
+    if name is not None or recipe.quantize_first:
+        _check_removal_alone(recipe, name or recipe.quantize)
+    if name is not None and recipe.dtype is not None:
+        raise StreamlineError(f"dtype {recipe.dtype!r}: the model is quantized ({name}) and stays so; leave it out")
+
+
+def _check_graph_quantization(recipe: Recipe) -> None:
+    ways = graph_quantizers()
+    if recipe.quantize not in ways:
+        raise StreamlineError(f"quantize {recipe.quantize!r}: unknown; one of {', '.join((NONE, *QUANTIZERS, *ways))}")
+    if recipe.format != "onnx":
+        raise StreamlineError(f"quantize {recipe.quantize!r}: is made of an ONNX graph; give format 'onnx' to `run`")
+    if not recipe.quantize_first:
+        return
+    if ways[recipe.quantize]:
+        raise StreamlineError(
+            f"steps {recipe.steps!r}: {recipe.quantize} is calibrated on what the layers before give, which those that "
+            "go would change; use steps 'prune,quantize', or a quantizer without calibration, such as 'int4'"
+        )
+    if not METHODS[recipe.method_name].by_scores or recipe.iterative:
+        able = [name for name, method in METHODS.items() if method.by_scores]
+        raise StreamlineError(
+            f"method {recipe.method_name!r}: tries changes on the model, and a quantized graph is only scored; with "
+            f"steps {recipe.steps!r} use one of {', '.join(able)}, not iterative"
+        )
+
+
+def _check_removal_alone(recipe: Recipe, quantization: str) -> None:
+    """Refuse all that needs float weights."""
+    instead = "prune the float model and quantize then (steps 'prune,quantize')"
+    refused = f"needs float weights, and here they are quantized ({quantization})"
+    method = METHODS[recipe.method_name]
+    if method.needs_float:
+        able = [name for name, each in METHODS.items() if not each.needs_float]
+        raise StreamlineError(
+            f"method {recipe.method_name!r}: {method.needs_float}, so it {refused}; {instead}, or use one of "
+            f"{', '.join(able)}"
+        )
+    if recipe.stand_in != "none":
+        raise StreamlineError(f"replacement {recipe.stand_in!r}: {refused}; {instead}, or use replacement 'none'")
+    if recipe.healing:
+        raise StreamlineError(f"heal {'+'.join(recipe.healing)!r}: {refused}; {instead}, or use heal 'none'")

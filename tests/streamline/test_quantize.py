@@ -1,0 +1,343 @@
+"""Quantized checkpoints: made, saved, read again, run, and made shallower with their weights as they are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+from console import Outcome, optimum_cli
+from optimum.commands.streamline import CHECKPOINT_QUANTIZATION_LINES
+from optimum.streamline.anatomy import ARCHITECTURES, architecture_of, decoder_layers, set_decoder_layers, submodule
+from optimum.streamline.checkpoint import Source, load, load_stock, load_tokenizer, save_model
+from optimum.streamline.dead import ATTENTION, mark_dead, silence
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.offload import read_parameter
+from optimum.streamline.quantization_config import quantization_fields, quantization_name, renumber_quantization
+from optimum.streamline.quantize import quantize
+from optimum.streamline.quantized import quantized_modules, use_cpu_kernel
+from optimum.streamline.quantizers import QUANTIZERS
+from optimum.streamline.runner import open_runner
+from reference import REFERENCE
+from tiny import LAYERS, token_ids, wide_model
+
+pytestmark = pytest.mark.quantizers
+
+Save = Callable[..., str]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Save:
+    """Saves a tiny model with a tokenizer; returns its folder."""
+
+    def save(architecture: str = "llama", name: str = "float", **fields: object) -> str:
+        folder = tmp_path / name
+        wide_model(architecture, **{"vocab_size": 4096, **fields}).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(folder)
+        return str(folder)
+
+    return save
+
+
+def quietly(source: str, out: Path, how: str, *exclude: str) -> str:
+    quantize(Source(source), out, how, exclude, say=lambda _: None)
+    return str(out)
+
+
+@torch.inference_mode()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    found: torch.Tensor = model(token_ids()).logits.float()
+    return found
+
+
+@pytest.mark.parametrize("how", QUANTIZERS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_layers_are_removed_from_a_quantized_model_as_from_any(
+    saved: Save, tmp_path: Path, architecture: str, how: str
+) -> None:
+    source = saved(architecture)
+    if (how, architecture) == ("torchao-int4", "gpt2"):  # its products are of a class of transformers' own
+        with pytest.raises(StreamlineError, match="nothing of this model would be quantized"):
+            quietly(source, tmp_path / "q", how)
+        return
+    model = load_stock(Source(quietly(source, tmp_path / "q", how, "3")))
+    assert quantization_name(model.config) == how
+    row, kept = architecture_of(model.config), [0, 2, 3]
+    layers = decoder_layers(model, row)
+    before = [logits_of_layer(layers[index], row.attention) for index in kept]
+    assert not torch.equal(logits(model), logits(load(source)))  # and it has run before it is saved
+    set_decoder_layers(model, row, [layers[index] for index in kept], kept)
+    expected = logits(model)
+    save_model(model, load_tokenizer(Source(source)), None, tmp_path / "p")
+    again = load(str(tmp_path / "p"))
+    assert torch.equal(logits(again), expected)
+    numbers = {int(part) for name in quantized_modules(again) for part in name.split(".") if part.isdecimal()}
+    assert numbers == {0, 1}  # layer 3, which is 2 now, stays in float
+    after = [logits_of_layer(layer, row.attention) for layer in decoder_layers(again, row)]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def logits_of_layer(layer: torch.nn.Module, attention: str) -> torch.Tensor:
+    """What one product of a layer's attention gives, which is its weights' doing alone."""
+    product = next(each for each in submodule(layer, attention).modules() if not list(each.children()))
+    weight: torch.nn.Parameter = product.weight  # type: ignore[assignment]
+    if type(weight).__name__ in ("Params4bit", "Int8Params"):
+        return dequantize_bnb_weight(weight, getattr(product, "state", None)).clone()
+    return (weight.dequantize() if type(weight.data) is not torch.Tensor else weight).detach().clone()
+
+
+@pytest.mark.parametrize("how", QUANTIZERS)
+def test_stock_transformers_computes_the_same(saved: Save, tmp_path: Path, how: str) -> None:
+    out = quietly(saved(tie_word_embeddings=True), tmp_path / "q", how)
+    ours, stock = load(out), AutoModelForCausalLM.from_pretrained(out).eval()
+    use_cpu_kernel(ours)  # as stock has it, where the processor has such a thing
+    assert torch.equal(logits(ours), logits(stock))
+    runner = open_runner(out)
+    assert torch.equal(torch.from_numpy(runner.prefill(token_ids().numpy())[0]), logits(stock))
+
+
+@pytest.mark.parametrize("how", QUANTIZERS)
+def test_what_was_run_is_saved_as_it_was(saved: Save, tmp_path: Path, how: str) -> None:
+    model = load(quietly(saved(tie_word_embeddings=True), tmp_path / "q", how))
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(str(tmp_path / "again"))), expected)
+
+
+def test_a_4_bit_product_that_the_cpu_kernel_cannot_take_is_taken_without_it(saved: Save, tmp_path: Path) -> None:
+    out = quietly(saved(intermediate_size=80), tmp_path / "q", "bnb-nf4")  # not whole blocks of 64
+    expected = logits(load(out))
+    found = torch.from_numpy(open_runner(out).prefill(token_ids().numpy())[0])
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("how", QUANTIZERS)
+def test_a_quantized_weight_is_read_as_the_numbers_it_stands_for(saved: Save, tmp_path: Path, how: str) -> None:
+    source = saved()
+    model, name = load(quietly(source, tmp_path / "q", how)), "model.layers.1.mlp.up_proj.weight"
+    true = load(source).get_parameter(name)
+    error = (read_parameter(model, name) - true).abs().max() / true.abs().max()
+    assert 0 < error < (0.01 if how == "bnb-int8" else 0.15)
+
+
+@pytest.mark.parametrize("how", QUANTIZERS)
+def test_dead_sublayers_stay_dead(saved: Save, tmp_path: Path, how: str) -> None:
+    model = wide_model()
+    row = architecture_of(model.config)
+    silence(decoder_layers(model, row)[1], row, ATTENTION)
+    mark_dead(model.config, {1: [ATTENTION]})
+    model.save_pretrained(folder := saved())
+    assert set(names := quantized_modules(load(quietly(folder, tmp_path / "q", how))))
+    assert not [name for name in names if name.startswith("model.layers.1.self_attn")]
+
+
+def test_lists_of_modules_follow_the_layers(saved: Save) -> None:
+    config = wide_model().config
+    names = ["lm_head", "model.layers.1.mlp", "model.layers.3", r"re:.*layers\.4\..*proj$", "model.layers.10.mlp"]
+    config.quantization_config = {"quant_method": "compressed-tensors", "ignore": names, "bits": 4}
+    renumber_quantization(config, "model.layers", [0, 3, 4])
+    assert quantization_fields(config)["ignore"] == ["lm_head", "model.layers.1", r"re:.*layers\.2\..*proj$"]
+
+
+def test_layers_named_elsewhere_are_refused() -> None:
+    config = wide_model().config
+    config.quantization_config = {"quant_method": "gptq", "dynamic": {r"model\.layers\.3\.mlp": {"bits": 8}}}
+    with pytest.raises(StreamlineError, match=r"quantization_config\.dynamic: names layers by their number"):
+        renumber_quantization(config, "model.layers", [0, 3])
+
+
+@pytest.mark.parametrize("how", [name for name in QUANTIZERS if name.startswith("bnb")])
+def test_either_order_gives_the_same_weights(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: Save, tmp_path: Path, how: str
+) -> None:
+    source, flags = saved(), ("--layers", "1,2", "--samples", "2", "--length", "16", "--quantize", how)
+    for steps in ("prune,quantize", "quantize,prune"):
+        words = ("prune", "-m", source, tmp_path / steps, *flags, "--steps", steps, "--quantize-exclude", "3,lm_head")
+        done = optimum_cli(monkeypatch, capsys, "streamline", *words)
+        assert (done.code, done.err) == (0, "")
+    one, other = (load(str(tmp_path / steps)) for steps in ("prune,quantize", "quantize,prune"))
+    assert torch.equal(logits(one), logits(other))
+    assert set(quantized_modules(one)) == set(quantized_modules(other))
+    assert not [name for name in quantized_modules(one) if ".layers.1." in name]  # it was layer 3
+    for steps in ("prune,quantize", "quantize,prune"):
+        record = json.loads((tmp_path / steps / "quantization.json").read_text())
+        assert (record["quantize"], record["quantize_exclude"]) == (how, ["3", "lm_head"])
+        assert record["quantized"] == 2 * 7
+        assert json.loads((tmp_path / steps / "streamline.json").read_text())["removed"] == [1, 2]
+        assert "bitsandbytes" in (tmp_path / steps / "README.md").read_text()
+
+
+@pytest.mark.parametrize("method", ["shortgpt", "gromov", "layerchop", "llm-streamline", "shortened-ppl", "sleb"])
+def test_methods_that_only_remove_take_a_quantized_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: Save, tmp_path: Path, method: str
+) -> None:
+    quantized = quietly(saved(), tmp_path / "q", "bnb-nf4")
+    words = ("--method", method, "--remove", "2", "--replacement", "none", "--heal", "none")
+    words += ("--samples", "2", "--length", "16")
+    done = optimum_cli(monkeypatch, capsys, "streamline", "prune", "-m", quantized, tmp_path / "p", *words)
+    assert (done.code, done.err) == (0, "")
+    model = load(str(tmp_path / "p"))
+    assert (model.config.num_hidden_layers, quantization_name(model.config)) == (LAYERS - 2, "bnb-nf4")
+
+
+_REMOVE = ("--remove", "2", "--samples", "2", "--length", "16")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((), "method 'auto': tries blockpruner, come-p and linear maps, so it needs float weights, and here they are"),
+        (("--method", "come"), "method 'come': merges weights, so it needs float weights"),
+        (("--method", "average"), "method 'average': merges weights"),
+        (("--method", "blockpruner"), "method 'blockpruner': zeroes attentions and MLPs"),
+        (("--method", "shortened-taylor", "--protect", "0,0"), "method 'shortened-taylor': takes gradients"),
+        (("--replacement", "mlp"), "replacement 'mlp': needs float weights"),
+        (("--replacement", "linear"), "replacement 'linear': needs float weights"),
+        (("--method", "shortgpt", "--heal", "lm", "--lora"), "heal 'lm': needs float weights"),
+        (("--method", "layerchop"), "heal 'lm': needs float weights"),
+        (("--method", "shortgpt", "--dtype", "fp16"), "dtype 'fp16': the model is quantized (bnb-int8) and stays so"),
+        (("--method", "shortgpt", "--quantize", "bnb-nf4"), "the model is quantized already (bnb-int8)"),
+    ],
+)
+def test_what_needs_float_weights_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    saved: Save,
+    tmp_path: Path,
+    flags: tuple[str, ...],
+    said: str,
+) -> None:
+    quantized = quietly(saved(), tmp_path / "q", "bnb-int8")
+    done = optimum_cli(monkeypatch, capsys, "streamline", "prune", "-m", quantized, tmp_path / "p", *_REMOVE, *flags)
+    assert_refused(done, said)
+    assert not (tmp_path / "p").exists()
+
+
+def assert_refused(done: Outcome, said: str) -> None:
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: ")
+    assert said in done.err
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ("--quantize", "int3"),
+            "quantize 'int3': unknown; one of none, bnb-int8, bnb-nf4, torchao-int4, int8, int8-st",
+        ),
+        (("--quantize", "int4"), "quantize 'int4': is made of an ONNX graph; give format 'onnx' to `run`"),
+        (("--quantize-exclude", "3"), "quantize-exclude '3': nothing is quantized; give quantize too"),
+        (("--steps", "quantize,prune"), "steps 'quantize,prune': nothing is quantized; give quantize too"),
+        (("--steps", "prune"), "steps is 'prune'"),
+        (("--quantize", "bnb-nf4", "--quantize-exclude", "9"), "quantize-exclude '9': no product has this layer"),
+        (
+            ("--quantize", "bnb-nf4", "--steps", "quantize,prune", "--method", "come"),
+            "method 'come': merges weights, so it needs float weights, and here they are quantized (bnb-nf4)",
+        ),
+    ],
+)
+def test_wrong_words_about_quantizing_are_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    saved: Save,
+    tmp_path: Path,
+    flags: tuple[str, ...],
+    said: str,
+) -> None:
+    words = ("prune", "-m", saved(), tmp_path / "p", "--method", "shortgpt", *_REMOVE, *flags)
+    done = optimum_cli(monkeypatch, capsys, "streamline", *words)
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert said in done.err
+    assert not (tmp_path / "p").exists()
+
+
+def test_the_command_quantizes_what_was_pruned_and_keeps_its_record(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: Save, tmp_path: Path
+) -> None:
+    pruned, out = tmp_path / "p", tmp_path / "q"
+    flags = ("--layers", "1,2", "--samples", "2", "--length", "16")
+    assert optimum_cli(monkeypatch, capsys, "streamline", "prune", "-m", saved(), pruned, *flags).code == 0
+    words = ("quantize", "-m", pruned, out, "--quantize", "bnb-nf4", "--quantize-exclude", "1,4")
+    done = optimum_cli(monkeypatch, capsys, "streamline", *words)
+    assert (done.code, done.err) == (0, "")
+    assert "quantized (bnb-nf4)" in done.out
+    assert {name.split(".")[2] for name in quantized_modules(load(str(out)))} == {"0", "1"}  # 4 became 2, 1 is gone
+    assert (out / "streamline.json").read_bytes() == (pruned / "streamline.json").read_bytes()
+    assert "exists already" in optimum_cli(monkeypatch, capsys, "streamline", *words).err
+    assert optimum_cli(monkeypatch, capsys, "streamline", *words, "--overwrite").code == 0
+    gone = ("quantize", "-m", pruned, tmp_path / "x", "--quantize", "bnb-nf4", "--quantize-exclude", "1")
+    assert_refused(
+        optimum_cli(monkeypatch, capsys, "streamline", *gone),
+        "quantize-exclude '1': none of these layers is left; leave it out",
+    )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "flags", "said"),
+    [
+        (
+            "llama",
+            {},
+            ("--quantize", "int4"),
+            "quantize 'int4': not of a checkpoint; one of bnb-int8, bnb-nf4, torchao",
+        ),
+        ("llama", {}, ("--quantize", "bnb-nf4", "--quantize-exclude", "*"), "nothing of this model would be quantized"),
+        (
+            "llama",
+            {"intermediate_size": 80},
+            ("--quantize", "torchao-int4"),
+            "model.layers.0.mlp.down_proj multiplies 80 numbers, which are not whole groups of 32",
+        ),
+        ("gpt2", {}, ("--quantize", "torchao-int4"), "nothing of this model would be quantized"),
+    ],
+)
+def test_what_cannot_be_quantized_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    saved: Save,
+    tmp_path: Path,
+    architecture: str,
+    fields: dict[str, object],
+    flags: tuple[str, ...],
+    said: str,
+) -> None:
+    words = ("quantize", "-m", saved(architecture, **fields), tmp_path / "q", *flags)
+    assert_refused(optimum_cli(monkeypatch, capsys, "streamline", *words), said)
+    assert not (tmp_path / "q").exists()
+
+
+def test_a_missing_library_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: Save, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
+    words = ("quantize", "-m", saved(), tmp_path / "q", "--quantize", "bnb-nf4")
+    said = 'this needs the package bitsandbytes: pip install "optimum-streamline[bitsandbytes]"'
+    assert_refused(optimum_cli(monkeypatch, capsys, "streamline", *words), said)
+
+
+def test_validation_names_the_quantization_and_counts_its_bytes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shutil.copytree(REFERENCE, tmp_path / "model")
+    out = quietly(str(tmp_path / "model"), tmp_path / "q", "bnb-nf4")
+    words = ("validate", tmp_path / "model", out, "--output", tmp_path / "r", "--eval-samples", "2", "--length", "32")
+    done = optimum_cli(monkeypatch, capsys, "streamline", *words)
+    assert (done.code, done.err) == (0, "")
+    original, row = json.loads((tmp_path / "r" / "report.json").read_text())["rows"]
+    assert (original["dtype"], row["dtype"]) == ("fp32", "bnb-nf4")
+    assert row["parameters"] == original["parameters"]
+    # A tied embedding of 4,096 x 128 numbers in 2 bytes; 3.15 million weights in half a byte each and 4 bytes for 64.
+    assert 3.5 < row["ideal_decode_speedup"] < 5
+    assert 1 < row["perplexity_ratio"]["value"] < 1.1
+
+
+def test_the_help_repeats_the_table() -> None:
+    assert {name: each.text for name, each in QUANTIZERS.items()} == CHECKPOINT_QUANTIZATION_LINES
