@@ -341,3 +341,31 @@ def test_validation_names_the_quantization_and_counts_its_bytes(
 
 def test_the_help_repeats_the_table() -> None:
     assert {name: each.text for name, each in QUANTIZERS.items()} == CHECKPOINT_QUANTIZATION_LINES
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", QUANTIZERS)
+def test_on_a_gpu_layers_are_removed_and_what_is_saved_is_what_ran(tmp_path: Path, how: str) -> None:
+    source = tmp_path / "float"
+    model = wide_model(hidden_size=256, intermediate_size=512, vocab_size=4096)
+    model.to(torch.bfloat16).save_pretrained(source)
+    AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(source)
+    ids = token_ids().cuda()
+    quantize(Source(str(source)), tmp_path / "q", how, device="cuda", say=lambda _: None)
+    quantized = load_stock(Source(str(tmp_path / "q")), device="cuda")
+    assert len(quantized_modules(quantized)) == LAYERS * 7
+    row, kept = architecture_of(quantized.config), [0, 2, 4]
+    layers = decoder_layers(quantized, row)
+    with torch.inference_mode():
+        before = quantized(ids).logits
+        true = load(str(source), device="cuda")(ids).logits
+        set_decoder_layers(quantized, row, [layers[index] for index in kept], kept)
+        expected = quantized(ids).logits
+    assert 0 < (before - true).abs().max() < 0.5 * true.abs().max()
+    save_model(quantized, load_tokenizer(Source(str(source))), None, tmp_path / "p")
+    with torch.inference_mode():
+        found = load(str(tmp_path / "p"), device="cuda")(ids).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-2 * expected.abs().max().item())
+    runner = open_runner(str(tmp_path / "p"), device="cuda")
+    _, cache = runner.prefill(token_ids().numpy())
+    assert runner.decode(token_ids(length=1).numpy(), cache)[0].shape == (2, 1, 4096)

@@ -69,7 +69,7 @@ def _common_recipe_flags(group: Any) -> None:
     _recipe_flag(group, "--seed", "of everything random (default 0)", int)
 
 
-def _prune_flags(parser: argparse.ArgumentParser) -> None:
+def _prune_flags(parser: argparse.ArgumentParser, quantizes: bool = True) -> None:
     group = parser.add_argument_group("what to remove")
     methods = "\n".join(f"  {name}: {line}" for name, line in METHOD_LINES.items())
     _recipe_flag(
@@ -101,7 +101,8 @@ def _prune_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what it is made on")
     _recipe_flag(group, "--dtype", "what the result is stored in: fp32, fp16 or bf16 (default: as the original)")
     _calibration_flags(parser)
-    _quantization_flags(parser)
+    if quantizes:
+        _quantization_flags(parser)
 
 
 def _healing_flags(parser: argparse.ArgumentParser) -> None:
@@ -352,6 +353,34 @@ class ExportCommand(_Command):
         group.add_argument("--seed", type=int, help="of the order of the text (default 0)")
 
 
+class OrthogonalityCommand(_Command):
+    """`optimum-cli streamline orthogonality`."""
+
+    COMMAND = CommandInfo(
+        name="orthogonality",
+        help="Does pruning leave quantizing what it was? Measured, in both orders.",
+    )
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Flags of `orthogonality`."""
+        _Command.parse_args(parser)
+        _model_flags(parser)
+        parser.add_argument("recipe", type=Path, nargs="?", help="a YAML recipe of the pruning; flags go over it")
+        parser.add_argument(
+            "--output", type=Path, default=Path("streamline-orthogonality"), help="a folder for the report"
+        )
+        parser.add_argument("--overwrite", action="store_true", help="replace an earlier output of this program")
+        names = ", ".join((*QUANTIZATION_LINES, *CHECKPOINT_QUANTIZATION_LINES))
+        parser.add_argument(
+            "--quantizers",
+            default="int8,int4",
+            help=f"by commas (default int8,int4), of\n{names};\nthe first five in ONNX Runtime, the others in torch",
+        )
+        _prune_flags(parser, quantizes=False)
+        _judgement_flags(parser)
+
+
 class ValidateCommand(_Command):
     """`optimum-cli streamline validate`."""
 
@@ -392,5 +421,13 @@ class StreamlineCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo(name="streamline", help="Make language models shallower, and prove what it cost.")
     SUBCOMMANDS: ClassVar[tuple[CommandInfo, ...]] = tuple(
         CommandInfo(name=command.COMMAND.name, help=command.COMMAND.help, subcommand_class=command)
-        for command in (RunCommand, ScoreCommand, PruneCommand, QuantizeCommand, ExportCommand, ValidateCommand)
+        for command in (
+            RunCommand,
+            ScoreCommand,
+            PruneCommand,
+            QuantizeCommand,
+            ExportCommand,
+            ValidateCommand,
+            OrthogonalityCommand,
+        )
     )

@@ -38,6 +38,7 @@ def run_command(name: str, args: Namespace) -> int:
     """Run a command; returns its exit code: 0 done, 3 over budget, 2 bad input, 1 a failed export."""
     commands: dict[str, Callable[[Namespace, Console], int]] = {
         "export": _export,
+        "orthogonality": _orthogonality,
         "prune": _prune,
         "quantize": _quantize,
         "run": _run,
@@ -199,6 +200,8 @@ def _prune(args: Namespace, console: Console) -> int:
 
 
 def _dry_run(source: Any, recipe: Recipe, console: Console) -> int:
+    if recipe.quantize_first and recipe.format != "none":
+        raise StreamlineError(f"dry-run: with steps {recipe.steps!r} layers are scored in an export, which is not made")
     from .cost import cost_of
     from .edit import planned_config
     from .prune import prepare
@@ -293,6 +296,27 @@ def _export(args: Namespace, console: Console) -> int:
     console.print(f"exported to {args.output}", markup=False)
     _note_bare(args, console, args.model)
     return 0
+
+
+def _orthogonality(args: Namespace, console: Console) -> int:
+    from .orthogonality import orthogonality
+    from .report_text import interactions_table
+
+    quantizers = [each.strip() for each in args.quantizers.split(",") if each.strip()]
+    if not quantizers or len(set(quantizers)) < len(quantizers):
+        raise StreamlineError(f"quantizers {args.quantizers!r}: must be names of quantizers, each once, by commas")
+    report = orthogonality(
+        _source(args, args.model),
+        recipe_of(args),
+        quantizers,
+        args.output,
+        overwrite=args.overwrite,
+        verbose=args.verbose,
+        say=_say(console),
+    )
+    console.print(interactions_table(report))
+    console.print(f"report: {args.output / 'report.html'}", markup=False)
+    return report.exit_code
 
 
 def _calibration(args: Namespace) -> Windows | None:

@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from .intervals import Interval
-from .report import Measurement
+from .report import Interaction, Measurement
 
 # Readable on white and on near black, and told apart by those who do not tell red from green.
 KEPT = "#6b8fb5"
@@ -115,6 +115,40 @@ def comparison_svg(rows: Sequence[Measurement]) -> str:
             speed.plot([], [], "o", mfc="none", mec=PAGE_COLOUR, ms=8, label="ideal")[0],
         ]
         figure.legend(handles=handles, loc="outside upper right", ncols=3)
+        return _svg(figure)
+
+
+def interactions_svg(found: Sequence[Interaction]) -> str:
+    """What pruning and quantizing cost alone and together, in nats, one line a quantizer and order.
+
+    The hollow mark is the sum of what each costs alone: where the full one, with its interval, lies on it, the two are
+    orthogonal.
+    """
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "interactions"}):
+        figure = Figure(figsize=(9.0, 1.5 + 0.42 * len(found)), layout="constrained")
+        axes = figure.add_subplot()
+        for place, each in enumerate(found):
+            if each.pruning is None or each.quantizing is None or each.together is None:
+                axes.annotate("not possible", (0, place), xytext=(6, -3), textcoords="offset points")
+                continue
+            _draw(axes, place - 0.2, each.pruning, KEPT)
+            _draw(axes, place, each.quantizing, PREFILL)
+            _draw(axes, place + 0.2, each.together, DECODE)
+            both = each.pruning.value + each.quantizing.value
+            axes.plot([both], [place + 0.2], "o", mfc="none", mec=PAGE_COLOUR, ms=9)
+        labels = [f"{each.quantizer}\n{each.steps.replace(',', ', then ')}" for each in found]
+        axes.set_yticks(range(len(found)), labels)
+        axes.set_ylim(len(found) - 0.5, -0.5)
+        axes.set_xlabel("log-loss over the original's, nats a token (left is better)")
+        axes.axvline(0, color=PAGE_COLOUR, linewidth=0.6, linestyle=(0, (4, 3)), zorder=0)
+        axes.tick_params(axis="y", length=0)
+        handles = [
+            axes.plot([], [], "o", color=KEPT, label="pruning alone")[0],
+            axes.plot([], [], "o", color=PREFILL, label="quantizing alone")[0],
+            axes.plot([], [], "o", color=DECODE, label="both")[0],
+            axes.plot([], [], "o", mfc="none", mec=PAGE_COLOUR, ms=9, label="sum of the two alone")[0],
+        ]
+        figure.legend(handles=handles, loc="outside upper right", ncols=4)
         return _svg(figure)
 
 

@@ -50,6 +50,7 @@ from .scores import Scores, measure_scores
 from .windows import TooShortError, Windows, check_disjoint, read_windows
 
 Say = Callable[[str], None]
+Score = Callable[[Windows], Scores]
 
 
 @dataclass
@@ -114,10 +115,13 @@ def score(source: Source, recipe: Recipe) -> tuple[Scores, Windows]:
     return measure_scores(load_stock(source, torch.float32, recipe.device), windows), windows
 
 
-def prepare(source: Source, recipe: Recipe, say: Say) -> Prepared:
+def prepare(source: Source, recipe: Recipe, say: Say, scored: Score | None = None) -> Prepared:
     """Load a model, score its layers and plan what becomes of them.
 
     Computation is in fp32 whatever the checkpoint is stored in: a score is a difference of nearly equal numbers.
+
+    Args:
+        scored: Scores the layers, if that is not to be done in the model as it is loaded.
     """
     check_recipe(source, recipe)
     say(f"loading {source.model}")
@@ -136,7 +140,7 @@ def prepare(source: Source, recipe: Recipe, say: Say) -> Prepared:
         model = load_stock(source, torch.float32, recipe.device)
     loaded = time.monotonic()
     say(f"scoring {config.num_hidden_layers} layers on {len(calibration.ids)} windows of {recipe.length} tokens")
-    scores = measure_scores(model, calibration)
+    scores = measure_scores(model, calibration) if scored is None else scored(calibration)
     plan = method_of(recipe, config).plan(recipe, Evidence(model, calibration, scores, held_out))
     planned = planned_config(model.config, plan)
     if len(layers_without_attention(planned)) == planned.num_hidden_layers:
@@ -159,10 +163,20 @@ def inputs_of(source: Source, recipe: Recipe) -> tuple[str, ...]:
     return source.model, recipe.calibration, recipe.heal_data, recipe.eval_data
 
 
-def prune(source: Source, recipe: Recipe, out: Path, *, overwrite: bool, verbose: bool, say: Say) -> Record:
+def prune(
+    source: Source,
+    recipe: Recipe,
+    out: Path,
+    *,
+    overwrite: bool,
+    verbose: bool,
+    say: Say,
+    scored: Score | None = None,
+) -> Record:
     """Make the checkpoint `out`: whole, or not at all.
 
     Args:
+        scored: As in `prepare`.
         verbose: Whether other libraries' messages go to the terminal rather than to `streamline.log`.
 
     Raises:
@@ -177,7 +191,7 @@ def prune(source: Source, recipe: Recipe, out: Path, *, overwrite: bool, verbose
         staged_by_main(out, overwrite) as staging,
         captured_logs(staging and staging / LOG_FILE, verbose),
     ):
-        prepared = prepare(source, recipe, say)
+        prepared = prepare(source, recipe, say, scored)
         # Nearly equal numbers may fall either way on another processor: all train one model.
         prepared.plan = from_main(prepared.plan)
         record = change(prepared, say, workspace)

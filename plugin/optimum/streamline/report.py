@@ -119,6 +119,34 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Interaction:
+    """How removing layers and quantizing meet, in mean log-losses of the same tokens, nats; each interval is paired.
+
+    Args:
+        quantizer: Its name.
+        steps: The order, as a recipe has it.
+        dense: Label of the original; so are `pruned`, `quantized` and `both` of the models made of it.
+        pruning: L_pruned - L_dense.
+        quantizing: L_quantized - L_dense.
+        together: L_both - L_dense.
+        term: L_both - L_pruned - L_quantized + L_dense: what the two together cost beyond what each costs alone.
+        missing: Why there is no model that had both in this order; then the labels and figures are not there.
+    """
+
+    quantizer: str
+    steps: str
+    dense: str = ""
+    pruned: str = ""
+    quantized: str = ""
+    both: str = ""
+    pruning: Interval | None = None
+    quantizing: Interval | None = None
+    together: Interval | None = None
+    term: Interval | None = None
+    missing: str = ""
+
+
+@dataclass(frozen=True)
 class Report:
     """A validation's outcome.
 
@@ -135,6 +163,7 @@ class Report:
         recipe: The recipe's fields, where there was one.
         questions: The multiple-choice questions' file, number and fingerprint, and how many of them the weights of
             the stability amount to; where there were some.
+        interactions: How removing layers and quantizing meet, where that was asked.
     """
 
     rows: tuple[Measurement, ...]
@@ -148,6 +177,7 @@ class Report:
     steps: dict[str, float] | None = None
     recipe: dict[str, Any] | None = None
     questions: dict[str, str | int | float] | None = None
+    interactions: tuple[Interaction, ...] = ()
 
     @property
     def exit_code(self) -> int:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from importlib.resources import files
 from itertools import groupby
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from .interactions import HEADINGS, MEANING, cells
 from .plan import TRAINED
-from .plots import comparison_svg, layer_importance_svg
+from .plots import comparison_svg, interactions_svg, layer_importance_svg
 from .report import Report
 from .report_table import headline, limit_sentence, lines_of, note, sentences, settings_lines
 
@@ -40,6 +42,7 @@ def to_html(report: Report) -> str:
         note=note(report),
         comparison=Markup(comparison_svg(report.rows)),
         layers=_layers(report),
+        interactions=_interactions(report),
         settings=settings_lines(report),
     )
 
@@ -53,6 +56,18 @@ def _layers(report: Report) -> dict[str, Markup | str] | None:
     return {
         "plot": Markup(layer_importance_svg(report.scores, by_layer)),
         "words": f"Of {len(report.scores)} layers, {' and '.join(done) or 'none was taken out'}.",
+    }
+
+
+def _interactions(report: Report) -> dict[str, Any] | None:
+    """How pruning and quantizing meet, as a plot and a table, where the report knows it."""
+    if not report.interactions:
+        return None
+    return {
+        "plot": Markup(interactions_svg(report.interactions)),
+        "headings": HEADINGS,
+        "rows": [cells(each) for each in report.interactions],
+        "meaning": MEANING,
     }
 
 

@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from .interactions import HEADINGS, MEANING, cells
 from .report import Report
 from .report_table import headline, limit_sentence, lines_of, note, sentences, settings_lines
 
@@ -25,11 +26,24 @@ def comparison_table(report: Report) -> RenderableType:
     return Group(table, *limits, Text(f"{headline(report)}.", "bold"))
 
 
+def interactions_table(report: Report) -> RenderableType:
+    """How pruning and quantizing meet, for a terminal."""
+    table = Table(title="Pruning and quantizing together, nats a token over the original")
+    for heading in HEADINGS:
+        table.add_column(heading, overflow="fold")
+    for each in report.interactions:
+        table.add_row(*(escape(cell) for cell in cells(each)))
+    return table
+
+
 def to_markdown(report: Report) -> str:
     """The whole report."""
     parts = [f"# {headline(report)}", *sentences(report)]
     if report.verdict.limits:
         parts.append("\n".join(f"- {limit_sentence(limit)}" for limit in report.verdict.limits))
+    if report.interactions:
+        rows = [HEADINGS, *(cells(each) for each in report.interactions)]
+        parts += ["## Pruning and quantizing together", MEANING, _rows(rows)]
     parts += ["## Comparison", _comparison(report), note(report)]
     parts += ["## What the lines say", "\n".join(f"- **{line.title}**: {line.meaning}" for line in lines_of(report))]
     parts += ["## How it was measured", _rows([("", ""), *settings_lines(report)])]

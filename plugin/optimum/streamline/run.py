@@ -12,24 +12,32 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+import torch
 
 from .checkpoint import Source, fingerprint, read_record, weight_bytes
 from .errors import StreamlineError
 from .logs import LOG_FILE, captured_logs
+from .module_patterns import followed
 from .outputs import check_output, refuse_own_input, write_file
 from .plan import Place
 from .processes import process_count
 from .prune import Say, Texts, check_recipe, inputs_of, prune, read_texts
+from .quantizers import NONE, QUANTIZERS
 from .recipe import Recipe
 from .report import Report
 from .report_files import REPORT_FILE, write_report
 from .runner import Artifact, is_artifact
+from .scores import Scores, scores_of
 from .validation import Subject, validate
 from .windows import Windows
 
 STEPS_FILE = "steps.json"
 EXPORT, ORIGINAL_EXPORT = "onnx", "onnx-original"
+CALIBRATION_WINDOWS = 32
+"""As many of the recipe's calibrate a quantization that does, at most."""
 
 
 def run(source: Source, recipe: Recipe, out: Path, *, overwrite: bool, verbose: bool, say: Say) -> Report:
@@ -47,15 +55,20 @@ def run(source: Source, recipe: Recipe, out: Path, *, overwrite: bool, verbose: 
     if recipe.format != "none":
         from optimum.exporters.streamline import check_export
 
-        check_export(recipe.format, recipe.dtype or "fp32", recipe.device)
+        check_export(recipe.format, recipe.dtype or "fp32", recipe.device, graph_quantization(recipe))
     texts = read_texts(source, recipe)
     chain = _Chain(source, recipe, out, verbose, say)
     if overwrite or not chain.resumes(texts):
-        chain.step("prune", lambda: prune(source, recipe, out, overwrite=overwrite, verbose=verbose, say=say))
+        chain.step("prune", lambda: chain.prune(overwrite))
     if recipe.format != "none":
         chain.export(source.model, ORIGINAL_EXPORT)
-        chain.export(str(out), EXPORT)
+        chain.export(str(out), EXPORT, texts)
     return chain.report(texts.judged_on)
+
+
+def graph_quantization(recipe: Recipe) -> str:
+    """How the export is quantized: the recipe's `quantize`, unless that is of the checkpoint."""
+    return NONE if recipe.quantize in QUANTIZERS else recipe.quantize
 
 
 class _Chain:
@@ -93,41 +106,67 @@ class _Chain:
         seconds = {**self._seconds(), name: round(time.monotonic() - start, 1)}
         write_file(self._out / STEPS_FILE, json.dumps(seconds, indent=1) + "\n")
 
-    def export(self, checkpoint: str, name: str) -> None:
-        """Export a checkpoint into a folder of `out`, unless it is there."""
-        folder = self._out / name
+    def prune(self, overwrite: bool) -> None:
+        """Make the checkpoint; its layers are scored in the quantized graph of the original where that comes first."""
+        source, recipe, how = self._source, self._recipe, graph_quantization(self._recipe)
+        options: dict[str, Any] = {"overwrite": overwrite, "verbose": self._verbose, "say": self._say}
+        if not recipe.quantize_first or how == NONE:
+            prune(source, recipe, self._out, **options)
+            return
+        with TemporaryDirectory(dir=self._out.absolute().parent) as scratch:
+            self._say(f"quantizing the graph of {source.model} ({how}), to score its layers in it")
+            graph = self._export(source.model, Path(scratch) / "onnx", how, recipe.excluded, None)
+            prune(source, recipe, self._out, **options, scored=lambda windows: score_graph(graph, windows))
+
+    def export(self, checkpoint: str, name: str, texts: Texts | None = None) -> None:
+        """Export a checkpoint into a folder of `out`, unless it is there.
+
+        Args:
+            texts: Those of the run, for an export that is to be quantized as the recipe says.
+        """
+        folder, how, exclude = self._out / name, NONE, list[str]()
+        if texts is not None and (how := graph_quantization(self._recipe)) != NONE:
+            record = read_record(str(self._out)) or {}
+            exclude = followed(self._recipe.excluded, [layer["originals"] for layer in record["layers"]])
         if is_artifact(folder):
-            if self._is_whole_export(folder, checkpoint):
+            if self._is_whole_export(folder, checkpoint, how, exclude):
                 return
             shutil.rmtree(folder)
         # A report of what is made anew is a report no longer.
         (self._out / REPORT_FILE).unlink(missing_ok=True)
         self._say(f"exporting {checkpoint} to {folder}")
-        self.step(f"export {name}", lambda: self._export(checkpoint, folder))
+        windows = texts.chosen_on["calibration"] if texts else None
+        self.step(f"export {name}", lambda: self._tell(self._export(checkpoint, folder, how, exclude, windows)))
 
-    def _is_whole_export(self, folder: Path, checkpoint: str) -> bool:
+    def _tell(self, artifact: Artifact) -> None:
+        for line in artifact.findings():
+            self._say(line)
+
+    def _is_whole_export(self, folder: Path, checkpoint: str, how: str, exclude: list[str]) -> bool:
         from optimum.exporters.streamline.export import WEIGHTS_FILE
         from optimum.exporters.streamline.ort_runner import GRAPH_FILE
 
         artifact = Artifact.read(folder)
         whole = all((folder / name).is_file() for name in (GRAPH_FILE, WEIGHTS_FILE))
         same = artifact.source_fingerprint == fingerprint(checkpoint, self._source.cache_dir)
-        return whole and same and artifact.dtype == (self._recipe.dtype or "fp32")
+        quantized = (artifact.quantize, list(artifact.quantize_exclude)) == (how, exclude)
+        return whole and same and quantized and artifact.dtype == (self._recipe.dtype or "fp32")
 
-    def _export(self, checkpoint: str, folder: Path) -> None:
+    def _export(self, checkpoint: str, folder: Path, how: str, exclude: list[str], windows: Windows | None) -> Artifact:
         from optimum.exporters.streamline import export_checkpoint
 
-        artifact = export_checkpoint(
+        return export_checkpoint(
             checkpoint,
             folder,
             format=self._recipe.format,
             dtype=self._recipe.dtype or "fp32",
             device=self._recipe.device,
             verbose=self._verbose,
+            quantize=how,
+            quantize_exclude=exclude,
+            windows=windows and windows.part(0, min(CALIBRATION_WINDOWS, len(windows.ids))),
             **self._source.options(),
         )
-        for line in artifact.findings():
-            self._say(line)
 
     def report(self, windows: Windows) -> Report:
         """The report: the one that is there if it judges by this recipe, else a new one."""
@@ -180,6 +219,15 @@ class _Chain:
             seconds = json.loads(file.read_text(encoding="utf-8"))
             return seconds if isinstance(seconds, dict) else {}
         return {}
+
+
+def score_graph(artifact: Artifact, windows: Windows) -> Scores:
+    """The importances of a graph's layers."""
+    from optimum.exporters.streamline import open_hidden_states
+
+    states = open_hidden_states(artifact)
+    layers = len(artifact.hidden) - 1
+    return scores_of(lambda batch: [torch.from_numpy(each) for each in states(batch.numpy())], layers, windows)
 
 
 def _earlier_report(file: Path) -> Report | None:

@@ -131,6 +131,13 @@ def is_artifact(path: str | Path) -> bool:
     return (Path(path) / ARTIFACT_FILE).is_file()
 
 
+def export(checkpoint: str, out: Path, **how: Any) -> Artifact:
+    """`optimum.exporters.streamline.export_checkpoint`."""
+    from optimum.exporters.streamline import export_checkpoint
+
+    return export_checkpoint(checkpoint, out, **how)
+
+
 def graph_quantizers() -> dict[str, bool]:
     """The ways to quantize an export, and of each whether it is calibrated on text."""
     from optimum.exporters.streamline import WAYS

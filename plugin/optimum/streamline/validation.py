@@ -10,6 +10,7 @@ import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -93,8 +94,8 @@ def subjects_of(
 
 
 def recognise(subjects: Sequence[Subject]) -> list[Subject]:
-    """The subjects, with the role `original` for every export of the first one's very weights."""
-    exports = [subject for subject in subjects[1:] if is_artifact(subject.path)]
+    """The subjects, with the role `original` for every float export of the first one's very weights."""
+    exports = [subject for subject in subjects[1:] if _is_float_export(subject)]
     if not exports:
         return list(subjects)
     original = _source_fingerprint(subjects[0])
@@ -102,10 +103,51 @@ def recognise(subjects: Sequence[Subject]) -> list[Subject]:
     return [replace(subject, role="original") if subject in same else subject for subject in subjects]
 
 
-def validate(
+def _is_float_export(subject: Subject) -> bool:
+    return is_artifact(subject.path) and Artifact.read(Path(subject.path)).quantize == "none"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found of the subjects, in their order.
+
+    Args:
+        rows: One a subject.
+        accuracies: The sums over each window that the rows' figures are of.
+        settings: As in `Report`.
+        questions: As in `Report`.
+    """
+
+    rows: tuple[Measurement, ...]
+    accuracies: tuple[Accuracy, ...]
+    settings: dict[str, str | int]
+    questions: dict[str, str | int | float] | None
+
+
+def validate(subjects: Sequence[Subject], windows: Windows, budget: Budget, **how: Any) -> Report:
+    """Measure every subject against the original, all in this run, and judge the candidates.
+
+    Args:
+        subjects: As in `measure`.
+        windows: As in `measure`.
+        budget: What a candidate may cost, and must bring.
+        how: The other arguments of `measure`.
+
+    Raises:
+        StreamlineError: as `measure`.
+        WorkerError: as `measure`.
+    """
+    measured = measure(subjects, windows, **how)
+    machine = describe_machine(how.get("device", "cpu"))
+    verdict, seed = judge(measured.rows, budget), how.get("seed", 0)
+    return Report(
+        measured.rows, verdict, measured.settings, machine, windows.describe(), seed, questions=measured.questions
+    )
+
+
+def measure(
     subjects: Sequence[Subject],
     windows: Windows,
-    budget: Budget,
     *,
     questions: Questions | None = None,
     dtype: str = "fp32",
@@ -115,8 +157,8 @@ def validate(
     decode_tokens: int = 32,
     rounds: int = 10,
     log: Path | None = None,
-) -> Report:
-    """Measure every subject against the original, all in this run, and judge the candidates.
+) -> Measured:
+    """Measure every subject against the original, all in this run.
 
     Accuracy is held against the first subject. Speed and size are held against the original in the same runtime
     where one is among the subjects, against the first otherwise; the row names which.
@@ -165,9 +207,7 @@ def validate(
         "warmup_rounds": WARMUP_ROUNDS,
         "resamples": RESAMPLES,
     }
-    asked = _asked(questions, facts[0].answers)
-    machine = describe_machine(device)
-    return Report(rows, judge(rows, budget), settings, machine, windows.describe(), seed, questions=asked)
+    return Measured(rows, tuple(accuracies), settings, _asked(questions, facts[0].answers))
 
 
 def _check(subjects: Sequence[Subject], windows: Windows, prompt_length: int, decode_tokens: int, rounds: int) -> None:

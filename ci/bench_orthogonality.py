@@ -1,0 +1,102 @@
+"""Does removing layers leave quantizing what it was, and do their gains multiply? On the reference model and on 78M.
+
+    ci/bench orthogonality                   # everything, then the page
+    ci/bench orthogonality --only table      # losses and interactions on the reference model, three seeds
+    ci/bench orthogonality --only product    # bytes and speed of a 78M-parameter model in ONNX Runtime
+    ci/bench orthogonality --page            # measure nothing
+
+Numbers go to docs/quantization.json; docs/quantization.md is written from that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from export_cases import REFERENCE, ROOT, SMALL, graph_bytes, make_checkpoint, run_measured, streamline
+from export_speed import Timed, measure_in_turns
+from optimum.streamline.anatomy import head_size, key_value_heads
+from optimum.streamline.checkpoint import Source
+from optimum.streamline.machine import describe_machine
+from optimum.streamline.orthogonality import orthogonality
+from optimum.streamline.recipe import make_recipe
+from quantization_page import write_page
+
+RESULTS = ROOT / "docs" / "quantization.json"
+QUANTIZERS = ("int8", "int4", "bnb-nf4", "bnb-int8")
+SEEDS = (0, 1, 2)
+RECIPES: dict[str, dict[str, Any]] = {
+    "unhealed": {"heal": "none"},
+    "healed": {"heal": "distill", "heal_tokens": 100_000, "heal_epochs": 2},
+}
+COMMON: dict[str, Any] = {
+    "method": "shortgpt",
+    "remove": "25%",
+    "samples": 64,
+    "eval_samples": 64,
+    "length": 256,
+}
+FEW = "--method shortgpt --remove 25% --heal none --samples 4 --length 64"
+
+
+def main() -> None:
+    """Measure what was asked for, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = {"table": measure_table, "product": measure_product}
+    parser.add_argument("--only", choices=list(parts))
+    parser.add_argument("--page", action="store_true")
+    args = parser.parse_args()
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    if not args.page:
+        for name in [args.only] if args.only else parts:
+            with tempfile.TemporaryDirectory() as scratch:
+                results[name] = parts[name](Path(scratch))
+            results["machine"] = describe_machine("cpu")
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    write_page(results)
+
+
+def measure_table(scratch: Path) -> list[dict[str, Any]]:
+    """Of every recipe and seed, what each model lost and weighs, and the interactions."""
+    runs = []
+    for name, own in RECIPES.items():
+        for seed in SEEDS:
+            print(name, "seed", seed, flush=True)
+            recipe = make_recipe({**COMMON, **own, "seed": seed})
+            report = orthogonality(Source(str(REFERENCE)), recipe, QUANTIZERS, scratch / f"{name}-{seed}", say=print)
+            rows = [_row(asdict(row)) for row in report.rows]
+            interactions = [asdict(each) for each in report.interactions]
+            runs.append({"recipe": name, "seed": seed, "rows": rows, "interactions": interactions})
+    return runs
+
+
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    kept = ("label", "runtime", "dtype", "layers", "disk_bytes", "size_ratio", "perplexity", "perplexity_ratio", "kl")
+    return {name: row[name] for name in (*kept, "prefill_ms", "decode_ms", "decode_speedup", "peak_bytes")}
+
+
+def measure_product(scratch: Path) -> dict[str, Any]:
+    """Bytes, and milliseconds a token, of a 78M-parameter model: dense and pruned, in fp32 and int4."""
+    dense = make_checkpoint(scratch / "dense", SMALL)
+    run_measured(streamline("prune", "-m", dense, scratch / "pruned", *FEW.split()))
+    timed, rows = {}, {}
+    for name in ("dense", "pruned"):
+        for how in ("none", "int4"):
+            label, folder = f"{name}, {'fp32' if how == 'none' else how}", scratch / f"{name}-{how}"
+            run_measured(streamline("export", "-m", scratch / name, folder, "--quantize", how))
+            config = AutoConfig.from_pretrained(scratch / name)
+            timed[label] = Timed("onnxruntime", folder, key_value_heads(config), head_size(config))
+            rows[label] = {"bytes": graph_bytes(folder), "layers": config.num_hidden_layers}
+    for label, taken in measure_in_turns(timed).items():
+        rows[label] |= taken
+    return rows
+
+
+if __name__ == "__main__":
+    main()

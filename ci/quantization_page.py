@@ -1,0 +1,100 @@
+"""docs/quantization.md, from what `ci/bench orthogonality` measured; the words around the tables stay in it."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from optimum.streamline.interactions import reading
+from optimum.streamline.intervals import Interval
+from optimum.streamline.report import Interaction
+from optimum.streamline.report_table import size
+
+PAGE = Path(__file__).parents[1] / "docs" / "quantization.md"
+FIGURES = ("pruning", "quantizing", "together", "term")
+MARK = "<!-- {} {} -->"
+
+
+def write_page(results: dict[str, Any]) -> None:
+    """Put the tables into the page, between the marks that name them."""
+    text = PAGE.read_text(encoding="utf-8")
+    tables: dict[str, list[str]] = {}
+    if "table" in results:
+        tables |= {"interactions": _interactions(results["table"]), "models": _models(results["table"])}
+    if "product" in results:
+        tables["product"] = _product(results["product"])
+    for name, lines in tables.items():
+        begin, end = MARK.format("begin", name), MARK.format("end", name)
+        before, _, rest = text.partition(begin)
+        _, found, after = rest.partition(end)
+        assert found, f"{PAGE} has no mark for {name}"
+        text = "\n".join([before + begin, *lines, end]) + after
+    PAGE.write_text(text, encoding="utf-8")
+
+
+def _interactions(runs: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| layers | quantizer | order | pruning alone | quantizing alone | both | interaction, by seed | reading |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, str, str], list[Interaction]] = defaultdict(list)
+    for run in runs:
+        for each in run["interactions"]:
+            figures = {name: each[name] and Interval(**each[name]) for name in FIGURES}
+            groups[run["recipe"], each["quantizer"], each["steps"]].append(Interaction(**{**each, **figures}))
+    for (recipe, quantizer, steps), found in groups.items():
+        lines.append(f"| {recipe} | {quantizer} | {steps.replace(',', ', then ')} | {' | '.join(_cells(found))} |")
+    return lines
+
+
+def _cells(found: list[Interaction]) -> list[str]:
+    if found[0].missing:
+        return ["", "", "", "", f"not possible: {found[0].missing.partition(';')[0]}"]
+    means = [f"{statistics.mean(getattr(each, name).value for each in found):.4f}" for name in FIGURES[:3]]
+    terms = [each.term for each in found if each.term is not None]
+    by_seed = "; ".join(f"{term.value:+.4f} [{term.low:+.4f}, {term.high:+.4f}]" for term in terms)
+    readings = list(dict.fromkeys(reading(each) for each in found))
+    return [*means, by_seed, "; ".join(readings)]
+
+
+def _models(runs: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| layers | model | ran on | size | perplexity over the original's | KL, nats | ms a token | peak memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        if run["seed"] != 0:
+            continue
+        for row in run["rows"]:
+            ratio, kl = row["perplexity_ratio"], row["kl"]
+            cells = (
+                run["recipe"],
+                row["label"],
+                row["runtime"],
+                size(row["disk_bytes"]),
+                f"{ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]",
+                f"{kl['value']:.4f}",
+                f"{row['decode_ms']['value']:.2f}",
+                size(row["peak_bytes"]),
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _product(rows: dict[str, Any]) -> list[str]:
+    dense = rows["dense, fp32"]
+    lines = ["| model | layers | size | times smaller | ms a token | times faster |", "|---|---|---|---|---|---|"]
+    for name, row in rows.items():
+        smaller, faster = dense["bytes"] / row["bytes"], dense["decode_ms"] / row["decode_ms"]
+        cells = (name, str(row["layers"]), size(row["bytes"]), f"{smaller:.2f}", f"{row['decode_ms']:.2f}")
+        lines.append(f"| {' | '.join((*cells, f'{faster:.2f}'))} |")
+    gain = {name: dense["decode_ms"] / row["decode_ms"] for name, row in rows.items()}
+    share = gain["pruned, int4"] / (gain["pruned, fp32"] * gain["dense, int4"])
+    smaller = dense["bytes"] / rows["pruned, int4"]["bytes"]
+    lines += [
+        "",
+        f"Both together are {smaller:.2f} times smaller, and decode at {share:.2f} of the product of the two gains.",
+    ]
+    return lines
