@@ -91,7 +91,7 @@ def test_an_order_that_is_not_possible_says_why(cli: Cli, tmp_path: Path) -> Non
         (("--quantizers", "int3"), "quantize 'int3': unknown; one of none, bnb-int8"),
         (("--quantizers", "int4,int4"), "quantizers 'int4,int4': must be names of quantizers, each once"),
         (("--quantizers", ""), "quantizers '': must be names of quantizers"),
-        (("--quantizers", "int4", "--quantize", "int4"), "unrecognized arguments: --quantize int4"),
+        (("--quantizers", "int4", "--quantize", "int4"), "unrecognized arguments: --quantize"),
     ],
 )
 def test_wrong_words_are_one_line(cli: Cli, tmp_path: Path, words: tuple[str, ...], said: str) -> None:

@@ -67,7 +67,7 @@ def test_the_command_says_so_and_quantizes_anew(
         assert share > 0.01
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "opt", "qwen3_moe", "phi3"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "opt"])
 def test_hidden_states_of_a_graph_are_those_of_torch(tmp_path: Path, architecture: str) -> None:
     model = wide_model(architecture)
     model.save_pretrained(tmp_path / "in")
@@ -80,7 +80,7 @@ def test_hidden_states_of_a_graph_are_those_of_torch(tmp_path: Path, architectur
         np.testing.assert_allclose(found, right.numpy(), atol=2e-5 * right.abs().max().item())
 
 
-@pytest.mark.parametrize(("how", "least", "most"), [("none", 0, 1e-6), ("int8", 1e-6, 0.01), ("int4", 1e-4, 0.05)])
+@pytest.mark.parametrize(("how", "least", "most"), [("int8", 1e-6, 0.01), ("int4", 1e-4, 0.05)])
 def test_layers_are_scored_in_a_quantized_graph(tmp_path: Path, how: str, least: float, most: float) -> None:
     windows = read_windows("stdlib", load_tokenizer(Source(REFERENCE)), 4, 64, 0, "calibration")
     float_scores = measure_scores(load_stock(Source(REFERENCE), torch.float32), windows).block_influence

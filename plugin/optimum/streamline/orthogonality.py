@@ -71,9 +71,11 @@ def orthogonality(
                 seed=recipe.seed,
             )
         found = dict(zip(models.subjects, measured.accuracies, strict=True))
+    # What the others were is gone with the scratch folder.
+    rows = tuple(row if row.label == DENSE else replace(row, path="") for row in measured.rows)
     report = Report(
-        measured.rows,
-        judge(measured.rows, recipe.budget),
+        rows,
+        judge(rows, recipe.budget),
         measured.settings,
         describe_machine(recipe.device),
         texts.judged_on.describe(),

@@ -25,7 +25,7 @@ class Measurement:
 
     Args:
         label: What the report calls it.
-        path: Where it is.
+        path: Where it is; empty for one that was only made to be measured.
         role: Whether it is the original, in whatever runtime, or made from it.
         runtime: What ran it.
         dtype: What it was computed in.

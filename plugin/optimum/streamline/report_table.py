@@ -111,6 +111,8 @@ def note(report: Report) -> str:
 
 def headline(report: Report) -> str:
     """The verdict in a word or two."""
+    if not report.verdict.limits and report.interactions:
+        return "Pruning and quantizing, alone and together"
     if not report.verdict.limits:
         return "No budget was set"
     return "Within budget" if report.verdict.passed else "Over budget"
