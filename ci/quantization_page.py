@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,9 @@ def _cells(found: list[Interaction]) -> list[str]:
     means = [f"{statistics.mean(getattr(each, name).value for each in found):.4f}" for name in FIGURES[:3]]
     terms = [each.term for each in found if each.term is not None]
     by_seed = "; ".join(f"{term.value:+.4f} [{term.low:+.4f}, {term.high:+.4f}]" for term in terms)
-    readings = list(dict.fromkeys(reading(each) for each in found))
-    return [*means, by_seed, "; ".join(readings)]
+    # Of each seed's sentence its meaning: how many nats it is about is in the column before.
+    readings = Counter(re.sub(r" [0-9.e-]+ nats a token", "", reading(each)) for each in found)
+    return [*means, by_seed, "; ".join(f"{text} ({count} of {len(found)})" for text, count in readings.items())]
 
 
 def _models(runs: list[dict[str, Any]]) -> list[str]:
