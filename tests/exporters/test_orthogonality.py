@@ -33,6 +33,7 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
     return {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
 
 
+@pytest.mark.slow
 def test_every_model_is_measured_and_every_interaction_told(cli: Cli, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = cli("orthogonality", "-m", REFERENCE, "--output", out, "--quantizers", "int4,bnb-nf4", *SHORTGPT)
@@ -107,20 +108,32 @@ def test_a_recipe_that_quantizes_is_refused_there(cli: Cli, tmp_path: Path) -> N
     assert "quantize 'bnb-nf4': orthogonality makes every model itself" in cli(*words).err
 
 
+RUN = (*SHORTGPT, "--format", "onnx", "--quantize", "int8", "--quantize-exclude", "15")
+
+
+def test_a_run_scores_the_quantized_graph_where_that_comes_first(cli: Cli, tmp_path: Path) -> None:
+    done = cli("run", "-m", REFERENCE, tmp_path / "out", *RUN, "--steps", "quantize,prune")
+    assert (done.code, done.err) == (0, "")
+    assert "quantized (int8), prefill: " in done.out
+    artifact = Artifact.read(tmp_path / "out" / "onnx")
+    assert (artifact.quantize, artifact.quantize_exclude) == ("int8", ("11",))
+    assert Artifact.read(tmp_path / "out" / "onnx-original").quantize == "none"
+    scores = json.loads((tmp_path / "out" / "streamline.json").read_text())["scores"]["block_influence"]
+    cli("score", "-m", REFERENCE, tmp_path / "scores", "--samples", "4", "--length", "64")
+    of_the_float_model = json.loads((tmp_path / "scores" / "scores.json").read_text())["block_influence"]
+    assert scores != of_the_float_model
+    assert scores == pytest.approx(of_the_float_model, abs=0.01)
+
+
+@pytest.mark.slow
 def test_a_run_quantizes_its_export_in_either_order(cli: Cli, tmp_path: Path) -> None:
-    flags = (*SHORTGPT, "--format", "onnx", "--quantize", "int8", "--quantize-exclude", "15")
     for name, steps in (("a", "prune,quantize"), ("b", "quantize,prune")):
-        done = cli("run", "-m", REFERENCE, tmp_path / name, *flags, "--steps", steps)
+        done = cli("run", "-m", REFERENCE, tmp_path / name, *RUN, "--steps", steps)
         assert (done.code, done.err) == (0, "")
-        assert "quantized (int8), prefill: " in done.out
     records = [json.loads((tmp_path / name / "streamline.json").read_text()) for name in "ab"]
-    scores = [record["scores"]["block_influence"] for record in records]
-    assert scores[0] != scores[1]  # the second are those of the quantized graph
-    assert scores[0] == pytest.approx(scores[1], abs=0.01)
+    assert records[0]["removed"] == records[1]["removed"]  # so that it is one model
     artifacts = [Artifact.read(tmp_path / name / "onnx") for name in "ab"]
     assert [(each.quantize, each.quantize_exclude) for each in artifacts] == [("int8", ("11",))] * 2
-    assert Artifact.read(tmp_path / "a" / "onnx-original").quantize == "none"
-    assert records[0]["removed"] == records[1]["removed"]  # so that it is one model
     one, other = (weights(tmp_path / name / "onnx") for name in "ab")
     assert one.keys() == other.keys()
     assert all(np.array_equal(one[name], other[name]) for name in one)
