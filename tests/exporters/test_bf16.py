@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 
 from optimum.exporters.streamline import export_checkpoint
@@ -16,6 +14,7 @@ from optimum.exporters.streamline.export import write_graph
 from optimum.exporters.streamline.ort_runner import OnnxRunner
 from optimum.exporters.streamline.parity import check_parity
 from optimum.exporters.streamline.skeleton import layers_to_trace
+from optimum.exporters.streamline.widen import write_widened
 from optimum.streamline.checkpoint import DTYPES, load
 from optimum.streamline.errors import StreamlineError
 from reference import REFERENCE
@@ -29,35 +28,14 @@ def written(checkpoint: str, folder: Path) -> None:
     write_graph(build_graph(model, layers_to_trace(model)).model, model, folder)
 
 
-def widened(source: Path, target: Path) -> onnx.ModelProto:
-    """The same graph in float, which ONNX Runtime computes anywhere; returns the graph as it was."""
-    graph = ir.load(source / "model.onnx")
-    proto = ir.to_proto(graph)
-    for value in graph.graph.initializers.values():
-        if value.dtype == ir.DataType.BFLOAT16:
-            value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
-    for value in (*graph.graph.inputs, *graph.graph.outputs, *graph.graph.initializers.values()):
-        if value.dtype == ir.DataType.BFLOAT16:
-            value.dtype = ir.DataType.FLOAT
-    for node in graph.graph:
-        if node.op_type == "Cast" and node.attributes.get_int("to") == ir.DataType.BFLOAT16:
-            node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
-        if "value" in node.attributes and node.attributes["value"].as_tensor().dtype == ir.DataType.BFLOAT16:
-            tensor = ir.tensor(node.attributes["value"].as_tensor().numpy().astype(np.float32))
-            node.attributes["value"] = ir.AttrTensor("value", tensor)
-        for value in node.outputs:
-            value.type = None
-    target.mkdir()
-    ir.save(graph, target / "model.onnx")
-    return proto
-
-
 # The constants of GPT-2's activation are rounded too: 0.7969 for 0.7979.
 @pytest.mark.parametrize(("case", "tolerance"), [("llama", 1e-4), ("gpt2", 1e-3), ("gemma2", 1e-4)])
 def test_the_graph_is_the_model_with_weights_in_bfloat16(exported, tmp_path, case, tolerance):
     checkpoint = str(exported(case).checkpoint)
     written(checkpoint, tmp_path / "onnx")
-    graph = widened(tmp_path / "onnx", tmp_path / "wide").graph
+    graph = onnx.load(tmp_path / "onnx" / "model.onnx").graph
+    (tmp_path / "wide").mkdir()
+    write_widened(tmp_path / "onnx" / "model.onnx", tmp_path / "wide" / "model.onnx")
     rounded = load(checkpoint, DTYPES["bf16"]).float()
     assert len(check_parity(rounded, one_by_one(OnnxRunner(tmp_path / "wide")), tolerance)) == 5
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}

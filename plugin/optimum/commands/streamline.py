@@ -326,10 +326,10 @@ class ExportCommand(_Command):
         _Command.parse_args(parser)
         _model_flags(parser)
         _output_flags(parser)
-        parser.add_argument("--format", default="onnx", help="onnx (default)")
+        parser.add_argument("--format", default="onnx", help="onnx (default) or tensorrt")
         parser.add_argument("--task", default="text-generation", help="text-generation (default)")
-        parser.add_argument("--opset", type=int, default=23, help="23 (default)")
-        parser.add_argument("--dtype", default="fp32", help="fp32 (default), fp16, or on cuda bf16")
+        parser.add_argument("--opset", type=int, help="23 of onnx, 24 of tensorrt: there is no other")
+        parser.add_argument("--dtype", default="fp32", help="fp32 (default), fp16, or bf16: of onnx on cuda alone")
         parser.add_argument("--device", default="cpu", help="cpu (default) or cuda: where it is compared with torch")
         parser.add_argument(
             "--max-memory",
@@ -343,6 +343,12 @@ class ExportCommand(_Command):
             help="logits of each row's last token only, for a shorter prefill where text is generated; fed 0 as\n"
             "num_logits_to_keep the graph gives all, which scoring text needs",
         )
+        group = parser.add_argument_group("engine, of format tensorrt")
+        group.add_argument("--builder", help="tensorrt (default), on and for the GPU that is here, or tensorrt-rtx")
+        group.add_argument("--compute-capability", help="GPUs to build for without one, as 89,120: of tensorrt-rtx")
+        group.add_argument("--max-batch", type=int, help="rows (default 1)")
+        group.add_argument("--max-length", type=int, help="tokens of a text (default 2048, or what the model has)")
+        group.add_argument("--max-input", type=int, help="new tokens a call (default as many as a text has)")
         group = parser.add_argument_group("quantization, of the graph that was compared with torch")
         ways = "\n".join(f"  {name}: {line}" for name, line in QUANTIZATION_LINES.items())
         group.add_argument("--quantize", default="none", help=f"none (default), or one of\n{ways}")

@@ -26,11 +26,15 @@ from .processes import is_main, process_count
 from .recipe import Budget, Recipe, make_recipe, read_recipe, write_recipe
 
 if TYPE_CHECKING:
+    from optimum.exporters.streamline import EngineOptions
+
     from .windows import Windows
 
 BUDGET_FIELDS = {field.name for field in fields(Budget)}
 # Of an export's calibration, which is for those of its quantizers that take one.
 CALIBRATION_DEFAULTS: dict[str, Any] = {"calibration": "stdlib", "samples": 32, "length": 256, "seed": 0}
+OPSETS = {"onnx": 23, "tensorrt": 24}
+ENGINE_FLAGS = ("builder", "compute_capability", "max_batch", "max_length", "max_input")
 RECIPE_FIELDS = {field.name for field in fields(Recipe)}
 
 
@@ -274,8 +278,11 @@ def _export(args: Namespace, console: Console) -> int:
 
     if args.task not in ("text-generation", "text-generation-with-past"):
         raise StreamlineError(f"task {args.task!r}: must be text-generation")
-    if args.opset != 23:
-        raise StreamlineError(f"opset {args.opset}: must be 23, which has attention and normalisation as single nodes")
+    opset = OPSETS.get(args.format)
+    if args.opset not in (None, opset):
+        raise StreamlineError(
+            f"opset {args.opset}: must be {opset}, which has attention and normalisation as single nodes"
+        )
     check_export(args.format, args.dtype, args.device, args.quantize)
     if args.quantize_exclude and args.quantize == "none":
         raise StreamlineError(f"quantize-exclude {args.quantize_exclude!r}: nothing is quantized; give quantize too")
@@ -287,6 +294,7 @@ def _export(args: Namespace, console: Console) -> int:
         "quantize_exclude": _excluded(args),
         "windows": _calibration(args),
         "last_logits": args.last_logits,
+        "engine": _engine(args),
     }
     artifact = export_checkpoint(
         args.model, args.output, args.format, args.dtype, args.device, args.overwrite, **options
@@ -296,6 +304,25 @@ def _export(args: Namespace, console: Console) -> int:
     console.print(f"exported to {args.output}", markup=False)
     _note_bare(args, console, args.model)
     return 0
+
+
+def _engine(args: Namespace) -> EngineOptions | None:
+    """What engine is asked for; none where the format has none."""
+    from optimum.exporters.streamline import EngineOptions
+
+    given = {name: getattr(args, name) for name in ENGINE_FLAGS if getattr(args, name) is not None}
+    if args.format != "tensorrt":
+        for name, value in given.items():
+            raise StreamlineError(
+                f"{name.replace('_', '-')} {value}: format {args.format!r} has no engine; leave it out"
+            )
+        return None
+    if asked := given.pop("compute_capability", None):
+        try:
+            given["capabilities"] = tuple(int(each) for each in asked.split(","))
+        except ValueError:
+            raise StreamlineError(f"compute-capability {asked!r}: must be numbers by commas, as 89,120") from None
+    return EngineOptions(**given)
 
 
 def _orthogonality(args: Namespace, console: Console) -> int:

@@ -63,6 +63,7 @@ class Artifact:
             torch, as a share of the largest logit, by check.
         hidden: The values in the graph that are the hidden states before and after the layers, first to last; empty
             where the layers are no parts of it.
+        engine: What built the engine, for which GPUs; empty where there is none.
         data: What text went into the weights, by purpose, as `record.seen_text` tells it: what chose and healed the
             layers of the checkpoint, and what the quantization was calibrated on.
     """
@@ -83,6 +84,7 @@ class Artifact:
     dequantized: str = ""
     dequantized_error: dict[str, float] = field(default_factory=dict)
     hidden: tuple[str, ...] = ()
+    engine: str = ""
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -104,7 +106,8 @@ class Artifact:
         ]
         if made_float:
             made_float.insert(0, f"a graph cannot hold {self.dequantized} weights: they were made float numbers again")
-        return whole + parity + divergence + made_float
+        engine = [f"engine: {self.engine}"] if self.engine else []
+        return whole + parity + divergence + made_float + engine
 
     def write(self, folder: Path) -> None:
         """Write `artifact.json` into `folder`."""

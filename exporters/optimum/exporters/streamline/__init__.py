@@ -13,13 +13,15 @@ from optimum.streamline.errors import StreamlineError
 from optimum.streamline.runner import Artifact, Logits, Runner, TokenIds
 
 from .quantize import NONE, WAYS, Quantization
+from .tensorrt.options import EngineOptions
 
 if TYPE_CHECKING:
     from optimum.streamline.windows import Windows
 
-__all__ = ["WAYS", "check_export", "export_checkpoint", "open_artifact", "open_hidden_states"]
+__all__ = ["WAYS", "EngineOptions", "check_export", "export_checkpoint", "open_artifact", "open_hidden_states"]
 
-FORMATS = ("onnx",)  # a second format is a second branch below; what is common to them is `Artifact`
+ONNX, TENSORRT = FORMATS = ("onnx", "tensorrt")
+_OF_ONNX_ALONE: dict[str, Any] = {"device": "cpu", "max_memory": None, "quantize": NONE, "last_logits": False}
 
 
 def export_checkpoint(
@@ -36,6 +38,7 @@ def export_checkpoint(
     quantize_exclude: Sequence[str] = (),
     windows: Windows | None = None,
     last_logits: bool = False,
+    engine: EngineOptions | None = None,
     **options: Any,
 ) -> Artifact:
     """Export a checkpoint into the folder `out`, proved equal to torch, or not at all.
@@ -43,7 +46,7 @@ def export_checkpoint(
     Args:
         checkpoint: A checkpoint's folder or Hub id.
         out: The folder to write: beside its name, then renamed.
-        format: `onnx`.
+        format: `onnx`, or `tensorrt`, of which what is said below of memory, quantizing and last logits does not hold.
         dtype: `fp32`, `fp16`, or on `cuda` `bf16`: what weights, cache and logits are in (fp32 logits with `bf16`).
         device: `cpu` or `cuda`: where the export runs to be compared with torch.
         overwrite: Whether `out` may exist.
@@ -59,6 +62,7 @@ def export_checkpoint(
         windows: Text to calibrate on, for a way to quantize that does.
         last_logits: Whether the graph, left to itself, gives the logits of each row's last token only: a shorter
             prefill for a client that generates. Fed 0 as `num_logits_to_keep` it gives all.
+        engine: What engine to build, for `tensorrt`.
         options: `cache_dir`, `trust_remote_code`.
 
     Returns:
@@ -69,6 +73,14 @@ def export_checkpoint(
         StreamlineError: the checkpoint, `out`, or an option cannot be used, or a package is missing.
     """
     _check_format(format)
+    if format == TENSORRT:
+        _refuse_for_tensorrt(device=device, max_memory=max_memory, quantize=quantize, last_logits=last_logits)
+        from .tensorrt.export import TensorrtExport, export_tensorrt
+
+        built = TensorrtExport(checkpoint, out, engine or EngineOptions(), dtype, tolerance, options)
+        return export_tensorrt(built, overwrite, verbose)
+    if engine is not None:
+        raise StreamlineError(f"builder {engine.builder!r}: format {format!r} has no engine; leave it out")
     from .export import OnnxExport, export_onnx
 
     quantization = None if quantize == NONE else Quantization(quantize, tuple(quantize_exclude), windows)
@@ -83,6 +95,9 @@ def check_export(format: str, dtype: str, device: str, quantize: str = NONE) -> 
         StreamlineError: the format, dtype or device is wrong, or a package is missing.
     """
     _check_format(format)
+    if format == TENSORRT:
+        _refuse_for_tensorrt(device=device, quantize=quantize)
+        return
     from .export import check_options
 
     check_options(dtype, device, quantize)
@@ -94,7 +109,7 @@ def open_artifact(artifact: Artifact, device: str = "cpu") -> Runner:
     Raises:
         StreamlineError: its runtime is not installed, or lacks the device.
     """
-    _check_format(artifact.format)
+    _check_runs(artifact.format)
     from .ort_runner import OnnxRunner
 
     return OnnxRunner(Path(artifact.path), device)
@@ -106,10 +121,22 @@ def open_hidden_states(artifact: Artifact, device: str = "cpu") -> Callable[[Tok
     Raises:
         StreamlineError: the layers are no parts of the graph; or as `open_artifact`.
     """
-    _check_format(artifact.format)
+    _check_runs(artifact.format)
     from .hidden_states import open_hidden_states as open_states
 
     return open_states(artifact, device)
+
+
+def _refuse_for_tensorrt(**given: Any) -> None:
+    for name, value in given.items():
+        if value != _OF_ONNX_ALONE[name]:
+            raise StreamlineError(f"{name.replace('_', '-')} {value}: format 'tensorrt' cannot do it; leave it out")
+
+
+def _check_runs(name: str) -> None:
+    _check_format(name)
+    if name == TENSORRT:
+        raise StreamlineError("format 'tensorrt': its engines cannot be run from here yet")
 
 
 def _check_format(name: str) -> None:

@@ -6,6 +6,8 @@ shapes are still on the values. Knows no architecture.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -18,8 +20,17 @@ QUERY, KEY, VALUE, MASK = range(4)
 
 
 def simplify_attention(model: ir.Model) -> None:
-    """Give `Attention` grouped heads, the cache, and heads side by side, in place."""
-    for step in (_share_heads, _keep_masked_rows, _append_to_cache, _flatten_heads):
+    """Give `Attention` grouped heads, and leave what padding attends to as it is, in place."""
+    _take_steps(model, _share_heads, _keep_masked_rows)
+
+
+def append_within_attention(model: ir.Model) -> None:
+    """Give `Attention` the cache, to append to, and heads side by side, in place."""
+    _take_steps(model, _append_to_cache, _flatten_heads)
+
+
+def _take_steps(model: ir.Model, *steps: Callable[[ir.Graph, ir.Node], None]) -> None:
+    for step in steps:
         for node in list(model.graph):
             if node.op_type == "Attention" and len(node.inputs) > MASK:
                 step(model.graph, node)

@@ -11,13 +11,15 @@ from transformers import PreTrainedModel
 from optimum.streamline.anatomy import architecture_of
 from optimum.streamline.dead import cache_numbers
 
-from .attention import simplify_attention
+from .attention import append_within_attention, simplify_attention
 from .compact import compact
 from .mask import simplify_mask
-from .names import rename
+from .names import TOKEN_INPUTS, rename
 from .repair import repair
 from .skeleton import skeleton, templates
 from .stamp import CannotStampError, Layers, entering, stamp
+from .tensorrt.feeds import MaskInput
+from .tensorrt.static_cache import STATIC_INPUTS, use_static_caches
 from .trace import trace
 from .weights import bind_weights
 
@@ -30,11 +32,13 @@ class Built:
         model: The graph, its weights read when they are asked for.
         hidden: The hidden states that leave the layers, first to last; empty where the layers are not parts of it.
         entering: The one that enters the first layer, where it could be told.
+        masks: The inputs that are masks, of a graph whose caches have a fixed length.
     """
 
     model: ir.Model
     hidden: list[ir.Value]
     entering: ir.Value | None = None
+    masks: tuple[MaskInput, ...] = ()
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -44,15 +48,17 @@ class Built:
         return tuple(str(value.name) for value in (self.entering, *self.hidden))
 
 
-def build_graph(model: PreTrainedModel, traced: Sequence[int]) -> Built:
+def build_graph(model: PreTrainedModel, traced: Sequence[int], cache_length: int | None = None) -> Built:
     """The one graph of a model, its dead parts left out and its inputs and outputs named for clients.
 
     Args:
         model: With its weights offloaded.
         traced: The layers to trace: all of them, or `layers_to_trace`.
+        cache_length: How many places a cache has that is written in place; `None` where it grows, token by token.
 
     Raises:
         CannotStampError: the others cannot be made from these.
+        StreamlineError: its caches cannot have a fixed length.
     """
     short = skeleton(model, traced)
     graph = trace(short)
@@ -60,6 +66,11 @@ def build_graph(model: PreTrainedModel, traced: Sequence[int]) -> Built:
     compact(graph)
     simplify_mask(graph)
     simplify_attention(graph)
+    if cache_length is None:
+        append_within_attention(graph)
+        masks: tuple[MaskInput, ...] = ()
+    else:
+        masks = use_static_caches(graph, cache_length)
     path = architecture_of(model.config).layers
     layers = Layers(path, traced, templates(model, traced), cache_numbers(short), cache_numbers(model))
     entry = entering(graph.graph, layers)
@@ -70,5 +81,5 @@ def build_graph(model: PreTrainedModel, traced: Sequence[int]) -> Built:
             raise
         hidden = []  # none is to be made of another
     bind_weights(graph, model)
-    rename(graph)
-    return Built(graph, hidden, entry)
+    rename(graph, TOKEN_INPUTS if cache_length is None else STATIC_INPUTS)
+    return Built(graph, hidden, entry, masks)

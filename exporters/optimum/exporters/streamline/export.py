@@ -5,11 +5,12 @@ A graph to be quantized is proved first, as any; what quantizing it changed is m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from optimum.streamline.errors import ParityError, StreamlineError, require_extra
 from optimum.streamline.logs import captured_logs
@@ -24,8 +25,12 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from optimum.streamline.checkpoint import Source
+
     from .build import Built
     from .calls import Answer
+
+T = TypeVar("T")
 
 FORMAT = "onnx"
 WEIGHTS_FILE = f"{GRAPH_FILE}.data"
@@ -96,7 +101,7 @@ def check_options(dtype: str, device: str, quantize: str = NONE) -> None:
     provider_of(device)
 
 
-def _check_config(config: PretrainedConfig) -> None:
+def check_config(config: PretrainedConfig) -> None:
     """Refuse a model whose graph could not be made, or not be compared with torch.
 
     Raises:
@@ -125,7 +130,7 @@ def _export_into(folder: Path, job: OnnxExport) -> Artifact:
 
     source = checkpoint.Source(job.checkpoint, **job.options)
     config = checkpoint.read_config(source)
-    _check_config(config)
+    check_config(config)
     dequantized = quantization_name(config) or ""
     with (
         TemporaryDirectory(dir=folder) as scratch,
@@ -146,7 +151,7 @@ def _export_into(folder: Path, job: OnnxExport) -> Artifact:
             from .last_logits import keep_last_logits
 
             keep_last_logits(folder, model.get_output_embeddings().weight.shape[1], job.device)
-        _write_companions(model, job, folder)
+        write_companions(model, checkpoint.Source(job.checkpoint, **job.options), folder)
         error = _dequantized_error(job, folder, bar) if dequantized else {}
     fingerprint = checkpoint.fingerprint(job.checkpoint, job.options.get("cache_dir"))
     return Artifact(
@@ -208,7 +213,17 @@ def _quantize(model: PreTrainedModel, job: OnnxExport, plain: Path, folder: Path
 
 
 def _export_model(model: PreTrainedModel, job: OnnxExport, folder: Path, bar: Bar) -> _Proved:
-    """Write a graph that is proved equal to `model`: a stamped one, or else one of which every layer was traced."""
+    """Write a graph that is proved equal to `model`."""
+    proved, whole_because = from_few_layers(model, lambda traced: _export_traced(model, job, folder, traced, bar))
+    return replace(proved, whole_because=whole_because)
+
+
+def from_few_layers(model: PreTrainedModel, attempt: Callable[[list[int]], T]) -> tuple[T, str]:
+    """What `attempt` makes of a graph that a few traced layers were stamped out to, or of all if they will not do.
+
+    Returns:
+        That, and why all layers had to be traced; empty where few were enough.
+    """
     from .skeleton import layers_to_trace
     from .stamp import CannotStampError
 
@@ -216,10 +231,10 @@ def _export_model(model: PreTrainedModel, job: OnnxExport, folder: Path, bar: Ba
     whole_because = ""
     if few != every:
         try:
-            return _export_traced(model, job, folder, few, bar)
+            return attempt(few), ""
         except (CannotStampError, ParityError) as error:
             whole_because = str(error)
-    return replace(_export_traced(model, job, folder, every, bar), whole_because=whole_because)
+    return attempt(every), whole_because
 
 
 def _export_traced(model: PreTrainedModel, job: OnnxExport, folder: Path, traced: list[int], bar: Bar) -> _Proved:
@@ -268,10 +283,11 @@ def write_graph(graph: ir.Model, model: PreTrainedModel, folder: Path) -> None:
     write_genai_config(model, graph, folder)
 
 
-def _write_companions(model: PreTrainedModel, job: OnnxExport, folder: Path) -> None:
-    from optimum.streamline.checkpoint import Source, load_tokenizer
+def write_companions(model: PreTrainedModel, source: Source, folder: Path) -> None:
+    """Write what clients read beside a graph: the model's config, how it generates, its tokenizer."""
+    from optimum.streamline.checkpoint import load_tokenizer
 
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     with suppress(StreamlineError):  # a checkpoint without a tokenizer is a model all the same
-        load_tokenizer(Source(job.checkpoint, **job.options)).save_pretrained(folder)
+        load_tokenizer(source).save_pretrained(folder)

@@ -2,6 +2,7 @@
 
     input_ids, attention_mask, position_ids, past_key_values.N.key/value -> logits, present.N.key/value
 
+A graph with caches of a fixed length has `write_indices` and `mask`, or `mask.window_N`, in place of `attention_mask`.
 One value within has a name that is relied on, `last_hidden_state`: what the output projection reads. Knows no model: N
 counts the cache entries the graph has, in order, whichever layers they belong to.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterable
 
 import onnx_ir as ir
 
@@ -28,20 +30,25 @@ _AXES = {
     "input_ids": (BATCH, SEQUENCE),
     "attention_mask": (BATCH, TOTAL),
     "position_ids": (BATCH, SEQUENCE),
+    "write_indices": (BATCH,),
+    "mask": (BATCH, None, SEQUENCE, None),
     "logits": (BATCH, SEQUENCE, None),
     "past_key_values": (BATCH, None, PAST, None),
     "present": (BATCH, None, TOTAL, None),
 }
 
 
-def rename(model: ir.Model) -> None:
+def rename(model: ir.Model, tokens: Iterable[str] = TOKEN_INPUTS) -> None:
     """Give inputs, outputs, their axes, and the nodes their public names, in place.
+
+    Args:
+        tokens: The inputs that there must be beside the caches.
 
     Raises:
         StreamlineError: the graph lacks an input that clients feed, or has one that they do not know.
     """
     graph = model.graph
-    missing = sorted(set(TOKEN_INPUTS) - {str(value.name) for value in graph.inputs})
+    missing = sorted(set(tokens) - {str(value.name) for value in graph.inputs})
     if missing:
         raise StreamlineError(f"architecture cannot be exported: its graph does not read {', '.join(missing)}")
     _rename_cache(list(graph.inputs), "past_key_values")
@@ -80,8 +87,13 @@ def _rename_axes(value: ir.Value) -> None:
     kind = str(value.name).split(".")[0]
     if kind not in _AXES or value.shape is None:
         raise StreamlineError(f"architecture cannot be exported: its graph has the input or output {value.name!r}")
+    named = zip(_AXES[kind], value.shape, strict=True)
+    value.shape = ir.Shape([_axis(name, size) for name, size in named])
+
+
+def _axis(name: str | None, size: int | ir.SymbolicDim) -> int | str:
     # The tracer writes a fixed size as a symbol too, "2", which TensorRT and GenAI read as a name.
-    value.shape = ir.Shape([axis or int(str(size)) for axis, size in zip(_AXES[kind], value.shape, strict=True)])
+    return size if isinstance(size, int) else name or int(str(size))
 
 
 def _forget_inner_shapes(graph: ir.Graph) -> None:

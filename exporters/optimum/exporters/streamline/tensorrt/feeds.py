@@ -1,0 +1,85 @@
+"""What a graph with static caches is fed: where in the caches new tokens are written, and which places they attend to.
+
+Imports numpy alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.runner import TokenIds
+
+from ..calls import Mask
+
+
+@dataclass(frozen=True)
+class MaskInput:
+    """An input of a static graph that says which places of the caches a token attends to.
+
+    Args:
+        name: Of the input, `[batch, 1, length, cache length]`, which is added to attention scores: 0 for a place that
+            is attended to, and half the least number of its type for one that is not.
+        window: How many places a token attends to at most, its own the last of them; `None` where it is all.
+    """
+
+    name: str
+    window: int | None = None
+
+
+def static_feeds(
+    input_ids: TokenIds, attention_mask: Mask, masks: Sequence[MaskInput], cache_length: int, dtype: npt.DTypeLike
+) -> dict[str, npt.NDArray[Any]]:
+    """What is fed beside the caches, for tokens `[batch, length]` and the mask of everything up to their end.
+
+    Args:
+        attention_mask: `[batch, everything fed so far]`, these tokens included; 0 for padding, which is on the left.
+        dtype: Of the masks.
+
+    Raises:
+        StreamlineError: the caches are too short for the text.
+    """
+    batch, new = input_ids.shape
+    end = attention_mask.shape[1]
+    if end > cache_length:
+        raise StreamlineError(f"length {end}: beyond the {cache_length} tokens that this export has room for")
+    # A padding token's position is of no consequence, but must be one.
+    positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)[:, -new:]
+    closed = np.finfo(dtype).min / 2
+    feeds = {
+        "input_ids": input_ids,
+        "position_ids": positions,
+        "write_indices": np.full(batch, end - new, np.int64),
+        **{
+            mask.name: np.where(open_places(attention_mask, new, cache_length, mask.window), 0, closed).astype(dtype)
+            for mask in masks
+        },
+    }
+    return {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+
+
+def open_places(attention_mask: Mask, new: int, cache_length: int, window: int | None) -> npt.NDArray[np.bool_]:
+    """Which places `[batch, 1, new, cache length]` the last `new` tokens attend to.
+
+    >>> open_places(np.array([[0, 1, 1, 1]]), 2, 5, None)[0, 0].astype(int)
+    array([[0, 1, 1, 0, 0],
+           [0, 1, 1, 1, 0]])
+    >>> open_places(np.array([[0, 1, 1, 1]]), 2, 5, 2)[0, 0].astype(int)
+    array([[0, 1, 1, 0, 0],
+           [0, 0, 1, 1, 0]])
+    """
+    batch, end = attention_mask.shape
+    token = np.arange(end - new, end)[:, None]
+    place = np.arange(cache_length)[None]
+    near = place <= token
+    if window is not None:
+        near &= place > token - window
+    real = np.zeros((batch, cache_length), bool)
+    real[:, :end] = attention_mask != 0
+    found: npt.NDArray[np.bool_] = near[None, None] & real[:, None, None]
+    return found
