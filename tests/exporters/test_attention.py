@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 from onnx_ir.passes.common import ShapeInferencePass
 
-from optimum.exporters.streamline.attention import simplify_attention
+from optimum.exporters.streamline.attention import append_within_attention, simplify_attention
 from optimum.exporters.streamline.mask import simplify_mask
 from tiny import token_ids
 
@@ -93,6 +93,7 @@ def operators(model: ir.Model) -> Counter[str]:
 def test_the_simple_form_computes_the_same(past: int) -> None:
     plain, simple = parsed(TRACED), parsed(TRACED)
     simplify_attention(simple)
+    append_within_attention(simple)
     assert operators(simple) == {"Attention": 1, "Not": 1, "Cast": 1, "Mul": 1}
     assert [value.name for value in simple.graph.outputs] == ["out", "new_keys", "new_values"]
     expected, got = run(plain, feeds(past)), run(simple, feeds(past))
@@ -131,6 +132,7 @@ def test_what_is_not_of_the_form_is_left_alone(old: str, new: str, left: dict[st
     model = parsed(TRACED.replace(old, new))
     expected = run(parsed(TRACED.replace(old, new)), feeds(4))
     simplify_attention(model)
+    append_within_attention(model)
     assert {name: operators(model)[name] for name in left} == left
     for one, other in zip(run(model, feeds(4)), expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
@@ -140,6 +142,7 @@ def test_keys_that_something_else_reads_are_appended_for_it_too() -> None:
     model = parsed(TRACED.replace("float[b,2,t,8] new_values)", "float[b,2,t,8] new_values, float[b,2,t,8] more)")
                    .replace("    back =", "    more = Neg(new_keys)\n    back ="))  # fmt: skip
     simplify_attention(model)
+    append_within_attention(model)
     assert operators(model)["Concat"] == 2
     assert run(model, feeds(4))[3].shape == (2, 2, 7, 8)
 

@@ -29,7 +29,9 @@ def written(checkpoint: str, folder: Path) -> None:
 
 
 # The constants of GPT-2's activation are rounded too: 0.7969 for 0.7979.
-@pytest.mark.parametrize(("case", "tolerance"), [("llama", 1e-4), ("gpt2", 1e-3), ("gemma2", 1e-4)])
+@pytest.mark.parametrize(
+    ("case", "tolerance"), [pytest.param("llama", 1e-4, marks=pytest.mark.slow), ("gpt2", 1e-3), ("gemma2", 1e-4)]
+)
 def test_the_graph_is_the_model_with_weights_in_bfloat16(exported, tmp_path, case, tolerance):
     checkpoint = str(exported(case).checkpoint)
     written(checkpoint, tmp_path / "onnx")

@@ -49,7 +49,7 @@ export_checkpoint(sys.argv[1], Path(sys.argv[2]))
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"format": "tensorrt"}, "format 'tensorrt'"),
+        ({"format": "gguf"}, "format 'gguf': unknown; one of onnx, tensorrt"),
         ({"dtype": "bf16"}, "dtype 'bf16'"),
         ({"dtype": "int3"}, "dtype 'int3'"),
         ({"device": "tpu"}, "device 'tpu'"),

@@ -111,6 +111,7 @@ def test_a_recipe_that_quantizes_is_refused_there(cli: Cli, tmp_path: Path) -> N
 RUN = (*SHORTGPT, "--format", "onnx", "--quantize", "int8", "--quantize-exclude", "15")
 
 
+@pytest.mark.slow
 def test_a_run_scores_the_quantized_graph_where_that_comes_first(cli: Cli, tmp_path: Path) -> None:
     done = cli("run", "-m", REFERENCE, tmp_path / "out", *RUN, "--steps", "quantize,prune")
     assert (done.code, done.err) == (0, "")

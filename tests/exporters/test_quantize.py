@@ -106,7 +106,7 @@ def test_four_bits_hold_a_tied_embedding_once(quantized: Callable[..., Artifact]
     assert quantized("int4").weight_bytes == pytest.approx(3.67e6 * (0.5 + 4 / 32), rel=0.02)
 
 
-@pytest.mark.parametrize("how", ["int4", "int4-gptq", "int8"])
+@pytest.mark.parametrize("how", ["int4", pytest.param("int4-gptq", marks=pytest.mark.slow), "int8"])
 def test_what_is_excluded_stays_in_float(quantized: Callable[..., Artifact], how: str) -> None:
     found = operators(quantized(how, "0", "15", "*.v_proj", "lm_head"))
     # Of two layers all seven products, of the other fourteen one, and the output projection.

@@ -125,6 +125,7 @@ def test_a_stamp_that_computes_something_else_is_noticed_and_every_layer_traced(
     assert artifact.whole_because.startswith("parity: prefill differs from torch by")
 
 
+@pytest.mark.slow
 def test_layers_that_pass_on_more_than_a_hidden_state_are_all_traced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,7 +162,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_an_export_in_little_memory_is_judged_alike(dtype: str, tmp_path: Path, opened: list[int]) -> None:
     checkpoint = saved(tmp_path / "checkpoint", dead=((1, ATTENTION),), num_hidden_layers=6)
     plenty = export_checkpoint(checkpoint, tmp_path / "plenty", dtype=dtype)

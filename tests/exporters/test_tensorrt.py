@@ -179,7 +179,7 @@ def test_a_command_exports_the_reference_model_and_says_what_was_built(
     runner = StaticOnnxRunner(tmp_path / "out", record.masks)
     with pytest.raises(StreamlineError, match="length 65: beyond the 64 tokens that this export has room for"):
         runner.prefill(np.ones((1, 65), np.int64))
-    with pytest.raises(StreamlineError, match="format 'tensorrt': its engines cannot be run from here yet"):
+    with pytest.raises(StreamlineError, match="device 'cpu': an engine runs on a GPU"):
         open_artifact(artifact)
 
 

@@ -129,7 +129,7 @@ def test_an_engine_is_refused_elsewhere_by_name() -> None:
 
 def test_a_text_that_the_caches_have_no_room_for_is_refused() -> None:
     with pytest.raises(StreamlineError, match="length 33: beyond the 32 tokens that this export has room for"):
-        static_feeds(np.ones((1, 33), np.int64), np.ones((1, 33), np.int64), [MaskInput("mask")], 32, np.float32)
+        static_feeds(np.ones((1, 33), np.int64), np.ones((1, 33), np.int64), [MaskInput("mask")], 32, -1e9)
 
 
 @pytest.fixture(scope="module")

@@ -302,6 +302,7 @@ def test_two_processes_train_as_one(launcher: str, words: list[str], alone: Path
         assert ours["settings"] == theirs["settings"]
 
 
+@pytest.mark.slow
 def test_two_processes_judge_by_one_held_out_window(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -350,6 +351,7 @@ def test_two_processes_are_refused_as_one_and_plan_as_one(words: list[str], tmp_
     assert [(tmp_path / f"free-{rank}").read_text() for rank in (0, 1)] == ["(1,)", "(1,)"]
 
 
+@pytest.mark.slow
 def test_what_two_processes_began_one_ends(words: list[str], alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with run(f"{TORCHRUN} -m optimum.commands.optimum_cli", words, out) as process:

@@ -92,6 +92,7 @@ def test_it_resumes_at_the_first_step_that_is_missing(cli: Cli, folder: Path) ->
     assert after == before
 
 
+@pytest.mark.slow
 def test_a_part_that_is_gone_is_made_again(cli: Cli, folder: Path) -> None:
     out = folder / "out"
     before = made_at(out)
@@ -121,6 +122,7 @@ def test_a_checkpoint_that_is_broken_is_said_so(cli: Cli, folder: Path, tmp_path
         assert outcome.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_other_text_of_the_same_name_is_another_run(cli: Cli, tmp_path: Path) -> None:
     texts = list(read_documents("stdlib:train"))
     (tmp_path / "text.txt").write_text(texts[0] + texts[1] + texts[2])
@@ -151,7 +153,7 @@ def test_another_recipe_is_refused(cli: Cli, folder: Path) -> None:
     assert fingerprint(str(folder / "out")) == before
 
 
-@pytest.mark.parametrize(("limit", "code"), [(100, 0), (1.0001, 3)])
+@pytest.mark.parametrize(("limit", "code"), [pytest.param(100, 0, marks=pytest.mark.slow), (1.0001, 3)])
 def test_validate_pairs_each_with_the_original_in_its_runtime(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -236,6 +236,7 @@ def continuations(count: int) -> list[dict[str, object]]:
     return questions
 
 
+@pytest.mark.slow
 def test_the_command_reports_them_beside_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

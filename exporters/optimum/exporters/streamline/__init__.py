@@ -109,7 +109,13 @@ def open_artifact(artifact: Artifact, device: str = "cpu") -> Runner:
     Raises:
         StreamlineError: its runtime is not installed, or lacks the device.
     """
-    _check_runs(artifact.format)
+    _check_format(artifact.format)
+    if artifact.format == TENSORRT:
+        if device != "cuda":
+            raise StreamlineError(f"device {device!r}: an engine runs on a GPU; give device 'cuda'")
+        from .tensorrt.runner import TensorrtRunner
+
+        return TensorrtRunner(Path(artifact.path))
     from .ort_runner import OnnxRunner
 
     return OnnxRunner(Path(artifact.path), device)
@@ -121,7 +127,8 @@ def open_hidden_states(artifact: Artifact, device: str = "cpu") -> Callable[[Tok
     Raises:
         StreamlineError: the layers are no parts of the graph; or as `open_artifact`.
     """
-    _check_runs(artifact.format)
+    if artifact.format != ONNX:
+        raise StreamlineError(f"format {artifact.format!r}: has no hidden states to read; give an export to {ONNX}")
     from .hidden_states import open_hidden_states as open_states
 
     return open_states(artifact, device)
@@ -131,12 +138,6 @@ def _refuse_for_tensorrt(**given: Any) -> None:
     for name, value in given.items():
         if value != _OF_ONNX_ALONE[name]:
             raise StreamlineError(f"{name.replace('_', '-')} {value}: format 'tensorrt' cannot do it; leave it out")
-
-
-def _check_runs(name: str) -> None:
-    _check_format(name)
-    if name == TENSORRT:
-        raise StreamlineError("format 'tensorrt': its engines cannot be run from here yet")
 
 
 def _check_format(name: str) -> None:

@@ -1,1 +1,1 @@
-"""From a checkpoint to a TensorRT engine: a strict graph with caches of a fixed length, its profiles, its builders."""
+"""From a checkpoint to a TensorRT engine: a graph with caches of a fixed length, its profiles, builders, runner."""

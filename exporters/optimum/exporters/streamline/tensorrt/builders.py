@@ -109,7 +109,7 @@ def build_engine(
     Raises:
         StreamlineError: the library cannot take the graph, or not build it; with its own words.
     """
-    log = _log(trt)
+    log = open_log(trt)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
@@ -158,8 +158,8 @@ def _aim(trt: Any, config: Any, capabilities: Sequence[int]) -> None:
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), place)
 
 
-def _log(trt: Any) -> Any:
-    """A logger of the library's that writes to Python's, and keeps errors."""
+def open_log(trt: Any) -> Any:
+    """A logger of the library's that writes to Python's, and keeps the text of errors in `errors`."""
     severity = trt.ILogger
     levels = {
         severity.INTERNAL_ERROR: logging.ERROR,

@@ -33,13 +33,13 @@ class MaskInput:
 
 
 def static_feeds(
-    input_ids: TokenIds, attention_mask: Mask, masks: Sequence[MaskInput], cache_length: int, dtype: npt.DTypeLike
+    input_ids: TokenIds, attention_mask: Mask, masks: Sequence[MaskInput], cache_length: int, closed: float
 ) -> dict[str, npt.NDArray[Any]]:
     """What is fed beside the caches, for tokens `[batch, length]` and the mask of everything up to their end.
 
     Args:
         attention_mask: `[batch, everything fed so far]`, these tokens included; 0 for padding, which is on the left.
-        dtype: Of the masks.
+        closed: What a mask has for a place that is not attended to. Masks are float32.
 
     Raises:
         StreamlineError: the caches are too short for the text.
@@ -50,13 +50,14 @@ def static_feeds(
         raise StreamlineError(f"length {end}: beyond the {cache_length} tokens that this export has room for")
     # A padding token's position is of no consequence, but must be one.
     positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)[:, -new:]
-    closed = np.finfo(dtype).min / 2
     feeds = {
         "input_ids": input_ids,
         "position_ids": positions,
         "write_indices": np.full(batch, end - new, np.int64),
         **{
-            mask.name: np.where(open_places(attention_mask, new, cache_length, mask.window), 0, closed).astype(dtype)
+            mask.name: np.where(
+                open_places(attention_mask, new, cache_length, mask.window), np.float32(0), np.float32(closed)
+            )
             for mask in masks
         },
     }

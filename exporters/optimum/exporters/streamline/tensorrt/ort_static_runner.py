@@ -15,7 +15,7 @@ from ..calls import Mask
 from ..ort_runner import GRAPH_FILE, open_session
 from .feeds import MaskInput, static_feeds
 
-_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_DTYPES: dict[str, type[np.floating[Any]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,9 @@ class StaticOnnxRunner:
     def _extend(self, input_ids: TokenIds, mask: Mask, cache: StaticCache) -> tuple[Logits, StaticCache]:
         attention_mask = np.concatenate([cache.attention_mask, mask], axis=1)
         cache_length = self._past[0].shape[2]
-        feeds = static_feeds(input_ids, attention_mask, self._masks, cache_length, self._dtype)
+        closed = float(np.finfo(self._dtype).min / 2)
+        feeds = static_feeds(input_ids, attention_mask, self._masks, cache_length, closed)
+        feeds |= {mask.name: feeds[mask.name].astype(self._dtype) for mask in self._masks}
         names = ["logits", *(each.name.replace("past_key_values", "present") for each in self._past)]
         logits, *states = self.session.run(names, feeds | cache.states)
         remembered = dict(zip(cache.states, states, strict=True))

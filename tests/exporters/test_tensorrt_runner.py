@@ -1,0 +1,209 @@
+"""Running an engine: how it is called, with a stand-in that computes its graph; and as it is, where there is a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from optimum.exporters.streamline import EngineOptions, export_checkpoint, open_artifact
+from optimum.exporters.streamline.calls import one_by_one
+from optimum.exporters.streamline.ort_runner import open_session
+from optimum.exporters.streamline.parity import check_parity
+from optimum.exporters.streamline.tensorrt.options import Limits
+from optimum.exporters.streamline.tensorrt.profiles import make_profiles
+from optimum.exporters.streamline.tensorrt.record import EngineRecord
+from optimum.exporters.streamline.tensorrt.runner import TensorrtRunner
+from optimum.streamline.checkpoint import load
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.runner import Artifact
+from tiny import tiny_model, token_ids
+
+pytestmark = [pytest.mark.onnx, pytest.mark.tensorrt]
+
+RTX = EngineOptions("tensorrt-rtx", (89,), max_batch=4, max_length=32, max_input=16)
+NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+
+
+class Library:
+    """TensorRT, as far as running calls it, over the graph that an engine was built of, on the CPU's memory."""
+
+    __version__ = "1.7.1.116"
+    DataType = SimpleNamespace(
+        FLOAT=np.float32, HALF=np.float16, INT64=np.int64, BF16="there is none in ONNX Runtime's CPU"
+    )
+
+    class ILogger:
+        INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+
+    def __init__(self, folder: Path, fails: bool = False) -> None:
+        self.session = open_session(folder / "model.onnx", "cpu")
+        self.record = EngineRecord.read(folder)
+        self.fails = fails
+        self.profiles_used: list[int] = []
+        self.shapes_run: list[tuple[int, ...]] = []
+
+    def Runtime(self, log: Any) -> Any:  # noqa: N802 -- the library's name
+        self.log = log
+        return SimpleNamespace(deserialize_cuda_engine=self.read)
+
+    def read(self, data: bytes) -> Any:
+        assert data
+        if self.fails:
+            self.log.log(1, "made by another\nversion")
+            return None
+        return Engine(self)
+
+
+class Engine:
+    def __init__(self, library: Library) -> None:
+        self.library = library
+        values = (*library.session.get_inputs(), *library.session.get_outputs())
+        self.values = {value.name: value for value in values}
+        self.num_io_tensors = len(self.values)
+
+    def get_tensor_name(self, place: int) -> str:
+        return list(self.values)[place]
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return NUMPY[self.values[name].type]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(size if isinstance(size, int) else -1 for size in self.values[name].shape)
+
+    def create_execution_context(self) -> Context:
+        return Context(self)
+
+
+class Context:
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.shapes, self.addresses = engine, {}, {}
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> None:
+        self.profile = self.engine.library.record.profiles[profile]
+        self.engine.library.profiles_used.append(profile)
+
+    def set_input_shape(self, name: str, shape: Sequence[int]) -> None:
+        assert self.profile[name].misses(shape) == ""
+        self.shapes[name] = tuple(shape)
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        assert name == "logits"
+        return (*self.shapes["input_ids"], self.engine.values["logits"].shape[2])
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        self.addresses[name] = address
+
+    def execute_async_v3(self, stream: int) -> bool:
+        library = self.engine.library
+        assert set(self.addresses) == set(self.engine.values)
+        library.shapes_run.append(self.shapes["input_ids"])
+        inputs = {each.name: self.memory(each.name, self.shapes[each.name]) for each in library.session.get_inputs()}
+        names = [each.name for each in library.session.get_outputs()]
+        for name, array in zip(names, library.session.run(names, inputs), strict=True):
+            self.memory(name, array.shape)[...] = array
+        return True
+
+    def memory(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        dtype = np.dtype(self.engine.get_tensor_dtype(name))
+        size = int(np.prod(shape)) * dtype.itemsize
+        return np.frombuffer((ctypes.c_char * size).from_address(self.addresses[name]), dtype).reshape(shape)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine with two kinds of mask."""
+    folder = tmp_path_factory.mktemp("engine")
+    tiny_model("qwen2").save_pretrained(folder / "checkpoint")
+    export_checkpoint(str(folder / "checkpoint"), folder / "engine", "tensorrt", engine=RTX)
+    return folder
+
+
+def here(exported: Path, most: int = 16) -> TensorrtRunner:
+    """A runner that believes that its engine was built for this CPU, of so many new tokens a call."""
+    folder = exported / "engine"
+    record = EngineRecord.read(folder)
+    limits = Limits(4, most, 32)
+    graph = open_session(folder / "model.onnx", "cpu")
+    profiles = make_profiles({each.name: tuple(each.shape) for each in graph.get_inputs()}, limits)
+    replace(record, gpu="cpu", limits=limits, profiles=profiles).write(folder)
+    return TensorrtRunner(folder, Library(folder), "cpu")
+
+
+@pytest.mark.parametrize("most", [16, 5, 1])
+def test_an_engine_is_called_to_what_torch_computes(exported: Path, most: int) -> None:
+    model, runner = load(str(exported / "checkpoint"), torch.float32), here(exported, most)
+    parity = check_parity(model, one_by_one(runner), 1e-4)
+    assert len(parity) == 5
+    run = runner._trt.shapes_run
+    assert max(new for _, new in run) == min(most, 12)
+    # Prompts in parts of as many tokens as a call takes, and a single token by the profile of its own.
+    assert runner._trt.profiles_used == ([0] if most == 1 else [0, 1])
+    if most == 5:
+        assert [new for _, new in run[:3]] == [5, 5, 2]
+
+
+def test_a_cache_is_written_where_it_lies(exported: Path) -> None:
+    runner = here(exported)
+    ids = token_ids(1, 6).numpy()
+    _, cache = runner.prefill(ids)
+    states = cache.states
+    lies = {name: tensor.data_ptr() for name, tensor in states.items()}
+    filled = [int(tensor.abs().sum((0, 1, 3)).count_nonzero()) for tensor in states.values()]
+    assert filled == [6] * len(states)
+    for _ in range(3):
+        _, cache = runner.decode(ids[:, :1], cache)
+    assert {name: tensor.data_ptr() for name, tensor in cache.states.items()} == lies
+    assert [int(tensor.abs().sum((0, 1, 3)).count_nonzero()) for tensor in cache.states.values()] == [9] * len(states)
+    assert len(cache.steps) == 2  # one for the prompt's length, one for all that decode
+
+
+def test_requests_beyond_the_engine_are_refused_by_name(exported: Path) -> None:
+    runner = here(exported)
+    with pytest.raises(StreamlineError, match=r"input input_ids \[5, 3\]: axis 0 is 5, not from 1 to 4"):
+        runner.prefill(np.ones((5, 3), np.int64))
+    with pytest.raises(StreamlineError, match="length 33: beyond the 32 tokens that this export has room for"):
+        runner.prefill(np.ones((1, 33), np.int64))
+    _, cache = runner.prefill(np.ones((1, 31), np.int64))
+    _, cache = runner.decode(np.ones((1, 1), np.int64), cache)
+    with pytest.raises(StreamlineError, match="length 33: beyond the 32 tokens"):
+        runner.decode(np.ones((1, 1), np.int64), cache)
+
+
+def test_an_engine_that_is_not_of_this_machine_is_refused(exported: Path) -> None:
+    folder = exported / "engine"
+    library = here(exported)._trt
+    record = EngineRecord.read(folder)
+    replace(record, gpu="", capabilities=(89,)).write(folder)
+    with pytest.raises(StreamlineError, match=r"engine for compute capability 89: cannot be run on cpu"):
+        TensorrtRunner(folder, library, "cpu")
+    replace(record, version="1.0").write(folder)
+    with pytest.raises(StreamlineError, match=r"engine of tensorrt-rtx 1\.0: cannot be run by version 1\.7\.1\.116"):
+        TensorrtRunner(folder, library, "cpu")
+    record.write(folder)
+    with pytest.raises(StreamlineError, match=r"model\.engine: tensorrt-rtx cannot read it: made by another version"):
+        TensorrtRunner(folder, Library(folder, fails=True), "cpu")
+
+
+def test_an_artifact_is_opened_on_a_gpu_alone(exported: Path) -> None:
+    with pytest.raises(StreamlineError, match="device 'cpu': an engine runs on a GPU; give device 'cuda'"):
+        open_artifact(Artifact.read(exported / "engine"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("builder", ["tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_an_engine_computes_what_torch_does_on_a_gpu(tmp_path: Path, builder: str, dtype: str) -> None:
+    tiny_model("qwen2").save_pretrained(tmp_path / "checkpoint")
+    options = EngineOptions(builder, max_batch=4, max_length=32, max_input=8)
+    artifact = export_checkpoint(str(tmp_path / "checkpoint"), tmp_path / "engine", "tensorrt", dtype, engine=options)
+    runner: Any = open_artifact(artifact, "cuda")
+    model = load(str(tmp_path / "checkpoint"), torch.float32)
+    assert len(check_parity(model, one_by_one(runner), {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}[dtype])) == 5
