@@ -67,7 +67,9 @@ def test_the_command_says_so_and_quantizes_anew(
         assert share > 0.01
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "opt"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "gemma2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "opt"))]
+)
 def test_hidden_states_of_a_graph_are_those_of_torch(tmp_path: Path, architecture: str) -> None:
     model = wide_model(architecture)
     model.save_pretrained(tmp_path / "in")

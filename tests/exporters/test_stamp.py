@@ -193,6 +193,7 @@ def test_what_has_no_parts_is_refused_in_little_memory(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["in"]
 
 
+@pytest.mark.slow
 def test_a_stamped_graph_that_cannot_be_opened_is_traced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stamp_and_spoil(graph: ir.Model, layers: Layers) -> list[ir.Value]:
         hidden = stamp.stamp(graph, layers)
@@ -206,6 +207,7 @@ def test_a_stamped_graph_that_cannot_be_opened_is_traced_whole(tmp_path: Path, m
     assert artifact.traced_layers == tuple(range(LAYERS))
 
 
+@pytest.mark.slow
 def test_in_little_memory_a_wrong_weight_is_found_too(
     tmp_path: Path, opened: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

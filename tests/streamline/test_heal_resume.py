@@ -338,6 +338,7 @@ for name in ("claimed", "free"):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_are_refused_as_one_and_plan_as_one(words: list[str], tmp_path: Path) -> None:
     script = tmp_path / "divided.py"
     script.write_text(DIVIDED)

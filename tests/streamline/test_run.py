@@ -134,6 +134,7 @@ def test_other_text_of_the_same_name_is_another_run(cli: Cli, tmp_path: Path) ->
     assert "made from another calibration text, though of the same name" in outcome.err
 
 
+@pytest.mark.slow
 def test_another_budget_judges_anew_without_making_anew(cli: Cli, folder: Path) -> None:
     before = made_at(folder / "out")
     outcome = cli(folder / "recipe.yaml", folder / "out", "--max-kl", 1e-6)
