@@ -92,7 +92,6 @@ def test_it_resumes_at_the_first_step_that_is_missing(cli: Cli, folder: Path) ->
     assert after == before
 
 
-@pytest.mark.slow
 def test_a_part_that_is_gone_is_made_again(cli: Cli, folder: Path) -> None:
     out = folder / "out"
     before = made_at(out)
@@ -134,7 +133,6 @@ def test_other_text_of_the_same_name_is_another_run(cli: Cli, tmp_path: Path) ->
     assert "made from another calibration text, though of the same name" in outcome.err
 
 
-@pytest.mark.slow
 def test_another_budget_judges_anew_without_making_anew(cli: Cli, folder: Path) -> None:
     before = made_at(folder / "out")
     outcome = cli(folder / "recipe.yaml", folder / "out", "--max-kl", 1e-6)
@@ -154,7 +152,7 @@ def test_another_recipe_is_refused(cli: Cli, folder: Path) -> None:
     assert fingerprint(str(folder / "out")) == before
 
 
-@pytest.mark.parametrize(("limit", "code"), [pytest.param(100, 0, marks=pytest.mark.slow), (1.0001, 3)])
+@pytest.mark.parametrize(("limit", "code"), [(100, 0), (1.0001, 3)])
 def test_validate_pairs_each_with_the_original_in_its_runtime(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
