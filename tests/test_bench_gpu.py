@@ -141,7 +141,7 @@ def test_the_documentation_has_figures_of_every_case_only(ci: Importer, argument
 
 def test_without_time_nothing_is_run(ci: Importer, tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
-    assert ci("bench_gpu").main(["--device", "cpu", "--smoke", "--minutes", "0", "--out", str(out)]) == 0
+    assert ci("bench_gpu").main(["--device", "cpu", "--smoke", "--minutes", "0", "--out", str(out)]) == 1
     rows = json.loads(out.read_text())["rows"]
     assert len(rows) == 12
     assert all(each["not_run"] and "dense" not in each for each in rows)

@@ -108,13 +108,23 @@ def test_a_recipe_that_quantizes_is_refused_there(cli: Cli, tmp_path: Path) -> N
     assert "quantize 'bnb-nf4': orthogonality makes every model itself" in cli(*words).err
 
 
+def test_a_model_that_is_quantized_already_is_refused(cli: Cli, tmp_path: Path) -> None:
+    assert cli("quantize", "-m", REFERENCE, tmp_path / "model", "--quantize", "bnb-nf4").code == 0
+    words = ("--quantizers", "int4", "--method", "shortgpt", "--remove", "1", "--heal", "none")
+    done = cli("orthogonality", "-m", tmp_path / "model", "--output", tmp_path / "out", *words)
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "is quantized (bnb-nf4) already; give the float model" in done.err
+    assert not (tmp_path / "out").exists()
+
+
 RUN = (*SHORTGPT, "--format", "onnx", "--quantize", "int8", "--quantize-exclude", "15")
 
 
 @pytest.mark.slow
 def test_a_run_scores_the_quantized_graph_where_that_comes_first(cli: Cli, tmp_path: Path) -> None:
-    done = cli("run", "-m", REFERENCE, tmp_path / "out", *RUN, "--steps", "quantize,prune")
+    done = cli("run", "-m", REFERENCE, tmp_path / "not" / "there" / "out", *RUN, "--steps", "quantize,prune")
     assert (done.code, done.err) == (0, "")
+    (tmp_path / "not" / "there" / "out").rename(tmp_path / "out")
     assert "quantized (int8), prefill: " in done.out
     artifact = Artifact.read(tmp_path / "out" / "onnx")
     assert (artifact.quantize, artifact.quantize_exclude) == ("int8", ("11",))

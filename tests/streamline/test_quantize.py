@@ -239,6 +239,14 @@ def assert_refused(done: Outcome, said: str) -> None:
         (("--steps", "prune"), "steps is 'prune'"),
         (("--quantize", "bnb-nf4", "--quantize-exclude", "9"), "quantize-exclude '9': no product has this layer"),
         (
+            ("--quantize", "bnb-nf4", "--replacement", "ffn", "--method", "llm-streamline"),
+            "replacement 'ffn': leaves bare layers, which quantize 'bnb-nf4' cannot take; use another replacement",
+        ),
+        (
+            ("--quantize", "bnb-nf4", "--steps", "quantize,prune", "--method", "shortgpt", "--dtype", "bf16"),
+            "dtype 'bf16': the model is quantized (bnb-nf4) and stays so; leave it out",
+        ),
+        (
             ("--quantize", "bnb-nf4", "--steps", "quantize,prune", "--method", "come"),
             "method 'come': merges weights, so it needs float weights, and here they are quantized (bnb-nf4)",
         ),

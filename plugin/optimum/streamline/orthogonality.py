@@ -19,7 +19,8 @@ from .logs import captured_logs
 from .machine import describe_machine
 from .outputs import check_output, refuse_own_input
 from .prune import Say, Texts, check_recipe, inputs_of, prune, read_texts
-from .quantize import check_quantizable, quantize
+from .quantization_config import quantization_name
+from .quantize import quantize
 from .quantized_pruning import check_quantization
 from .quantizers import NONE, QUANTIZERS
 from .recipe import Recipe
@@ -95,11 +96,10 @@ def _check(source: Source, recipe: Recipe, quantizers: Sequence[str]) -> None:
             raise StreamlineError(f"{field} {value!r}: orthogonality makes every model itself; leave it out")
     check_recipe(source, recipe)
     config = read_config(source)
+    if name := quantization_name(config):
+        raise StreamlineError(f"model {source.model!r}: is quantized ({name}) already; give the float model")
     for how in quantizers:
-        if how in QUANTIZERS:
-            check_quantizable(config, how)
-        else:
-            check_quantization(replace(recipe, quantize=how, format="onnx"), config)
+        check_quantization(replace(recipe, quantize=how, format="none" if how in QUANTIZERS else "onnx"), config)
 
 
 def _measured(asked: Interaction, found: Mapping[str, Accuracy], seed: int) -> Interaction:

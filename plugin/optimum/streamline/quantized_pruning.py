@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from transformers import PreTrainedConfig
 
+from .bare_layers import BareKind
 from .errors import StreamlineError
 from .methods import METHODS
 from .module_patterns import check_layers
@@ -37,8 +40,16 @@ def check_quantization(recipe: Recipe, config: PreTrainedConfig) -> None:
         check_layers(recipe.excluded, config.num_hidden_layers)
     if name is not None or recipe.quantize_first:
         _check_removal_alone(recipe, name or recipe.quantize)
-    if name is not None and recipe.dtype is not None:
-        raise StreamlineError(f"dtype {recipe.dtype!r}: the model is quantized ({name}) and stays so; leave it out")
+    if recipe.quantize in QUANTIZERS and recipe.stand_in in get_args(BareKind):
+        raise StreamlineError(
+            f"replacement {recipe.stand_in!r}: leaves bare layers, which quantize {recipe.quantize!r} cannot take; use "
+            "another replacement"
+        )
+    if recipe.dtype is not None and (name is not None or (recipe.quantize_first and recipe.quantize in QUANTIZERS)):
+        quantized = name or recipe.quantize
+        raise StreamlineError(
+            f"dtype {recipe.dtype!r}: the model is quantized ({quantized}) and stays so; leave it out"
+        )
 
 
 def _check_graph_quantization(recipe: Recipe) -> None:

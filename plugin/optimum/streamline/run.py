@@ -113,7 +113,9 @@ class _Chain:
         if not recipe.quantize_first or how == NONE:
             prune(source, recipe, self._out, **options)
             return
-        with TemporaryDirectory(dir=self._out.absolute().parent) as scratch:
+        beside = self._out.absolute().parent
+        beside.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=beside, prefix=f".{self._out.name}.") as scratch:
             self._say(f"quantizing the graph of {source.model} ({how}), to score its layers in it")
             graph = self._export(source.model, Path(scratch) / "onnx", how, recipe.excluded, None)
             prune(source, recipe, self._out, **options, scored=lambda windows: score_graph(graph, windows))
