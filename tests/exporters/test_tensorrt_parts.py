@@ -12,11 +12,12 @@ import onnx_ir as ir
 import pytest
 
 from optimum.exporters.streamline.build import build_graph
+from optimum.exporters.streamline.parity import LONGEST
 from optimum.exporters.streamline.skeleton import layers_to_trace
 from optimum.exporters.streamline.tensorrt.builders import build_engine
 from optimum.exporters.streamline.tensorrt.feeds import MaskInput, static_feeds
 from optimum.exporters.streamline.tensorrt.lint import check_graph
-from optimum.exporters.streamline.tensorrt.options import EngineOptions, Limits
+from optimum.exporters.streamline.tensorrt.options import SHORTEST, EngineOptions, Limits
 from optimum.exporters.streamline.tensorrt.profiles import choose_profile, make_profiles
 from optimum.exporters.streamline.tensorrt.record import EngineRecord, Machine
 from optimum.streamline.checkpoint import DTYPES, load
@@ -80,6 +81,10 @@ def test_a_request_goes_to_the_narrowest_profile_or_is_refused_by_name() -> None
 def test_limits_that_cannot_be_are_refused(options: EngineOptions, said: str) -> None:
     with pytest.raises(StreamlineError, match=said):
         options.limits(64)
+
+
+def test_caches_have_room_for_what_is_compared_with_torch() -> None:
+    assert SHORTEST == LONGEST
 
 
 def record(**fields: Any) -> EngineRecord:

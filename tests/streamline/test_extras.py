@@ -28,6 +28,7 @@ main()
         (("export",), "onnx", "onnx"),
         (("export",), "onnxscript", "onnx"),
         (("export",), "onnxruntime", "onnx"),
+        (("export", "--format", "tensorrt"), "onnxscript", "tensorrt"),
         (("run", "--remove", "4", "--format", "onnx"), "onnxruntime", "onnx"),
     ],
 )

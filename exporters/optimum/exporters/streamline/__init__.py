@@ -75,6 +75,9 @@ def export_checkpoint(
     _check_format(format)
     if format == TENSORRT:
         _refuse_for_tensorrt(device=device, max_memory=max_memory, quantize=quantize, last_logits=last_logits)
+        from .export import check_packages
+
+        check_packages(TENSORRT)
         from .tensorrt.export import TensorrtExport, export_tensorrt
 
         built = TensorrtExport(checkpoint, out, engine or EngineOptions(), dtype, tolerance, options)

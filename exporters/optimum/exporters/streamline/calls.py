@@ -33,6 +33,17 @@ Answer = Callable[[Sequence[Call]], list[Logits]]
 """The logits `[batch, length, vocabulary]` of each call."""
 
 
+def token_positions(attention_mask: Mask, new: int) -> npt.NDArray[np.int64]:
+    """Where in its own text each of the last `new` tokens is, `[batch, new]`, from 0.
+
+    Args:
+        attention_mask: `[batch, everything fed so far]`, 0 for padding, which is on the left.
+    """
+    # A padding token's position is of no consequence, but must be one.
+    found: npt.NDArray[np.int64] = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)[:, -new:]
+    return found
+
+
 class MaskedRunner(Protocol):
     """A `Runner` whose prefill takes a mask, and whose cache remembers it."""
 

@@ -96,9 +96,18 @@ def check_options(dtype: str, device: str, quantize: str = NONE) -> None:
         )
     if quantize != NONE:
         check_quantization(quantize, dtype)
-    for package in ("onnx", "onnxscript", "transformers.exporters"):  # older transformers lack the last
-        require_extra(package, "onnx")
+    check_packages("onnx")
     provider_of(device)
+
+
+def check_packages(extra: str) -> None:
+    """Refuse to make a graph without the packages that make one.
+
+    Raises:
+        StreamlineError: naming the package that is missing, and the extra that brings it.
+    """
+    for package in ("onnx", "onnxscript", "transformers.exporters"):  # older transformers lack the last
+        require_extra(package, extra)
 
 
 def check_config(config: PretrainedConfig) -> None:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from optimum.streamline.errors import StreamlineError, require_extra
 from optimum.streamline.runner import Logits, TokenIds
 
-from .calls import Mask
+from .calls import Mask, token_positions
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -111,8 +111,7 @@ def value_of(array: npt.NDArray[Any]) -> onnxruntime.OrtValue:
 
 def token_feeds(input_ids: TokenIds, attention_mask: Mask) -> dict[str, npt.NDArray[Any]]:
     """What a graph is fed beside its cache, for tokens `[batch, length]` and the mask of everything up to their end."""
-    # A padding token's position is of no consequence, but must be one.
-    positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)[:, -input_ids.shape[1] :]
+    positions = token_positions(attention_mask, input_ids.shape[1])
     feeds = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
     return {name: np.ascontiguousarray(array) for name, array in feeds.items()}
 

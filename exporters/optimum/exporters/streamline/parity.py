@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from optimum.streamline.errors import ParityError
 from optimum.streamline.runner import Logits, TokenIds
 
-from .calls import Answer, Call
+from .calls import Answer, Call, token_positions
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 """Largest difference of a logit allowed, as a share of the largest reference logit of the check.
@@ -150,7 +150,7 @@ def _tokens(model: PreTrainedModel, rows: int, length: int) -> TokenIds:
 @torch.inference_mode()
 def _reference(model: PreTrainedModel, ids: TokenIds, mask: npt.NDArray[np.int64]) -> Logits:
     """Logits `[batch, length, vocabulary]` of one forward without cache."""
-    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
+    positions = token_positions(mask, mask.shape[1])
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
     output = model(**tensors, use_cache=False)

@@ -126,9 +126,7 @@ def build_engine(
         config.set_timing_cache(cache, ignore_mismatch=False)
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
-        raise StreamlineError(
-            f"{_name(trt)} cannot build the engine: {_one_line(log.errors[-1] if log.errors else '')}"
-        )
+        raise StreamlineError(f"{_name(trt)} cannot build the engine: {last_words(log)}")
     engine.write_bytes(serialized)
     if timing is not None:
         timing.write_bytes(config.get_timing_cache().serialize())
@@ -185,6 +183,11 @@ def open_log(trt: Any) -> Any:
 
 def _name(trt: Any) -> str:
     return next(name for name, builder in BUILDERS.items() if builder.module == trt.__name__)
+
+
+def last_words(log: Any) -> str:
+    """The last error of a logger of `open_log`, in one line."""
+    return _one_line(log.errors[-1] if log.errors else "")
 
 
 def _one_line(said: str) -> str:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.runner import TokenIds
 
-from ..calls import Mask
+from ..calls import Mask, token_positions
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,10 @@ def static_feeds(
     """
     batch, new = input_ids.shape
     end = attention_mask.shape[1]
-    if end > cache_length:
-        raise StreamlineError(f"length {end}: beyond the {cache_length} tokens that this export has room for")
-    # A padding token's position is of no consequence, but must be one.
-    positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)[:, -new:]
+    check_length(end, cache_length)
     feeds = {
         "input_ids": input_ids,
-        "position_ids": positions,
+        "position_ids": token_positions(attention_mask, new),
         "write_indices": np.full(batch, end - new, np.int64),
         **{
             mask.name: np.where(
@@ -62,6 +59,16 @@ def static_feeds(
         },
     }
     return {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+
+
+def check_length(length: int, cache_length: int) -> None:
+    """Refuse a text of more tokens than the caches have places.
+
+    Raises:
+        StreamlineError: naming both.
+    """
+    if length > cache_length:
+        raise StreamlineError(f"length {length}: beyond the {cache_length} tokens that this export has room for")
 
 
 def open_places(attention_mask: Mask, new: int, cache_length: int, window: int | None) -> npt.NDArray[np.bool_]:

@@ -17,8 +17,8 @@ from optimum.streamline.errors import StreamlineError, require_extra
 from optimum.streamline.runner import Logits, TokenIds
 
 from ..calls import Mask
-from .builders import BUILDERS, open_log
-from .feeds import static_feeds
+from .builders import BUILDERS, last_words, open_log
+from .feeds import check_length, static_feeds
 from .profiles import choose_profile
 from .record import ENGINE_FILE, EngineRecord, Machine
 
@@ -73,8 +73,7 @@ class TensorrtRunner:
         self._reader = self._trt.Runtime(self._log)
         self._engine = self._reader.deserialize_cuda_engine((folder / ENGINE_FILE).read_bytes())
         if self._engine is None:
-            said = " ".join(self._log.errors[-1].split()) if self._log.errors else "it does not say why"
-            raise StreamlineError(f"{folder / ENGINE_FILE}: {self.runtime} cannot read it: {said}")
+            raise StreamlineError(f"{folder / ENGINE_FILE}: {self.runtime} cannot read it: {last_words(self._log)}")
         self._contexts: dict[int, Any] = {}
         self._dtypes = {name: self._dtype(name) for name in self._names()}
 
@@ -90,7 +89,7 @@ class TensorrtRunner:
             StreamlineError: the request is beyond what the engine was built for.
         """
         batch = len(input_ids)
-        self._check_length(input_ids.shape[1])
+        check_length(input_ids.shape[1], self.record.limits.length)
         states = {name: self._empty(name, batch) for name in self.record.aliases.values()}
         cache = EngineCache(np.ones((batch, 0), np.int64), states)
         return self._extend(input_ids, np.ones_like(input_ids) if attention_mask is None else attention_mask, cache)
@@ -101,13 +100,8 @@ class TensorrtRunner:
         Raises:
             StreamlineError: as `prefill`.
         """
-        self._check_length(cache.attention_mask.shape[1] + input_ids.shape[1])
+        check_length(cache.attention_mask.shape[1] + input_ids.shape[1], self.record.limits.length)
         return self._extend(input_ids, np.ones_like(input_ids), cache)
-
-    def _check_length(self, length: int) -> None:
-        most = self.record.limits.length
-        if length > most:
-            raise StreamlineError(f"length {length}: beyond the {most} tokens that this export has room for")
 
     def _extend(self, input_ids: TokenIds, mask: Mask, cache: EngineCache) -> tuple[Logits, EngineCache]:
         most, parts, seen = self.record.limits.input, [], cache.attention_mask
@@ -152,8 +146,7 @@ class TensorrtRunner:
             for name, tensor in tensors.items():
                 context.set_tensor_address(name, tensor.data_ptr())
             if not context.execute_async_v3(self._stream()):
-                said = " ".join(self._log.errors[-1].split()) if self._log.errors else "it does not say why"
-                raise StreamlineError(f"{self.runtime} cannot run the engine: {said}")
+                raise StreamlineError(f"{self.runtime} cannot run the engine: {last_words(self._log)}")
 
         one_token = inputs["input_ids"].shape[1] == 1
         return _Step(inputs, logits, _captured(run) if one_token and self._device.type == "cuda" else run)

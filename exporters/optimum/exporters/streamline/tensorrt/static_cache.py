@@ -18,14 +18,14 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from optimum.streamline.errors import StreamlineError
 
-from ..names import TRACED_CACHE
+from ..names import TOKEN_INPUTS, TRACED_CACHE
 from ..rewriting import initializer, take_over
 from .feeds import MaskInput
 
 OPSET = 24
 """The first with `TensorScatter`."""
 
-ATTENTION_MASK, INPUT_IDS, POSITION_IDS = "attention_mask", "input_ids", "position_ids"
+INPUT_IDS, ATTENTION_MASK, POSITION_IDS = TOKEN_INPUTS
 WRITE_INDICES, MASK = "write_indices", "mask"
 STATIC_INPUTS = (INPUT_IDS, POSITION_IDS, WRITE_INDICES)
 """What is fed beside masks and caches."""
@@ -153,9 +153,7 @@ def _float_type(value: ir.Value) -> ir.DataType:
 
 def _windows(graph: ir.Graph, masks: list[ir.Value], length: int) -> list[int | None]:
     """How many places the last of `length` tokens attends to, by mask: the mask is computed, and looked at."""
-    inputs = [
-        value for value in graph.inputs if value.name in (ATTENTION_MASK, INPUT_IDS, POSITION_IDS) or _is_cache(value)
-    ]
+    inputs = [value for value in graph.inputs if value.name in TOKEN_INPUTS or _is_cache(value)]
     asked = ir.Model(extract(graph, inputs, masks), ir_version=10)
     asked.graph.opset_imports.update(graph.opset_imports)
     rows = ReferenceEvaluator(ir.to_proto(asked)).run(None, {str(value.name): _fed(value, length) for value in inputs})
