@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,11 +37,14 @@ class Timed:
     size: int
 
 
-def measure_in_turns(timed: Mapping[str, Timed]) -> dict[str, dict[str, float]]:
-    """Median milliseconds of a prompt and of a token after it, every case in a process of its own in every turn."""
+def measure_in_turns(timed: Mapping[str, Timed], turns: int = TURNS) -> dict[str, dict[str, Any]]:
+    """Median milliseconds of a prompt and of a token after it, every case in a process of its own in every turn.
+
+    `decode_turns_ms` are those of a token by turn: what two cases took in one turn can be held against each other.
+    """
     taken: dict[str, list[Seconds]] = {name: [] for name in timed}
-    for turn in range(TURNS):
-        print("turn", turn + 1, "of", TURNS, flush=True)
+    for turn in range(turns):
+        print("turn", turn + 1, "of", turns, flush=True)
         for name, case in timed.items():
             words = (__file__, case.runtime, str(case.folder), str(case.heads), str(case.size))
             said = subprocess.run([sys.executable, *words], check=True, capture_output=True, text=True).stdout
@@ -48,8 +52,9 @@ def measure_in_turns(timed: Mapping[str, Timed]) -> dict[str, dict[str, float]]:
     rows = {}
     for name, seconds in taken.items():
         prefill, decode = 1e3 * np.median(seconds, axis=0)
-        rows[name] = {"prefill_ms": float(prefill), "decode_ms": float(decode)}
-        print(name, rows[name], flush=True)
+        print(f"{name}: prompt {prefill:.2f} ms, token {decode:.3f} ms", flush=True)
+        by_turn = [1e3 * token for _, token in seconds]
+        rows[name] = {"prefill_ms": float(prefill), "decode_ms": float(decode), "decode_turns_ms": by_turn}
     return rows
 
 

@@ -8,8 +8,10 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from optimum.streamline.interactions import reading
-from optimum.streamline.intervals import Interval
+from optimum.streamline.intervals import Interval, median_interval
 from optimum.streamline.report import Interaction
 from optimum.streamline.report_table import size
 
@@ -70,15 +72,14 @@ def _models(runs: list[dict[str, Any]]) -> list[str]:
         if run["seed"] != 0:
             continue
         for row in run["rows"]:
-            ratio, kl = row["perplexity_ratio"], row["kl"]
             cells = (
                 run["recipe"],
                 row["label"],
                 row["runtime"],
                 size(row["disk_bytes"]),
-                f"{ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]",
-                f"{kl['value']:.4f}",
-                f"{row['decode_ms']['value']:.2f}",
+                _interval(Interval(**row["perplexity_ratio"]), 3),
+                _interval(Interval(**row["kl"]), 4),
+                _interval(Interval(**row["decode_ms"]), 2),
                 size(row["peak_bytes"]),
             )
             lines.append(f"| {' | '.join(cells)} |")
@@ -88,15 +89,27 @@ def _models(runs: list[dict[str, Any]]) -> list[str]:
 def _product(rows: dict[str, Any]) -> list[str]:
     dense = rows["dense, fp32"]
     lines = ["| model | layers | size | times smaller | ms a token | times faster |", "|---|---|---|---|---|---|"]
+    turns = {name: np.array(row["decode_turns_ms"]) for name, row in rows.items()}
+    gains = {name: turns["dense, fp32"] / taken for name, taken in turns.items()}
     for name, row in rows.items():
-        smaller, faster = dense["bytes"] / row["bytes"], dense["decode_ms"] / row["decode_ms"]
-        cells = (name, str(row["layers"]), size(row["bytes"]), f"{smaller:.2f}", f"{row['decode_ms']:.2f}")
-        lines.append(f"| {' | '.join((*cells, f'{faster:.2f}'))} |")
-    gain = {name: dense["decode_ms"] / row["decode_ms"] for name, row in rows.items()}
-    share = gain["pruned, int4"] / (gain["pruned, fp32"] * gain["dense, int4"])
+        cells = (
+            name,
+            str(row["layers"]),
+            size(row["bytes"]),
+            f"{dense['bytes'] / row['bytes']:.2f}",
+            _interval(median_interval(turns[name], 0), 2),
+            _interval(median_interval(gains[name], 0), 2),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    share = median_interval(gains["pruned, int4"] / (gains["pruned, fp32"] * gains["dense, int4"]), 0)
     smaller = dense["bytes"] / rows["pruned, int4"]["bytes"]
     lines += [
         "",
-        f"Both together are {smaller:.2f} times smaller, and decode at {share:.2f} of the product of the two gains.",
+        f"Both together are {smaller:.2f} times smaller, and decode at {_interval(share, 2)} of the product of the two "
+        "gains.",
     ]
     return lines
+
+
+def _interval(found: Interval, digits: int) -> str:
+    return f"{found.value:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"

@@ -93,6 +93,7 @@ def test_an_order_that_is_not_possible_says_why(cli: Cli, tmp_path: Path) -> Non
         (("--quantizers", "int4,int4"), "quantizers 'int4,int4': must be names of quantizers, each once"),
         (("--quantizers", ""), "quantizers '': must be names of quantizers"),
         (("--quantizers", "int4", "--quantize", "int4"), "unrecognized arguments: --quantize"),
+        (("--quantizers", "int4", "--dtype", "fp16"), "quantize 'int4': starts from dtype 'fp32', not 'fp16'"),
     ],
 )
 def test_wrong_words_are_one_line(cli: Cli, tmp_path: Path, words: tuple[str, ...], said: str) -> None:
@@ -106,6 +107,8 @@ def test_a_recipe_that_quantizes_is_refused_there(cli: Cli, tmp_path: Path) -> N
     (tmp_path / "recipe.yaml").write_text("method: shortgpt\nremove: 25%\nquantize: bnb-nf4\n")
     words = ("orthogonality", "-m", REFERENCE, tmp_path / "recipe.yaml", "--output", tmp_path / "out")
     assert "quantize 'bnb-nf4': orthogonality makes every model itself" in cli(*words).err
+    (tmp_path / "recipe.yaml").write_text("method: shortgpt\nremove: 25%\nquantize_exclude: 3\n")
+    assert "quantize-exclude '3': orthogonality makes every model itself" in cli(*words).err
 
 
 def test_a_model_that_is_quantized_already_is_refused(cli: Cli, tmp_path: Path) -> None:
@@ -117,6 +120,10 @@ def test_a_model_that_is_quantized_already_is_refused(cli: Cli, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+LAYER_11 = tuple(
+    f"model.layers.11.{each}_proj"
+    for each in (*(f"mlp.{name}" for name in ("down", "gate", "up")), *(f"self_attn.{name}" for name in "koqv"))
+)
 RUN = (*SHORTGPT, "--format", "onnx", "--quantize", "int8", "--quantize-exclude", "15")
 
 
@@ -127,7 +134,7 @@ def test_a_run_scores_the_quantized_graph_where_that_comes_first(cli: Cli, tmp_p
     (tmp_path / "not" / "there" / "out").rename(tmp_path / "out")
     assert "quantized (int8), prefill: " in done.out
     artifact = Artifact.read(tmp_path / "out" / "onnx")
-    assert (artifact.quantize, artifact.quantize_exclude) == ("int8", ("11",))
+    assert (artifact.quantize, artifact.quantize_exclude) == ("int8", LAYER_11)
     assert Artifact.read(tmp_path / "out" / "onnx-original").quantize == "none"
     scores = json.loads((tmp_path / "out" / "streamline.json").read_text())["scores"]["block_influence"]
     cli("score", "-m", REFERENCE, tmp_path / "scores", "--samples", "4", "--length", "64")
@@ -144,7 +151,7 @@ def test_a_run_quantizes_its_export_in_either_order(cli: Cli, tmp_path: Path) ->
     records = [json.loads((tmp_path / name / "streamline.json").read_text()) for name in "ab"]
     assert records[0]["removed"] == records[1]["removed"]  # so that it is one model
     artifacts = [Artifact.read(tmp_path / name / "onnx") for name in "ab"]
-    assert [(each.quantize, each.quantize_exclude) for each in artifacts] == [("int8", ("11",))] * 2
+    assert [(each.quantize, each.quantize_exclude) for each in artifacts] == [("int8", LAYER_11)] * 2
     one, other = (weights(tmp_path / name / "onnx") for name in "ab")
     assert one.keys() == other.keys()
     assert all(np.array_equal(one[name], other[name]) for name in one)
@@ -170,6 +177,7 @@ def test_a_run_quantizes_its_export_in_either_order(cli: Cli, tmp_path: Path) ->
         ),
         (("--quantize", "bnb-nf4", "--method", "shortgpt"), "format 'onnx': quantize 'bnb-nf4' makes a checkpoint"),
         (("--quantize", "int4", "--quantize-exclude", "16"), "there is no layer 16; the model has layers 0 to 15"),
+        (("--quantize", "int4", "--quantize-exclude", "*.typo"), "quantize-exclude '*.typo': no product has this name"),
         (("--quantize", "int4", "--dtype", "fp16"), "quantize 'int4': starts from dtype 'fp32', not 'fp16'"),
         (
             ("--quantize", "int4", "--method", "shortgpt", "--steps", "quantize,prune", "--dry-run"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -17,7 +18,8 @@ from console import Outcome, optimum_cli
 from optimum.commands.streamline import QUANTIZATION_LINES
 from optimum.exporters.streamline import WAYS, export_checkpoint, open_artifact
 from optimum.exporters.streamline.quantize import Quantization, Way
-from optimum.streamline.checkpoint import RECORD_FILE, RECORD_KEYS, Source, load_tokenizer, read_config
+from optimum.streamline.anatomy import architecture_of, decoder_layers, set_decoder_layers
+from optimum.streamline.checkpoint import RECORD_FILE, RECORD_KEYS, Source, load_stock, load_tokenizer, read_config
 from optimum.streamline.cost import cost_of
 from optimum.streamline.errors import ParityError, StreamlineError
 from optimum.streamline.recipe import Budget
@@ -114,12 +116,34 @@ def test_what_is_excluded_stays_in_float(quantized: Callable[..., Artifact], how
     assert found["GatherBlockQuantized"] == 0
 
 
+@pytest.mark.parametrize("how", ["int4", "int8"])
+def test_the_layers_of_a_pruned_model_become_what_they_become_in_the_original(
+    quantized: Callable[..., Artifact], tmp_path: Path, how: str
+) -> None:
+    model = load_stock(Source(REFERENCE))
+    row, kept = architecture_of(model.config), [0, 1, 2, 7, 8, 15]
+    set_decoder_layers(model, row, [decoder_layers(model, row)[layer] for layer in kept], kept)
+    model.save_pretrained(tmp_path / "pruned")
+    pruned = weights(export_checkpoint(str(tmp_path / "pruned"), tmp_path / "onnx", quantize=how))
+    original = weights(quantized(how))
+    of_layers = [name for name in pruned if ".layers." in name]
+    assert len(of_layers) >= 7 * len(kept)  # numbers and scales of each product, and norms
+    for name in of_layers:
+        place = int(re.search(r"\.layers\.(\d+)\.", name)[1])  # type: ignore[index]
+        older = name.replace(f".layers.{place}.", f".layers.{kept[place]}.")
+        np.testing.assert_array_equal(pruned[name], original[older], err_msg=name)
+
+
+def weights(artifact: Artifact) -> dict[str, np.ndarray]:
+    graph = onnx.load(Path(artifact.path) / "model.onnx").graph
+    return {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+
+
 def test_an_exclusion_that_names_nothing_is_refused(tmp_path: Path) -> None:
     tiny_model("llama", num_hidden_layers=1).save_pretrained(tmp_path / "checkpoint")
-    cli = "quantize-exclude '7': no product has this layer or module; give a layer's number or a name such as 'lm_head'"
-    for how in ("int4", "int8"):
-        with pytest.raises(Exception, match=cli):
-            export_checkpoint(str(tmp_path / "checkpoint"), tmp_path / how, quantize=how, quantize_exclude=["7"])
+    for what, said in (("7", "there is no layer 7; the model has layers 0 to 0"), ("*.typo", "no product has this")):
+        with pytest.raises(StreamlineError, match=re.escape(f"quantize-exclude {what!r}: {said}")):
+            export_checkpoint(str(tmp_path / "checkpoint"), tmp_path / "x", quantize="int8", quantize_exclude=[what])
     assert [each.name for each in tmp_path.iterdir()] == ["checkpoint"]
 
 

@@ -67,6 +67,15 @@ def test_the_command_says_so_and_quantizes_anew(
         assert share > 0.01
 
 
+def test_memory_cannot_be_bounded_where_weights_are_made_float(tmp_path: Path) -> None:
+    checkpoint = save_quantized(tmp_path, "bnb-nf4")
+    with pytest.raises(
+        StreamlineError, match=r"max-memory 1000000000: the weights of a quantized checkpoint \(bnb-nf4\)"
+    ):
+        export_checkpoint(checkpoint, tmp_path / "onnx", max_memory=10**9)
+    assert not (tmp_path / "onnx").exists()
+
+
 @pytest.mark.parametrize(
     "architecture", ["llama", "gemma2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "opt"))]
 )

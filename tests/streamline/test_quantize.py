@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from optimum.streamline.checkpoint import Source, load, load_stock, load_tokeniz
 from optimum.streamline.dead import ATTENTION, mark_dead, silence
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.offload import read_parameter
-from optimum.streamline.quantization_config import quantization_fields, quantization_name, renumber_quantization
+from optimum.streamline.quantization_config import quantization_name
 from optimum.streamline.quantize import quantize
 from optimum.streamline.quantized import quantized_modules, use_cpu_kernel
 from optimum.streamline.quantizers import QUANTIZERS
@@ -135,21 +136,11 @@ def test_dead_sublayers_stay_dead(saved: Save, tmp_path: Path, how: str) -> None
     model.save_pretrained(folder := saved())
     assert set(names := quantized_modules(load(quietly(folder, tmp_path / "q", how))))
     assert not [name for name in names if name.startswith("model.layers.1.self_attn")]
-
-
-def test_lists_of_modules_follow_the_layers(saved: Save) -> None:
-    config = wide_model().config
-    names = ["lm_head", "model.layers.1.mlp", "model.layers.3", r"re:.*layers\.4\..*proj$", "model.layers.10.mlp"]
-    config.quantization_config = {"quant_method": "compressed-tensors", "ignore": names, "bits": 4}
-    renumber_quantization(config, "model.layers", [0, 3, 4])
-    assert quantization_fields(config)["ignore"] == ["lm_head", "model.layers.1", r"re:.*layers\.2\..*proj$"]
-
-
-def test_layers_named_elsewhere_are_refused() -> None:
-    config = wide_model().config
-    config.quantization_config = {"quant_method": "gptq", "dynamic": {r"model\.layers\.3\.mlp": {"bits": 8}}}
-    with pytest.raises(StreamlineError, match=r"quantization_config\.dynamic: names layers by their number"):
-        renumber_quantization(config, "model.layers", [0, 3])
+    # Stock transformers quantizes its zeros, and computes with them.
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "q").eval()
+    assert "model.layers.1.self_attn.o_proj" in quantized_modules(stock)
+    use_cpu_kernel(ours := load(str(tmp_path / "q")))
+    assert torch.equal(logits(ours), logits(stock))
 
 
 @pytest.mark.parametrize("how", QUANTIZERS)
@@ -158,7 +149,17 @@ def test_either_order_gives_the_same_weights(
 ) -> None:
     source, flags = saved(), ("--layers", "1,2", "--samples", "2", "--length", "16", "--quantize", how)
     for steps in ("prune,quantize", "quantize,prune"):
-        words = ("prune", "-m", source, tmp_path / steps, *flags, "--steps", steps, "--quantize-exclude", "3,lm_head")
+        words = (
+            "prune",
+            "-m",
+            source,
+            tmp_path / steps,
+            *flags,
+            "--steps",
+            steps,
+            "--quantize-exclude",
+            "*.[23].*,lm_head",
+        )
         done = optimum_cli(monkeypatch, capsys, "streamline", *words)
         assert (done.code, done.err) == (0, "")
     one, other = (load(str(tmp_path / steps)) for steps in ("prune,quantize", "quantize,prune"))
@@ -167,23 +168,39 @@ def test_either_order_gives_the_same_weights(
     assert not [name for name in quantized_modules(one) if ".layers.1." in name]  # it was layer 3
     for steps in ("prune,quantize", "quantize,prune"):
         record = json.loads((tmp_path / steps / "quantization.json").read_text())
-        assert (record["quantize"], record["quantize_exclude"]) == (how, ["3", "lm_head"])
+        assert (record["quantize"], record["quantize_exclude"]) == (how, ["*.[23].*", "lm_head"])
         assert record["quantized"] == 2 * 7
+        assert [name for name in record["float"] if ".layers.1." not in name] == ["lm_head"]
+        assert len(record["float"]) == 7 + 1
         assert json.loads((tmp_path / steps / "streamline.json").read_text())["removed"] == [1, 2]
         assert QUANTIZERS[how].text in (tmp_path / steps / "README.md").read_text()
 
 
-@pytest.mark.parametrize("method", ["shortgpt", "gromov", "layerchop", "llm-streamline", "shortened-ppl", "sleb"])
+@pytest.mark.parametrize(
+    ("method", "how"),
+    [
+        pytest.param(method, how, marks=() if how == "bnb-nf4" or method == "shortgpt" else pytest.mark.slow)
+        for method in ("shortgpt", "gromov", "layerchop", "llm-streamline", "shortened-ppl", "sleb")
+        for how in QUANTIZERS
+    ],
+)
 def test_methods_that_only_remove_take_a_quantized_model(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: Save, tmp_path: Path, method: str
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    saved: Save,
+    tmp_path: Path,
+    method: str,
+    how: str,
 ) -> None:
-    quantized = quietly(saved(), tmp_path / "q", "bnb-nf4")
+    quantized = quietly(saved(), tmp_path / "q", how)
     words = ("--method", method, "--remove", "2", "--replacement", "none", "--heal", "none")
     words += ("--samples", "2", "--length", "16")
     done = optimum_cli(monkeypatch, capsys, "streamline", "prune", "-m", quantized, tmp_path / "p", *words)
     assert (done.code, done.err) == (0, "")
     model = load(str(tmp_path / "p"))
-    assert (model.config.num_hidden_layers, quantization_name(model.config)) == (LAYERS - 2, "bnb-nf4")
+    assert (model.config.num_hidden_layers, quantization_name(model.config)) == (LAYERS - 2, how)
+    card = (tmp_path / "p" / "README.md").read_text()
+    assert f"The original is quantized ({how}); the layers that stayed have its weights as they were.\n" in card
 
 
 _REMOVE = ("--remove", "2", "--samples", "2", "--length", "16")
@@ -237,7 +254,10 @@ def assert_refused(done: Outcome, said: str) -> None:
         (("--quantize-exclude", "3"), "quantize-exclude '3': nothing is quantized; give quantize too"),
         (("--steps", "quantize,prune"), "steps 'quantize,prune': nothing is quantized; give quantize too"),
         (("--steps", "prune"), "steps is 'prune'"),
-        (("--quantize", "bnb-nf4", "--quantize-exclude", "9"), "quantize-exclude '9': no product has this layer"),
+        (
+            ("--quantize", "bnb-nf4", "--quantize-exclude", "9"),
+            "quantize-exclude '9': there is no layer 9; the model has layers 0 to 4",
+        ),
         (
             ("--quantize", "bnb-nf4", "--replacement", "ffn", "--method", "llm-streamline"),
             "replacement 'ffn': leaves bare layers, which quantize 'bnb-nf4' cannot take; use another replacement",
@@ -273,19 +293,52 @@ def test_the_command_quantizes_what_was_pruned_and_keeps_its_record(
     pruned, out = tmp_path / "p", tmp_path / "q"
     flags = ("--layers", "1,2", "--samples", "2", "--length", "16")
     assert optimum_cli(monkeypatch, capsys, "streamline", "prune", "-m", saved(), pruned, *flags).code == 0
-    words = ("quantize", "-m", pruned, out, "--quantize", "bnb-nf4", "--quantize-exclude", "1,4")
+    words = ("quantize", "-m", pruned, out, "--quantize", "bnb-nf4", "--quantize-exclude", "2")
     done = optimum_cli(monkeypatch, capsys, "streamline", *words)
     assert (done.code, done.err) == (0, "")
     assert "quantized (bnb-nf4)" in done.out
-    assert {name.split(".")[2] for name in quantized_modules(load(str(out)))} == {"0", "1"}  # 4 became 2, 1 is gone
+    said = r"left in float: model\.layers\.\*\.self_attn\.q_proj, .*, lm_head \(\d\d\.\d% of the weights that"
+    assert re.search(said, done.out)
+    assert {name.split(".")[2] for name in quantized_modules(load(str(out)))} == {"0", "1"}  # its own layer 2 is not
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert f"Quantized by optimum-streamline from `{pruned}`: {QUANTIZERS['bnb-nf4'].text}.\n" in card
+    assert "| 1 | 3 | kept |" in card
     assert (out / "streamline.json").read_bytes() == (pruned / "streamline.json").read_bytes()
     assert "exists already" in optimum_cli(monkeypatch, capsys, "streamline", *words).err
     assert optimum_cli(monkeypatch, capsys, "streamline", *words, "--overwrite").code == 0
-    gone = ("quantize", "-m", pruned, tmp_path / "x", "--quantize", "bnb-nf4", "--quantize-exclude", "1")
+    wrong = ("quantize", "-m", pruned, tmp_path / "x", "--quantize", "bnb-nf4", "--quantize-exclude", "3")
     assert_refused(
-        optimum_cli(monkeypatch, capsys, "streamline", *gone),
-        "quantize-exclude '1': none of these layers is left; leave it out",
+        optimum_cli(monkeypatch, capsys, "streamline", *wrong),
+        "quantize-exclude '3': there is no layer 3; the model has layers 0 to 2",
     )
+
+
+def test_a_quantized_model_is_not_taken_for_the_float_one_of_its_recipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: Save, tmp_path: Path
+) -> None:
+    source, flags = saved(), ("--layers", "1,2", "--samples", "2", "--length", "16")
+    assert optimum_cli(monkeypatch, capsys, "streamline", "prune", "-m", source, tmp_path / "p", *flags).code == 0
+    quietly(str(tmp_path / "p"), tmp_path / "q", "bnb-nf4")
+    done = optimum_cli(monkeypatch, capsys, "streamline", "run", "-m", source, tmp_path / "q", *flags)
+    assert_refused(done, "quantized since it was made; choose another folder, or pass --overwrite")
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+def test_experts_that_stay_in_float_are_named_with_their_share(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: Save, tmp_path: Path, architecture: str
+) -> None:
+    words = ("quantize", "-m", saved(architecture, tie_word_embeddings=True), tmp_path / "q", "--quantize", "bnb-nf4")
+    done = optimum_cli(monkeypatch, capsys, "streamline", *words)
+    assert (done.code, done.err) == (0, "")
+    assert "left in float: model.layers.*.mlp.experts, lm_head (" in done.out
+    record = json.loads((tmp_path / "q" / "quantization.json").read_text())
+    assert record["float_share"] > 0.5
+    model = load(str(tmp_path / "q"))
+    read = {name: value for name, value in model.named_parameters() if "norm" not in name and ".gate." not in name}
+    left = sum(value.numel() for name, value in read.items() if ".experts." in name or name.startswith("model.embed"))
+    every = sum(each.numel() for name, each in load(str(tmp_path / "float")).named_parameters() if name in read)
+    assert record["float_share"] == pytest.approx(left / every, abs=0.002)
 
 
 @pytest.mark.parametrize(
@@ -298,6 +351,7 @@ def test_the_command_quantizes_what_was_pruned_and_keeps_its_record(
             "quantize 'int4': not of a checkpoint; one of bnb-int8, bnb-nf4, torchao",
         ),
         ("llama", {}, ("--quantize", "bnb-nf4", "--quantize-exclude", "*"), "nothing of this model would be quantized"),
+        ("llama", {}, ("--quantize", "bnb-nf4", "--device", "gpu"), "device 'gpu': unknown; one of cpu, cuda"),
         (
             "llama",
             {"intermediate_size": 80},

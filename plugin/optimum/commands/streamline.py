@@ -174,8 +174,8 @@ def _exclude_flag(group: Any) -> None:
         "--quantize-exclude",
         default="",
         metavar="WHAT",
-        help="what stays in float, by commas: numbers of layers (in the original of what was pruned here), and\n"
-        "modules such as lm_head or *.mlp.down_proj",
+        help="what stays in float, by commas: numbers of this model's layers, and modules such as lm_head or\n"
+        "*.mlp.down_proj",
     )
 
 

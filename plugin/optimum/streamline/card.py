@@ -1,10 +1,11 @@
 """The model card: what a stranger who finds the checkpoint has to know.
 
-A plain function of a record; knows no weights.
+Plain functions of a record; they know no weights.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from .bare_layers import NEEDS_LOAD
@@ -12,6 +13,7 @@ from .healing import Healed
 from .quantizers import QUANTIZERS
 from .record import Record
 
+CARD_FILE = "README.md"
 CITATIONS = {
     "average": "neighbours averaged, a baseline of CoMe (arXiv 2510.15304)",
     "blockpruner": "BlockPruner (arXiv 2406.10594)",
@@ -67,7 +69,7 @@ def model_card(record: Record) -> str:
         *([] if Path(record.source).exists() else [f"base_model: {record.source}"]),
         "---",
         "",
-        f"# {record.source.rstrip('/').rsplit('/', 1)[-1]}, made shallower",
+        f"# {_name(record.source)}, made shallower",
         "",
         f"Made by optimum-streamline from `{record.source}`: {plan.describe()}.",
         f"The choice: {_choice(record)}, on {_data(record, 'calibration')}.",
@@ -76,6 +78,10 @@ def model_card(record: Record) -> str:
     if record.recipe.quantize in QUANTIZERS:
         when = "before layers were chosen" if record.recipe.quantize_first else "afterwards"
         lines.append(f"Quantized {when}: {QUANTIZERS[record.recipe.quantize].text}.")
+    elif record.quantized:
+        lines.append(
+            f"The original is quantized ({record.quantized}); the layers that stayed have its weights as they were."
+        )
     lines += ["", "## Loading", *(_LOADING_BARE if bare else _LOADING).splitlines(), ""]
     if record.change.dead:
         named = "; ".join(f"layer {index}: {' and '.join(skip)}" for index, skip in record.change.dead.items())
@@ -90,6 +96,29 @@ def model_card(record: Record) -> str:
         lines.append(f"| {index} | {originals} | {place.kind} |")
     lines += ["", "`streamline.json` holds the scores, the recipe, the seed and the versions.", ""]
     return "\n".join(lines)
+
+
+def quantized_card(source: str, how: str, card: str | None) -> str:
+    """The text of a quantized checkpoint's `README.md`.
+
+    Args:
+        source: The float checkpoint, as it was named.
+        how: What its weights became.
+        card: The float checkpoint's own card, which is kept below.
+    """
+    head, body = _parts(card or f"---\nlibrary_name: transformers\n---\n\n# {_name(source)}\n")
+    said = f"Quantized by optimum-streamline from `{source}`: {how}."
+    return f"{head}{said}\n\n{body.lstrip()}"
+
+
+def _parts(card: str) -> tuple[str, str]:
+    """The metadata of a card, between lines of `---`, and the rest."""
+    match = re.match(r"---\n.*?\n---\n\s*", card, re.DOTALL)
+    return (match[0], card[match.end() :]) if match else ("", card)
+
+
+def _name(source: str) -> str:
+    return source.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _training(healed: Healed, record: Record) -> str:

@@ -106,8 +106,7 @@ def load_stock(
         StreamlineError: a weight is missing, of the wrong shape, truncated or not finite.
     """
     config = read_config(source)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise StreamlineError("device 'cuda': this machine or this build of torch has none; use 'cpu'")
+    check_device(device)
     quantized = quantization is not None or quantization_name(config) is not None
     if quantized and offload:
         raise StreamlineError(f"model {source.model!r}: its weights are quantized, and cannot stay on disk")
@@ -131,6 +130,18 @@ def load_stock(
         module.to(device)
     module.eval()
     return model
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch cannot compute on here.
+
+    Raises:
+        StreamlineError: naming it.
+    """
+    if device not in ("cpu", "cuda"):
+        raise StreamlineError(f"device {device!r}: unknown; one of cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise StreamlineError("device 'cuda': this machine or this build of torch has none; use 'cpu'")
 
 
 def _read_model(source: Source, config: PreTrainedConfig, options: dict[str, Any]) -> tuple[PreTrainedModel, Any]:

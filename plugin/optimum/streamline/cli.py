@@ -214,6 +214,8 @@ def _dry_run(source: Any, recipe: Recipe, console: Console) -> int:
     before = cost_of(prepared.model.config, "fp32")
     after = cost_of(planned_config(prepared.model.config, prepared.plan), "fp32")
     context = recipe.length
+    if recipe.quantize != "none":
+        console.print(f"of the removal alone, before quantize {recipe.quantize!r}:", markup=False)
     console.print(
         f"parameters: {before.parameters:,} -> {after.parameters:,} ({after.live_parameters:,} to compute with)"
     )
@@ -259,18 +261,7 @@ def _quantize(args: Namespace, console: Console) -> int:
 
 
 def _excluded(args: Namespace) -> list[str]:
-    """What is to stay in float, by the numbers that the layers of a checkpoint have now, be it one of ours."""
-    from .checkpoint import read_record
-    from .module_patterns import followed
-
-    patterns = [each.strip() for each in args.quantize_exclude.split(",") if each.strip()]
-    record = read_record(args.model)
-    if record is None:
-        return patterns
-    new = followed(patterns, [layer["originals"] for layer in record["layers"]])
-    if patterns and not new:
-        raise StreamlineError(f"quantize-exclude {args.quantize_exclude!r}: none of these layers is left; leave it out")
-    return new
+    return [each.strip() for each in args.quantize_exclude.split(",") if each.strip()]
 
 
 def _export(args: Namespace, console: Console) -> int:

@@ -6,7 +6,6 @@ has to read, a long prompt by arithmetic. Nothing is loaded, and no runtime's ov
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from dataclasses import dataclass
@@ -16,12 +15,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .anatomy import architecture_of, head_size, key_value_heads
 from .bare_layers import place_bare_layers
 from .checkpoint import DTYPES, weight_bytes
 from .dead import ATTENTION, MLP, dead_layers, layers_without_attention
+from .products import skeleton_of
+from .quantization_config import float_config
 from .runner import is_artifact
 
 
@@ -82,7 +83,7 @@ class Cost:
 def cost_of(config: PreTrainedConfig, dtype: str) -> Cost:
     """The cost of a model of this config computed in `dtype`."""
     with torch.device("meta"):
-        model: PreTrainedModel = place_bare_layers(AutoModelForCausalLM.from_config(float_config(config)))
+        model = place_bare_layers(skeleton_of(float_config(config)))
     dead = _dead_prefixes(config)
     # Weights shared under two names come once.
     live = [(name, value) for name, value in model.named_parameters() if not name.startswith(dead)]
@@ -105,8 +106,7 @@ def stored_weight_bytes(folder: Path, config: PreTrainedConfig) -> int:
         folder: The checkpoint's.
         config: Its config.
     """
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(float_config(config))
+    model: Any = skeleton_of(float_config(config))
     head = model.get_output_embeddings().weight
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} - {id(head)}
     not_read = {name for name, value in model.named_parameters() if id(value) in embeddings}
@@ -124,14 +124,6 @@ def _bytes(tensor: Any) -> int:
     bits = re.search(r"\d+", tensor.get_dtype())  # F32, BF16, U8, F8_E4M3, ...; BOOL has none
     size: int = math.prod(tensor.get_shape()) * (int(bits[0]) if bits else 8) // 8
     return size
-
-
-def float_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the same model, not quantized."""
-    plain = copy.deepcopy(config)
-    if hasattr(plain, "quantization_config"):
-        del plain.quantization_config
-    return plain
 
 
 def disk_bytes(folder: Path) -> int:

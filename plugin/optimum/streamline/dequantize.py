@@ -8,15 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .checkpoint import Source, load_stock, save_weights
-from .cost import float_config
 from .errors import StreamlineError
-from .quantization_config import quantization_name
+from .products import skeleton_of
+from .quantization_config import float_config, quantization_name
 from .quantized import float_values, quantized_modules
 
 
@@ -33,8 +32,7 @@ def write_dequantized(source: Source, folder: Path) -> None:
             f"model {source.model!r}: its weights are quantized ({quantization_name(model.config)}), and can be made "
             "float only of bitsandbytes and torchao; give the float weights"
         )
-    with torch.device("meta"):
-        skeleton: Any = AutoModelForCausalLM.from_config(float_config(model.config))
+    skeleton = skeleton_of(float_config(model.config))
     for name in names:
         model.set_submodule(name, _float_module(model.get_submodule(name), skeleton.get_submodule(name)))
     _forget_quantization(model)

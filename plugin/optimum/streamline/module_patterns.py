@@ -24,56 +24,47 @@ def chosen(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
     found: set[str] = set()
     names = list(names)
     for pattern in patterns:
-        named = {name for name in names if _matches(name, pattern)}
+        named = {name for name in names if matches(name, [pattern])}
         if not named:
-            example = names[-1] if names else "lm_head"
-            raise StreamlineError(
-                f"quantize-exclude {pattern!r}: no product has this layer or module; give a layer's number or a name "
-                f"such as {example!r} or '*.down_proj'"
-            )
+            raise StreamlineError(f"quantize-exclude {pattern!r}: {_missing(pattern, names)}")
         found |= named
     return found
 
 
-def check_layers(patterns: Sequence[str], total: int) -> None:
-    """Refuse the number of a layer that is not there, of `total`.
-
-    Raises:
-        StreamlineError: naming it.
-    """
-    for pattern in patterns:
-        if pattern.isdecimal() and int(pattern) >= total:
-            raise StreamlineError(
-                f"quantize-exclude {pattern!r}: there is no layer {pattern}; the model has layers 0 to {total - 1}"
-            )
+def _missing(pattern: str, names: Sequence[str]) -> str:
+    layers = [int(match[2]) for match in map(_LAYER.match, names) if match]
+    if pattern.isdecimal() and layers:
+        return f"there is no layer {pattern}; the model has layers 0 to {max(layers)}"
+    example = names[-1] if names else "lm_head"
+    return f"no product has this name; give a layer's number or a name such as {example!r} or '*.down_proj'"
 
 
-def _matches(name: str, pattern: str) -> bool:
-    if pattern.isdecimal():
-        layer = _LAYER.match(name)
-        return layer is not None and int(layer[2]) == int(pattern)
-    return fnmatchcase(name, pattern)
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the patterns chooses this name."""
+    layer = _LAYER.match(name)
+    return any(
+        layer is not None and int(layer[2]) == int(pattern) if pattern.isdecimal() else fnmatchcase(name, pattern)
+        for pattern in patterns
+    )
 
 
-def followed(patterns: Sequence[str], originals: Sequence[Sequence[int]]) -> list[str]:
-    """The same patterns for a model whose layers are other layers' successors; what named only gone layers is gone.
+def followed(names: Iterable[str], originals: Sequence[Sequence[int]]) -> list[tuple[str, str]]:
+    """What modules of a model are called in a new one whose layers are these layers' successors.
 
     Args:
         originals: For each layer of the new model, the layers that it stands for.
 
-    >>> followed(["3", "lm_head", "model.layers.5.mlp.*", "4"], [[0], [3], [5, 6]])
-    ['1', 'lm_head', 'model.layers.2.mlp.*']
+    Returns:
+        New names, each with the old one. Those of layers that are gone are left out.
+
+    >>> followed(["layers.1.up", "layers.3.up", "lm_head"], [[0], [3]])
+    [('layers.1.up', 'layers.3.up'), ('lm_head', 'lm_head')]
     """
-    new: list[str] = []
-    for pattern in patterns:
-        layer = _LAYER.match(pattern)
-        number = pattern if pattern.isdecimal() else layer and layer[2]
-        if not number:
-            new.append(pattern)
-            continue
-        places = [place for place, group in enumerate(originals) if int(number) in group]
-        if pattern.isdecimal():
-            new += map(str, places)
-        elif layer:
-            new += [f"{layer[1]}{place}{pattern[layer.end() :]}" for place in places]
-    return new
+    pairs: list[tuple[str, str]] = []
+    for name in names:
+        if layer := _LAYER.match(name):
+            places = [place for place, group in enumerate(originals) if int(layer[2]) in group]
+            pairs += [(f"{layer[1]}{place}{name[layer.end() :]}", name) for place in places]
+        else:
+            pairs.append((name, name))
+    return pairs

@@ -26,7 +26,7 @@ from .quantizers import NONE, QUANTIZERS
 from .recipe import Recipe
 from .report import Interaction, Report
 from .report_files import write_report
-from .run import CALIBRATION_WINDOWS, score_graph
+from .run import CALIBRATION_WINDOWS, check_exportable, score_graph
 from .runner import Artifact, export, graph_quantizers
 from .validation import Subject, measure
 from .verdict import judge
@@ -90,16 +90,20 @@ def orthogonality(
 
 def _check(source: Source, recipe: Recipe, quantizers: Sequence[str]) -> None:
     """Refuse what cannot be made, before anything is."""
-    for field in ("quantize", "steps", "format"):
+    for field in ("quantize", "quantize_exclude", "steps", "format"):
         value = getattr(recipe, field)
         if value not in (None, NONE):
-            raise StreamlineError(f"{field} {value!r}: orthogonality makes every model itself; leave it out")
+            raise StreamlineError(
+                f"{field.replace('_', '-')} {value!r}: orthogonality makes every model itself; leave it out"
+            )
     check_recipe(source, recipe)
     config = read_config(source)
     if name := quantization_name(config):
         raise StreamlineError(f"model {source.model!r}: is quantized ({name}) already; give the float model")
     for how in quantizers:
-        check_quantization(replace(recipe, quantize=how, format="none" if how in QUANTIZERS else "onnx"), config)
+        asked = replace(recipe, quantize=how, format="none" if how in QUANTIZERS else "onnx")
+        check_quantization(asked, config)
+        check_exportable(asked)
 
 
 def _measured(asked: Interaction, found: Mapping[str, Accuracy], seed: int) -> Interaction:

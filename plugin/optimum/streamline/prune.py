@@ -16,7 +16,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .bare_layers import NEEDS_LOAD, bare_layers
-from .card import model_card
+from .card import CARD_FILE, model_card
 from .checkpoint import (
     DTYPES,
     RECORD_FILE,
@@ -41,7 +41,7 @@ from .outputs import claimed_by_main, staged_by_main
 from .plan import Plan
 from .processes import from_main, is_main, join_processes
 from .quantization_config import quantization_name
-from .quantize import load_quantizing, write_quantization
+from .quantize import check_quantizable, load_quantizing, write_quantization
 from .quantized_pruning import check_quantization
 from .quantizers import QUANTIZERS
 from .recipe import Recipe
@@ -133,14 +133,20 @@ def prepare(source: Source, recipe: Recipe, say: Say, scored: Score | None = Non
     held_out = chosen_on.part(recipe.samples, len(chosen_on.ids)) if len(chosen_on.ids) > recipe.samples else None
     # Not needed yet, but a text that cannot be read is better found now than after hours of a greedy search.
     heal_text = _heal_text(recipe, tokenizer) if recipe.healing else None
+    # Before the model is loaded: there may not be room for what else is loaded to score them.
+    begun = time.monotonic()
+    scored_elsewhere = scored(calibration) if scored else None
+    scoring = time.monotonic() - begun
     quantizes = recipe.quantize_first and recipe.quantize in QUANTIZERS
     if quantizes:
-        model = load_quantizing(source, recipe.quantize, recipe.excluded, recipe.device)
+        in_float = check_quantizable(config, recipe.quantize, recipe.excluded)
+        model = load_quantizing(source, recipe.quantize, in_float, recipe.device)
     else:
         model = load_stock(source, torch.float32, recipe.device)
     loaded = time.monotonic()
-    say(f"scoring {config.num_hidden_layers} layers on {len(calibration.ids)} windows of {recipe.length} tokens")
-    scores = measure_scores(model, calibration) if scored is None else scored(calibration)
+    if scored_elsewhere is None:
+        say(f"scoring {config.num_hidden_layers} layers on {len(calibration.ids)} windows of {recipe.length} tokens")
+    scores = scored_elsewhere or measure_scores(model, calibration)
     plan = method_of(recipe, config).plan(recipe, Evidence(model, calibration, scores, held_out))
     planned = planned_config(model.config, plan)
     if len(layers_without_attention(planned)) == planned.num_hidden_layers:
@@ -148,7 +154,7 @@ def prepare(source: Source, recipe: Recipe, say: Say, scored: Score | None = Non
     if plan.tried:
         say(f"loss on held-out text, nats per token: {_losses(plan)}")
     say(plan.describe())
-    seconds = {"load": loaded - start, "score": time.monotonic() - loaded}
+    seconds = {"load": loaded - start - scoring, "score": time.monotonic() - loaded + scoring}
     kept = quantizes or quantization_name(config) is not None
     stored = None if kept else DTYPES[recipe.dtype or stored_dtype(config)]
     return Prepared(source, recipe, model, tokenizer, stored, chosen_on, heal_text, scores, plan, seconds)
@@ -196,29 +202,28 @@ def prune(
         prepared.plan = from_main(prepared.plan)
         record = change(prepared, say, workspace)
         if staging is not None:
-            _save(prepared, record, staging)
+            _save(prepared, record, staging, say)
             (staging / RECORD_FILE).write_text(record.to_json())
-            (staging / "README.md").write_text(model_card(record))
+            (staging / CARD_FILE).write_text(model_card(record))
     note = f", which {NEEDS_LOAD}" if bare_layers(prepared.model.config) else ""
     say(f"saved {out}{note}")
     return record
 
 
-def _save(prepared: Prepared, record: Record, folder: Path) -> None:
+def _save(prepared: Prepared, record: Record, folder: Path, say: Say) -> None:
     """Write the checkpoint, quantized if that comes last, and what was quantized whenever that came."""
     source, recipe, model = prepared.source, prepared.recipe, prepared.model
     if recipe.quantize not in QUANTIZERS:
         save_model(model, prepared.tokenizer, prepared.stored, folder)
-    elif recipe.quantize_first:
-        save_model(model, prepared.tokenizer, prepared.stored, folder)
-        write_quantization(model, source, recipe.quantize, recipe.excluded, folder)
-    else:
-        exclude = followed(recipe.excluded, [place.originals for place in record.change.places])
+        return
+    if not recipe.quantize_first:
+        in_float = check_quantizable(read_config(source), recipe.quantize, recipe.excluded)
+        now = [new for new, _ in followed(in_float, [place.originals for place in record.change.places])]
         with TemporaryDirectory(dir=folder) as scratch:
             save_model(model, prepared.tokenizer, prepared.stored, Path(scratch))
-            quantized = load_quantizing(Source(scratch), recipe.quantize, exclude, recipe.device)
-            save_model(quantized, prepared.tokenizer, None, folder)
-        write_quantization(quantized, source, recipe.quantize, recipe.excluded, folder)
+            model = load_quantizing(Source(scratch), recipe.quantize, now, recipe.device)
+    save_model(model, prepared.tokenizer, None, folder)
+    say(write_quantization(model, source, recipe.quantize, recipe.excluded, folder))
 
 
 def _say_nothing(message: str) -> None:
@@ -264,6 +269,7 @@ def change(prepared: Prepared, say: Say, workspace: Path | None = None) -> Recor
         healing=healed,
         data=data,
         seconds=prepared.seconds,
+        quantized=quantization_name(model.config) or "",
     )
 
 

@@ -5,13 +5,20 @@ transformers keeps it as `quantization_config`, in each library's own fields. Kn
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .errors import StreamlineError
+from .module_patterns import followed
+from .products import products_of, skeleton_of
+
+# Where a library's config names the modules that stay in float, by patterns that `should_convert_module` reads.
+_LISTS_OF_PATTERNS = ("llm_int8_skip_modules", "modules_to_not_convert")
 
 
 def quantization_fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -30,7 +37,7 @@ def quantization_name(config: PreTrainedConfig) -> str | None:
         return None
     method = str(getattr(fields.get("quant_method"), "value", fields.get("quant_method", "unknown")))
     if method == "bitsandbytes":
-        return f"bnb-{fields['bnb_4bit_quant_type']}" if fields.get("load_in_4bit") else "bnb-int8"
+        return f"bnb-{fields.get('bnb_4bit_quant_type', 'fp4')}" if fields.get("load_in_4bit") else "bnb-int8"
     if method == "torchao" and "int4" in str(fields.get("quant_type")).lower():
         return "torchao-int4"
     return method
@@ -51,6 +58,14 @@ def refuse_quantized(config: PreTrainedConfig, what: str, instead: str) -> None:
         raise StreamlineError(f"{what}: needs float weights, and the model's are quantized ({name}); {instead}")
 
 
+def float_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the same model, not quantized."""
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    return plain
+
+
 def renumber_quantization(config: PreTrainedConfig, layers: str, origins: Sequence[int]) -> None:
     """Make every module that `quantization_config` names by its layer's number the one it was, in place.
 
@@ -59,27 +74,52 @@ def renumber_quantization(config: PreTrainedConfig, layers: str, origins: Sequen
         origins: For each new layer, the present number of the layer that takes its place.
 
     Raises:
-        StreamlineError: it names layers by number elsewhere than in a list of modules.
+        StreamlineError: it names layers in a way of which their new numbers do not follow.
     """
     found = getattr(config, "quantization_config", None)
     if found is None:
         return
     fields = found if isinstance(found, dict) else vars(found)
     # Only the number of a layer follows this path, `.` perhaps written as in a regular expression.
-    named = re.compile(rf"({re.escape(layers.rpartition('.')[2])}\\*\.)(\d+)(?![\d])")
+    path = rf"{re.escape(layers.rpartition('.')[2])}\\*\."
     for field, value in fields.items():
-        if isinstance(value, list) and all(isinstance(each, str) for each in value):
-            fields[field] = [new for each in value for new in _renumbered(each, named, origins)]
-        elif named.search(str(value)):
-            raise StreamlineError(
-                f"quantization_config.{field}: names layers by their number, which removing some would make wrong; "
-                "prune the float model and quantize then"
-            )
+        strings = isinstance(value, list) and all(isinstance(each, str) for each in value)
+        if strings and field in _LISTS_OF_PATTERNS:
+            fields[field] = _patterns_of_same(value, list(products_of(skeleton_of(float_config(config)))), origins)
+        elif strings:
+            fields[field] = [new for each in value for new in _renumbered(field, each, path, origins)]
+        elif re.search(rf"{path}[\[(]?\d", str(value)):
+            raise _cannot_follow(field)
 
 
-def _renumbered(name: str, named: re.Pattern[str], origins: Sequence[int]) -> list[str]:
-    match = named.search(name)
-    if match is None:
+def _patterns_of_same(patterns: list[str], names: list[str], origins: Sequence[int]) -> list[str]:
+    """Patterns that choose, in the new model, the modules which are chosen in the present one; old ones if they do."""
+
+    def chosen(name: str, *which: str) -> bool:
+        return not should_convert_module(name, list(which))
+
+    new_names = dict(followed(names, [[origin] for origin in origins]))
+    wanted = {new for new, old in new_names.items() if chosen(old, *patterns)}
+    named = {each: {new for new in new_names if chosen(new, each)} for each in patterns}
+    idle = {each for each in patterns if not any(chosen(name, each) for name in names)}
+    kept = [each for each in patterns if each in idle or (named[each] and named[each] <= wanted)]
+    rest = wanted.difference(*(named[each] for each in kept))
+    return [*kept, *(name for name in new_names if name in rest)]
+
+
+def _renumbered(field: str, name: str, path: str, origins: Sequence[int]) -> list[str]:
+    literal = list(re.finditer(rf"({path})(\d+)(?=\\*\.|\$|$)", name))
+    if not literal and not re.search(r"(?<![A-Za-z_\d])\d", name):
         return [name]
+    if len(literal) != 1:
+        raise _cannot_follow(field)
+    [match] = literal
     places = [place for place, origin in enumerate(origins) if origin == int(match[2])]
     return [f"{name[: match.start()]}{match[1]}{place}{name[match.end() :]}" for place in places]
+
+
+def _cannot_follow(field: str) -> StreamlineError:
+    return StreamlineError(
+        f"quantization_config.{field}: names layers in a form that cannot follow their new numbers; prune the float "
+        "model and quantize then"
+    )

@@ -6,22 +6,23 @@ Knows nothing of layers being removed; `prune.py` calls this before or after.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from .bare_layers import bare_layers
+from .card import CARD_FILE, quantized_card
 from .checkpoint import (
     DTYPES,
     RECORD_FILE,
     Source,
+    check_device,
     fingerprint,
     load_stock,
     load_tokenizer,
@@ -35,9 +36,10 @@ from .errors import StreamlineError
 from .logs import LOG_FILE, captured_logs
 from .module_patterns import chosen
 from .outputs import staged_folder
-from .quantization_config import quantization_name
+from .products import Product, products_of, skeleton_of
+from .quantization_config import float_config, quantization_name
 from .quantized import quantized_modules
-from .quantizers import check_quantizer
+from .quantizers import QUANTIZERS, check_quantizer
 
 QUANTIZATION_FILE = "quantization.json"
 
@@ -65,11 +67,16 @@ def quantize(
     Raises:
         StreamlineError: the model or the quantizer cannot be used, or `out` cannot be written.
     """
-    check_quantizable(read_config(source), how, exclude)
+    check_device(device)
+    kept = check_quantizable(read_config(source), how, exclude)
     with staged_folder(out, (source.model,), overwrite) as folder, captured_logs(folder / LOG_FILE, verbose):
-        write_quantized(source, folder, how, exclude, device)
+        model = load_quantizing(source, how, kept, device)
+        save_model(model, load_tokenizer(source), None, folder)
+        in_float = write_quantization(model, source, how, exclude, folder)
+        _write_companions(source, how, folder)
         before, after = (weight_bytes(each) / 1e6 for each in (local_folder(source), folder))
     say(f"quantized ({how}): {before:.1f} MB became {after:.1f} MB")
+    say(in_float)
     say(f"saved {out}")
 
 
@@ -77,7 +84,7 @@ def check_quantizable(config: PreTrainedConfig, how: str, exclude: Sequence[str]
     """Refuse a model that a quantizer cannot take, before a weight is read.
 
     Returns:
-        The modules that stay in float.
+        The modules that are to stay in float.
 
     Raises:
         StreamlineError: it is quantized already, or has bare layers, or weights of a wrong width; there is no such
@@ -92,66 +99,62 @@ def check_quantizable(config: PreTrainedConfig, how: str, exclude: Sequence[str]
             f"quantize {how!r}: a bare feed-forward network stands for some layers, and transformers, which would "
             "quantize it, cannot load that; export the model to ONNX and quantize there"
         )
-    with torch.device("meta"):
-        skeleton: Any = AutoModelForCausalLM.from_config(config)
-    linear = (nn.Linear, transformers.pytorch_utils.Conv1D)
-    products = {name: module for name, module in skeleton.named_modules() if isinstance(module, linear)}
+    skeleton = skeleton_of(config)
+    products = products_of(skeleton)
     kept = sorted({*get_keys_to_not_convert(skeleton), *chosen(products, exclude)})
-    _check_groups(how, {name: module for name, module in products.items() if name not in kept})
+    _check_groups(how, {name: product for name, product in products.items() if name not in kept})
     return kept
 
 
-def write_quantized(source: Source, folder: Path, how: str, exclude: Sequence[str], device: str) -> None:
-    """Write the checkpoint at `source`, quantized, into `folder`, with the record of its making if it has one.
-
-    Raises:
-        StreamlineError: an exclusion names nothing, or nothing would be quantized.
-    """
-    model = load_quantizing(source, how, exclude, device)
-    save_model(model, load_tokenizer(source), None, folder)
-    write_quantization(model, source, how, exclude, folder)
-    if (Path(source.model) / RECORD_FILE).is_file():
-        shutil.copy(Path(source.model) / RECORD_FILE, folder)
-
-
-def load_quantizing(source: Source, how: str, exclude: Sequence[str], device: str) -> PreTrainedModel:
+def load_quantizing(source: Source, how: str, kept: Sequence[str], device: str) -> PreTrainedModel:
     """Load a float checkpoint with its weights quantized as they are read.
 
+    Args:
+        kept: The names of the modules that stay in float.
+
     Raises:
-        StreamlineError: an exclusion names nothing, or nothing would be quantized.
+        StreamlineError: nothing would be quantized.
     """
-    config = read_config(source)
-    kept = check_quantizable(config, how, exclude)
-    quantization = check_quantizer(how).config(kept, DTYPES[stored_dtype(config)], device)
+    dtype = DTYPES[stored_dtype(read_config(source))]
+    quantization = check_quantizer(how).config(kept, dtype, device)
     model = load_stock(source, None, device, quantization=quantization)
     if not quantized_modules(model):
         raise StreamlineError(f"quantize {how!r}: nothing of this model would be quantized; exclude less")
     return model
 
 
-def _check_groups(how: str, products: dict[str, nn.Module]) -> None:
+def _check_groups(how: str, products: dict[str, Product]) -> None:
     group = check_quantizer(how).group
-    for name, module in products.items():
-        depth = module.in_features if isinstance(module, nn.Linear) else 0
-        if depth % group:
+    for name, product in products.items():
+        if product.depth % group:
             raise StreamlineError(
-                f"quantize {how!r}: {name} multiplies {depth} numbers, which are not whole groups of {group}; "
+                f"quantize {how!r}: {name} multiplies {product.depth} numbers, which are not whole groups of {group}; "
                 f"quantize-exclude it, or use another quantizer"
             )
 
 
-def write_quantization(model: PreTrainedModel, source: Source, how: str, exclude: Sequence[str], folder: Path) -> None:
-    """Write `quantization.json`: what was quantized, by what, and what was not."""
+def write_quantization(model: PreTrainedModel, source: Source, how: str, exclude: Sequence[str], folder: Path) -> str:
+    """Write `quantization.json`: what was quantized, by what, and what was not.
+
+    Args:
+        source: The float model that was given, whose layers' numbers those in `exclude` are.
+
+    Returns:
+        A line on what stayed in float.
+    """
     from . import __version__
 
     quantized = set(quantized_modules(model))
-    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    products = products_of(skeleton_of(float_config(model.config)))
+    in_float = [name for name in products if name not in quantized]
+    share = sum(products[name].weights for name in in_float) / sum(each.weights for each in products.values())
     fields = {
         "quantize": how,
         "quantize_exclude": list(exclude),
         "source": {"model": source.model, "fingerprint": fingerprint(source.model, source.cache_dir)},
         "quantized": len(quantized),
-        "float": [name for name in linear if name not in quantized],
+        "float": in_float,
+        "float_share": round(share, 4),
         "versions": {
             "optimum-streamline": __version__,
             "torch": torch.__version__,
@@ -159,3 +162,15 @@ def write_quantization(model: PreTrainedModel, source: Source, how: str, exclude
         },
     }
     (folder / QUANTIZATION_FILE).write_text(json.dumps(fields, indent=1) + "\n")
+    kinds = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in in_float)
+    return f"left in float: {', '.join(kinds) or 'nothing'} ({share:.1%} of the weights that are multiplied by)"
+
+
+def _write_companions(source: Source, how: str, folder: Path) -> None:
+    """Write the card of a quantized checkpoint, and keep the record of its making if there is one."""
+    made = local_folder(source)
+    if (made / RECORD_FILE).is_file():
+        shutil.copy(made / RECORD_FILE, folder)
+    card = made / CARD_FILE
+    text = card.read_text(encoding="utf-8") if card.is_file() else None
+    (folder / CARD_FILE).write_text(quantized_card(source.model, QUANTIZERS[how].text, text), encoding="utf-8")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import get_args
 
 from transformers import PreTrainedConfig
 
+from .anatomy import architecture_of
 from .bare_layers import BareKind
 from .errors import StreamlineError
 from .methods import METHODS
-from .module_patterns import check_layers
-from .quantization_config import quantization_name
+from .module_patterns import chosen
+from .products import products_of, skeleton_of
+from .quantization_config import float_config, quantization_name, renumber_quantization
 from .quantize import check_quantizable
 from .quantizers import NONE, QUANTIZERS
 from .recipe import Recipe
@@ -28,6 +31,8 @@ def check_quantization(recipe: Recipe, config: PreTrainedConfig) -> None:
         if value is not None and recipe.quantize == NONE:
             raise StreamlineError(f"{field.replace('_', '-')} {value!r}: nothing is quantized; give quantize too")
     name = quantization_name(config)
+    # Tried on a copy, to hear now whether the layers' new numbers could be written where it names them by the old.
+    renumber_quantization(copy.deepcopy(config), architecture_of(config).layers, range(config.num_hidden_layers))
     if recipe.quantize in QUANTIZERS:
         check_quantizable(config, recipe.quantize, recipe.excluded)
         if recipe.format != "none":
@@ -37,7 +42,7 @@ def check_quantization(recipe: Recipe, config: PreTrainedConfig) -> None:
             )
     elif recipe.quantize != NONE:
         _check_graph_quantization(recipe)
-        check_layers(recipe.excluded, config.num_hidden_layers)
+        chosen(products_of(skeleton_of(float_config(config))), recipe.excluded)
     if name is not None or recipe.quantize_first:
         _check_removal_alone(recipe, name or recipe.quantize)
     if recipe.quantize in QUANTIZERS and recipe.stand_in in get_args(BareKind):

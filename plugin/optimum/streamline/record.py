@@ -33,6 +33,7 @@ class Record:
         healing: The trainings, in order.
         data: What text was used, by purpose (`seen_text`).
         seconds: How long each step took.
+        quantized: What the original's weights are quantized by; empty where they are float.
     """
 
     source: str
@@ -44,6 +45,7 @@ class Record:
     healing: tuple[Healed, ...]
     data: dict[str, dict[str, Any]]
     seconds: dict[str, float]
+    quantized: str = ""
 
     def to_json(self) -> str:
         """The text of `streamline.json`."""

@@ -17,14 +17,17 @@ from typing import Any
 
 import torch
 
-from .checkpoint import Source, fingerprint, read_record, weight_bytes
+from .checkpoint import Source, fingerprint, read_config, read_record, weight_bytes
 from .errors import StreamlineError
 from .logs import LOG_FILE, captured_logs
-from .module_patterns import followed
+from .module_patterns import chosen, followed
 from .outputs import check_output, refuse_own_input, write_file
 from .plan import Place
 from .processes import process_count
+from .products import products_of, skeleton_of
 from .prune import Say, Texts, check_recipe, inputs_of, prune, read_texts
+from .quantization_config import float_config
+from .quantize import QUANTIZATION_FILE
 from .quantizers import NONE, QUANTIZERS
 from .recipe import Recipe
 from .report import Report
@@ -52,10 +55,7 @@ def run(source: Source, recipe: Recipe, out: Path, *, overwrite: bool, verbose: 
         raise StreamlineError("run: works in one process; prune is the command that several can share")
     check_recipe(source, recipe)
     refuse_own_input(out, inputs_of(source, recipe))
-    if recipe.format != "none":
-        from optimum.exporters.streamline import check_export
-
-        check_export(recipe.format, recipe.dtype or "fp32", recipe.device, graph_quantization(recipe))
+    check_exportable(recipe)
     texts = read_texts(source, recipe)
     chain = _Chain(source, recipe, out, verbose, say)
     if overwrite or not chain.resumes(texts):
@@ -64,6 +64,18 @@ def run(source: Source, recipe: Recipe, out: Path, *, overwrite: bool, verbose: 
         chain.export(source.model, ORIGINAL_EXPORT)
         chain.export(str(out), EXPORT, texts)
     return chain.report(texts.judged_on)
+
+
+def check_exportable(recipe: Recipe) -> None:
+    """Refuse an export that a recipe asks for and that cannot be made here.
+
+    Raises:
+        StreamlineError: as `check_export` of the exporters.
+    """
+    if recipe.format != "none":
+        from optimum.exporters.streamline import check_export
+
+        check_export(recipe.format, recipe.dtype or "fp32", recipe.device, graph_quantization(recipe))
 
 
 def graph_quantization(recipe: Recipe) -> str:
@@ -97,6 +109,8 @@ class _Chain:
         for purpose, windows in texts.chosen_on.items():
             if record["data"].get(purpose, {}).get("fingerprint") != windows.fingerprint:
                 return f"made from another {purpose} text, though of the same name"
+        if (self._out / QUANTIZATION_FILE).is_file() and self._recipe.quantize not in QUANTIZERS:
+            return "quantized since it was made"
         return None if weight_bytes(self._out) else "its weights are gone"
 
     def step(self, name: str, work: Callable[[], object]) -> None:
@@ -113,12 +127,14 @@ class _Chain:
         if not recipe.quantize_first or how == NONE:
             prune(source, recipe, self._out, **options)
             return
-        beside = self._out.absolute().parent
-        beside.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=beside, prefix=f".{self._out.name}.") as scratch:
+
+        def scored(windows: Windows) -> Scores:
             self._say(f"quantizing the graph of {source.model} ({how}), to score its layers in it")
-            graph = self._export(source.model, Path(scratch) / "onnx", how, recipe.excluded, None)
-            prune(source, recipe, self._out, **options, scored=lambda windows: score_graph(graph, windows))
+            with TemporaryDirectory(dir=self._out.absolute().parent, prefix=f".{self._out.name}.") as scratch:
+                graph = self._export(source.model, Path(scratch) / EXPORT, how, recipe.excluded, None)
+                return score_graph(graph, windows)
+
+        prune(source, recipe, self._out, **options, scored=scored)
 
     def export(self, checkpoint: str, name: str, texts: Texts | None = None) -> None:
         """Export a checkpoint into a folder of `out`, unless it is there.
@@ -128,8 +144,7 @@ class _Chain:
         """
         folder, how, exclude = self._out / name, NONE, list[str]()
         if texts is not None and (how := graph_quantization(self._recipe)) != NONE:
-            record = read_record(str(self._out)) or {}
-            exclude = followed(self._recipe.excluded, [layer["originals"] for layer in record["layers"]])
+            exclude = self._excluded()
         if is_artifact(folder):
             if self._is_whole_export(folder, checkpoint, how, exclude):
                 return
@@ -139,6 +154,14 @@ class _Chain:
         self._say(f"exporting {checkpoint} to {folder}")
         windows = texts.chosen_on["calibration"] if texts else None
         self.step(f"export {name}", lambda: self._tell(self._export(checkpoint, folder, how, exclude, windows)))
+
+    def _excluded(self) -> list[str]:
+        """The modules of the checkpoint that an export leaves in float, by their new names."""
+        record = read_record(str(self._out)) or {}
+        both = (read_config(each) for each in (self._source, Source(str(self._out))))
+        asked, there = (products_of(skeleton_of(float_config(config))) for config in both)
+        kept = followed(sorted(chosen(asked, self._recipe.excluded)), [each["originals"] for each in record["layers"]])
+        return [new for new, _ in kept if new in there]
 
     def _tell(self, artifact: Artifact) -> None:
         for line in artifact.findings():

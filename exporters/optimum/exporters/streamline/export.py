@@ -140,7 +140,16 @@ def _export_into(folder: Path, job: OnnxExport) -> Artifact:
     source = checkpoint.Source(job.checkpoint, **job.options)
     config = checkpoint.read_config(source)
     check_config(config)
+    if job.quantization:
+        from .quantize.excluding import check_excluded
+
+        check_excluded(config, job.quantization.exclude)
     dequantized = quantization_name(config) or ""
+    if dequantized and job.max_memory is not None:
+        raise StreamlineError(
+            f"max-memory {job.max_memory}: the weights of a quantized checkpoint ({dequantized}) are made float "
+            "numbers in memory; leave it out, or export the float model"
+        )
     with (
         TemporaryDirectory(dir=folder) as scratch,
         progress_bar("exporting", len(STAGES) if job.quantization else 4) as bar,

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
+import torch
+from transformers import PretrainedConfig
 
-from optimum.streamline.module_patterns import chosen
+from optimum.streamline.bare_layers import place_bare_layers
+from optimum.streamline.module_patterns import chosen, matches
+from optimum.streamline.products import products_of, skeleton_of
+from optimum.streamline.quantization_config import float_config
 
 
 def module_of(node: ir.Node) -> str:
@@ -14,12 +19,18 @@ def module_of(node: ir.Node) -> str:
     return str(node.name).rpartition("/")[0]
 
 
-def excluded(nodes: Iterable[ir.Node], patterns: Sequence[str]) -> set[ir.Node]:
-    """The nodes that these patterns name: a layer's number, or a module's name with `*` for any part of it.
+def check_excluded(config: PretrainedConfig, patterns: Sequence[str]) -> None:
+    """Refuse what chooses no product of a model of this config, before a graph is made of it.
 
     Raises:
-        StreamlineError: a pattern names none.
+        StreamlineError: naming the pattern.
     """
-    modules = {node: module_of(node) for node in nodes}
-    names = chosen(modules.values(), patterns)
-    return {node for node, module in modules.items() if module in names}
+    if patterns:
+        with torch.device("meta"):
+            model = place_bare_layers(skeleton_of(float_config(config)))
+        chosen(products_of(model), patterns)
+
+
+def excluded(nodes: Iterable[ir.Node], patterns: Sequence[str]) -> set[ir.Node]:
+    """The nodes that these patterns name: a layer's number, or a module's name with `*` for any part of it."""
+    return {node for node in nodes if matches(module_of(node), patterns)}

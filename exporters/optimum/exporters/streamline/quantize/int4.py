@@ -44,7 +44,7 @@ def quantize_int4(source: Path, target: Path, quantization: Quantization, algori
         algorithm: `rtn`, `hqq` or `gptq`; the last reads `quantization.windows`.
 
     Raises:
-        StreamlineError: what is to be excluded is not there, or GPTQ cannot take a product.
+        StreamlineError: GPTQ cannot take a product.
     """
     model = ir.load(source / GRAPH_FILE)
     graph = model.graph

@@ -22,9 +22,6 @@ def quantize_int8(source: Path, target: Path, quantization: Quantization, calibr
 
     Args:
         calibrated: Whether activations are scaled beforehand, by `quantization.windows`.
-
-    Raises:
-        StreamlineError: what is to be excluded is not there.
     """
     model = ir.load(source / GRAPH_FILE)
     untie(model.graph)
