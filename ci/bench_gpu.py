@@ -6,9 +6,10 @@
     ci/bench gpu --device cpu --smoke --out FILE    # the same code on a tiny model; its times mean nothing
 
 Cases are bf16, bnb-int8 and bnb-nf4, prefill of 2048 tokens and decode behind them, at batch 1 and 16; decode in bf16
-also as a CUDA graph. In each the model and the same without its last quarter of layers take turns. Each model's cases
-have a process of their own, so that a device that one of them leaves unusable is there again for the next. A case that
-fails is a row with its error, and the others go on; the file is written after each. Exit code 1 where
+also as a CUDA graph. Behind them, at the shape of Llama-3.2-1B, an export in TensorRT where its library is, in ONNX
+Runtime's CUDA provider otherwise. In each the model and the same without its last quarter of layers take turns. Each
+model's cases have a process of their own, so that a device that one of them leaves unusable is there again for the
+next. A case that fails is a row with its error, and the others go on; the file is written after each. Exit code 1 where
 one failed or was left for want of time.
 """
 
@@ -34,10 +35,11 @@ from typing import Any
 
 import torch
 
-from gpu_cases import FULL, SMOKE, Case, Plan, make_cases
+from gpu_cases import EXPORT, FULL, SMOKE, Case, Plan, make_cases
 from gpu_measure import against_limits, measure, measure_limits
 from gpu_models import build, release
 from gpu_page import write_page
+from gpu_runtimes import build_exported, runtime_here
 from optimum.streamline.machine import describe_machine
 
 RESULTS = Path(__file__).parents[1] / "docs" / "gpu.json"
@@ -58,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     if (args.device == "cuda" and not torch.cuda.is_available()) or (args.device == "cpu" and not args.smoke):
         return _refuse(NO_CUDA)
     plan = SMOKE if args.smoke else FULL
-    every = make_cases(plan, args.device)
+    every = make_cases(plan, args.device, runtime_here(args.device))
     cases = [case for case in every if args.only in case.name]
     if not cases:
         return _refuse(f"bench gpu: no case's name holds {args.only!r}; one of them is: {every[0].name}")
@@ -151,8 +153,7 @@ def _send_all(cases: list[Case], plan: Plan, device: torch.device, deadline: flo
 
 def measured_here(cases: list[Case], plan: Plan, device: torch.device, deadline: float) -> Iterator[Row]:
     """A row for each of the cases of one model, which is made once."""
-    shape, weights = cases[0].model
-    models = _attempt(partial(build, plan.shapes[shape], weights, device))
+    models = _attempt(partial(_models, cases[0], plan, device))
     for case in cases:
         if "error" in models:
             yield models
@@ -160,6 +161,14 @@ def measured_here(cases: list[Case], plan: Plan, device: torch.device, deadline:
             yield {"not_run": OUT_OF_TIME}
         else:
             yield _attempt(partial(measure, case, models, plan, device))
+
+
+def _models(case: Case, plan: Plan, device: torch.device) -> Row:
+    """The models of a case, in torch or exported."""
+    if case.how != EXPORT:
+        return build(plan.shapes[case.shape], case.weights, device)
+    shape = plan.exported[case.shape]
+    return build_exported(build(shape, "bf16", torch.device("cpu")), shape, case.weights, plan, device.type)
 
 
 def _attempt(measurement: Callable[[], Row]) -> Row:

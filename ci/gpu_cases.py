@@ -32,9 +32,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """How large and how often; `room` is how many tokens the static cache holds beyond the prompt."""
+    """How large and how often; `room` is how many tokens the static cache holds beyond the prompt.
+
+    `shapes` are run in torch, `exported` in the runtime that there is.
+    """
 
     shapes: dict[str, Shape]
+    exported: dict[str, Shape]
     prompt: int
     room: int
     batches: tuple[int, ...]
@@ -57,12 +61,15 @@ SHAPES = {
     "llama-2-7b": Shape(4096, 11008, 32, 32, 32, 32000),
     "llama-3-8b": Shape(4096, 14336, 32, 32, 8, 128256),
 }
-FULL = Plan(SHAPES, 2048, 64, (1, 16), 2, 10, 8, 48, 4 * 2**30, (16384, 65536), 8192)
-SMOKE = Plan({"tiny": Shape(64, 128, 4, 4, 2, 128)}, 16, 8, (1, 2), 1, 3, 1, 3, 2**16, (64, 64), 64)
+EXPORTED = {"llama-3.2-1b": Shape(2048, 8192, 16, 32, 8, 128256)}
+FULL = Plan(SHAPES, EXPORTED, 2048, 64, (1, 16), 2, 10, 8, 48, 4 * 2**30, (16384, 65536), 8192)
+TINY = Shape(64, 128, 4, 4, 2, 128)
+SMOKE = Plan({"tiny": TINY}, {"tiny-exported": TINY}, 16, 8, (1, 2), 1, 3, 1, 3, 2**16, (64, 64), 64)
 
 # Phase and runtime, by kind of weights, in the order in which they are measured; a further runtime, or kind of weights,
 # is a row here and one in `gpu_measure.WAYS` or `gpu_models.CONVERSIONS`. Only bf16 is captured: in each int8 product
 # the host waits to learn where the outliers are. Captures come last: one that fails leaves its process unusable.
+EXPORT = "export"
 EAGER = (("prefill", "eager"), ("decode", "eager"))
 TABLE = {
     "bf16": (*EAGER, ("decode", "cuda-graph")),
@@ -96,14 +103,19 @@ class Case:
         return f"{self.shape} {self.weights} {self.phase} b{self.batch} {self.how}"
 
 
-def make_cases(plan: Plan, device: str) -> list[Case]:
-    """Those of the table that this device can run, in its order."""
-    return [
+def make_cases(plan: Plan, device: str, runtime: str) -> list[Case]:
+    """Those of the table that this device can run, in its order, and those of the runtime.
+
+    Of the latter's prompts one at a time: the logits of each of their tokens are copied.
+    """
+    in_torch = [
         Case(shape, weights, phase, batch, how)
         for shape, weights in product(plan.shapes, TABLE)
         for (phase, how), batch in product(TABLE[weights], plan.batches)
         if device == "cuda" or how != "cuda-graph"
     ]
+    phases = [("prefill", 1), *(("decode", batch) for batch in plan.batches)]
+    return in_torch + [Case(shape, runtime, phase, batch, EXPORT) for shape in plan.exported for phase, batch in phases]
 
 
 def kept_layers(shape: Shape) -> int:
@@ -141,7 +153,7 @@ def ideal_ms(case: Case, plan: Plan, layers: int, read_bytes: int, limits: dict[
 
     `read_bytes` are those of the weights that a token multiplies by; the keys and values come on top.
     """
-    shape = plan.shapes[case.shape]
+    shape = (plan.shapes | plan.exported)[case.shape]
     if case.phase == "prefill":
         return 1000 * prefill_flops(shape, layers, case.batch, plan.prompt) / limits["bf16_flops_per_second"]
     return 1000 * (read_bytes + cache_bytes(shape, layers, case.batch, plan.prompt)) / bandwidth(limits)

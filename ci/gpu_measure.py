@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from transformers import StaticCache
 
-from gpu_cases import Case, Plan, ideal_ms
+from gpu_cases import EXPORT, Case, Plan, ideal_ms
 from gpu_models import release, weight_bytes
+from gpu_runtimes import Exported
 
 # Rounds of a slow case are fewer, that it may not spend what is left for the others.
 SECONDS_A_CASE = 8.0
@@ -126,12 +127,16 @@ def _set_up(case: Case, model: Any, plan: Plan, device: torch.device) -> tuple[R
     run = WAYS[case.phase, case.how](case, model, plan, device)
     run.prepare()
     run.step()
-    stored, read = weight_bytes(model)
+    if isinstance(model, Exported):
+        layers, stored, read = model.layers, model.stored, model.read
+    else:
+        layers, (stored, read) = len(model.model.layers), weight_bytes(model)
     return run, {
-        "decoder_layers": len(model.model.layers),
+        "decoder_layers": layers,
         "weight_bytes": stored,
         "read_weight_bytes": read,
-        "peak_bytes": stored + torch.cuda.max_memory_allocated() - before if on_gpu else None,
+        # What a runtime takes beside torch is not torch's to count.
+        "peak_bytes": stored + torch.cuda.max_memory_allocated() - before if on_gpu and case.how != EXPORT else None,
         **run.facts,
     }
 
@@ -200,6 +205,27 @@ def _decode_graph(case: Case, model: Any, plan: Plan, device: torch.device) -> R
     return Run(graph.replay, facts=facts, holds=step)
 
 
+def _exported_prefill(case: Case, model: Any, plan: Plan, device: torch.device) -> Run:
+    """The whole prompt; the logits of all its tokens are copied to the host."""
+    tokens = _random_tokens(case, plan, plan.prompt, torch.device("cpu")).numpy()
+    return Run(lambda: model.runner.prefill(tokens))
+
+
+def _exported_decode(case: Case, model: Any, plan: Plan, device: torch.device) -> Run:
+    """One token after another behind the prompt, which is read anew when the cache is full."""
+    prompt, token = (_random_tokens(case, plan, length, torch.device("cpu")).numpy() for length in (plan.prompt, 1))
+    fed: list[Any] = []
+
+    def read_prompt() -> None:
+        if not fed or fed[1] == plan.room:
+            fed[:] = [model.runner.prefill(prompt)[1], 0]
+
+    def step() -> None:
+        fed[:] = [model.runner.decode(token, fed[0])[1], fed[1] + 1]
+
+    return Run(step, read_prompt)
+
+
 def _prompt_step(
     case: Case, model: Any, plan: Plan, device: torch.device
 ) -> tuple[StaticCache, Callable[[], torch.Tensor]]:
@@ -222,7 +248,8 @@ def _decode_step(
 def _random_tokens(case: Case, plan: Plan, length: int, device: torch.device) -> torch.Tensor:
     """The same for the dense model and the pruned one."""
     source = torch.Generator().manual_seed(length)
-    return torch.randint(plan.shapes[case.shape].vocab, (case.batch, length), generator=source).to(device)
+    vocabulary = (plan.shapes | plan.exported)[case.shape].vocab
+    return torch.randint(vocabulary, (case.batch, length), generator=source).to(device)
 
 
 def _logits(model: Any, tokens: torch.Tensor, cache: StaticCache) -> torch.Tensor:
@@ -242,4 +269,6 @@ WAYS: dict[tuple[str, str], Callable[[Case, Any, Plan, torch.device], Run]] = {
     ("prefill", "eager"): _prefill,
     ("decode", "eager"): _decode,
     ("decode", "cuda-graph"): _decode_graph,
+    ("prefill", EXPORT): _exported_prefill,
+    ("decode", EXPORT): _exported_decode,
 }

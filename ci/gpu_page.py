@@ -48,6 +48,7 @@ def _about(results: dict[str, Any]) -> list[str]:
         "int8 and may be multiplied faster. That of decode is the weights and the keys and values it has to read, at",
         "the measured bandwidth, the larger of the two below. Peak memory is the weights and the most that lay in",
         "memory beside them: the cache, and what a run needs meanwhile; of decode, without the prompt's prefill.",
+        "Exports are in fp16, and timed from tokens to logits in host memory, copies and calls and all.",
     ]
 
 
@@ -64,7 +65,7 @@ def _limits(limits: dict[str, Any]) -> list[str]:
 
 
 def _heading(shape: str, plan: dict[str, Any]) -> list[str]:
-    facts = plan["shapes"][shape]
+    facts = (plan["shapes"] | plan["exported"])[shape]
     said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
     return [f"## {shape}", "", f"{said[0].upper()}{said[1:]}."]
 

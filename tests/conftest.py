@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,3 +19,29 @@ def optimum_onnx() -> str:
     """The interpreter of an environment with optimum-onnx and transformers 4; made the first time, for slow tests."""
     script = Path(__file__).parents[1] / "ci" / "peer"
     return subprocess.run(["bash", str(script)], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Equal models are traced once, whichever test and process asks first."""
+    try:
+        import optimum.exporters.streamline.build as build
+        from traces import keeping
+    except ImportError:  # of an environment without the extra `onnx`
+        yield
+        return
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "trace", keeping(build.trace, folder))
+        yield
+
+
+@pytest.fixture
+def traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a test that is about the tracing itself."""
+    import optimum.exporters.streamline.build as build
+    from optimum.exporters.streamline.trace import trace
+
+    monkeypatch.setattr(build, "trace", trace)

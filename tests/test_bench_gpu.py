@@ -43,11 +43,13 @@ def test_the_examples_in_the_docstrings(ci: Importer, name: str) -> None:
 
 def test_the_cases(ci: Importer) -> None:
     cases = ci("gpu_cases")
-    made = cases.make_cases(cases.FULL, "cuda")
-    # Of two shapes and three kinds of weights: prefill and decode at two batches, and bf16's graphs.
-    assert len({case.name for case in made}) == len(made) == 2 * 3 * 4 + 2 * 2
+    made = cases.make_cases(cases.FULL, "cuda", "tensorrt")
+    # Of two shapes and three kinds of weights: prefill and decode at two batches, and bf16's graphs; of one, engines.
+    assert len({case.name for case in made}) == len(made) == 2 * 3 * 4 + 2 * 2 + 3
+    engines = [(case.shape, case.phase, case.batch) for case in made if case.weights == "tensorrt"]
+    assert engines == [("llama-3.2-1b", *each) for each in (("prefill", 1), ("decode", 1), ("decode", 16))]
     assert {(case.weights, case.phase) for case in made if case.how == "cuda-graph"} == {("bf16", "decode")}
-    assert cases.make_cases(cases.FULL, "cpu") == [case for case in made if case.how == "eager"]
+    assert cases.make_cases(cases.FULL, "cpu", "tensorrt") == [case for case in made if case.how != "cuda-graph"]
     # What a failed capture spoils is no other case's.
     of_bf16 = [case.how for case in made if case.model == ("llama-2-7b", "bf16")]
     assert of_bf16 == ["eager"] * 4 + ["cuda-graph"] * 2
@@ -143,7 +145,7 @@ def test_without_time_nothing_is_run(ci: Importer, tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     assert ci("bench_gpu").main(["--device", "cpu", "--smoke", "--minutes", "0", "--out", str(out)]) == 1
     rows = json.loads(out.read_text())["rows"]
-    assert len(rows) == 12
+    assert len(rows) == 15
     assert all(each["not_run"] and "dense" not in each for each in rows)
 
 
@@ -161,7 +163,7 @@ def test_a_failing_case_leaves_the_others(ci: Importer, monkeypatch: pytest.Monk
         return taken
 
     monkeypatch.setattr(bench, "measure", failing)
-    wanted = [case for case in cases.make_cases(cases.SMOKE, "cpu") if case.weights == "bf16"]
+    wanted = [case for case in cases.make_cases(cases.SMOKE, "cpu", "onnxruntime") if case.weights == "bf16"]
     rows = list(bench.measured_here(wanted, cases.SMOKE, CPU, math.inf))
     assert ["dense" in each for each in rows] == [False, False, True, True]
     assert [each.get("error") for each in rows] == ["RuntimeError: out of luck"] * 2 + [None] * 2
@@ -170,7 +172,7 @@ def test_a_failing_case_leaves_the_others(ci: Importer, monkeypatch: pytest.Monk
 def test_a_process_that_ends_early_is_said_to_have(ci: Importer, monkeypatch: pytest.MonkeyPatch) -> None:
     bench, cases = ci("bench_gpu"), ci("gpu_cases")
     monkeypatch.setattr(bench, "_send_all", os.abort)  # it takes no arguments: the process fails at once
-    wanted = cases.make_cases(cases.SMOKE, "cpu")[:2]
+    wanted = cases.make_cases(cases.SMOKE, "cpu", "onnxruntime")[:2]
     rows = list(bench.measured_apart(wanted, cases.SMOKE, CPU, 0.0))
     assert rows == [{"error": "its process ended with exit code 1"}] * 2
 
@@ -263,7 +265,7 @@ def test_the_whole_run_on_a_tiny_model(ci: Importer, tmp_path: Path) -> None:
     results = json.loads(out.read_text())
     assert [each["error"] for each in results["rows"] if "error" in each] == []
     assert code == 0
-    assert len(results["rows"]) == 12
+    assert len(results["rows"]) == 15
     assert results["machine"]["bitsandbytes"]
     assert all(value > 0 for value in results["limits"].values())
     for each in results["rows"]:
@@ -281,3 +283,37 @@ def test_the_whole_run_on_a_tiny_model(ci: Importer, tmp_path: Path) -> None:
     page = (tmp_path / "gpu.md").read_text()
     assert "## tiny" in page
     assert page.count("\n| bnb-nf4 | decode, batch 2 | pruned |") == 1
+    assert page.count("\n| onnxruntime | decode, batch 2 | pruned |") == 1
+
+
+def test_an_engine_is_measured_where_there_is_its_library(ci: Importer, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtimes, there = ci("gpu_runtimes"), set[str]()
+    monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda name: name in there or None)
+    assert runtimes.runtime_here("cuda") == "onnxruntime"
+    there.add("tensorrt_rtx")
+    assert runtimes.runtime_here("cuda") == "tensorrt-rtx"
+    there.add("tensorrt")
+    assert runtimes.runtime_here("cuda") == "tensorrt"
+    assert runtimes.runtime_here("cpu") == "onnxruntime"
+
+
+def test_a_full_cache_is_filled_anew(ci: Importer) -> None:
+    """Rounds may be more than a cache has room for."""
+    cases, measure, runtimes = ci("gpu_cases"), ci("gpu_measure"), ci("gpu_runtimes")
+    lengths: list[int] = []
+
+    class Runner:
+        def prefill(self, ids: Any) -> tuple[None, int]:
+            return None, ids.shape[1]
+
+        def decode(self, ids: Any, cache: int) -> tuple[None, int]:
+            lengths.append(cache + 1)
+            return None, cache + 1
+
+    case = cases.Case("tiny-exported", "onnxruntime", "decode", 1, cases.EXPORT)
+    run = measure._exported_decode(case, runtimes.Exported(Runner(), 4, 0, 0), cases.SMOKE, CPU)
+    for _ in range(20):
+        run.prepare()
+        run.step()
+    full = cases.SMOKE.prompt + cases.SMOKE.room
+    assert lengths == [*range(17, full + 1), *range(17, full + 1), *range(17, 21)]

@@ -90,6 +90,7 @@ def whole_and_stamped(folder: Path) -> tuple[ir.Model, ir.Model]:
     return build.build_graph(model, every).model, build.build_graph(model, few).model
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_a_stamped_graph_is_the_traced_one(tmp_path_factory: pytest.TempPathFactory) -> None:
     whole, stamped = whole_and_stamped(tmp_path_factory.mktemp("both"))
     assert [value.name for value in stamped.graph.inputs] == [value.name for value in whole.graph.inputs]

@@ -24,6 +24,7 @@ from optimum.streamline.errors import StreamlineError
 from optimum.streamline.merging import average_layers, replace_pair
 from optimum.streamline.plan import Plan
 from optimum.streamline.runner import Artifact
+from optimum.streamline.windows import Windows
 from reference import REFERENCE
 from tiny import LAYERS, tiny_model, token_ids
 
@@ -38,9 +39,13 @@ Cli = Callable[..., Outcome]
 
 
 def exported(model: PreTrainedModel, folder: Path, dtype: str) -> Artifact:
+    """Its engine of a dtype, or in fp16 quantized to `int8`."""
     save = save_bare if bare_layers(model.config) else PreTrainedModel.save_pretrained
     save(model, folder / "checkpoint")
-    return export_checkpoint(str(folder / "checkpoint"), folder / "engine", "tensorrt", dtype, engine=RTX)
+    options = {"engine": RTX, "quantize": "none", "windows": None}
+    if dtype == "int8":
+        dtype, options = "fp16", {"engine": RTX, "quantize": "int8", "windows": Windows(token_ids(4, 32), "random")}
+    return export_checkpoint(str(folder / "checkpoint"), folder / "engine", "tensorrt", dtype, **options)
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +116,14 @@ def pruned() -> PreTrainedModel:
     return model
 
 
-def replaced() -> PreTrainedModel:
-    model, plan = tiny_model(), Plan(LAYERS, (2, 3), "ffn")
+def replaced(kind: str = "ffn") -> PreTrainedModel:
+    model, plan = tiny_model(), Plan(LAYERS, (2, 3), kind)
     apply_plan(model, plan, build_replacement(model, plan))
     return model
+
+
+def replaced_by_mlp() -> PreTrainedModel:
+    return replaced("mlp")
 
 
 def merged() -> PreTrainedModel:
@@ -132,8 +141,8 @@ def of_a_dense_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
     return export
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize(("make", "caches"), [(pruned, 3), (replaced, 3), (merged, 4)])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "int8"])
+@pytest.mark.parametrize(("make", "caches"), [(pruned, 3), (replaced, 3), (replaced_by_mlp, 3), (merged, 4)])
 def test_fewer_layers_make_a_smaller_engine(
     of_a_dense_model, tmp_path: Path, make: Callable[[], PreTrainedModel], caches: int, dtype: str
 ) -> None:
@@ -145,7 +154,8 @@ def test_fewer_layers_make_a_smaller_engine(
     scale = largest_logit(tmp_path / "checkpoint")
     # In bf16 torch and the graph are both computed in float, with the same rounded weights.
     assert max(artifact.parity.values()) < CLOSE["fp16"] * scale
-    kind = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}[dtype]
+    kind = onnx.TensorProto.BFLOAT16 if dtype == "bf16" else onnx.TensorProto.FLOAT16
+    assert artifact.precision == dtype
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
     assert {each.type.tensor_type.elem_type for each in graph.input if "past" in each.name or "mask" in each.name} == {
         kind
@@ -168,6 +178,7 @@ def test_a_command_exports_the_reference_model_and_says_what_was_built(
         "artifact.json",
         "config.json",
         "engine.json",
+        "export.json",
         "export.log",
         "generation_config.json",
         "model.engine",
@@ -194,7 +205,14 @@ BUILDER = ("--builder", "tensorrt-rtx", "--compute-capability", "89")
         ((*BUILDER[:3], "8.9"), "compute-capability '8.9': must be numbers by commas, as 89,120"),
         (("--compute-capability", "89"), "compute-capability 89: builder 'tensorrt' builds for the GPU it is on"),
         ((*BUILDER, "--max-length", "513"), "max-length 513: must be from 16 to 512, the model's positions"),
-        ((*BUILDER, "--quantize", "int4"), "quantize int4: format 'tensorrt' cannot do it; leave it out"),
+        ((*BUILDER, "--quantize", "int4-gptq"), "quantize 'int4-gptq': not of an engine; one of none, int8, fp8, int4"),
+        (
+            (*BUILDER[:3], "86", "--quantize", "fp8"),
+            "quantize 'fp8': compute capability 86 has no such numbers; 89 is the first",
+        ),
+        ((*BUILDER, "--quantize", "int4", "--samples", "4"), "samples 4: quantize 'int4' is not calibrated; leave it"),
+        ((*BUILDER, "--quantize", "int8", "--max-length", "64", "--length", "65"), "length 65: must be from 8 to 64"),
+        ((*BUILDER, "--quantize", "int4", "--quantize-exclude", "*.typo"), "quantize-exclude '*.typo': no product has"),
         ((*BUILDER, "--last-logits"), "last-logits True: format 'tensorrt' cannot do it; leave it out"),
         ((*BUILDER, "--opset", "23"), "opset 23: must be 24"),
         ((*BUILDER, "--dtype", "fp8"), "dtype 'fp8': unknown; one of fp32, fp16, bf16"),

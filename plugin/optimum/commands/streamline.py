@@ -154,7 +154,7 @@ def _quantization_flags(parser: argparse.ArgumentParser) -> None:
     _recipe_flag(
         group,
         "--quantize-exclude",
-        "what stays in float, by commas: numbers of the original's layers, and modules such as *.mlp.down_proj",
+        "what stays in float, by commas: numbers of this model's layers, and modules such as *.mlp.down_proj",
     )
     _recipe_flag(group, "--steps", "prune,quantize (default) or quantize,prune, which can only remove layers")
 
@@ -201,6 +201,13 @@ QUANTIZATION_LINES = {
     "int4": "weights in 4 bits, blocks of 32 rounded to nearest (MatMulNBits)",
     "int4-hqq": "the same, offsets chosen by half-quadratic optimization",
     "int4-gptq": "the same, weights rounded by what they do to text (GPTQ)",
+}
+
+# What the exporters' `ENGINE_WAYS` say of each; the same test.
+ENGINE_QUANTIZATION_LINES = {
+    "int8": "weights and activations in 8 bits, scaled by what text gave",
+    "fp8": "the same in 8-bit floats, which begin with compute capability 8.9",
+    "int4": "weights in 4 bits, blocks of 64 rounded to nearest",
 }
 
 # What `optimum.streamline.quantizers.QUANTIZERS` says of each; the same test.
@@ -350,10 +357,15 @@ class ExportCommand(_Command):
         group.add_argument("--max-length", type=int, help="tokens of a text (default 2048, or what the model has)")
         group.add_argument("--max-input", type=int, help="new tokens a call (default as many as a text has)")
         group = parser.add_argument_group("quantization, of the graph that was compared with torch")
-        ways = "\n".join(f"  {name}: {line}" for name, line in QUANTIZATION_LINES.items())
-        group.add_argument("--quantize", default="none", help=f"none (default), or one of\n{ways}")
+        tables = (QUANTIZATION_LINES, ENGINE_QUANTIZATION_LINES)
+        ways, engines = ("\n".join(f"  {name}: {line}" for name, line in table.items()) for table in tables)
+        group.add_argument(
+            "--quantize", default="none", help=f"none (default), or one of\n{ways}\nof tensorrt\n{engines}"
+        )
         _exclude_flag(group)
-        group.add_argument("--calibration", help=f"for int8-static and int4-gptq: {SPEC} (default)")
+        group.add_argument(
+            "--calibration", help=f"for int8-static and int4-gptq, of tensorrt int8 and fp8: {SPEC} (default)"
+        )
         group.add_argument("--samples", type=int, help="calibration windows (default 32)")
         group.add_argument("--length", type=int, help="tokens a window (default 256)")
         group.add_argument("--seed", type=int, help="of the order of the text (default 0)")

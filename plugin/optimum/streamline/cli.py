@@ -339,18 +339,22 @@ def _orthogonality(args: Namespace, console: Console) -> int:
 
 def _calibration(args: Namespace) -> Windows | None:
     """The windows that a way to quantize asks for; none where it asks for none."""
-    from optimum.exporters.streamline import WAYS
+    from optimum.exporters.streamline import ENGINE_WAYS, WAYS
 
     from .checkpoint import load_tokenizer, read_config
     from .windows import read_windows
 
     given = {name: getattr(args, name) for name in CALIBRATION_DEFAULTS if getattr(args, name) is not None}
-    if args.quantize not in WAYS or not WAYS[args.quantize].calibrated:
+    ways: Any = ENGINE_WAYS if args.format == "tensorrt" else WAYS
+    if args.quantize not in ways or not ways[args.quantize].calibrated:
         for name, value in given.items():
             raise StreamlineError(f"{name} {value}: quantize {args.quantize!r} is not calibrated; leave it out")
         return None
     source, asked = _source(args, args.model), CALIBRATION_DEFAULTS | given
     limit = read_config(source).max_position_embeddings
+    if engine := _engine(args):  # whose caches have no room for more
+        limit = engine.limits(limit).length
+        asked["length"] = given.get("length", min(asked["length"], limit))
     for name, least, most in (("samples", 1, 10**6), ("length", 8, limit)):
         if not least <= asked[name] <= most:
             raise StreamlineError(f"{name} {asked[name]}: must be from {least} to {most}")

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import StreamlineError
+
+if TYPE_CHECKING:
+    from optimum.exporters.streamline import EngineOptions
 
 ARTIFACT_FILE = "artifact.json"
 
@@ -154,6 +157,7 @@ def open_runner(
     device: str = "cpu",
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
+    tensorrt: EngineOptions | None = None,
 ) -> Runner:
     """Open a checkpoint (torch) or an artifact (its own runtime) for running.
 
@@ -162,11 +166,17 @@ def open_runner(
         dtype: What a checkpoint is computed in; an artifact, and a quantized checkpoint, has its own.
         cache_dir: Where Hub downloads are kept; transformers' own place by default.
         trust_remote_code: Whether code from a checkpoint may run.
+        tensorrt: As in `optimum.exporters.streamline.open_artifact`, for an ONNX export.
+
+    Raises:
+        StreamlineError: it cannot be opened so.
     """
     if is_artifact(path):
         from optimum.exporters.streamline import open_artifact
 
-        return open_artifact(Artifact.read(Path(path)), device)
+        return open_artifact(Artifact.read(Path(path)), device, tensorrt)
+    if tensorrt is not None:
+        raise StreamlineError(f"tensorrt: {path!r} is a checkpoint; export it, to ONNX or to TensorRT itself")
     from .checkpoint import DTYPES, load
     from .quantized import use_cpu_kernel
     from .torch_runner import TorchRunner

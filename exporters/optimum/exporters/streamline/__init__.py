@@ -13,15 +13,27 @@ from optimum.streamline.errors import StreamlineError
 from optimum.streamline.runner import Artifact, Logits, Runner, TokenIds
 
 from .quantize import NONE, WAYS, Quantization
+from .registration import register_when_needed
 from .tensorrt.options import EngineOptions
+from .tensorrt.ways import ENGINE_WAYS, check_way
 
 if TYPE_CHECKING:
     from optimum.streamline.windows import Windows
 
-__all__ = ["WAYS", "EngineOptions", "check_export", "export_checkpoint", "open_artifact", "open_hidden_states"]
+__all__ = [
+    "ENGINE_WAYS",
+    "WAYS",
+    "EngineOptions",
+    "check_export",
+    "export_checkpoint",
+    "open_artifact",
+    "open_hidden_states",
+]
+
+register_when_needed()
 
 ONNX, TENSORRT = FORMATS = ("onnx", "tensorrt")
-_OF_ONNX_ALONE: dict[str, Any] = {"device": "cpu", "max_memory": None, "quantize": NONE, "last_logits": False}
+_OF_ONNX_ALONE: dict[str, Any] = {"device": "cpu", "max_memory": None, "last_logits": False}
 
 
 def export_checkpoint(
@@ -46,7 +58,7 @@ def export_checkpoint(
     Args:
         checkpoint: A checkpoint's folder or Hub id.
         out: The folder to write: beside its name, then renamed.
-        format: `onnx`, or `tensorrt`, of which what is said below of memory, quantizing and last logits does not hold.
+        format: `onnx`, or `tensorrt`, of which what is said below of memory and last logits does not hold.
         dtype: `fp32`, `fp16`, or on `cuda` `bf16`: what weights, cache and logits are in (fp32 logits with `bf16`).
         device: `cpu` or `cuda`: where the export runs to be compared with torch.
         overwrite: Whether `out` may exist.
@@ -56,7 +68,8 @@ def export_checkpoint(
         max_memory: Bytes of memory to make do with, though never with less than two layers take, or about five times
             the largest weight: the weights stay on disk, and the graph is compared with torch a few layers at a time.
             By default what is free.
-        quantize: A key of `quantize.WAYS`: what the graph becomes when it has been proved equal to torch.
+        quantize: A key of `WAYS`, or for `tensorrt` of `ENGINE_WAYS`: what the graph becomes when it has been proved
+            equal to torch.
         quantize_exclude: What to leave in float: numbers of the checkpoint's layers, and names of modules in which `*`
             stands for anything.
         windows: Text to calibrate on, for a way to quantize that does.
@@ -73,20 +86,20 @@ def export_checkpoint(
         StreamlineError: the checkpoint, `out`, or an option cannot be used, or a package is missing.
     """
     _check_format(format)
+    quantization = None if quantize == NONE else Quantization(quantize, tuple(quantize_exclude), windows)
     if format == TENSORRT:
-        _refuse_for_tensorrt(device=device, max_memory=max_memory, quantize=quantize, last_logits=last_logits)
+        _refuse_for_tensorrt(device=device, max_memory=max_memory, last_logits=last_logits)
         from .export import check_packages
 
         check_packages(TENSORRT)
         from .tensorrt.export import TensorrtExport, export_tensorrt
 
-        built = TensorrtExport(checkpoint, out, engine or EngineOptions(), dtype, tolerance, options)
+        built = TensorrtExport(checkpoint, out, engine or EngineOptions(), dtype, tolerance, quantization, options)
         return export_tensorrt(built, overwrite, verbose)
     if engine is not None:
         raise StreamlineError(f"builder {engine.builder!r}: format {format!r} has no engine; leave it out")
     from .export import OnnxExport, export_onnx
 
-    quantization = None if quantize == NONE else Quantization(quantize, tuple(quantize_exclude), windows)
     job = OnnxExport(checkpoint, out, dtype, device, tolerance, max_memory, quantization, last_logits, options)
     return export_onnx(job, overwrite, verbose)
 
@@ -99,15 +112,22 @@ def check_export(format: str, dtype: str, device: str, quantize: str = NONE) -> 
     """
     _check_format(format)
     if format == TENSORRT:
-        _refuse_for_tensorrt(device=device, quantize=quantize)
+        _refuse_for_tensorrt(device=device)
+        if quantize != NONE:
+            check_way(quantize, ())
         return
     from .export import check_options
 
     check_options(dtype, device, quantize)
 
 
-def open_artifact(artifact: Artifact, device: str = "cpu") -> Runner:
+def open_artifact(artifact: Artifact, device: str = "cpu", tensorrt: EngineOptions | None = None) -> Runner:
     """Open an exported model for running.
+
+    Args:
+        device: `cpu` or `cuda`.
+        tensorrt: Have ONNX Runtime's TensorRT provider run an ONNX export on a GPU, by engines that are built for
+            requests up to these and kept in the artifact's folder; `builder` and `capabilities` say nothing then.
 
     Raises:
         StreamlineError: its runtime is not installed, or lacks the device.
@@ -119,6 +139,12 @@ def open_artifact(artifact: Artifact, device: str = "cpu") -> Runner:
         from .tensorrt.runner import TensorrtRunner
 
         return TensorrtRunner(Path(artifact.path))
+    if tensorrt is not None:
+        if device != "cuda":
+            raise StreamlineError(f"device {device!r}: TensorRT runs on a GPU; give device 'cuda'")
+        from .tensorrt.ort_provider import TensorrtProviderRunner
+
+        return TensorrtProviderRunner(Path(artifact.path), tensorrt)
     from .ort_runner import OnnxRunner
 
     return OnnxRunner(Path(artifact.path), device)

@@ -6,6 +6,7 @@ next as it is. Knows the names that `names.py` gives, nothing of how the graph w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,7 @@ class OnnxRunner:
     Args:
         folder: The artifact's folder.
         device: `cpu` or `cuda`.
+        open: Opens a session on the graph in `folder`, otherwise than on the provider that stands for `device`.
 
     Raises:
         StreamlineError: ONNX Runtime is not installed, has no such device, or cannot read the graph.
@@ -55,9 +57,14 @@ class OnnxRunner:
 
     runtime = "onnxruntime"
 
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        device: str = "cpu",
+        open: Callable[[Path], onnxruntime.InferenceSession] | None = None,  # noqa: A002
+    ) -> None:
         self.device = device
-        self.session = open_session(folder / GRAPH_FILE, device)
+        self.session = open(folder) if open else open_session(folder / GRAPH_FILE, device)
         self._past = [each for each in self.session.get_inputs() if each.name.startswith("past_key_values.")]
         # All of them, of a graph that left to itself gives the last only. The binding takes such an input as a value.
         optional = [each.name for each in self.session.get_overridable_initializers()]

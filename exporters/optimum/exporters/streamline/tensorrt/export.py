@@ -5,7 +5,8 @@ The graph is compared on ONNX Runtime's CPU, which every machine has; what the e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +15,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from optimum.streamline import checkpoint
 from optimum.streamline.errors import StreamlineError
@@ -22,25 +23,30 @@ from optimum.streamline.logs import captured_logs
 from optimum.streamline.outputs import staged_folder
 from optimum.streamline.progress import Bar, progress_bar
 from optimum.streamline.quantization_config import quantization_name
-from optimum.streamline.record import text_of
+from optimum.streamline.record import seen_text, text_of
 from optimum.streamline.runner import Artifact
 
 from ..build import Built, build_graph
 from ..calls import one_by_one
 from ..export import DTYPES, LOG_FILE, WEIGHTS_FILE, check_config, from_few_layers, write_companions
 from ..ort_runner import GRAPH_FILE
-from ..parity import TOLERANCES, check_parity
+from ..parity import TOLERANCES, check_parity, measure_divergence
+from ..quantize import NONE, Quantization, weight_bytes
+from ..quantize.excluding import check_excluded
 from ..widen import write_widened
+from .backend import write_manifest
 from .builders import BUILDERS, build_engine, open_builder
 from .feeds import MaskInput
 from .lint import aliases, check_graph
 from .options import EngineOptions, Limits
 from .ort_static_runner import StaticOnnxRunner
-from .profiles import Axes, make_profiles
+from .profiles import Axes, axes_of, make_profiles
+from .quantize import quantize_engine_graph
 from .record import ENGINE_FILE, TIMING_FILE, EngineRecord
+from .ways import ENGINE_WAYS, check_way
 
 FORMAT = "tensorrt"
-STAGES = ("loading", "tracing", "writing", "comparing with torch", "building the engine")
+STAGES = ("loading", "tracing", "writing", "comparing with torch", "quantizing", "building the engine")
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class TensorrtExport:
         engine: What to build, and for which GPUs.
         dtype: What weights, cache and masks are in.
         tolerance: Largest logit difference of the graph from torch, as a share of the largest logit.
+        quantization: What the graph becomes when it has been proved equal to torch, by a way of `ENGINE_WAYS`.
         options: `cache_dir`, `trust_remote_code`.
     """
 
@@ -61,6 +68,7 @@ class TensorrtExport:
     engine: EngineOptions
     dtype: str = "fp32"
     tolerance: float | None = None
+    quantization: Quantization | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -88,6 +96,8 @@ def export_tensorrt(job: TensorrtExport, overwrite: bool = False, verbose: bool 
     source = checkpoint.Source(job.checkpoint, **job.options)
     config = checkpoint.read_config(source)
     check_config(config)
+    if job.quantization:
+        _check_quantization(job.quantization, job.engine, config)
     limits = job.engine.limits(config.max_position_embeddings)
     if quantized := quantization_name(config):
         raise StreamlineError(f"model {job.checkpoint!r}: {quantized} weights cannot be exported to TensorRT")
@@ -98,6 +108,14 @@ def export_tensorrt(job: TensorrtExport, overwrite: bool = False, verbose: bool 
     return artifact
 
 
+def _check_quantization(quantization: Quantization, engine: EngineOptions, config: PretrainedConfig) -> None:
+    major, minor = (0, 0) if engine.capabilities else torch.cuda.get_device_capability()
+    way = check_way(quantization.how, engine.capabilities or (10 * major + minor,))
+    if way.calibrated and quantization.windows is None:
+        raise StreamlineError(f"windows None: quantize {quantization.how!r} needs text to calibrate on")
+    check_excluded(config, quantization.exclude)
+
+
 def _export_into(
     folder: Path, job: TensorrtExport, source: checkpoint.Source, limits: Limits, trt: ModuleType
 ) -> Artifact:
@@ -106,11 +124,15 @@ def _export_into(
         model = checkpoint.load(
             source.model, checkpoint.DTYPES[job.dtype], offload=Path(scratch) / "weights", **source.options()
         )
+        plain = Path(scratch) / "plain" if job.quantization else folder
+        plain.mkdir(exist_ok=True)
         proved, whole_because = from_few_layers(
-            model, lambda traced: _prove(model, job, limits.length, folder, traced, bar)
+            model, lambda traced: _prove(model, job, limits.length, plain, traced, bar)
         )
+        divergence = _quantize(model, job, proved, plain, folder, bar) if job.quantization else {}
         write_companions(model, source, folder)
-        bar.at(4, STAGES[4])
+        write_manifest(folder, type(model).__name__, job.dtype)
+        bar.at(len(STAGES) - 1, STAGES[-1])
         record = _build(folder, job, limits, proved, trt)
     record.write(folder)
     return Artifact(
@@ -123,8 +145,33 @@ def _export_into(
         traced_layers=proved.traced,
         whole_because=whole_because,
         engine=f"{record.builder} {record.version} for {record.target}, {record.layers} layers in its network",
-        data=dict(text_of(job.checkpoint)),
+        quantize=job.quantization.how if job.quantization else NONE,
+        quantize_exclude=tuple(job.quantization.exclude) if job.quantization else (),
+        divergence=divergence,
+        weight_bytes=weight_bytes(folder) if job.quantization else None,
+        data=_text_of(job),
     )
+
+
+def _text_of(job: TensorrtExport) -> dict[str, dict[str, Any]]:
+    """What text went into the engine, by purpose."""
+    data = dict(text_of(job.checkpoint))
+    if job.quantization and ENGINE_WAYS[job.quantization.how].calibrated:
+        assert job.quantization.windows is not None
+        data["quantization"] = seen_text(job.quantization.windows)
+    return data
+
+
+def _quantize(
+    model: PreTrainedModel, job: TensorrtExport, proved: _Proved, plain: Path, folder: Path, bar: Bar
+) -> dict[str, float]:
+    """Quantize the graph in `plain` into `folder`; returns by how much it then differs from torch."""
+    assert job.quantization is not None
+    bar.at(4, STAGES[4])
+    quantize_engine_graph(plain, folder, job.quantization, proved.masks)
+    check_graph(ir.load(folder / GRAPH_FILE))
+    with _computable(folder, job.dtype) as there:
+        return measure_divergence(model, one_by_one(StaticOnnxRunner(there, proved.masks)))
 
 
 def _prove(
@@ -141,31 +188,31 @@ def _prove(
     return _Proved(
         tuple(traced),
         parity,
-        {str(value.name): _axes(value) for value in graph.inputs},
+        {str(value.name): axes_of(value) for value in graph.inputs},
         {str(written.name): str(read.name) for written, read in aliases(graph).items()},
         built.masks,
     )
 
 
-def _axes(value: ir.Value) -> Axes:
-    assert value.shape is not None
-    return tuple(axis if isinstance(axis, int) else str(axis) for axis in value.shape)
-
-
 def _compare(model: PreTrainedModel, job: TensorrtExport, folder: Path, built: Built) -> dict[str, float]:
-    """The largest difference from torch, by check.
+    """The largest difference from torch, by check."""
+    # In bfloat16 torch is widened as the graph is. Its constants are rounded, so it is held to half precision.
+    narrow = job.dtype == "bf16"
+    tolerance = TOLERANCES["fp16" if narrow else job.dtype] if job.tolerance is None else job.tolerance
+    reference = checkpoint.load(job.checkpoint, torch.bfloat16, **job.options).float() if narrow else model
+    with _computable(folder, job.dtype) as there:
+        return check_parity(reference, one_by_one(StaticOnnxRunner(there, built.masks)), tolerance)
 
-    ONNX Runtime's CPU cannot compute in bfloat16: the graph is widened to float, and so is torch, and both have the
-    rounded weights.
-    """
-    if job.dtype != "bf16":
-        tolerance = TOLERANCES[job.dtype] if job.tolerance is None else job.tolerance
-        return check_parity(model, one_by_one(StaticOnnxRunner(folder, built.masks)), tolerance)
-    tolerance = TOLERANCES["fp16"] if job.tolerance is None else job.tolerance  # its constants are rounded too
+
+@contextmanager
+def _computable(folder: Path, dtype: str) -> Iterator[Path]:
+    """A folder of the same graph that ONNX Runtime's CPU can compute, which is in float for one in bfloat16."""
+    if dtype != "bf16":
+        yield folder
+        return
     with TemporaryDirectory(dir=folder) as scratch:
         write_widened(folder / GRAPH_FILE, Path(scratch) / GRAPH_FILE)
-        rounded = checkpoint.load(job.checkpoint, torch.bfloat16, **job.options).float()
-        return check_parity(rounded, one_by_one(StaticOnnxRunner(Path(scratch), built.masks)), tolerance)
+        yield Path(scratch)
 
 
 def _build(folder: Path, job: TensorrtExport, limits: Limits, proved: _Proved, trt: ModuleType) -> EngineRecord:

@@ -56,21 +56,29 @@ class StaticOnnxRunner:
         Args:
             attention_mask: `[batch, length]`, 0 for padding, which must be on the left; all tokens by default.
         """
-        batch = len(input_ids)
-        states = {each.name: np.zeros((batch, *each.shape[1:]), _DTYPES[each.type]) for each in self._past}
         mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
-        return self._extend(input_ids, mask, StaticCache(np.ones((batch, 0), np.int64), states))
+        return self._extend(input_ids, mask, self._empty(len(input_ids)))
+
+    def prompt_feeds(self, input_ids: TokenIds) -> dict[str, Any]:
+        """What the graph is fed for a prompt `[batch, length]` without padding, by input."""
+        return self._feeds(input_ids, np.ones_like(input_ids)) | self._empty(len(input_ids)).states
 
     def decode(self, input_ids: TokenIds, cache: StaticCache) -> tuple[Logits, StaticCache]:
         """Logits of the tokens `[batch, length]` that follow `cache`, and the cache that holds them too."""
         return self._extend(input_ids, np.ones_like(input_ids), cache)
 
+    def _empty(self, batch: int) -> StaticCache:
+        states = {each.name: np.zeros((batch, *each.shape[1:]), _DTYPES[each.type]) for each in self._past}
+        return StaticCache(np.ones((batch, 0), np.int64), states)
+
+    def _feeds(self, input_ids: TokenIds, attention_mask: Mask) -> dict[str, Any]:
+        closed = float(np.finfo(self._dtype).min / 2)
+        feeds = static_feeds(input_ids, attention_mask, self._masks, self._past[0].shape[2], closed)
+        return feeds | {mask.name: feeds[mask.name].astype(self._dtype) for mask in self._masks}
+
     def _extend(self, input_ids: TokenIds, mask: Mask, cache: StaticCache) -> tuple[Logits, StaticCache]:
         attention_mask = np.concatenate([cache.attention_mask, mask], axis=1)
-        cache_length = self._past[0].shape[2]
-        closed = float(np.finfo(self._dtype).min / 2)
-        feeds = static_feeds(input_ids, attention_mask, self._masks, cache_length, closed)
-        feeds |= {mask.name: feeds[mask.name].astype(self._dtype) for mask in self._masks}
+        feeds = self._feeds(input_ids, attention_mask)
         names = ["logits", *(each.name.replace("past_key_values", "present") for each in self._past)]
         logits, *states = self.session.run(names, feeds | cache.states)
         remembered = dict(zip(cache.states, states, strict=True))

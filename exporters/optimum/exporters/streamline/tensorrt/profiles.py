@@ -7,13 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from optimum.streamline.errors import StreamlineError
 
 from ..names import BATCH, SEQUENCE
 from .options import Limits
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 Axes = tuple[int | str, ...]
+
+
+def axes_of(value: ir.Value) -> Axes:
+    """The axes of a graph's input."""
+    assert value.shape is not None
+    return tuple(axis if isinstance(axis, int) else str(axis) for axis in value.shape)
 
 
 @dataclass(frozen=True)
@@ -50,9 +60,22 @@ def make_profiles(inputs: Mapping[str, Axes], limits: Limits) -> tuple[Profile, 
     """
     prompt = {BATCH: (1, 1, limits.batch), SEQUENCE: (1, max(1, limits.input // 2), limits.input)}
     decode = {BATCH: prompt[BATCH], SEQUENCE: (1, 1, 1)}
-    varying = {name: axes for name, axes in inputs.items() if any(isinstance(axis, str) for axis in axes)}
     kinds = [prompt] if limits.input == 1 else [prompt, decode]
-    return tuple({name: _range(name, axes, sizes) for name, axes in varying.items()} for sizes in kinds)
+    return tuple(profile_of(inputs, sizes) for sizes in kinds)
+
+
+def profile_of(inputs: Mapping[str, Axes], sizes: Mapping[str, tuple[int, int, int]]) -> Profile:
+    """The shapes of every input that varies.
+
+    Args:
+        inputs: As in `make_profiles`.
+        sizes: Of each axis that has a name the least, the usual and the largest size.
+
+    Raises:
+        StreamlineError: an axis is not among them.
+    """
+    varying = {name: axes for name, axes in inputs.items() if any(isinstance(axis, str) for axis in axes)}
+    return {name: _range(name, axes, sizes) for name, axes in varying.items()}
 
 
 def _range(name: str, axes: Axes, sizes: Mapping[str, tuple[int, int, int]]) -> Range:
