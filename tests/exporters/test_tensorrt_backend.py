@@ -22,9 +22,10 @@ pytestmark = [pytest.mark.onnx, pytest.mark.tensorrt]
 
 OURS, THEIRS = "import optimum.exporters.streamline", "from transformers.exporters import auto"
 BEFORE = f"{OURS}\nassert 'torch' not in sys.modules\n{THEIRS}"
+FIRST = f"import optimum.exporters.streamline.tensorrt.export\n{THEIRS}"
 
 
-@pytest.mark.parametrize("order", [BEFORE, f"{THEIRS}\n{OURS}"], ids=["before", "after"])
+@pytest.mark.parametrize("order", [BEFORE, f"{THEIRS}\n{OURS}", FIRST], ids=["before", "after", "by an export"])
 def test_importing_our_package_is_enough(order: str) -> None:
     code = f"import sys\n{order}\nprint(sorted(auto.EXPORT_BACKENDS))"
     said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout

@@ -28,7 +28,7 @@ class _Registering(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        import_module(BACKEND).register()
+        import_module(BACKEND)
 
 
 class _Finder(MetaPathFinder):
@@ -47,6 +47,6 @@ class _Finder(MetaPathFinder):
 def register_when_needed() -> None:
     """Register now if the table is there, else when it is imported."""
     if TABLE in sys.modules:
-        import_module(BACKEND).register()
+        import_module(BACKEND)
     else:
         sys.meta_path.insert(0, _Finder())

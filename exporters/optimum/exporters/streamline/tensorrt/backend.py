@@ -7,7 +7,7 @@
     output = model(input_ids=prompt)
     output = model(input_ids=token, past_key_values=output.past_key_values)
 
-`registration.py` imports this when transformers' table of backends is imported.
+`registration.py` imports this when transformers' table of backends is imported, and importing it registers.
 """
 
 from __future__ import annotations
@@ -212,6 +212,5 @@ def write_manifest(folder: Path, architecture: str, dtype: str) -> None:
     (folder / EXPORT_MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def register() -> None:
-    """Have transformers' exporters know the format `tensorrt`."""
-    register_backend(TensorrtExporter, TensorrtModelRunner)
+# On import: `registration.py` says when. This may be the first to import the table that it registers in.
+register_backend(TensorrtExporter, TensorrtModelRunner)

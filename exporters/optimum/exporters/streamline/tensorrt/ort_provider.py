@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 PROVIDER = "TensorrtExecutionProvider"
+EXTRA = "onnx-tensorrt"
 ENGINES = "engines"
 _PRECISIONS = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 
@@ -51,9 +54,13 @@ class TensorrtProviderRunner(OnnxRunner):
         self._profile = growing_profile(_axes(self.session), self._limits)
 
     def _open(self, folder: Path) -> onnxruntime.InferenceSession:
-        onnxruntime = require_extra("onnxruntime", "onnx-gpu")
+        onnxruntime = require_extra("onnxruntime", EXTRA)
         if PROVIDER not in onnxruntime.get_available_providers():
-            raise StreamlineError(f"{PROVIDER}: the installed ONNX Runtime has none; install onnxruntime-gpu")
+            raise StreamlineError(
+                f'{PROVIDER}: the installed ONNX Runtime has none; pip install "optimum-streamline[{EXTRA}]"'
+            )
+        with suppress(ImportError):  # it may be installed otherwise; from its package, importing loads what is linked
+            import_module("tensorrt")
         graph = write_growing_graph(folder)
         inputs = {str(value.name): value for value in ir.load(graph).graph.inputs}
         axes = {name: axes_of(value) for name, value in inputs.items()}
@@ -63,7 +70,9 @@ class TensorrtProviderRunner(OnnxRunner):
         (folder / ENGINES).mkdir(exist_ok=True)
         session = onnxruntime.InferenceSession(str(graph), providers=[(PROVIDER, options), "CUDAExecutionProvider"])
         if session.get_providers()[0] != PROVIDER:
-            raise StreamlineError(f"{PROVIDER}: ONNX Runtime cannot load TensorRT 10; pip install tensorrt-cu13==10.*")
+            raise StreamlineError(
+                f'{PROVIDER}: ONNX Runtime cannot load TensorRT 10; pip install "optimum-streamline[{EXTRA}]"'
+            )
         return session
 
     def _run(self, feeds: dict[str, Any], states: tuple[Any, ...]) -> list[Any]:
