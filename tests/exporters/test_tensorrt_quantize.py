@@ -22,7 +22,7 @@ from optimum.exporters.streamline.tensorrt.record import EngineRecord
 from optimum.streamline.checkpoint import Source, load_tokenizer
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.record import refuse_seen_text
-from optimum.streamline.runner import Artifact
+from optimum.streamline.runner import Artifact, open_runner
 from optimum.streamline.windows import Windows, read_windows
 from reference import REFERENCE
 from tiny import tiny_model, token_ids, wide_model
@@ -158,6 +158,24 @@ def test_calibration_without_text_is_refused(tmp_path: Path) -> None:
 def test_what_it_was_calibrated_on_is_not_what_it_is_judged_on(engines: Callable[..., Artifact]) -> None:
     with pytest.raises(StreamlineError, match="calibration|quantization|same text|stands in"):
         refuse_seen_text(engines("int8").path, text("calibration", 8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("builder", ["tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("how", ENGINE_WAYS)
+def test_a_quantized_engine_computes_its_graph_on_a_gpu(tmp_path: Path, how: str, builder: str) -> None:
+    windows = text("calibration", 8)
+    options: dict[str, Any] = {"engine": EngineOptions(builder, max_length=128), "quantize": how, "windows": windows}
+    artifact = export_checkpoint(REFERENCE, tmp_path / "out", "tensorrt", "fp16", **options)
+    ids = text("eval", 1).ids[:, :64].numpy()
+    runner: Any = open_runner(artifact.path, device="cuda")
+    found, cache = runner.prefill(ids[:, :63])
+    last, _ = runner.decode(ids[:, 63:], cache)
+    masks = EngineRecord.read(tmp_path / "out").masks
+    expected, _ = StaticOnnxRunner(tmp_path / "out", masks).prefill(ids)
+    logits = np.concatenate([found, last], axis=1)
+    assert np.abs(logits - expected).max() < 0.1 * np.abs(expected).max()
+    assert (logits.argmax(-1) == expected.argmax(-1)).mean() > 0.9
 
 
 def test_the_help_repeats_the_table() -> None:

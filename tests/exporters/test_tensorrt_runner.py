@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from console import optimum_cli
 from optimum.exporters.streamline import EngineOptions, export_checkpoint, open_artifact
 from optimum.exporters.streamline.calls import one_by_one
 from optimum.exporters.streamline.parity import check_parity
@@ -18,6 +21,7 @@ from optimum.exporters.streamline.tensorrt.runner import TensorrtRunner
 from optimum.streamline.checkpoint import load
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.runner import Artifact
+from reference import REFERENCE
 from stand_in import Library, export_qwen2, here
 from tiny import tiny_model, token_ids
 
@@ -100,3 +104,25 @@ def test_an_engine_computes_what_torch_does_on_a_gpu(tmp_path: Path, builder: st
     runner: Any = open_artifact(artifact, "cuda")
     model = load(str(tmp_path / "checkpoint"), torch.float32)
     assert len(check_parity(model, one_by_one(runner), {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}[dtype])) == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("builder", ["tensorrt", "tensorrt-rtx"])
+def test_engines_of_original_and_candidate_are_validated_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, builder: str
+) -> None:
+    pruned, out = tmp_path / "pruned", tmp_path / "report"
+    cli = partial(optimum_cli, monkeypatch, capsys, "streamline")
+    few = ("--method", "shortgpt", "--remove", "25%", "--heal", "none", "--samples", "4", "--length", "64")
+    assert cli("prune", "-m", REFERENCE, pruned, *few).code == 0
+    for model, name in ((REFERENCE, "original"), (pruned, "candidate")):
+        words = ("--format", "tensorrt", "--builder", builder, "--dtype", "fp16", "--max-length", "512")
+        assert cli("export", "-m", model, tmp_path / name, *words).code == 0
+    candidates = (tmp_path / "original", tmp_path / "candidate", "--output", out, "--eval-samples", "4")
+    done = cli("validate", REFERENCE, *candidates, "--length", "128", "--device", "cuda")
+    assert (done.code, done.err) == (0, "")
+    _, original, candidate = json.loads((out / "report.json").read_text())["rows"]
+    assert (original["role"], candidate["role"]) == ("original", "candidate")
+    assert original["runtime"] == candidate["runtime"] == builder
+    assert candidate["baseline"] == "original"
+    assert candidate["perplexity_ratio"]["value"] > 1.05

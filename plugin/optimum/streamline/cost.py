@@ -127,9 +127,12 @@ def _bytes(tensor: Any) -> int:
 
 
 def disk_bytes(folder: Path) -> int:
-    """Bytes on disk of a model's weights: a checkpoint's safetensors, or an exported graph with its data."""
+    """Bytes on disk of a model's weights: a checkpoint's safetensors, an engine, or an exported graph with its data."""
+    engine = folder / "model.engine"
+    if engine.is_file():
+        return engine.stat().st_size
     if is_artifact(folder):
-        return sum(file.stat().st_size for file in folder.glob("*.onnx*"))
+        return sum(file.stat().st_size for file in folder.glob("model.onnx*"))
     return weight_bytes(folder)
 
 
