@@ -108,16 +108,18 @@ def test_half_precision_is_asked_for_where_the_graph_has_it(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("architecture", "options", "said"),
     [
-        ({"quantize": "int4"}, "has operators that TensorRT does not take (com.microsoft.MatMulNBits"),
-        ({"last_logits": True}, "gives the last logits only; export it without last-logits for TensorRT"),
+        ("llama", {"quantize": "int4"}, "has operators that TensorRT is not known to take (MatMulNBits, Skip"),
+        ("llama", {"quantize": "int8"}, "has operators that TensorRT is not known to take (DynamicQuantizeLinear"),
+        ("mixtral", {}, "has operators that TensorRT is not known to take (Clip, CumSum, "),
+        ("llama", {"last_logits": True}, "gives the last logits only; export it without last-logits for TensorRT"),
     ],
 )
 def test_graphs_that_are_not_for_it_are_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: dict[str, Any], said: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, architecture: str, options: dict[str, Any], said: str
 ) -> None:
-    folder = exported(tmp_path, "llama", **options)
+    folder = exported(tmp_path, architecture, **options)
     with pytest.raises(StreamlineError, match=re.escape(said)):
         opened_as_if_there(monkeypatch, folder)
 

@@ -297,7 +297,7 @@ def test_the_command_quantizes_what_was_pruned_and_keeps_its_record(
     done = optimum_cli(monkeypatch, capsys, "streamline", *words)
     assert (done.code, done.err) == (0, "")
     assert "quantized (bnb-nf4)" in done.out
-    said = r"left in float: model\.layers\.\*\.self_attn\.q_proj, .*, lm_head \(\d\d\.\d% of the weights that"
+    said = r"left in float: model\.layers\.\*\.self_attn\.q_proj \(1 of 3\), .*, lm_head \(\d\d\.\d% of the weights"
     assert re.search(said, done.out)
     assert {name.split(".")[2] for name in quantized_modules(load(str(out)))} == {"0", "1"}  # its own layer 2 is not
     card = (out / "README.md").read_text()

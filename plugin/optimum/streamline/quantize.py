@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -162,8 +163,17 @@ def write_quantization(model: PreTrainedModel, source: Source, how: str, exclude
         },
     }
     (folder / QUANTIZATION_FILE).write_text(json.dumps(fields, indent=1) + "\n")
-    kinds = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in in_float)
-    return f"left in float: {', '.join(kinds) or 'nothing'} ({share:.1%} of the weights that are multiplied by)"
+    return f"left in float: {_listed(in_float, products)} ({share:.1%} of the weights that are multiplied by)"
+
+
+def _listed(names: Iterable[str], every: Iterable[str]) -> str:
+    """Names of modules, those that differ by their layers' numbers as one, with how many of these they are."""
+    found, all_of_kind = (Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in each) for each in (names, every))
+    counted = (
+        kind if count == all_of_kind[kind] else f"{kind} ({count} of {all_of_kind[kind]})"
+        for kind, count in found.items()
+    )
+    return ", ".join(counted) or "nothing"
 
 
 def _write_companions(source: Source, how: str, folder: Path) -> None:
