@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,25 @@ def test_the_command_says_so_and_quantizes_anew(
     for check, share in artifact.dequantized_error.items():
         assert share == pytest.approx(artifact.divergence[check], rel=1e-3)
         assert share > 0.01
+
+
+@pytest.mark.parametrize("steps", ["prune,quantize", "quantize,prune"])
+def test_a_run_quantizes_its_export(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, steps: str
+) -> None:
+    wide_model(vocab_size=4096).save_pretrained(tmp_path / "in")
+    AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(tmp_path / "in")
+    few = ("--layers", "1,2") if steps == "prune,quantize" else ("--remove", "2", "--method", "shortgpt")
+    few += ("--samples", "2", "--eval-samples", "2", "--length", "16", "--heal", "none", "--format", "onnx")
+    flags = ("--quantize", "int4", "--quantize-exclude", "*.[04].mlp.*", "--steps", steps)
+    done = optimum_cli(monkeypatch, capsys, "streamline", "run", "-m", tmp_path / "in", tmp_path / "out", *few, *flags)
+    assert (done.code, done.err) == (0, "")
+    artifact = Artifact.read(tmp_path / "out" / "onnx")
+    layers = json.loads((tmp_path / "out" / "streamline.json").read_text())["layers"]
+    kept = [each["layer"] for each in layers if {0, 4} & set(each["originals"])]
+    names = sorted(f"model.layers.{layer}.mlp.{name}_proj" for layer in kept for name in ("down", "gate", "up"))
+    assert (artifact.quantize, sorted(artifact.quantize_exclude)) == ("int4", names)
+    assert kept
 
 
 def test_memory_cannot_be_bounded_where_weights_are_made_float(tmp_path: Path) -> None:

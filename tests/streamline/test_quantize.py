@@ -314,6 +314,23 @@ def test_the_command_quantizes_what_was_pruned_and_keeps_its_record(
     )
 
 
+@pytest.mark.parametrize("steps", ["prune,quantize", "quantize,prune"])
+def test_a_run_quantizes_its_checkpoint_and_is_resumed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: Save, tmp_path: Path, steps: str
+) -> None:
+    few = ("--remove", "2", "--samples", "2", "--eval-samples", "2", "--length", "16", "--method", "shortgpt")
+    words = ("run", "-m", saved(), tmp_path / "r", *few, "--heal", "none", "--quantize", "bnb-nf4", "--steps", steps)
+    done = optimum_cli(monkeypatch, capsys, "streamline", *words)
+    assert (done.code, done.err) == (0, "")
+    assert "left in float: lm_head (" in done.out
+    original, candidate = json.loads((tmp_path / "r" / "report.json").read_text())["rows"]
+    assert (original["dtype"], candidate["dtype"], candidate["layers"]) == ("fp32", "bnb-nf4", LAYERS - 2)
+    made = (tmp_path / "r" / "model.safetensors").stat().st_mtime_ns
+    again = optimum_cli(monkeypatch, capsys, "streamline", *words)
+    assert (again.code, again.err) == (0, "")
+    assert (tmp_path / "r" / "model.safetensors").stat().st_mtime_ns == made
+
+
 def test_a_quantized_model_is_not_taken_for_the_float_one_of_its_recipe(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: Save, tmp_path: Path
 ) -> None:

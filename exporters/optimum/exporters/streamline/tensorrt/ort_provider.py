@@ -118,8 +118,8 @@ def provider_options(profile: Profile, precision: str, engines: Path) -> dict[st
         "trt_engine_cache_path": str(engines),
         "trt_timing_cache_enable": "1",
         "trt_timing_cache_path": str(engines),
-        "trt_fp16_enable": str(int(precision == "fp16")),
-        "trt_bf16_enable": str(int(precision == "bf16")),
+        # A network of TensorRT 10 computes in half precision only where that is allowed.
+        **({} if precision == "fp32" else {f"trt_{precision}_enable": "1"}),
     }
 
 
