@@ -37,7 +37,7 @@ from transformers import PreTrainedModel
 from methods_cases import EVALUATION, LENGTH, MODELS, Case, Row, cases
 from methods_page import write_page
 from optimum.streamline.anatomy import architecture_of
-from optimum.streamline.checkpoint import Source, load_stock, load_tokenizer
+from optimum.streamline.checkpoint import load_stock, load_tokenizer
 from optimum.streamline.dead import drop_dead_sublayers
 from optimum.streamline.edit import apply_plan
 from optimum.streamline.healing import NextToken, model_settings, train_model
@@ -47,6 +47,7 @@ from optimum.streamline.outputs import write_file
 from optimum.streamline.plan import Plan
 from optimum.streamline.prune import change, prepare
 from optimum.streamline.recipe import make_recipe
+from optimum.streamline.source import Source
 from optimum.streamline.windows import Windows, read_windows
 
 RESULTS = Path("docs/methods.json")

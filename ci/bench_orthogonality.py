@@ -22,10 +22,10 @@ from transformers import AutoConfig
 from export_cases import REFERENCE, ROOT, SMALL, graph_bytes, make_checkpoint, run_measured, streamline
 from export_speed import Timed, measure_in_turns
 from optimum.streamline.anatomy import head_size, key_value_heads
-from optimum.streamline.checkpoint import Source
 from optimum.streamline.machine import describe_machine
 from optimum.streamline.orthogonality import orthogonality
 from optimum.streamline.recipe import make_recipe
+from optimum.streamline.source import Source
 from quantization_page import write_page
 
 RESULTS = ROOT / "docs" / "quantization.json"

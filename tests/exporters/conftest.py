@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from optimum.exporters.streamline import export_checkpoint
 from optimum.exporters.streamline.ort_runner import OnnxRunner
 from optimum.streamline.anatomy import architecture_of, decoder_layers
-from optimum.streamline.checkpoint import Source, load_stock, load_tokenizer, save_model
+from optimum.streamline.checkpoint import load_stock, load_tokenizer, save_model
 from optimum.streamline.dead import ATTENTION, MLP, mark_dead, silence
 from optimum.streamline.edit import apply_plan
 from optimum.streamline.plan import Plan
 from optimum.streamline.runner import Artifact
+from optimum.streamline.source import Source
 from reference import REFERENCE
 from tiny import tiny_model
 

@@ -9,10 +9,11 @@ import pytest
 
 from optimum.exporters.streamline import export_checkpoint
 from optimum.streamline.bare_layers import save_bare
-from optimum.streamline.checkpoint import Source, read_config
+from optimum.streamline.checkpoint import read_config
 from optimum.streamline.cost import cost_of
 from optimum.streamline.edit import apply_plan, build_replacement
 from optimum.streamline.plan import Plan
+from optimum.streamline.source import Source
 from tiny import LAYERS, tiny_model
 
 pytestmark = pytest.mark.onnx

@@ -9,9 +9,9 @@ import pytest
 
 from optimum.exporters.streamline import export, export_checkpoint, open_artifact, parity
 from optimum.exporters.streamline.calls import one_by_one
-from optimum.streamline import checkpoint
 from optimum.streamline.errors import ParityError, StreamlineError
 from optimum.streamline.runner import Artifact, open_runner
+from optimum.streamline.source import Source, fingerprint
 from tiny import tiny_model
 
 pytestmark = pytest.mark.onnx
@@ -22,7 +22,7 @@ CHECKS = ["prefill", "continuation", "decode", "left-padded prefill", "left-padd
 def test_the_folder_says_what_it_is(exported):
     made = exported("llama")
     assert Artifact.read(made.folder) == made.artifact
-    assert made.artifact.source_fingerprint == checkpoint.fingerprint(str(made.checkpoint))
+    assert made.artifact.source_fingerprint == fingerprint(Source(str(made.checkpoint)))
     assert list(made.artifact.parity) == CHECKS
     assert all(0 <= difference < 1e-4 for difference in made.artifact.parity.values())
     assert {file.name for file in made.folder.iterdir()} >= {

@@ -19,12 +19,13 @@ from optimum.commands.streamline import QUANTIZATION_LINES
 from optimum.exporters.streamline import WAYS, export_checkpoint, open_artifact
 from optimum.exporters.streamline.quantize import Quantization, Way
 from optimum.streamline.anatomy import architecture_of, decoder_layers, set_decoder_layers
-from optimum.streamline.checkpoint import RECORD_FILE, RECORD_KEYS, Source, load_stock, load_tokenizer, read_config
+from optimum.streamline.checkpoint import RECORD_FILE, RECORD_KEYS, load_stock, load_tokenizer, read_config
 from optimum.streamline.cost import cost_of
 from optimum.streamline.errors import ParityError, StreamlineError
 from optimum.streamline.recipe import Budget
 from optimum.streamline.record import refuse_seen_text, seen_text
 from optimum.streamline.runner import Artifact, open_runner
+from optimum.streamline.source import Source
 from optimum.streamline.validation import Subject, validate
 from optimum.streamline.windows import Windows, read_windows
 from reference import REFERENCE

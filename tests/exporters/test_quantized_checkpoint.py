@@ -12,11 +12,12 @@ from transformers import AutoTokenizer
 
 from console import optimum_cli
 from optimum.exporters.streamline import export_checkpoint, open_hidden_states
-from optimum.streamline.checkpoint import Source, load, load_stock, load_tokenizer
+from optimum.streamline.checkpoint import load, load_stock, load_tokenizer
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.quantize import quantize
 from optimum.streamline.runner import Artifact, open_runner
 from optimum.streamline.scores import measure_scores, scores_of
+from optimum.streamline.source import Source
 from optimum.streamline.windows import read_windows
 from reference import REFERENCE
 from tiny import token_ids, wide_model

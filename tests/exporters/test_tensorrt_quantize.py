@@ -19,10 +19,11 @@ from optimum.commands.streamline import ENGINE_QUANTIZATION_LINES
 from optimum.exporters.streamline import ENGINE_WAYS, EngineOptions, export_checkpoint
 from optimum.exporters.streamline.tensorrt.ort_static_runner import StaticOnnxRunner
 from optimum.exporters.streamline.tensorrt.record import EngineRecord
-from optimum.streamline.checkpoint import Source, load_tokenizer
+from optimum.streamline.checkpoint import load_tokenizer
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.record import refuse_seen_text
 from optimum.streamline.runner import Artifact, open_runner
+from optimum.streamline.source import Source
 from optimum.streamline.windows import Windows, read_windows
 from reference import REFERENCE
 from tiny import tiny_model, token_ids, wide_model

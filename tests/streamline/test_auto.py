@@ -12,7 +12,6 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from optimum.streamline.card import CITATIONS
-from optimum.streamline.checkpoint import Source
 from optimum.streamline.edit import Materials, apply_plan, build_replacement
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evidence import Evidence
@@ -22,6 +21,7 @@ from optimum.streamline.plan import Plan
 from optimum.streamline.prune import prepare, prune, read_texts
 from optimum.streamline.recipe import make_recipe
 from optimum.streamline.scores import measure_scores
+from optimum.streamline.source import Source
 from optimum.streamline.windows import Windows, read_windows
 from reference import REFERENCE
 from tiny import LAYERS, tiny_model, token_ids

@@ -13,7 +13,7 @@ from behaviour import greedy, logits
 from console import optimum_cli
 from optimum.streamline.anatomy import ARCHITECTURES, architecture_of, decoder_layers
 from optimum.streamline.bare_layers import bare_layers, save_bare
-from optimum.streamline.checkpoint import Source, fingerprint, load, load_stock, load_tokenizer, read_config
+from optimum.streamline.checkpoint import load, load_stock, load_tokenizer, read_config
 from optimum.streamline.cost import cost_of
 from optimum.streamline.dead import ATTENTION, mark_dead, silence
 from optimum.streamline.edit import apply_plan, build_replacement, planned_config
@@ -21,6 +21,7 @@ from optimum.streamline.errors import StreamlineError
 from optimum.streamline.plan import Plan
 from optimum.streamline.prune import check_recipe, prune
 from optimum.streamline.recipe import Budget, Recipe
+from optimum.streamline.source import Source, fingerprint
 from optimum.streamline.validation import subjects_of, validate
 from optimum.streamline.windows import Windows
 from reference import REFERENCE
@@ -113,8 +114,8 @@ def test_a_loaded_model_is_saved_as_it_was_and_needs_no_remote_code(tmp_path: Pa
     save_bare(model, tmp_path / "first")
     load(str(tmp_path / "first"), trust_remote_code=False).save_pretrained(tmp_path / "second", max_shard_size="50KB")
     load(str(tmp_path / "second")).save_pretrained(tmp_path / "third")
-    assert fingerprint(str(tmp_path / "first")) == fingerprint(str(tmp_path / "third"))
-    assert fingerprint(str(tmp_path / "first")) != fingerprint(str(tmp_path / "second"))
+    assert fingerprint(Source(str(tmp_path / "first"))) == fingerprint(Source(str(tmp_path / "third")))
+    assert fingerprint(Source(str(tmp_path / "first"))) != fingerprint(Source(str(tmp_path / "second")))
     assert (tmp_path / "second" / "model.safetensors.index.streamline.json").is_file()
     fields = json.loads((tmp_path / "third" / "config.json").read_text())
     assert fields["model_type"] == "streamline"
@@ -147,7 +148,7 @@ def test_a_config_that_names_what_is_not_there_is_refused(named: dict[str, str],
     with pytest.raises(StreamlineError, match=r"bare_layers\[\d\] is '\w+': must be 'ffn' or 'swiglu', of layer 0 to"):
         read_config(Source(str(tmp_path)))
     (tmp_path / "config.json").write_text(json.dumps({**fields, "bare_layers": {"0": "ffn"}}))
-    with pytest.raises(StreamlineError, match="missing keys"):
+    with pytest.raises(StreamlineError, match="are missing in its files"):
         load(str(tmp_path))
 
 
@@ -163,7 +164,7 @@ def test_such_a_model_is_not_pruned_again(tmp_path: Path) -> None:
 def test_validation_measures_it(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "original")
     save_bare(bare_model(), tmp_path / "candidate")
-    subjects = subjects_of(str(tmp_path / "original"), [str(tmp_path / "candidate")])
+    subjects = subjects_of(Source(str(tmp_path / "original")), [str(tmp_path / "candidate")])
     text = Windows(token_ids(6, 40), "random")
     report = validate(subjects, text, Budget(), rounds=2, prompt_length=16, decode_tokens=4)
     assert report.rows[1].kl.value > 0

@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from optimum.streamline.checkpoint import Source, fingerprint, load, load_stock, read_config, save_model
+from optimum.streamline.checkpoint import load, load_stock, read_config, save_model
 from optimum.streamline.edit import apply_plan, build_replacement
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing import HealSettings, train_replacement
 from optimum.streamline.plan import Plan
+from optimum.streamline.source import Source, fingerprint
 from optimum.streamline.windows import Windows
 from reference import REFERENCE
 from tiny import LAYERS, tiny_model, token_ids
@@ -89,14 +90,17 @@ def poison(weights: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (truncate, "cannot be loaded"),
+        (truncate, "not a whole safetensors file"),
         (
             lambda f: edit_weights(f, lambda w: w.pop("model.layers.2.mlp.up_proj.weight")),
-            "1 missing keys, first 'model.layers.2",
+            "1 weights, first 'model.layers.2.mlp.up_proj.weight', are missing in its files",
         ),
-        (lambda f: edit_weights(f, lambda w: w.update(stray=torch.ones(1))), "1 unexpected keys, first 'stray'"),
+        (
+            lambda f: edit_weights(f, lambda w: w.update(stray=torch.ones(1))),
+            "first 'stray', are in its files and not in",
+        ),
         (lambda f: edit_weights(f, poison), "weight model.layers.2.mlp.up_proj.weight holds NaN"),
-        (lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
+        (lambda f: (f / "model.safetensors").unlink(), "has no weights, neither model.safetensors nor"),
         (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
         (lambda f: (f / "config.json").unlink(), "it has no config.json"),
         (
@@ -134,6 +138,6 @@ def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
 def test_the_fingerprint_follows_weights_and_config_only(saved: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(saved, tmp_path / "copy")
     (copy / "README.md").write_text("other words")
-    assert fingerprint(str(saved)) == fingerprint(str(copy))
+    assert fingerprint(Source(str(saved))) == fingerprint(Source(str(copy)))
     edit_weights(copy, lambda weights: weights["model.norm.weight"].add_(1))
-    assert fingerprint(str(saved)) != fingerprint(str(copy))
+    assert fingerprint(Source(str(saved))) != fingerprint(Source(str(copy)))

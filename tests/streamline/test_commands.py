@@ -121,7 +121,7 @@ def test_a_size_that_is_none_is_refused(cli: Cli, tmp_path: Path, size: str) -> 
         ("encoder", "architecture 'bert' cannot be handled; those that can: "),
         ("null", "cannot be read"),
         ("impossible", "cannot be read"),
-        ("truncated", "cannot be loaded"),
+        ("truncated", "not a whole safetensors file"),
         ("nan", "weight model.layers.1.mlp.up_proj.weight holds NaN"),
     ],
 )

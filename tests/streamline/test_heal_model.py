@@ -15,7 +15,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from optimum.streamline.anatomy import ARCHITECTURES
-from optimum.streamline.checkpoint import Source
 from optimum.streamline.edit import Materials, apply_plan, build_replacement
 from optimum.streamline.evidence import Evidence
 from optimum.streamline.healing import (
@@ -36,6 +35,7 @@ from optimum.streamline.plan import Plan
 from optimum.streamline.prune import prepare, prune
 from optimum.streamline.recipe import Recipe, make_recipe
 from optimum.streamline.scores import measure_scores
+from optimum.streamline.source import Source
 from optimum.streamline.windows import Windows
 from reference import REFERENCE
 from tiny import LAYERS, tiny_model, token_ids

@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel
 
 from console import optimum_cli
-from optimum.streamline.checkpoint import Source
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing import HealLog, HealSettings, NextToken, engine, train_model
 from optimum.streamline.healing.engine import NotFiniteError
@@ -29,6 +28,7 @@ from optimum.streamline.outputs import claimed
 from optimum.streamline.plan import Plan
 from optimum.streamline.prune import change, prepare
 from optimum.streamline.recipe import make_recipe
+from optimum.streamline.source import Source
 from optimum.streamline.windows import Windows
 from reference import REFERENCE
 from tiny import tiny_model
@@ -320,7 +320,7 @@ def test_two_processes_judge_by_one_held_out_window(
 DIVIDED = """
 import sys
 from pathlib import Path
-from optimum.streamline.checkpoint import Source
+from optimum.streamline.source import Source
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.processes import is_main
 from optimum.streamline.prune import prune

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum.streamline.anatomy import ARCHITECTURES, architecture_of, decoder_layers
-from optimum.streamline.checkpoint import Source, load, load_stock, load_tokenizer
+from optimum.streamline.checkpoint import load, load_stock, load_tokenizer
 from optimum.streamline.edit import Replacement, apply_plan, build_replacement
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evidence import Evidence
@@ -22,6 +22,7 @@ from optimum.streamline.methods.llm_streamline import LLMStreamline
 from optimum.streamline.plan import Plan
 from optimum.streamline.recipe import Recipe
 from optimum.streamline.scores import measure_scores
+from optimum.streamline.source import Source
 from optimum.streamline.windows import Windows, read_windows
 from reference import REFERENCE
 from tiny import LAYERS, tiny_model, token_ids

@@ -16,7 +16,7 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from console import Outcome, optimum_cli
 from optimum.commands.streamline import CHECKPOINT_QUANTIZATION_LINES
 from optimum.streamline.anatomy import ARCHITECTURES, architecture_of, decoder_layers, set_decoder_layers, submodule
-from optimum.streamline.checkpoint import Source, load, load_stock, load_tokenizer, save_model
+from optimum.streamline.checkpoint import load, load_stock, load_tokenizer, save_model
 from optimum.streamline.dead import ATTENTION, mark_dead, silence
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.offload import read_parameter
@@ -25,6 +25,7 @@ from optimum.streamline.quantize import quantize
 from optimum.streamline.quantized import quantized_modules, use_cpu_kernel
 from optimum.streamline.quantizers import QUANTIZERS
 from optimum.streamline.runner import open_runner
+from optimum.streamline.source import Source
 from reference import REFERENCE
 from tiny import LAYERS, token_ids, wide_model
 

@@ -9,10 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from console import optimum_cli
-from optimum.streamline.checkpoint import Source, load
+from optimum.streamline.checkpoint import load
 from optimum.streamline.quantize import quantize
 from optimum.streamline.quantized import quantized_modules, use_cpu_kernel
 from optimum.streamline.quantizers import QUANTIZERS
+from optimum.streamline.source import Source
 from reference import REFERENCE
 from tiny import token_ids, wide_model
 

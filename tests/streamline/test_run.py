@@ -12,8 +12,9 @@ import pytest
 
 from console import Outcome, optimum_cli
 from optimum.streamline import StreamlineConfig, StreamlineError, Streamliner
-from optimum.streamline.checkpoint import fingerprint, load
+from optimum.streamline.checkpoint import load
 from optimum.streamline.report import Report
+from optimum.streamline.source import Source, fingerprint
 from optimum.streamline.text import read_documents
 from reference import REFERENCE
 
@@ -145,11 +146,11 @@ def test_another_budget_judges_anew_without_making_anew(cli: Cli, folder: Path) 
 
 
 def test_another_recipe_is_refused(cli: Cli, folder: Path) -> None:
-    before = fingerprint(str(folder / "out"))
+    before = fingerprint(Source(str(folder / "out")))
     outcome = cli(folder / "recipe.yaml", folder / "out", "--remove", 5)
     assert outcome.code == 2
     assert "made from another recipe; choose another folder, or pass --overwrite" in outcome.err
-    assert fingerprint(str(folder / "out")) == before
+    assert fingerprint(Source(str(folder / "out"))) == before
 
 
 @pytest.mark.parametrize(("limit", "code"), [(100, 0), (1.0001, 3)])

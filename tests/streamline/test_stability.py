@@ -16,12 +16,13 @@ import torch
 from transformers import AutoTokenizer
 
 from console import optimum_cli
-from optimum.streamline.checkpoint import Source, load_stock, load_tokenizer
+from optimum.streamline.checkpoint import load_stock, load_tokenizer
 from optimum.streamline.edit import apply_plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.intervals import mean_interval, softmax_mean_interval
 from optimum.streamline.plan import Plan
 from optimum.streamline.recipe import Budget
+from optimum.streamline.source import Source
 from optimum.streamline.stability import Answers, Question, Questions, ask, option_loss, read_questions
 from optimum.streamline.text import read_documents
 from optimum.streamline.torch_runner import TorchRunner
@@ -210,7 +211,7 @@ def test_a_bad_file_is_named(tmp_path: Path) -> None:
 
 def test_questions_that_no_model_can_read_are_refused(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
-    data, subjects = Windows(token_ids(2, 8), "random"), subjects_of(str(tmp_path), [])
+    data, subjects = Windows(token_ids(2, 8), "random"), subjects_of(Source(str(tmp_path)), [])
 
     def attempt(*options: tuple[int, ...]) -> None:
         items = (Question(4, (5, 6), options, 0), Question(9, (5,), ((2,), (3,)), 0))

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from optimum.streamline.checkpoint import fingerprint
 from optimum.streamline.edit import apply_plan, build_replacement
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.plan import Plan
 from optimum.streamline.recipe import Budget
 from optimum.streamline.report import Report
 from optimum.streamline.runner import Artifact
+from optimum.streamline.source import Source, fingerprint
 from optimum.streamline.validation import Subject, recognise, subjects_of, validate
 from optimum.streamline.windows import Windows
 from tiny import LAYERS, VOCABULARY, tiny_model, token_ids
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(folder: Path) -> Report:
-    subjects = subjects_of(str(folder / "original"), [str(folder / "candidate")])
+    subjects = subjects_of(Source(str(folder / "original")), [str(folder / "candidate")])
     return validate(
         subjects, DATA, Budget(max_ppl_ratio=1000.0, max_kl=0.0), rounds=3, prompt_length=24, decode_tokens=4
     )
@@ -87,7 +87,7 @@ def test_the_budget_decides(report: Report) -> None:
 
 
 def test_logits_that_are_not_numbers_fail_and_do_not_crash(folder: Path) -> None:
-    subjects = subjects_of(str(folder / "original"), [str(folder / "broken")])
+    subjects = subjects_of(Source(str(folder / "original")), [str(folder / "broken")])
     result = validate(subjects, DATA, Budget(), rounds=2, prompt_length=8, decode_tokens=2)
     assert not result.rows[1].finite
     assert result.exit_code == 3
@@ -128,15 +128,15 @@ def test_bad_input_is_one_line(folder: Path) -> None:
 def test_an_export_of_the_original_is_recognised(folder: Path, tmp_path: Path) -> None:
     def export(name: str, source: str) -> str:
         (tmp_path / name).mkdir()
-        source_fingerprint = fingerprint(str(folder / source))
+        source_fingerprint = fingerprint(Source(str(folder / source)))
         Artifact(str(tmp_path / name), "onnx", "fp32", "gone", source_fingerprint, {}, (0,)).write(tmp_path / name)
         return str(tmp_path / name)
 
     paths = [str(folder / "candidate"), export("a", "original"), export("b", "candidate")]
-    subjects = recognise(subjects_of(str(folder / "original"), paths))
+    subjects = recognise(subjects_of(Source(str(folder / "original")), paths))
     assert [subject.role for subject in subjects] == ["original", "candidate", "original", "candidate"]
     assert json.loads((tmp_path / "a" / "artifact.json").read_text())["source"] == "gone"
-    both_exported = recognise(subjects_of(paths[1], [paths[2]]))
+    both_exported = recognise(subjects_of(Source(paths[1]), [paths[2]]))
     assert [subject.role for subject in both_exported] == ["original", "candidate"]
 
 
@@ -155,16 +155,16 @@ def test_a_model_of_the_hub_is_read_from_the_cache_it_was_put_in(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for the workers
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     cache = hub_cache(tmp_path / "cache")
-    subjects = subjects_of("org/small", [str(folder / "candidate")], cache_dir=cache)
+    subjects = subjects_of(Source("org/small", cache), [str(folder / "candidate")])
     result = validate(subjects, DATA, Budget(), rounds=2, prompt_length=8, decode_tokens=2)
     assert [row.label for row in result.rows] == ["small", "candidate"]
     assert result.rows[0].disk_bytes >= result.rows[0].parameters * 4
-    with pytest.raises(StreamlineError, match="model 'org/small': cannot be read"):
-        validate(subjects_of("org/small", []), DATA, Budget())
+    with pytest.raises(StreamlineError, match="model 'org/small': cannot be fetched"):
+        validate(subjects_of(Source("org/small"), []), DATA, Budget())
 
-    source_fingerprint = fingerprint("org/small", cache)
+    source_fingerprint = fingerprint(Source("org/small", cache))
     Artifact(str(tmp_path), "onnx", "fp32", "org/small", source_fingerprint, {}, (0,)).write(tmp_path)
-    export = recognise(subjects_of("org/small", [str(tmp_path)], cache_dir=cache))[1]
+    export = recognise(subjects_of(Source("org/small", cache), [str(tmp_path)]))[1]
     assert export.role == "original"
 
 
@@ -193,12 +193,12 @@ def test_code_of_a_checkpoint_runs_where_it_is_trusted(
     model.config.auto_map = {"AutoModelForCausalLM": "modeling_own.Own"}
     model.save_pretrained(tmp_path / "own")
     (tmp_path / "own" / "modeling_own.py").write_text(CODE)
-    subjects = subjects_of(str(tmp_path / "own"), [], trust_remote_code=trusted)
+    subjects = subjects_of(Source(str(tmp_path / "own"), trust_remote_code=trusted), [])
     validate(subjects, DATA, Budget(), rounds=2, prompt_length=8, decode_tokens=2)
     # This process, for accuracy, and the one that was timed.
     assert len(list(processes.iterdir())) == (2 if trusted else 0)
 
 
 def test_labels_tell_models_apart() -> None:
-    assert [s.label for s in subjects_of("/a/model", ["/b/pruned"])] == ["model", "pruned"]
-    assert [s.label for s in subjects_of("/a/model", ["/b/model", "/c"])] == ["/a/model", "/b/model", "c"]
+    assert [s.label for s in subjects_of(Source("/a/model"), ["/b/pruned"])] == ["model", "pruned"]
+    assert [s.label for s in subjects_of(Source("/a/model"), ["/b/model", "/c"])] == ["/a/model", "/b/model", "c"]

@@ -37,11 +37,14 @@ def _read_strictly(parser: argparse.ArgumentParser) -> None:
 
 
 def _model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-m", "--model", required=True, help="a checkpoint's folder, or a Hub id")
+    parser.add_argument(
+        "-m", "--model", required=True, help="a checkpoint's folder, or a Hub id, also as name@revision"
+    )
     _source_flags(parser)
 
 
 def _source_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub model (default: its main branch)")
     parser.add_argument("--cache_dir", help="where Hub downloads are kept")
     parser.add_argument("--trust-remote-code", action="store_true", help="let code from the checkpoint run")
     parser.add_argument("--verbose", action="store_true", help="show what other libraries say, too")
@@ -408,9 +411,11 @@ class ValidateCommand(_Command):
     def parse_args(parser: argparse.ArgumentParser) -> None:
         """Flags of `validate`."""
         _Command.parse_args(parser)
-        parser.add_argument("original", help="the original checkpoint")
+        parser.add_argument("original", help="the original checkpoint, which --revision is of")
         parser.add_argument(
-            "candidate", nargs="+", help="checkpoints or exports; an export of the original is recognised"
+            "candidate",
+            nargs="+",
+            help="checkpoints or exports; an export of the original is recognised. A Hub id as name@revision",
         )
         parser.add_argument("--output", type=Path, default=Path("streamline-report"), help="a folder for the report")
         parser.add_argument("--overwrite", action="store_true", help="replace an earlier output of this program")

@@ -18,13 +18,13 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 
 from .anatomy import architecture_of, decoder_layers
 from .errors import StreamlineError
+from .model_files import BARE_VARIANT
 
 BareKind = Literal["ffn", "swiglu"]
 
 NEEDS_LOAD = "has a bare feed-forward network for a layer: needs optimum.streamline.load, stock transformers refuses it"
 MODEL_TYPE = "streamline"
 _ARCHITECTURE = "StreamlineForCausalLM"
-_VARIANT = "streamline"  # of the weights' file name, `model.streamline.safetensors`
 # What config.json says otherwise than the host's would; the host's own stands there under `host_` and the name.
 _RENAMED = {"model_type": MODEL_TYPE, "architectures": [_ARCHITECTURE]}
 # Where a config says how wide the MLPs of its own layers are.
@@ -130,13 +130,13 @@ def load_bare(model: str, config: PreTrainedConfig, **options: Any) -> Any:
         options: Those of `from_pretrained`, less `trust_remote_code`.
     """
     return _with_bare_layers(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]).from_pretrained(
-        model, config=config, variant=_VARIANT, **options
+        model, config=config, variant=BARE_VARIANT, **options
     )
 
 
 def save_bare(model: PreTrainedModel, folder: Path, **options: Any) -> None:
     """`save_pretrained` for a model with bare layers, in the form that stock transformers refuses."""
-    PreTrainedModel.save_pretrained(model, folder, **{**options, "variant": _VARIANT})
+    PreTrainedModel.save_pretrained(model, folder, **{**options, "variant": BARE_VARIANT})
     file = folder / "config.json"
     fields = json.loads(file.read_text(encoding="utf-8"))
     fields |= {f"host_{key}": fields.get(key) for key in _RENAMED} | _RENAMED

@@ -12,6 +12,7 @@ from .bare_layers import NEEDS_LOAD
 from .healing import Healed
 from .quantizers import QUANTIZERS
 from .record import Record
+from .source import Source
 
 CARD_FILE = "README.md"
 CITATIONS = {
@@ -66,12 +67,12 @@ def model_card(record: Record) -> str:
         f"library_name: {'optimum-streamline' if bare else 'transformers'}",
         "pipeline_tag: text-generation",
         "tags: [optimum-streamline, layer-pruning]",
-        *([] if Path(record.source).exists() else [f"base_model: {record.source}"]),
+        *([] if record.source.is_local else [f"base_model: {record.source.model}"]),
         "---",
         "",
-        f"# {_name(record.source)}, made shallower",
+        f"# {record.source.name.rpartition('/')[2]}, made shallower",
         "",
-        f"Made by optimum-streamline from `{record.source}`: {plan.describe()}.",
+        f"Made by optimum-streamline from {_origin(record.source)}: {plan.describe()}.",
         f"The choice: {_choice(record)}, on {_data(record, 'calibration')}.",
     ]
     lines += [_training(healed, record) for healed in record.healing]
@@ -98,16 +99,16 @@ def model_card(record: Record) -> str:
     return "\n".join(lines)
 
 
-def quantized_card(source: str, how: str, card: str | None) -> str:
+def quantized_card(source: Source, how: str, card: str | None) -> str:
     """The text of a quantized checkpoint's `README.md`.
 
     Args:
-        source: The float checkpoint, as it was named.
+        source: The float checkpoint.
         how: What its weights became.
         card: The float checkpoint's own card, which is kept below.
     """
-    head, body = _parts(card or f"---\nlibrary_name: transformers\n---\n\n# {_name(source)}\n")
-    said = f"Quantized by optimum-streamline from `{source}`: {how}."
+    head, body = _parts(card or f"---\nlibrary_name: transformers\n---\n\n# {source.name.rpartition('/')[2]}\n")
+    said = f"Quantized by optimum-streamline from {_origin(source)}: {how}."
     return f"{head}{said}\n\n{body.lstrip()}"
 
 
@@ -117,8 +118,9 @@ def _parts(card: str) -> tuple[str, str]:
     return (match[0], card[match.end() :]) if match else ("", card)
 
 
-def _name(source: str) -> str:
-    return source.rstrip("/").rsplit("/", 1)[-1]
+def _origin(source: Source) -> str:
+    """A model as strangers may read it: no path of the machine that it lay on, and the commit where there is one."""
+    return f"`{source.name}`" + (f" at commit {source.commit}" if source.commit else "")
 
 
 def _training(healed: Healed, record: Record) -> str:
@@ -143,4 +145,9 @@ def _choice(record: Record) -> str:
 
 def _data(record: Record, purpose: str) -> str:
     data = record.data[purpose]
-    return f"{data['windows']} windows of {data['length']} tokens of `{data['spec']}`"
+    return f"{data['windows']} windows of {data['length']} tokens of `{_public(data['spec'])}`"
+
+
+def _public(spec: str) -> str:
+    """A text SPEC without the path of a local file or folder."""
+    return Path(spec).name if Path(spec).expanduser().exists() else spec

@@ -5,16 +5,16 @@ This file knows nothing of how a model was changed; `record.py` says that beside
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,65 +26,53 @@ from transformers import (
 from .anatomy import architecture_of
 from .bare_layers import bare_layers, host_config, is_bare_checkpoint, load_bare, save_bare
 from .dead import drop_dead_sublayers
-from .errors import StreamlineError
+from .errors import StreamlineError, first_line
+from .folder_kinds import refuse_export, seems_to_be
+from .model_files import CONFIG_FILE, FLOAT_TYPES, StoredTensor, find_weights
 from .offload import offload_options, read_parameter
 from .older_names import add_older_names
-from .quantization_config import quantization_name
+from .quantization_config import check_readable, quantization_name
 from .quantized import keep_as_read, save_as_read
+from .remote_code import code_note
+from .source import Source
 
 RECORD_FILE = "streamline.json"
 RECORD_KEYS = ("source", "layers", "scores", "recipe_fingerprint", "data")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
-WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index*.json")
+# safetensors' names of them.
+_TYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a model is read from, and with what leave.
+def read_config(source: Source, of_export: bool = False) -> PreTrainedConfig:
+    """The config of a checkpoint that can be handled.
 
     Args:
-        model: A checkpoint's folder, or a Hub id.
-        cache_dir: Where Hub downloads are kept; transformers' own place by default.
-        trust_remote_code: Whether code from the checkpoint may run.
-    """
-
-    model: str
-    cache_dir: str | None = None
-    trust_remote_code: bool = False
-
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments for transformers' `from_pretrained`."""
-        return {"cache_dir": self.cache_dir, "trust_remote_code": self.trust_remote_code}
-
-
-def read_config(source: Source) -> PreTrainedConfig:
-    """The config of a checkpoint that can be handled.
+        of_export: Whether an export, whose folder has its checkpoint's config, will do.
 
     Raises:
         StreamlineError: it is not a model, or its architecture cannot be handled.
     """
-    folder = Path(source.model)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise StreamlineError(f"model {source.model!r}: not a checkpoint folder, it has no config.json")
-    if not folder.exists() and (folder.is_absolute() or source.model.startswith(".")):
-        raise StreamlineError(f"model {source.model!r}: no such folder; give a checkpoint's folder or a Hub id")
+    folder = source.folder
+    if not of_export:
+        refuse_export(source)
+    if not (folder / CONFIG_FILE).is_file():
+        raise StreamlineError(
+            f"model {source.model!r}: not a checkpoint folder, it has no {CONFIG_FILE}{seems_to_be(folder)}"
+        )
     try:
         config = _config_of(source)
     except Exception as error:  # a wrong config raises whatever its class makes of it
-        raise StreamlineError(f"model {source.model!r}: cannot be read ({_first_line(error)})") from None
+        raise StreamlineError(f"model {source.model!r}: cannot be read ({first_line(error)})") from None
     architecture_of(config)
     bare_layers(config)
     return config
 
 
 def _config_of(source: Source) -> PreTrainedConfig:
-    fields, _ = PreTrainedConfig.get_config_dict(source.model, cache_dir=source.cache_dir)
-    config: PreTrainedConfig
+    fields, _ = PreTrainedConfig.get_config_dict(source.folder)
     if is_bare_checkpoint(fields):
-        config = host_config(fields)
-    else:
-        config = AutoConfig.from_pretrained(source.model, **source.options())
+        return host_config(fields)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
     return config
 
 
@@ -107,7 +95,12 @@ def load_stock(
     """
     config = read_config(source)
     check_device(device)
+    weights = find_weights(source.folder)
     quantized = quantization is not None or quantization_name(config) is not None
+    if quantization_name(config) is not None:
+        check_readable(config, device)
+    else:
+        _check_types(source, weights.tensors())
     if quantized and offload:
         raise StreamlineError(f"model {source.model!r}: its weights are quantized, and cannot stay on disk")
     options: dict[str, Any] = {"dtype": "auto" if dtype is None or quantized else dtype}
@@ -116,11 +109,8 @@ def load_stock(
         options["device_map"] = {"": device}  # where the numbers are is settled as they are made
     if quantization is not None:
         options["quantization_config"] = quantization
-    model, info = _read_model(source, config, options)
-    for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if info[fault]:
-            names = sorted(str(name) for name in info[fault])
-            raise StreamlineError(f"model {source.model!r}: {len(names)} {fault.replace('_', ' ')}, first {names[0]!r}")
+    model, info = _read_model(source, config, options | {"use_safetensors": not weights.pickled})
+    _check_keys(source, info)
     _check_finite(source.model, model)
     if quantized:
         keep_as_read(model)
@@ -130,6 +120,19 @@ def load_stock(
         module.to(device)
     module.eval()
     return model
+
+
+def source_notes(source: Source, config: PreTrainedConfig) -> list[str]:
+    """What a user must know of how a model is read, in lines: whose code runs, and what its files were made into."""
+    used: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    notes = [code_note(source, used.__name__)]
+    weights = find_weights(source.folder)
+    if weights.pickled:
+        names = ", ".join(file.name for file in weights.files)
+        notes.append(
+            f"weights are read from {names}, by torch and as tensors alone (weights_only): no code of theirs runs"
+        )
+    return [note for note in notes if note]
 
 
 def check_device(device: str) -> None:
@@ -146,17 +149,45 @@ def check_device(device: str) -> None:
 
 def _read_model(source: Source, config: PreTrainedConfig, options: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
     """A model, and what transformers says of the weights it found."""
-    options |= {"use_safetensors": True, "output_loading_info": True}
+    options |= {"output_loading_info": True}
     loaded: Any
     try:
         if bare_layers(config):
-            loaded = load_bare(source.model, config, cache_dir=source.cache_dir, **options)
+            loaded = load_bare(str(source.folder), config, **options)
         else:
-            loaded = AutoModelForCausalLM.from_pretrained(source.model, **options, **source.options())
-    except Exception as error:  # safetensors and the Hub client each raise their own
-        raise StreamlineError(f"model {source.model!r}: cannot be loaded ({_first_line(error)})") from None
+            trusted = source.trust_remote_code
+            loaded = AutoModelForCausalLM.from_pretrained(source.folder, trust_remote_code=trusted, **options)
+    except Exception as error:  # safetensors and the libraries of quantizers each raise their own
+        raise StreamlineError(f"model {source.model!r}: cannot be loaded ({first_line(error)})") from None
     model, info = loaded
     return model, info
+
+
+_FAULTS = {
+    "missing_keys": "are missing in its files: the checkpoint is not whole, fetch or save it again",
+    "mismatched_keys": "have another shape than config.json says: the weights are of another model",
+    "unexpected_keys": (
+        "are in its files and not in the model that config.json describes, such as a value head or an adapter beside "
+        "it: save the language model alone"
+    ),
+}
+
+
+def _check_keys(source: Source, info: dict[str, Any]) -> None:
+    for fault, meaning in _FAULTS.items():
+        if info[fault]:
+            names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in info[fault])
+            raise StreamlineError(f"model {source.model!r}: {len(names)} weights, first {names[0]!r}, {meaning}")
+
+
+def _check_types(source: Source, tensors: Iterable[StoredTensor]) -> None:
+    for tensor in tensors:
+        # Masks that old checkpoints keep beside their weights are of other types, and are nobody's weights.
+        if tensor.name.endswith("weight") and tensor.type not in FLOAT_TYPES:
+            raise StreamlineError(
+                f"model {source.model!r}: weight {tensor.name} is {tensor.type}, and config.json says nothing of "
+                "quantization; give float weights, or a config.json that says how they are quantized"
+            )
 
 
 def load(
@@ -170,7 +201,7 @@ def load(
         path: A checkpoint's folder or Hub id, ours or not.
         dtype: What to load in; the checkpoint's own by default.
         offload: Leave the weights on disk, as `offload_options` does with this folder.
-        options: `cache_dir`, `trust_remote_code`.
+        options: `cache_dir`, `trust_remote_code`, `revision`.
 
     Returns:
         A `transformers` model in evaluation mode, with the function that stock transformers computes where it can.
@@ -182,10 +213,19 @@ def load(
     return drop_dead_sublayers(model, architecture_of(model.config))
 
 
-def stored_dtype(config: PreTrainedConfig) -> str:
-    """The name in `DTYPES` of what a checkpoint's float weights are stored in; `fp32` where its config does not say."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    return names[config.dtype] if isinstance(config.dtype, torch.dtype) and config.dtype in names else "fp32"
+def stored_dtype(source: Source) -> str:
+    """The name in `DTYPES` of what most of a checkpoint's float weights are stored in, whatever its config says.
+
+    Raises:
+        StreamlineError: it has no weights of such a type.
+    """
+    sizes: Counter[str] = Counter()
+    for tensor in find_weights(source.folder).tensors():
+        if tensor.type in _TYPES:
+            sizes[_TYPES[tensor.type]] += tensor.bytes
+    if not sizes:
+        raise StreamlineError(f"model {source.model!r}: has no weights in one of {', '.join(DTYPES)}; convert it first")
+    return sizes.most_common(1)[0][0]
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -195,40 +235,11 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         StreamlineError: it has none.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.model, **source.options())
+        trusted = source.trust_remote_code
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trusted)
     except Exception as error:
-        raise StreamlineError(f"model {source.model!r}: no tokenizer ({_first_line(error)})") from None
+        raise StreamlineError(f"model {source.model!r}: no tokenizer ({first_line(error)})") from None
     return tokenizer
-
-
-def local_folder(source: Source) -> Path:
-    """The folder on this machine that holds the checkpoint's files, fetched from the Hub where they are not yet.
-
-    Raises:
-        StreamlineError: they cannot be fetched.
-    """
-    if Path(source.model).is_dir():
-        return Path(source.model)
-    try:
-        return Path(snapshot_download(source.model, cache_dir=source.cache_dir, allow_patterns=list(HUB_PATTERNS)))
-    except Exception as error:  # the Hub client raises its own and its transport's
-        raise StreamlineError(f"model {source.model!r}: cannot be fetched ({_first_line(error)})") from None
-
-
-def fingerprint(path: str, cache_dir: str | None = None) -> str:
-    """SHA-256 over a checkpoint's config and weights: two checkpoints with one fingerprint are one model."""
-    folder = local_folder(Source(path, cache_dir))
-    digest = hashlib.sha256()
-    for file in sorted(file for pattern in ("config.json", *WEIGHT_PATTERNS) for file in folder.glob(pattern)):
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
-
-
-def weight_bytes(folder: Path) -> int:
-    """Bytes of the weights of a checkpoint on disk."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def save_model(
@@ -240,12 +251,21 @@ def save_model(
         dtype: What `model` is cast to first, in place; `None` leaves every weight as it is.
     """
     if dtype is not None:
-        module: nn.Module = model  # transformers' own `to` carries no types
-        module.to(dtype)
+        _cast(model, dtype)
         _check_finite(f"stored in {dtype}", model)  # half precision ends at 65504
         model.config.dtype = dtype
     save_weights(model, folder)
     tokenizer.save_pretrained(folder)
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the float numbers that a checkpoint holds another type, in place.
+
+    What it does not hold, such as rotary frequencies, every reader computes anew in fp32: cast, it would be another.
+    """
+    for value in model.state_dict(keep_vars=True).values():
+        if value.is_floating_point():
+            value.data = value.data.to(dtype)
 
 
 def save_weights(model: PreTrainedModel, folder: Path) -> None:
@@ -278,7 +298,3 @@ def _check_finite(name: str, model: PreTrainedModel) -> None:
     for key, _ in model.named_parameters():
         if not bool(torch.isfinite(read_parameter(model, key)).all()):
             raise StreamlineError(f"model {name!r}: weight {key} holds NaN or infinite values")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -108,18 +108,22 @@ def recipe_of(args: Namespace) -> Recipe:
 
 
 def _source(args: Namespace, model: str) -> Any:
-    from .checkpoint import Source
+    from .source import Source
 
-    return Source(model, args.cache_dir, args.trust_remote_code)
+    return Source(model, args.cache_dir, args.trust_remote_code, args.revision)
 
 
 def _note_bare(args: Namespace, console: Console, *models: str) -> None:
     from .bare_layers import NEEDS_LOAD, bare_layers
     from .checkpoint import read_config
     from .runner import is_artifact
+    from .source import Source
 
-    for model in models:
-        if not is_artifact(model) and bare_layers(read_config(_source(args, model))):
+    for number, model in enumerate(models):
+        # The revision is the first model's: others have theirs in their names.
+        revision = None if number else args.revision
+        source = Source(model, args.cache_dir, args.trust_remote_code, revision)
+        if not is_artifact(model) and bare_layers(read_config(source)):
             console.print(f"{model} {NEEDS_LOAD}", markup=False)
 
 
@@ -395,7 +399,7 @@ def _validate(args: Namespace, console: Console) -> int:
     windows = read_windows(recipe.eval_data, tokenizer, recipe.eval_samples, recipe.length, recipe.seed, "eval")
     for candidate in args.candidate:
         refuse_seen_text(candidate, windows)
-    subjects = subjects_of(args.original, args.candidate, args.cache_dir, args.trust_remote_code)
+    subjects = subjects_of(_source(args, args.original), args.candidate)
     report = validate(
         subjects,
         windows,

@@ -6,21 +6,19 @@ has to read, a long prompt by arithmetic. Nothing is loaded, and no runtime's ov
 
 from __future__ import annotations
 
-import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .anatomy import architecture_of, head_size, key_value_heads
 from .bare_layers import place_bare_layers
-from .checkpoint import DTYPES, weight_bytes
+from .checkpoint import DTYPES
 from .dead import ATTENTION, MLP, dead_layers, layers_without_attention
+from .model_files import find_weights
 from .products import skeleton_of
 from .quantization_config import float_config
 from .runner import is_artifact
@@ -112,28 +110,20 @@ def stored_weight_bytes(folder: Path, config: PreTrainedConfig) -> int:
     not_read = {name for name, value in model.named_parameters() if id(value) in embeddings}
     dead, share = _dead_prefixes(config), active_share(config)
     read = 0.0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="numpy") as tensors:
-            for name in sorted(tensors.keys()):
-                if name not in not_read and not name.startswith(dead):
-                    read += _bytes(tensors.get_slice(name)) * (share if ".experts." in name else 1.0)
+    for tensor in find_weights(folder).tensors():
+        if tensor.name not in not_read and not tensor.name.startswith(dead):
+            read += tensor.bytes * (share if ".experts." in tensor.name else 1.0)
     return round(read)
 
 
-def _bytes(tensor: Any) -> int:
-    bits = re.search(r"\d+", tensor.get_dtype())  # F32, BF16, U8, F8_E4M3, ...; BOOL has none
-    size: int = math.prod(tensor.get_shape()) * (int(bits[0]) if bits else 8) // 8
-    return size
-
-
 def disk_bytes(folder: Path) -> int:
-    """Bytes on disk of a model's weights: a checkpoint's safetensors, an engine, or an exported graph with its data."""
+    """Bytes on disk of a model's weights: a checkpoint's own files, an engine, or an exported graph with its data."""
     engine = folder / "model.engine"
     if engine.is_file():
         return engine.stat().st_size
     if is_artifact(folder):
         return sum(file.stat().st_size for file in folder.glob("model.onnx*"))
-    return weight_bytes(folder)
+    return find_weights(folder).bytes
 
 
 def _dead_prefixes(config: PreTrainedConfig) -> tuple[str, ...]:

@@ -12,11 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .checkpoint import Source, load_stock, save_weights
+from .checkpoint import load_stock, save_weights
 from .errors import StreamlineError
 from .products import skeleton_of
 from .quantization_config import float_config, quantization_name
 from .quantized import float_values, quantized_modules
+from .source import Source
 
 
 def write_dequantized(source: Source, folder: Path) -> None:

@@ -42,3 +42,8 @@ def require_extra(module: str, extra: str) -> ModuleType:
         raise StreamlineError(
             f'this needs the package {module.split(".")[0]}: pip install "optimum-streamline[{extra}]"'
         ) from None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another library's error says, or its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

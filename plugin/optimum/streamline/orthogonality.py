@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from .accuracy import Accuracy
-from .checkpoint import Source, read_config
+from .checkpoint import read_config
 from .errors import StreamlineError
 from .interactions import interaction
 from .logs import captured_logs
@@ -28,6 +28,7 @@ from .report import Interaction, Report
 from .report_files import write_report
 from .run import CALIBRATION_WINDOWS, check_exportable, score_graph
 from .runner import Artifact, export, graph_quantizers
+from .source import Source
 from .validation import Subject, measure
 from .verdict import judge
 
@@ -195,7 +196,7 @@ class _Models:
             verbose=self._verbose,
             quantize=how,
             windows=windows.part(0, min(CALIBRATION_WINDOWS, len(windows.ids))) if needed else None,
-            **self._source.options(),
+            **self._source.of(checkpoint).options(),
         )
         self._add(label, self._graphs[label].path)
 
@@ -204,5 +205,5 @@ class _Models:
 
     def _add(self, label: str, path: str) -> None:
         role = "original" if label.startswith(DENSE) else "candidate"
-        cache, trusted = self._source.cache_dir, self._source.trust_remote_code
-        self.subjects[label] = Subject(label, path, role, cache, trusted)  # type: ignore[arg-type]
+        source = self._source.of(path)
+        self.subjects[label] = Subject(label, path, role, **source.options())  # type: ignore[arg-type]

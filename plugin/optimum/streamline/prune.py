@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import transformers
@@ -20,12 +21,11 @@ from .card import CARD_FILE, model_card
 from .checkpoint import (
     DTYPES,
     RECORD_FILE,
-    Source,
-    fingerprint,
     load_stock,
     load_tokenizer,
     read_config,
     save_model,
+    source_notes,
     stored_dtype,
 )
 from .dead import layers_without_attention
@@ -44,9 +44,12 @@ from .quantization_config import quantization_name
 from .quantize import check_quantizable, load_quantizing, write_quantization
 from .quantized_pruning import check_quantization
 from .quantizers import QUANTIZERS
+from .read_back import read_back, release
 from .recipe import Recipe
 from .record import Record, seen_text
+from .remote_code import carry_code
 from .scores import Scores, measure_scores
+from .source import Source, fingerprint
 from .windows import TooShortError, Windows, check_disjoint, read_windows
 
 Say = Callable[[str], None]
@@ -127,6 +130,8 @@ def prepare(source: Source, recipe: Recipe, say: Say, scored: Score | None = Non
     say(f"loading {source.model}")
     start = time.monotonic()
     config = read_config(source)
+    for line in source_notes(source, config):
+        say(line)
     tokenizer = load_tokenizer(source)
     chosen_on = _text_of_choice(recipe, tokenizer)
     calibration = chosen_on.part(0, recipe.samples)
@@ -156,7 +161,7 @@ def prepare(source: Source, recipe: Recipe, say: Say, scored: Score | None = Non
     say(plan.describe())
     seconds = {"load": loaded - start - scoring, "score": time.monotonic() - loaded + scoring}
     kept = quantizes or quantization_name(config) is not None
-    stored = None if kept else DTYPES[recipe.dtype or stored_dtype(config)]
+    stored = None if kept else DTYPES[recipe.dtype or stored_dtype(source)]
     return Prepared(source, recipe, model, tokenizer, stored, chosen_on, heal_text, scores, plan, seconds)
 
 
@@ -202,28 +207,37 @@ def prune(
         prepared.plan = from_main(prepared.plan)
         record = change(prepared, say, workspace)
         if staging is not None:
-            _save(prepared, record, staging, say)
-            (staging / RECORD_FILE).write_text(record.to_json())
-            (staging / CARD_FILE).write_text(model_card(record))
+            record = replace(record, read_back=_save(prepared, record, staging, say))
+            (staging / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
+            (staging / CARD_FILE).write_text(model_card(record), encoding="utf-8")
     note = f", which {NEEDS_LOAD}" if bare_layers(prepared.model.config) else ""
     say(f"saved {out}{note}")
     return record
 
 
-def _save(prepared: Prepared, record: Record, folder: Path, say: Say) -> None:
-    """Write the checkpoint, quantized if that comes last, and what was quantized whenever that came."""
+def _save(prepared: Prepared, record: Record, folder: Path, say: Say) -> dict[str, Any]:
+    """Write the checkpoint, quantized if that comes last, and read it back; the model is of no use afterwards.
+
+    Returns:
+        As `read_back`.
+
+    Raises:
+        ParityError: what was written is not the model.
+    """
     source, recipe, model = prepared.source, prepared.recipe, prepared.model
-    if recipe.quantize not in QUANTIZERS:
-        save_model(model, prepared.tokenizer, prepared.stored, folder)
-        return
-    if not recipe.quantize_first:
+    quantizes = recipe.quantize in QUANTIZERS
+    if quantizes and not recipe.quantize_first:
         in_float = check_quantizable(read_config(source), recipe.quantize, recipe.excluded)
         now = [new for new, _ in followed(in_float, [place.originals for place in record.change.places])]
         with TemporaryDirectory(dir=folder) as scratch:
             save_model(model, prepared.tokenizer, prepared.stored, Path(scratch))
-            model = load_quantizing(Source(scratch), recipe.quantize, now, recipe.device)
-    save_model(model, prepared.tokenizer, None, folder)
-    say(write_quantization(model, source, recipe.quantize, recipe.excluded, folder))
+            release(model)
+            model = load_quantizing(source.of(scratch), recipe.quantize, now, recipe.device)
+    save_model(model, prepared.tokenizer, None if quantizes else prepared.stored, folder)
+    carry_code(source, folder)
+    if quantizes:
+        say(write_quantization(model, source, recipe.quantize, recipe.excluded, folder))
+    return read_back(folder, model, prepared.tokenizer, prepared.calibration.ids, source.trust_remote_code)
 
 
 def _say_nothing(message: str) -> None:
@@ -240,7 +254,7 @@ def change(prepared: Prepared, say: Say, workspace: Path | None = None) -> Recor
         StreamlineError: a training fails.
     """
     recipe, model, plan = prepared.recipe, prepared.model, prepared.plan
-    source = fingerprint(prepared.source.model, prepared.source.cache_dir)
+    source = fingerprint(prepared.source)
     data = {"calibration": seen_text(prepared.chosen_on)}
     replacement = build_replacement(model, plan, prepared.calibration, recipe.seed)
     healer: Healer | None = None
@@ -260,7 +274,7 @@ def change(prepared: Prepared, say: Say, workspace: Path | None = None) -> Recor
         healed = tuple(healer.done)
         prepared.seconds["heal"] = time.monotonic() - start
     return Record(
-        source=prepared.source.model,
+        source=prepared.source,
         source_fingerprint=source,
         recipe=recipe,
         scores=prepared.scores,

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .errors import StreamlineError
+from .errors import StreamlineError, first_line
 from .module_patterns import followed
 from .products import products_of, skeleton_of
 
@@ -56,6 +57,46 @@ def refuse_quantized(config: PreTrainedConfig, what: str, instead: str) -> None:
     name = quantization_name(config)
     if name is not None:
         raise StreamlineError(f"{what}: needs float weights, and the model's are quantized ({name}); {instead}")
+
+
+def check_readable(config: PreTrainedConfig, device: str) -> bool:
+    """Refuse a quantized model that transformers cannot read here.
+
+    Asks the quantizer that transformers has for it, not a list of names.
+
+    Args:
+        device: Where it is to be computed.
+
+    Returns:
+        Whether transformers, having read it here, can write it back as it was: some formats it can read only by
+        making the weights float numbers.
+
+    Raises:
+        StreamlineError: a package or a device that the format needs is missing.
+    """
+    name, found = quantization_name(config), copy.deepcopy(config.quantization_config)
+    try:
+        quantizer = AutoHfQuantizer.from_config(found, pre_quantized=True)
+        quantizer.validate_environment(device_map={"": device}, weights_only=True)
+    except Exception as error:  # each quantizer raises its own, `NameError` among them where its package is missing
+        raise StreamlineError(
+            f"model: its weights are quantized ({name}), which cannot be read here ({first_line(error)}); install the "
+            "package that made them, or give the float model"
+        ) from None
+    return bool(quantizer.is_serializable()) and not getattr(quantizer.quantization_config, "dequantize", False)
+
+
+def check_writable(config: PreTrainedConfig, device: str) -> None:
+    """Refuse to change a quantized model that transformers could not write back as it was.
+
+    Raises:
+        StreamlineError: as `check_readable`; or its format cannot be written here.
+    """
+    if quantization_name(config) is not None and not check_readable(config, device):
+        raise StreamlineError(
+            f"model: its weights are quantized ({quantization_name(config)}), which transformers reads on {device} but "
+            "cannot write back; prune the float model and quantize then"
+        )
 
 
 def float_config(config: PreTrainedConfig) -> PreTrainedConfig:

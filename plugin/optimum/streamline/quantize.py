@@ -22,25 +22,26 @@ from .card import CARD_FILE, quantized_card
 from .checkpoint import (
     DTYPES,
     RECORD_FILE,
-    Source,
     check_device,
-    fingerprint,
     load_stock,
     load_tokenizer,
-    local_folder,
     read_config,
     save_model,
+    source_notes,
     stored_dtype,
-    weight_bytes,
 )
 from .errors import StreamlineError
 from .logs import LOG_FILE, captured_logs
+from .model_files import find_weights
 from .module_patterns import chosen
 from .outputs import staged_folder
 from .products import Product, products_of, skeleton_of
 from .quantization_config import float_config, quantization_name
 from .quantized import quantized_modules
 from .quantizers import QUANTIZERS, check_quantizer
+from .read_back import read_back
+from .remote_code import carry_code
+from .source import Source, fingerprint
 
 QUANTIZATION_FILE = "quantization.json"
 
@@ -69,13 +70,19 @@ def quantize(
         StreamlineError: the model or the quantizer cannot be used, or `out` cannot be written.
     """
     check_device(device)
-    kept = check_quantizable(read_config(source), how, exclude)
+    config = read_config(source)
+    for line in source_notes(source, config):
+        say(line)
+    kept = check_quantizable(config, how, exclude)
     with staged_folder(out, (source.model,), overwrite) as folder, captured_logs(folder / LOG_FILE, verbose):
+        tokenizer = load_tokenizer(source)
         model = load_quantizing(source, how, kept, device)
-        save_model(model, load_tokenizer(source), None, folder)
+        save_model(model, tokenizer, None, folder)
+        carry_code(source, folder)
         in_float = write_quantization(model, source, how, exclude, folder)
         _write_companions(source, how, folder)
-        before, after = (weight_bytes(each) / 1e6 for each in (local_folder(source), folder))
+        read_back(folder, model, tokenizer, None, source.trust_remote_code)
+        before, after = (find_weights(each).bytes / 1e6 for each in (source.folder, folder))
     say(f"quantized ({how}): {before:.1f} MB became {after:.1f} MB")
     say(in_float)
     say(f"saved {out}")
@@ -116,7 +123,7 @@ def load_quantizing(source: Source, how: str, kept: Sequence[str], device: str) 
     Raises:
         StreamlineError: nothing would be quantized.
     """
-    dtype = DTYPES[stored_dtype(read_config(source))]
+    dtype = DTYPES[stored_dtype(source)]
     quantization = check_quantizer(how).config(kept, dtype, device)
     model = load_stock(source, None, device, quantization=quantization)
     if not quantized_modules(model):
@@ -152,7 +159,7 @@ def write_quantization(model: PreTrainedModel, source: Source, how: str, exclude
     fields = {
         "quantize": how,
         "quantize_exclude": list(exclude),
-        "source": {"model": source.model, "fingerprint": fingerprint(source.model, source.cache_dir)},
+        "source": {"model": source.model, "commit": source.commit, "fingerprint": fingerprint(source)},
         "quantized": len(quantized),
         "float": in_float,
         "float_share": round(share, 4),
@@ -178,9 +185,9 @@ def _listed(names: Iterable[str], every: Iterable[str]) -> str:
 
 def _write_companions(source: Source, how: str, folder: Path) -> None:
     """Write the card of a quantized checkpoint, and keep the record of its making if there is one."""
-    made = local_folder(source)
+    made = source.folder
     if (made / RECORD_FILE).is_file():
         shutil.copy(made / RECORD_FILE, folder)
     card = made / CARD_FILE
     text = card.read_text(encoding="utf-8") if card.is_file() else None
-    (folder / CARD_FILE).write_text(quantized_card(source.model, QUANTIZERS[how].text, text), encoding="utf-8")
+    (folder / CARD_FILE).write_text(quantized_card(source, QUANTIZERS[how].text, text), encoding="utf-8")

@@ -13,7 +13,7 @@ from .errors import StreamlineError
 from .methods import METHODS
 from .module_patterns import chosen
 from .products import products_of, skeleton_of
-from .quantization_config import float_config, quantization_name, renumber_quantization
+from .quantization_config import check_writable, float_config, quantization_name, renumber_quantization
 from .quantize import check_quantizable
 from .quantizers import NONE, QUANTIZERS
 from .recipe import Recipe
@@ -31,6 +31,7 @@ def check_quantization(recipe: Recipe, config: PreTrainedConfig) -> None:
         if value is not None and recipe.quantize == NONE:
             raise StreamlineError(f"{field.replace('_', '-')} {value!r}: nothing is quantized; give quantize too")
     name = quantization_name(config)
+    check_writable(config, recipe.device)
     # Tried on a copy, to hear now whether the layers' new numbers could be written where it names them by the old.
     renumber_quantization(copy.deepcopy(config), architecture_of(config).layers, range(config.num_hidden_layers))
     if recipe.quantize in QUANTIZERS:

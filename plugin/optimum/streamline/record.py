@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from .plan import TRAINED, Plan
 from .recipe import Recipe
 from .runner import Artifact, is_artifact
 from .scores import Scores
+from .source import Source
 from .windows import Windows, check_disjoint
 
 FORMAT = 1
@@ -28,15 +29,16 @@ class Record:
     """Everything a checkpoint of ours says of its making.
 
     Args:
-        source: The original, as it was named.
-        source_fingerprint: `checkpoint.fingerprint` of it.
+        source: The original.
+        source_fingerprint: `source.fingerprint` of it.
         healing: The trainings, in order.
         data: What text was used, by purpose (`seen_text`).
         seconds: How long each step took.
         quantized: What the original's weights are quantized by; empty where they are float.
+        read_back: How the written folder compared with the model in memory (`read_back.read_back`).
     """
 
-    source: str
+    source: Source
     source_fingerprint: str
     recipe: Recipe
     scores: Scores
@@ -46,6 +48,7 @@ class Record:
     data: dict[str, dict[str, Any]]
     seconds: dict[str, float]
     quantized: str = ""
+    read_back: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The text of `streamline.json`."""
@@ -53,7 +56,13 @@ class Record:
 
         fields = {
             "format": FORMAT,
-            "source": {"model": self.source, "fingerprint": self.source_fingerprint, "layers": self.plan.total},
+            "source": {
+                "model": self.source.model,
+                "revision": self.source.revision,
+                "commit": self.source.commit,
+                "fingerprint": self.source_fingerprint,
+                "layers": self.plan.total,
+            },
             "method": self.recipe.method_name,
             "plan": self.plan.describe(),
             "tried": dict(self.plan.tried),
@@ -68,6 +77,7 @@ class Record:
             "seed": self.recipe.seed,
             "data": self.data,
             "healing": [healed.to_dict() for healed in self.healing],
+            "read_back": self.read_back,
             "seconds": {step: round(value, 2) for step, value in self.seconds.items()},
             "versions": {
                 "python": platform.python_version(),

@@ -26,6 +26,7 @@ class Measurement:
     Args:
         label: What the report calls it.
         path: Where it is; empty for one that was only made to be measured.
+        commit: The commit of the Hub repository that it was read from; empty for a local folder.
         role: Whether it is the original, in whatever runtime, or made from it.
         runtime: What ran it.
         dtype: What it was computed in.
@@ -78,6 +79,7 @@ class Measurement:
     peak_bytes: int
     question_accuracy: Interval | None = None
     stability: Interval | None = None
+    commit: str = ""
 
     @property
     def finite(self) -> bool:

@@ -224,6 +224,7 @@ LINES: tuple[Line, ...] = (
     Line(
         "Model", "Speed and size against", "Whose times and size this column's ratios are over.", lambda r: r.baseline
     ),
+    Line("Model", "Commit", "Of the Hub repository that it was read from.", lambda r: r.commit[:12]),
     Line("Model", "Layers", "Decoder layers. One without attention keeps no cache.", _layers),
     Line(
         "Model",

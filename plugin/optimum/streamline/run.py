@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import Source, fingerprint, read_config, read_record, weight_bytes
+from .checkpoint import read_config, read_record
 from .errors import StreamlineError
 from .logs import LOG_FILE, captured_logs
 from .module_patterns import chosen, followed
@@ -34,6 +34,7 @@ from .report import Report
 from .report_files import REPORT_FILE, write_report
 from .runner import Artifact, is_artifact
 from .scores import Scores, scores_of
+from .source import Source, fingerprint
 from .validation import Subject, validate
 from .windows import Windows
 
@@ -104,14 +105,14 @@ class _Chain:
     def _difference(self, record: dict[str, Any], texts: Texts) -> str | None:
         if record["recipe_fingerprint"] != self._recipe.fingerprint:
             return "made from another recipe"
-        if record["source"]["fingerprint"] != fingerprint(self._source.model, self._source.cache_dir):
+        if record["source"]["fingerprint"] != fingerprint(self._source):
             return "made from another model"
         for purpose, windows in texts.chosen_on.items():
             if record["data"].get(purpose, {}).get("fingerprint") != windows.fingerprint:
                 return f"made from another {purpose} text, though of the same name"
         if (self._out / QUANTIZATION_FILE).is_file() and self._recipe.quantize not in QUANTIZERS:
             return "quantized since it was made"
-        return None if weight_bytes(self._out) else "its weights are gone"
+        return None
 
     def step(self, name: str, work: Callable[[], object]) -> None:
         """Do one step, and keep how long it took."""
@@ -173,7 +174,9 @@ class _Chain:
 
         artifact = Artifact.read(folder)
         whole = all((folder / name).is_file() for name in (GRAPH_FILE, WEIGHTS_FILE))
-        same = artifact.source_fingerprint == fingerprint(checkpoint, self._source.cache_dir)
+        same = artifact.source_fingerprint == fingerprint(
+            self._source if checkpoint == self._source.model else Source(checkpoint)
+        )
         quantized = (artifact.quantize, list(artifact.quantize_exclude)) == (how, exclude)
         return whole and same and quantized and artifact.dtype == (self._recipe.dtype or "fp32")
 
@@ -190,7 +193,7 @@ class _Chain:
             quantize=how,
             quantize_exclude=exclude,
             windows=windows and windows.part(0, min(CALIBRATION_WINDOWS, len(windows.ids))),
-            **self._source.options(),
+            **self._source.of(checkpoint).options(),
         )
 
     def report(self, windows: Windows) -> Report:
@@ -228,7 +231,9 @@ class _Chain:
 
     def _subjects(self) -> list[Subject]:
         source = self._source
-        original = Subject("original", source.model, "original", source.cache_dir, source.trust_remote_code)
+        original = Subject(
+            "original", source.model, "original", source.cache_dir, source.trust_remote_code, source.revision
+        )
         subjects = [original, Subject("candidate", str(self._out), trust_remote_code=source.trust_remote_code)]
         if self._recipe.format != "none":
             subjects += [

@@ -157,6 +157,7 @@ def open_runner(
     device: str = "cpu",
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
+    revision: str | None = None,
     tensorrt: EngineOptions | None = None,
 ) -> Runner:
     """Open a checkpoint (torch) or an artifact (its own runtime) for running.
@@ -166,6 +167,7 @@ def open_runner(
         dtype: What a checkpoint is computed in; an artifact, and a quantized checkpoint, has its own.
         cache_dir: Where Hub downloads are kept; transformers' own place by default.
         trust_remote_code: Whether code from a checkpoint may run.
+        revision: A branch, tag or commit of a Hub repository.
         tensorrt: As in `optimum.exporters.streamline.open_artifact`, for an ONNX export.
 
     Raises:
@@ -181,6 +183,8 @@ def open_runner(
     from .quantized import use_cpu_kernel
     from .torch_runner import TorchRunner
 
-    model = load(path, DTYPES[dtype], device, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    model = load(
+        path, DTYPES[dtype], device, cache_dir=cache_dir, trust_remote_code=trust_remote_code, revision=revision
+    )
     use_cpu_kernel(model)  # as in stock transformers: nothing is saved from here
     return TorchRunner(model)

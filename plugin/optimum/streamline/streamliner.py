@@ -7,10 +7,11 @@ from typing import Any
 
 from optimum.configuration_utils import BaseConfig
 
-from .checkpoint import Source, read_config
+from .checkpoint import read_config
 from .recipe import Recipe, make_recipe
 from .report import Report
 from .run import run
+from .source import Source
 
 
 class StreamlineConfig(BaseConfig):
@@ -47,14 +48,19 @@ class Streamliner:
 
     @classmethod
     def from_pretrained(
-        cls, model: str | Path, *, cache_dir: str | None = None, trust_remote_code: bool = False
+        cls,
+        model: str | Path,
+        *,
+        cache_dir: str | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
     ) -> Streamliner:
-        """Name the original: a checkpoint's folder, or a Hub id.
+        """Name the original: a checkpoint's folder, or a Hub id, of which `revision` is a branch, tag or commit.
 
         Raises:
             StreamlineError: it is not a model, or one that cannot be handled.
         """
-        source = Source(str(model), cache_dir, trust_remote_code)
+        source = Source(str(model), cache_dir, trust_remote_code, revision)
         read_config(source)
         return cls(source)
 

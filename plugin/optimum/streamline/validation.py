@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .accuracy import Accuracy, measure_accuracy
-from .checkpoint import Source, fingerprint, local_folder, read_config, stored_dtype
+from .checkpoint import read_config, stored_dtype
 from .cost import Cost, cost_of, disk_bytes, stored_weight_bytes
 from .errors import StreamlineError
 from .intervals import RESAMPLES
@@ -25,6 +25,7 @@ from .quantization_config import quantization_name
 from .recipe import Budget
 from .report import Measurement, Report, Role
 from .runner import Artifact, is_artifact, open_runner
+from .source import Source, fingerprint
 from .stability import Answers, Questions, ask
 from .verdict import judge
 from .windows import Windows
@@ -43,6 +44,7 @@ class Subject:
         role: Whether it is the original, in whatever runtime, or made from it.
         cache_dir: Where Hub downloads are kept; transformers' own place by default.
         trust_remote_code: Whether code from the checkpoint may run.
+        revision: Of a Hub id, as `Source` has it.
     """
 
     label: str
@@ -50,11 +52,12 @@ class Subject:
     role: Role = "candidate"
     cache_dir: str | None = None
     trust_remote_code: bool = False
+    revision: str | None = None
 
     @property
     def source(self) -> Source:
         """Where its files are read from; an artifact's folder holds its checkpoint's config."""
-        return Source(self.path, self.cache_dir, self.trust_remote_code)
+        return Source(self.path, self.cache_dir, self.trust_remote_code, self.revision)
 
 
 @dataclass(frozen=True)
@@ -79,16 +82,20 @@ class Facts:
     timed: Timed
 
 
-def subjects_of(
-    original: str, candidates: Sequence[str], cache_dir: str | None = None, trust_remote_code: bool = False
-) -> list[Subject]:
-    """Subjects named after their folders, or by their whole paths where two folders have one name."""
-    paths = [original, *candidates]
+def subjects_of(original: Source, candidates: Sequence[str]) -> list[Subject]:
+    """Subjects named after their folders, or by their whole paths where two folders have one name.
+
+    Args:
+        original: The first; its cache and its leave to run code are those of all, its revision is its own.
+        candidates: Folders of checkpoints and exports, and Hub ids, also as `name@revision`.
+    """
+    sources = [original, *(replace(original, model=path, revision=None) for path in candidates)]
+    paths = [source.model + (f"@{source.revision}" if source.revision else "") for source in sources]
     names = [Path(path).name or path for path in paths]
     labels = [name if names.count(name) == 1 else path for name, path in zip(names, paths, strict=True)]
     subjects = [
-        Subject(label, path, "candidate", cache_dir, trust_remote_code)
-        for label, path in zip(labels, paths, strict=True)
+        Subject(label, source.model, "candidate", source.cache_dir, source.trust_remote_code, source.revision)
+        for label, source in zip(labels, sources, strict=True)
     ]
     return [replace(subjects[0], role="original"), *subjects[1:]]
 
@@ -180,7 +187,7 @@ def measure(
     """
     subjects = recognise(subjects)
     _check(subjects, windows, prompt_length, decode_tokens, rounds)
-    configs = [read_config(subject.source) for subject in subjects]
+    configs = [read_config(subject.source, of_export=True) for subject in subjects]
     positions = min(config.max_position_embeddings for config in configs)
     if windows.ids.shape[1] > positions:
         raise StreamlineError(f"length {windows.ids.shape[1]}: the models take windows of at most {positions} tokens")
@@ -191,9 +198,9 @@ def measure(
     dtypes, costs = zip(*computed, strict=True)
     runtimes, accuracies, answers = _judged(subjects, windows, questions, dtype, device)
     tokens = windows.ids.flatten()[None, : prompt.length + prompt.decoded].numpy()
-    jobs = [Job(each.label, each.path, dtype, device, each.cache_dir, each.trust_remote_code) for each in subjects]
+    jobs = [Job(each.label, str(each.source.folder), dtype, device, each.trust_remote_code) for each in subjects]
     timed = time_alternating(jobs, tokens, prompt.length, rounds, WARMUP_ROUNDS, log)
-    sizes = [disk_bytes(local_folder(subject.source)) for subject in subjects]
+    sizes = [disk_bytes(subject.source.folder) for subject in subjects]
     columns = (subjects, dtypes, costs, sizes, runtimes, accuracies, answers, timed)
     facts = [Facts(*each) for each in zip(*columns, strict=True)]
     rows = tuple(_measurement(own, facts[0], _baseline(own, facts), prompt, seed) for own in facts)
@@ -230,7 +237,7 @@ def _check(subjects: Sequence[Subject], windows: Windows, prompt_length: int, de
 def _source_fingerprint(subject: Subject) -> str:
     if is_artifact(subject.path):
         return Artifact.read(Path(subject.path)).source_fingerprint
-    return fingerprint(subject.path, subject.cache_dir)
+    return fingerprint(subject.source)
 
 
 def _computed(subject: Subject, config: PreTrainedConfig, dtype: str) -> tuple[str, Cost]:
@@ -239,8 +246,8 @@ def _computed(subject: Subject, config: PreTrainedConfig, dtype: str) -> tuple[s
         quantized = quantization_name(config)
         if quantized is None:
             return dtype, cost_of(config, dtype)
-        read = stored_weight_bytes(local_folder(subject.source), config)
-        return quantized, replace(cost_of(config, stored_dtype(config)), weight_bytes=read)
+        read = stored_weight_bytes(subject.source.folder, config)
+        return quantized, replace(cost_of(config, stored_dtype(subject.source)), weight_bytes=read)
     artifact = Artifact.read(Path(subject.path))
     return artifact.precision, replace(cost_of(config, artifact.dtype), weight_bytes=artifact.weight_bytes)
 
@@ -254,7 +261,10 @@ def _clip(length: int, decoded: int, room: int) -> Prompt:
 def _judged(
     subjects: Sequence[Subject], windows: Windows, questions: Questions | None, dtype: str, device: str
 ) -> tuple[list[str], list[Accuracy], list[Answers] | list[None]]:
-    runners = [open_runner(each.path, dtype, device, each.cache_dir, each.trust_remote_code) for each in subjects]
+    runners = [
+        open_runner(str(each.source.folder), dtype, device, trust_remote_code=each.trust_remote_code)
+        for each in subjects
+    ]
     runtimes = [runner.runtime for runner in runners]
     labels = [subject.label for subject in subjects]
     accuracies = measure_accuracy(runners, labels, windows)
@@ -289,6 +299,7 @@ def _measurement(own: Facts, original: Facts, baseline: Facts, prompt: Prompt, s
     return Measurement(
         label=own.subject.label,
         path=own.subject.path,
+        commit=own.subject.source.commit,
         role=own.subject.role,
         runtime=own.runtime,
         dtype=own.dtype,

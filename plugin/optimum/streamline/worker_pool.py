@@ -34,7 +34,6 @@ class Job:
     path: str
     dtype: str = "fp32"
     device: str = "cpu"
-    cache_dir: str | None = None
     trust_remote_code: bool = False
 
     def arguments(self) -> dict[str, Any]:

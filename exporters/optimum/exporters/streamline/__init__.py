@@ -76,7 +76,7 @@ def export_checkpoint(
         last_logits: Whether the graph, left to itself, gives the logits of each row's last token only: a shorter
             prefill for a client that generates. Fed 0 as `num_logits_to_keep` it gives all.
         engine: What engine to build, for `tensorrt`.
-        options: `cache_dir`, `trust_remote_code`.
+        options: `cache_dir`, `trust_remote_code`, `revision`.
 
     Returns:
         The artifact, with the differences from torch that were measured.

@@ -6,7 +6,6 @@ A graph to be quantized is proved first, as any; what quantizing it changed is m
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from optimum.streamline.checkpoint import Source
+    from optimum.streamline.source import Source
 
     from .build import Built
     from .calls import Answer
@@ -136,8 +135,9 @@ def _export_into(folder: Path, job: OnnxExport) -> Artifact:
     from optimum.streamline.cost import active_share
     from optimum.streamline.dequantize import write_dequantized
     from optimum.streamline.quantization_config import quantization_name
+    from optimum.streamline.source import Source, fingerprint
 
-    source = checkpoint.Source(job.checkpoint, **job.options)
+    source = Source(job.checkpoint, **job.options)
     config = checkpoint.read_config(source)
     check_config(config)
     if job.quantization:
@@ -157,10 +157,12 @@ def _export_into(folder: Path, job: OnnxExport) -> Artifact:
         bar.at(0, STAGES[0])
         if dequantized:
             write_dequantized(source, Path(scratch) / "float")
-            source = checkpoint.Source(str(Path(scratch) / "float"))
+            source = Source(str(Path(scratch) / "float"))
         model = checkpoint.load(
             source.model, checkpoint.DTYPES[job.dtype], offload=Path(scratch) / "weights", **source.options()
         )
+        # Before the graph: what is done last to this folder is to open its graph and compare it.
+        write_companions(model, Source(job.checkpoint, **job.options), folder)
         plain = Path(scratch) if job.quantization else folder
         proved = _export_model(model, job, plain, bar)
         divergence = _quantize(model, job, plain, folder, bar) if job.quantization else {}
@@ -169,15 +171,14 @@ def _export_into(folder: Path, job: OnnxExport) -> Artifact:
             from .last_logits import keep_last_logits
 
             keep_last_logits(folder, model.get_output_embeddings().weight.shape[1], job.device)
-        write_companions(model, checkpoint.Source(job.checkpoint, **job.options), folder)
         error = _dequantized_error(job, folder, bar) if dequantized else {}
-    fingerprint = checkpoint.fingerprint(job.checkpoint, job.options.get("cache_dir"))
+    made_from = fingerprint(Source(job.checkpoint, **job.options))
     return Artifact(
         path=str(job.out),
         format=FORMAT,
         dtype=job.dtype,
         source=job.checkpoint,
-        source_fingerprint=fingerprint,
+        source_fingerprint=made_from,
         parity=proved.parity,
         traced_layers=proved.traced_layers,
         whole_because=proved.whole_because,
@@ -302,10 +303,19 @@ def write_graph(graph: ir.Model, model: PreTrainedModel, folder: Path) -> None:
 
 
 def write_companions(model: PreTrainedModel, source: Source, folder: Path) -> None:
-    """Write what clients read beside a graph: the model's config, how it generates, its tokenizer."""
+    """Write what clients read beside a graph: the model's config, how it generates, its tokenizer.
+
+    Raises:
+        ParityError: the tokenizer, read back, gives other tokens.
+    """
     from optimum.streamline.checkpoint import load_tokenizer
+    from optimum.streamline.read_back import check_tokenizer
 
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    with suppress(StreamlineError):  # a checkpoint without a tokenizer is a model all the same
-        load_tokenizer(source).save_pretrained(folder)
+    try:
+        tokenizer = load_tokenizer(source)
+    except StreamlineError:  # a checkpoint without a tokenizer is a model all the same
+        return
+    tokenizer.save_pretrained(folder)
+    check_tokenizer(folder, tokenizer, source.trust_remote_code)

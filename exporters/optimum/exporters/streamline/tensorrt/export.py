@@ -25,6 +25,7 @@ from optimum.streamline.progress import Bar, progress_bar
 from optimum.streamline.quantization_config import quantization_name
 from optimum.streamline.record import seen_text, text_of
 from optimum.streamline.runner import Artifact
+from optimum.streamline.source import Source, fingerprint
 
 from ..build import Built, build_graph
 from ..calls import one_by_one
@@ -60,7 +61,7 @@ class TensorrtExport:
         dtype: What weights, cache and masks are in.
         tolerance: Largest logit difference of the graph from torch, as a share of the largest logit.
         quantization: What the graph becomes when it has been proved equal to torch, by a way of `ENGINE_WAYS`.
-        options: `cache_dir`, `trust_remote_code`.
+        options: `cache_dir`, `trust_remote_code`, `revision`.
     """
 
     checkpoint: str
@@ -93,7 +94,7 @@ def export_tensorrt(job: TensorrtExport, overwrite: bool = False, verbose: bool 
     if job.dtype not in DTYPES:
         raise StreamlineError(f"dtype {job.dtype!r}: unknown; one of {', '.join(DTYPES)}")
     trt = open_builder(job.engine.builder, job.engine.capabilities)
-    source = checkpoint.Source(job.checkpoint, **job.options)
+    source = Source(job.checkpoint, **job.options)
     config = checkpoint.read_config(source)
     check_config(config)
     if job.quantization:
@@ -116,9 +117,7 @@ def _check_quantization(quantization: Quantization, engine: EngineOptions, confi
     check_excluded(config, quantization.exclude)
 
 
-def _export_into(
-    folder: Path, job: TensorrtExport, source: checkpoint.Source, limits: Limits, trt: ModuleType
-) -> Artifact:
+def _export_into(folder: Path, job: TensorrtExport, source: Source, limits: Limits, trt: ModuleType) -> Artifact:
     with TemporaryDirectory(dir=folder) as scratch, progress_bar("exporting", len(STAGES)) as bar:
         bar.at(0, STAGES[0])
         model = checkpoint.load(
@@ -140,7 +139,7 @@ def _export_into(
         format=FORMAT,
         dtype=job.dtype,
         source=job.checkpoint,
-        source_fingerprint=checkpoint.fingerprint(job.checkpoint, job.options.get("cache_dir")),
+        source_fingerprint=fingerprint(source),
         parity=proved.parity,
         traced_layers=proved.traced,
         whole_because=whole_because,

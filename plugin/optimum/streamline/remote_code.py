@@ -1,0 +1,82 @@
+"""Code that a checkpoint brings along: named when it is not run, and carried to what is made of the checkpoint.
+
+`auto_map` in `config.json` and `tokenizer_config.json` names classes in Python files beside them. transformers runs
+them only with `trust_remote_code`, and otherwise takes its own class of the same model type in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from .model_files import CONFIG_FILE
+from .source import Source
+
+_NAMED_IN = (CONFIG_FILE, "tokenizer_config.json")
+
+
+def code_note(source: Source, class_name: str) -> str:
+    """What a user must know of code that a checkpoint has: whether it runs, and if not, what is used instead.
+
+    Args:
+        class_name: The model class that is used.
+
+    Returns:
+        One line; empty where there is no such code.
+    """
+    named = sorted({each for file in _NAMED_IN for each in _references(source.folder / file)})
+    if not named:
+        return ""
+    code = f"the model has code of its own ({', '.join(named)})"
+    if source.trust_remote_code:
+        return f"{code}, which is run: trust-remote-code was given"
+    return (
+        f"{code}, which is not run: transformers' {class_name} is used; give --trust-remote-code to run it. It is "
+        "carried to the output"
+    )
+
+
+def carry_code(source: Source, folder: Path) -> None:
+    """Give the checkpoint in `folder` the code files of the one it was made from, and the fields that name them."""
+    for file in _NAMED_IN:
+        named = _fields(source.folder / file).get("auto_map")
+        written = folder / file
+        if not named or not written.is_file():
+            continue
+        written.write_text(
+            json.dumps(_fields(written) | {"auto_map": named}, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
+            encoding="utf-8",
+        )
+        for reference in _references(source.folder / file):
+            _copy_module(source.folder, reference, folder)
+
+
+def _copy_module(origin: Path, reference: str, folder: Path) -> None:
+    module = origin / f"{reference.partition('.')[0]}.py"
+    if "--" in reference or not module.is_file():  # it names a repository of the Hub, which the output names as well
+        return
+    for each in (str(module), *get_relative_import_files(str(module))):
+        target = folder / Path(each).relative_to(origin)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(each, target)
+
+
+def _references(file: Path) -> Iterator[str]:
+    """The classes that a file's `auto_map` names, such as `modeling_x.XForCausalLM`."""
+    named = _fields(file).get("auto_map")
+    for value in named.values() if isinstance(named, dict) else (named,):
+        for each in value if isinstance(value, list) else (value,):
+            if isinstance(each, str):
+                yield each
+
+
+def _fields(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    return fields if isinstance(fields, dict) else {}

@@ -1,0 +1,126 @@
+"""Where a model is read from: a folder, or a repository of the Hub at a revision, brought to a folder on this machine.
+
+Everything else reads that folder. Knows which files to fetch from `model_files.py`, and nothing of what is in them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from .errors import StreamlineError, first_line
+from .model_files import HUB_COMPANIONS, checkpoint_files, fetch_weights
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is read from, and with what leave.
+
+    Args:
+        model: A checkpoint's folder, or a Hub id, also as `name@revision`.
+        cache_dir: Where Hub downloads are kept; transformers' own place by default.
+        trust_remote_code: Whether code from the checkpoint may run.
+        revision: A branch, tag or commit of the Hub repository; its main branch by default.
+
+    Raises:
+        StreamlineError: two revisions are given, or one of a local folder.
+    """
+
+    model: str
+    cache_dir: str | None = None
+    trust_remote_code: bool = False
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if not Path(self.model).exists():
+            name, _, revision = self.model.partition("@")
+            if revision and self.revision not in (None, revision):
+                raise StreamlineError(f"revision {self.revision!r}: the model says {revision!r}; give one of them")
+            object.__setattr__(self, "model", name)
+            object.__setattr__(self, "revision", revision or self.revision)
+        elif self.revision is not None:
+            raise StreamlineError(
+                f"revision {self.revision!r}: model {self.model!r} is a local folder, which has none; leave it out"
+            )
+
+    def options(self) -> dict[str, Any]:
+        """The fields beside `model`, as keyword arguments."""
+        return {
+            "cache_dir": self.cache_dir,
+            "trust_remote_code": self.trust_remote_code,
+            "revision": self.revision,
+        }
+
+    def of(self, model: str) -> Source:
+        """Another model, read with the same leave; this one itself where it is the same."""
+        return self if model == self.model else replace(self, model=model, revision=None)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder of this machine rather than a Hub id."""
+        return Path(self.model).exists()
+
+    @property
+    def name(self) -> str:
+        """What a stranger may read: the Hub id, or the folder's own name without the path to it."""
+        return Path(self.model).resolve().name if self.is_local else self.model
+
+    @property
+    def folder(self) -> Path:
+        """The folder on this machine that holds its files, fetched from the Hub where they are not there yet.
+
+        Raises:
+            StreamlineError: it is not there, or cannot be fetched.
+        """
+        path = Path(self.model)
+        if path.exists():
+            return path
+        if path.is_absolute() or self.model.startswith((".", "~")):
+            raise StreamlineError(f"model {self.model!r}: no such folder; give a checkpoint's folder or a Hub id")
+        return _fetched(self.model, self.cache_dir, self.revision)
+
+    @property
+    def commit(self) -> str:
+        """The commit of the Hub repository that its files are of; empty for a local folder."""
+        if self.is_local:
+            return ""
+        commit = self.folder.name
+        return commit if _COMMIT.fullmatch(commit) else ""
+
+
+def fingerprint(source: Source) -> str:
+    """SHA-256 over a checkpoint's config and weights: two checkpoints with one fingerprint are one model."""
+    digest = hashlib.sha256()
+    for file in checkpoint_files(source.folder):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+@cache  # one process reads one commit, whatever is pushed to the repository meanwhile
+def _fetched(model: str, cache_dir: str | None, revision: str | None) -> Path:
+    def fetch(names: list[str], at: str | None) -> Path:
+        return Path(snapshot_download(model, cache_dir=cache_dir, revision=at, allow_patterns=names))
+
+    try:
+        folder = fetch(list(HUB_COMPANIONS), revision)
+        # The folder is named after the commit: what is fetched next is of the same one.
+        fetch_weights(folder, lambda names: fetch(names, folder.name))
+    except StreamlineError:
+        raise
+    except Exception as error:  # the Hub client raises its own and its transport's
+        at = f" at revision {revision!r}" if revision else ""
+        raise StreamlineError(
+            f"model {model!r}{at}: cannot be fetched from the Hub ({first_line(error)}); give a Hub id and revision "
+            "that are there, or a checkpoint's folder"
+        ) from None
+    return folder
