@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .checkpoint import load_stock, save_weights
+from .checkpoint import load_stock, read_config, save_weights
 from .errors import StreamlineError
 from .products import skeleton_of
 from .quantization_config import float_config, quantization_name
@@ -29,9 +29,10 @@ def write_dequantized(source: Source, folder: Path) -> None:
     model = load_stock(source)
     names = quantized_modules(model)
     if not names:
+        name = quantization_name(read_config(source))
         raise StreamlineError(
-            f"model {source.model!r}: its weights are quantized ({quantization_name(model.config)}), and can be made "
-            "float only of bitsandbytes and torchao; give the float weights"
+            f"model {source.model!r}: its weights are quantized ({name}), and can be made float only of bitsandbytes and "
+            "torchao; give the float weights"
         )
     skeleton = skeleton_of(float_config(model.config))
     for name in names:

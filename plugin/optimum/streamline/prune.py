@@ -42,7 +42,7 @@ from .plan import Plan
 from .processes import from_main, is_main, join_processes
 from .quantization_config import quantization_name
 from .quantize import check_quantizable, load_quantizing, write_quantization
-from .quantized_pruning import check_quantization
+from .quantized_pruning import check_quantization, refuse_unpacking
 from .quantizers import QUANTIZERS
 from .read_back import read_back, release
 from .recipe import Recipe
@@ -148,6 +148,7 @@ def prepare(source: Source, recipe: Recipe, say: Say, scored: Score | None = Non
         model = load_quantizing(source, recipe.quantize, in_float, recipe.device)
     else:
         model = load_stock(source, torch.float32, recipe.device)
+        refuse_unpacking(model)
     loaded = time.monotonic()
     if scored_elsewhere is None:
         say(f"scoring {config.num_hidden_layers} layers on {len(calibration.ids)} windows of {recipe.length} tokens")

@@ -78,10 +78,12 @@ def check_readable(config: PreTrainedConfig, device: str) -> bool:
     try:
         quantizer = AutoHfQuantizer.from_config(found, pre_quantized=True)
         quantizer.validate_environment(device_map={"": device}, weights_only=True)
-    except Exception as error:  # each quantizer raises its own, `NameError` among them where its package is missing
+    except Exception as error:  # each quantizer raises its own
+        # What a quantizer would have imported from a package that is not installed is a name it does not know.
+        reason = "its package is not installed" if isinstance(error, NameError) else first_line(error)
         raise StreamlineError(
-            f"model: its weights are quantized ({name}), which cannot be read here ({first_line(error)}); install the "
-            "package that made them, or give the float model"
+            f"model: its weights are quantized ({name}), which cannot be read here ({reason}); install the package "
+            "that made them, or give the float model"
         ) from None
     return bool(quantizer.is_serializable()) and not getattr(quantizer.quantization_config, "dequantize", False)
 

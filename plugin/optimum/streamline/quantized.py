@@ -40,6 +40,21 @@ def quantized_modules(model: nn.Module) -> list[str]:
     ]
 
 
+def stays_packed(model: PreTrainedModel) -> bool:
+    """Whether a quantized model's weights keep their form when it computes; tried with one token.
+
+    Some quantizers unpack all weights at the first forward pass: such a model cannot be saved as it was afterwards.
+    """
+    before = _forms(model)
+    with torch.inference_mode():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
+    return _forms(model) == before
+
+
+def _forms(model: nn.Module) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    return {name: (value.dtype, value.shape) for name, value in model.state_dict().items()}
+
+
 def keep_as_read(model: nn.Module) -> None:
     """Have 4-bit weights of bitsandbytes stay as they are when the model is run on a CPU, in place.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import get_args
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .anatomy import architecture_of
 from .bare_layers import BareKind
@@ -15,6 +15,7 @@ from .module_patterns import chosen
 from .products import products_of, skeleton_of
 from .quantization_config import check_writable, float_config, quantization_name, renumber_quantization
 from .quantize import check_quantizable
+from .quantized import stays_packed
 from .quantizers import NONE, QUANTIZERS
 from .recipe import Recipe
 from .runner import graph_quantizers
@@ -55,6 +56,20 @@ def check_quantization(recipe: Recipe, config: PreTrainedConfig) -> None:
         quantized = name or recipe.quantize
         raise StreamlineError(
             f"dtype {recipe.dtype!r}: the model is quantized ({quantized}) and stays so; leave it out"
+        )
+
+
+def refuse_unpacking(model: PreTrainedModel) -> None:
+    """Refuse to change a quantized model whose weights would be unpacked before they are saved.
+
+    Raises:
+        StreamlineError: they would.
+    """
+    name = quantization_name(model.config)
+    if name is not None and not stays_packed(model):
+        raise StreamlineError(
+            f"model: its weights are quantized ({name}), and are unpacked when it first computes, so they could not be "
+            "written back as they were; prune the float model and quantize then"
         )
 
 

@@ -76,7 +76,8 @@ def measure_scores(model: PreTrainedModel, windows: Windows) -> Scores:
 
     def states(batch: torch.Tensor) -> list[torch.Tensor]:
         depths.clear()
-        model.base_model(batch.to(model.device), use_cache=False)
+        # The whole model, whose own hooks some quantizers unpack their weights in; logits of one token are few.
+        model(batch.to(model.device), use_cache=False, logits_to_keep=1)
         return depths
 
     hooks = [layers[0].register_forward_pre_hook(lambda _, args, kwargs: _keep(depths, args, kwargs), with_kwargs=True)]

@@ -137,6 +137,8 @@ def _export_into(folder: Path, job: OnnxExport) -> Artifact:
     from optimum.streamline.quantization_config import quantization_name
     from optimum.streamline.source import Source, fingerprint
 
+    from .parity import check_finite
+
     source = Source(job.checkpoint, **job.options)
     config = checkpoint.read_config(source)
     check_config(config)
@@ -161,6 +163,7 @@ def _export_into(folder: Path, job: OnnxExport) -> Artifact:
         model = checkpoint.load(
             source.model, checkpoint.DTYPES[job.dtype], offload=Path(scratch) / "weights", **source.options()
         )
+        check_finite(model, job.dtype)
         # Before the graph: what is done last to this folder is to open its graph and compare it.
         write_companions(model, Source(job.checkpoint, **job.options), folder)
         plain = Path(scratch) if job.quantization else folder

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from optimum.streamline.errors import ParityError
+from optimum.streamline.errors import ParityError, StreamlineError
 from optimum.streamline.runner import Logits, TokenIds
 
 from .calls import Answer, Call, token_positions
@@ -96,6 +96,20 @@ def check_parity(model: PreTrainedModel, answer: Answer, tolerance: float) -> di
             where it is largest: the row of the batch, the position in the row's text, the token id, all from 0.
     """
     return {question.check: question.judge(got, tolerance) for question, got in _answered(model, answer)}
+
+
+def check_finite(model: PreTrainedModel, dtype: str) -> None:
+    """Refuse a model that gives no numbers in the type it is to be exported in, before its graph is made.
+
+    Raises:
+        StreamlineError: its logits are not finite.
+    """
+    ids = _tokens(model, 1, LONGEST)
+    if not np.isfinite(_reference(model, ids, np.ones_like(ids))).all():
+        raise StreamlineError(
+            f"dtype {dtype!r}: the model's logits are not finite when it is computed in it"
+            + ("; give dtype 'fp32', or 'bf16' on cuda" if dtype == "fp16" else "")
+        )
 
 
 def measure_divergence(model: PreTrainedModel, answer: Answer) -> dict[str, float]:

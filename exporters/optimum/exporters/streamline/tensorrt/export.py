@@ -31,7 +31,7 @@ from ..build import Built, build_graph
 from ..calls import one_by_one
 from ..export import DTYPES, LOG_FILE, WEIGHTS_FILE, check_config, from_few_layers, write_companions
 from ..ort_runner import GRAPH_FILE
-from ..parity import TOLERANCES, check_parity, measure_divergence
+from ..parity import TOLERANCES, check_finite, check_parity, measure_divergence
 from ..quantize import NONE, Quantization, weight_bytes
 from ..quantize.excluding import check_excluded
 from ..widen import write_widened
@@ -123,6 +123,7 @@ def _export_into(folder: Path, job: TensorrtExport, source: Source, limits: Limi
         model = checkpoint.load(
             source.model, checkpoint.DTYPES[job.dtype], offload=Path(scratch) / "weights", **source.options()
         )
+        check_finite(model, job.dtype)
         plain = Path(scratch) / "plain" if job.quantization else folder
         plain.mkdir(exist_ok=True)
         proved, whole_because = from_few_layers(
