@@ -3,3 +3,4 @@
 from pathlib import Path
 
 REFERENCE = str(Path(__file__).parent.parent / "examples" / "reference_model")
+VOCABULARY = 4096

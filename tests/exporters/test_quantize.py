@@ -27,7 +27,7 @@ from optimum.streamline.record import refuse_seen_text, seen_text
 from optimum.streamline.runner import Artifact, open_runner
 from optimum.streamline.validation import Subject, validate
 from optimum.streamline.windows import Windows, read_windows
-from reference import REFERENCE
+from reference import REFERENCE, VOCABULARY
 from tiny import LAYERS, tiny_model, token_ids
 
 pytestmark = pytest.mark.onnx
@@ -56,12 +56,12 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifac
 
 
 def calibration() -> Windows:
-    return read_windows("stdlib", load_tokenizer(Source(REFERENCE)), 8, 128, 0, "calibration")
+    return read_windows("stdlib", load_tokenizer(Source(REFERENCE)), 8, 128, 0, VOCABULARY, "calibration")
 
 
 @pytest.fixture(scope="module")
 def judged_on() -> Windows:
-    return read_windows("stdlib", load_tokenizer(Source(REFERENCE)), 8, 512, 0, "eval")
+    return read_windows("stdlib", load_tokenizer(Source(REFERENCE)), 8, 512, 0, VOCABULARY, "eval")
 
 
 def loss(artifact: Artifact, windows: Windows) -> float:

@@ -23,7 +23,7 @@ from optimum.streamline.prune import prepare, prune, read_texts
 from optimum.streamline.recipe import make_recipe
 from optimum.streamline.scores import measure_scores
 from optimum.streamline.windows import Windows, read_windows
-from reference import REFERENCE
+from reference import REFERENCE, VOCABULARY
 from tiny import LAYERS, tiny_model, token_ids
 
 CALIBRATION, HELD_OUT = Windows(token_ids(3, 12, seed=5), "random"), Windows(token_ids(5, 12, seed=6), "random")
@@ -106,7 +106,7 @@ def test_the_text_that_plans_are_compared_on_is_text_that_was_chosen_on() -> Non
     source = Source(REFERENCE)
     recipe = make_recipe({"method": "auto", "remove": 1, "samples": 3, "length": 32, "heal": "none"})
     prepared = prepare(source, recipe, lambda message: None)
-    both = read_windows("stdlib:calibration", AutoTokenizer.from_pretrained(REFERENCE), 15, 32, 0)
+    both = read_windows("stdlib:calibration", AutoTokenizer.from_pretrained(REFERENCE), 15, 32, 0, VOCABULARY)
     assert torch.equal(prepared.chosen_on.ids, both.ids)
     assert torch.equal(prepared.calibration.ids, both.ids[:3])
     assert torch.equal(read_texts(source, recipe).chosen_on["calibration"].ids, both.ids)

@@ -14,7 +14,7 @@ from console import Outcome, optimum_cli
 from optimum.streamline import StreamlineConfig, StreamlineError, Streamliner
 from optimum.streamline.checkpoint import fingerprint, load
 from optimum.streamline.report import Report
-from optimum.streamline.text import read_documents
+from optimum.streamline.text import open_text
 from reference import REFERENCE
 
 ROOT = Path(__file__).parents[2]
@@ -123,7 +123,7 @@ def test_a_checkpoint_that_is_broken_is_said_so(cli: Cli, folder: Path, tmp_path
 
 @pytest.mark.slow
 def test_other_text_of_the_same_name_is_another_run(cli: Cli, tmp_path: Path) -> None:
-    texts = list(read_documents("stdlib:train"))
+    texts = list(open_text("stdlib:train").documents)
     (tmp_path / "text.txt").write_text(texts[0] + texts[1] + texts[2])
     words = ("--layers", 5, "--calibration", tmp_path / "text.txt", "--samples", 4, "--eval-samples", 8, "--length", 32)
     assert cli(*words, tmp_path / "out").code == 0
@@ -177,7 +177,7 @@ def test_validate_refuses_the_text_a_candidate_was_made_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
 ) -> None:
     # The text of the healing, under a name of its own.
-    (tmp_path / "text.txt").write_text("".join(list(read_documents("stdlib:train"))[:2]))
+    (tmp_path / "text.txt").write_text("".join(list(open_text("stdlib:train").documents)[:2]))
     words = (REFERENCE, folder / "out", "--eval-data", tmp_path / "text.txt", "--output", tmp_path / "report")
     outcome = optimum_cli(monkeypatch, capsys, "streamline", "validate", *words, "--length", 64, "--eval-samples", 32)
     assert outcome.code == 2

@@ -23,7 +23,7 @@ from optimum.streamline.intervals import mean_interval, softmax_mean_interval
 from optimum.streamline.plan import Plan
 from optimum.streamline.recipe import Budget
 from optimum.streamline.stability import Answers, Question, Questions, ask, option_loss, read_questions
-from optimum.streamline.text import read_documents
+from optimum.streamline.text import open_text
 from optimum.streamline.torch_runner import TorchRunner
 from optimum.streamline.validation import subjects_of, validate
 from optimum.streamline.windows import Windows
@@ -226,7 +226,7 @@ def test_questions_that_no_model_can_read_are_refused(tmp_path: Path) -> None:
 
 def continuations(count: int) -> list[dict[str, object]]:
     """What comes next, among three from elsewhere: code of the standard library's evaluation part."""
-    texts = [text for text in read_documents("stdlib:eval", 0) if len(text) > 4000]
+    texts = [text for text in open_text("stdlib:eval").documents if len(text) > 4000]
     questions: list[dict[str, object]] = []
     for number in range(count):
         before, right = texts[number % len(texts)][2000:2300], texts[number % len(texts)][2300:2450]

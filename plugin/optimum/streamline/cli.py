@@ -351,17 +351,16 @@ def _calibration(args: Namespace) -> Windows | None:
             raise StreamlineError(f"{name} {value}: quantize {args.quantize!r} is not calibrated; leave it out")
         return None
     source, asked = _source(args, args.model), CALIBRATION_DEFAULTS | given
-    limit = read_config(source).max_position_embeddings
+    config = read_config(source)
+    limit = config.max_position_embeddings
     if engine := _engine(args):  # whose caches have no room for more
         limit = engine.limits(limit).length
         asked["length"] = given.get("length", min(asked["length"], limit))
     for name, least, most in (("samples", 1, 10**6), ("length", 8, limit)):
         if not least <= asked[name] <= most:
             raise StreamlineError(f"{name} {asked[name]}: must be from {least} to {most}")
-    tokenizer = load_tokenizer(source)
-    return read_windows(
-        asked["calibration"], tokenizer, asked["samples"], asked["length"], asked["seed"], "calibration"
-    )
+    how = (asked["samples"], asked["length"], asked["seed"], config.vocab_size, "calibration")
+    return read_windows(asked["calibration"], load_tokenizer(source), *how)
 
 
 def _bytes(name: str, text: str | None) -> int | None:
@@ -380,7 +379,7 @@ def _bytes(name: str, text: str | None) -> int | None:
 
 
 def _validate(args: Namespace, console: Console) -> int:
-    from .checkpoint import load_tokenizer
+    from .checkpoint import load_tokenizer, read_config
     from .record import refuse_seen_text
     from .report_files import write_report
     from .report_text import comparison_table
@@ -390,9 +389,11 @@ def _validate(args: Namespace, console: Console) -> int:
 
     recipe = recipe_of(args)
     check_output(args.output, args.overwrite)
-    tokenizer = load_tokenizer(_source(args, args.original))
+    source = _source(args, args.original)
+    tokenizer = load_tokenizer(source)
     questions = read_questions(args.questions, tokenizer) if args.questions else None
-    windows = read_windows(recipe.eval_data, tokenizer, recipe.eval_samples, recipe.length, recipe.seed, "eval")
+    how = (recipe.eval_samples, recipe.length, recipe.seed, read_config(source).vocab_size, "eval")
+    windows = read_windows(recipe.eval_data, tokenizer, *how)
     for candidate in args.candidate:
         refuse_seen_text(candidate, windows)
     subjects = subjects_of(args.original, args.candidate, args.cache_dir, args.trust_remote_code)
