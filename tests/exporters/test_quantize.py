@@ -218,6 +218,8 @@ def test_an_odd_number_of_blocks_is_refused_for_gptq(
         tmp_path / "out",
         "--quantize",
         "int4-gptq",
+        "--calibration",
+        "stdlib",
         "--length",
         "16",
     )

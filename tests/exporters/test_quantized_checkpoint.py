@@ -18,7 +18,7 @@ from optimum.streamline.quantize import quantize
 from optimum.streamline.runner import Artifact, open_runner
 from optimum.streamline.scores import measure_scores, scores_of
 from optimum.streamline.windows import read_windows
-from reference import REFERENCE, VOCABULARY
+from reference import LIBRARY, REFERENCE, VOCABULARY
 from tiny import token_ids, wide_model
 
 pytestmark = [pytest.mark.onnx, pytest.mark.quantizers]
@@ -75,7 +75,19 @@ def test_a_run_quantizes_its_export(
     wide_model(vocab_size=4096).save_pretrained(tmp_path / "in")
     AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(tmp_path / "in")
     few = ("--layers", "1,2") if steps == "prune,quantize" else ("--remove", "2", "--method", "shortgpt")
-    few += ("--samples", "2", "--eval-samples", "2", "--length", "16", "--heal", "none", "--format", "onnx")
+    few += (
+        *LIBRARY["run"],
+        "--samples",
+        "2",
+        "--eval-samples",
+        "2",
+        "--length",
+        "16",
+        "--heal",
+        "none",
+        "--format",
+        "onnx",
+    )
     flags = ("--quantize", "int4", "--quantize-exclude", "*.[04].mlp.*", "--steps", steps)
     done = optimum_cli(monkeypatch, capsys, "streamline", "run", "-m", tmp_path / "in", tmp_path / "out", *few, *flags)
     assert (done.code, done.err) == (0, "")

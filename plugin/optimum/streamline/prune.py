@@ -105,7 +105,7 @@ def _checked_config(source: Source, recipe: Recipe) -> PreTrainedConfig:
     return config
 
 
-def score(source: Source, recipe: Recipe) -> tuple[Scores, Windows]:
+def score(source: Source, recipe: Recipe, say: Say) -> tuple[Scores, Windows]:
     """Layer importances of a model on the calibration text.
 
     Raises:
@@ -113,6 +113,7 @@ def score(source: Source, recipe: Recipe) -> tuple[Scores, Windows]:
     """
     config = _checked_config(source, recipe)
     windows = _windows(recipe, load_tokenizer(source), config, recipe.calibration, recipe.samples, "calibration")
+    say(windows.line("calibration"))
     return measure_scores(load_stock(source, torch.float32, recipe.device), windows), windows
 
 
@@ -134,6 +135,9 @@ def prepare(source: Source, recipe: Recipe, say: Say, scored: Score | None = Non
     held_out = chosen_on.part(recipe.samples, len(chosen_on.ids)) if len(chosen_on.ids) > recipe.samples else None
     # Not needed yet, but a text that cannot be read is better found now than after hours of a greedy search.
     heal_text = _heal_text(recipe, tokenizer, config) if recipe.healing else None
+    say(chosen_on.line("calibration"))
+    if heal_text is not None:
+        say(heal_text.line("healing"))
     # Before the model is loaded: there may not be room for what else is loaded to score them.
     begun = time.monotonic()
     scored_elsewhere = scored(calibration) if scored else None
