@@ -49,7 +49,7 @@ RESULTS = ROOT / "docs" / "performance.json"
 DEPTHS = (4, 8, 16, 32)
 REMOVED = ("12.5%", "25%", "50%")
 # Enough to choose layers by; which ones is of no consequence to speed.
-FEW = "--samples 4 --length 64"
+FEW = "--calibration stdlib --heal-data stdlib --samples 4 --length 64"
 UNHEALED = f"{FEW} --heal none"
 LARGE_MEMORY = 10**9
 ROUNDS = 3

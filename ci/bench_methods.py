@@ -37,7 +37,7 @@ from transformers import PreTrainedModel
 from methods_cases import EVALUATION, LENGTH, MODELS, Case, Row, cases
 from methods_page import write_page
 from optimum.streamline.anatomy import architecture_of
-from optimum.streamline.checkpoint import load_stock, load_tokenizer
+from optimum.streamline.checkpoint import load_stock, load_tokenizer, read_config
 from optimum.streamline.dead import drop_dead_sublayers
 from optimum.streamline.edit import apply_plan
 from optimum.streamline.healing import NextToken, model_settings, train_model
@@ -183,7 +183,14 @@ def dense(case: Case) -> PreTrainedModel:
     source, recipe = source_of(case.model), make_recipe(case.fields, case.name)
     model = load_stock(source, torch.float32)
     if recipe.healing:
-        text = read_windows(recipe.heal_data, load_tokenizer(source), recipe.heal_tokens // LENGTH, LENGTH, case.seed)
+        text = read_windows(
+            recipe.heal_data,
+            load_tokenizer(source),
+            recipe.heal_tokens // LENGTH,
+            LENGTH,
+            case.seed,
+            model.config.vocab_size,
+        )
         train_model(model, NextToken(), text, model_settings(recipe, model.config.hidden_size, "lm"))
     return model
 
@@ -207,7 +214,9 @@ def source_of(name: str) -> Source:
 @cache
 def evaluation_windows(name: str) -> Windows:
     """What every row of a model is judged on."""
-    return read_windows("stdlib:eval", load_tokenizer(source_of(name)), EVALUATION, LENGTH, 0)
+    source = source_of(name)
+    vocabulary = read_config(source).vocab_size
+    return read_windows("stdlib:eval", load_tokenizer(source), EVALUATION, LENGTH, 0, vocabulary)
 
 
 @cache

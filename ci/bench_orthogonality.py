@@ -39,11 +39,14 @@ RECIPES: dict[str, dict[str, Any]] = {
 COMMON: dict[str, Any] = {
     "method": "shortgpt",
     "remove": "25%",
+    "calibration": "stdlib",
+    "heal_data": "stdlib",
+    "eval_data": "stdlib",
     "samples": 64,
     "eval_samples": 64,
     "length": 256,
 }
-FEW = "--method shortgpt --remove 25% --heal none --samples 4 --length 64"
+FEW = "--calibration stdlib --method shortgpt --remove 25% --heal none --samples 4 --length 64"
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import copy
 import json
 import math
 import platform
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from transformers import (
 from optimum.streamline.edit import apply_plan
 from optimum.streamline.plan import Plan
 from optimum.streamline.scores import measure_scores
-from optimum.streamline.text import read_documents
+from optimum.streamline.text import open_text
 from optimum.streamline.windows import read_windows
 
 VOCABULARY = 4096
@@ -57,6 +58,13 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END, model_max_length=LENGTH
     )
+
+
+def library(part: str, seed: int) -> list[str]:
+    """The files of a part of the standard library, in an order that `seed` decides."""
+    documents = list(open_text(f"stdlib:{part}").documents)
+    random.Random(seed).shuffle(documents)
+    return documents
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch.Tensor:
@@ -108,10 +116,10 @@ def perplexity(model: PreTrainedModel, tokens: torch.Tensor, windows: int = 64) 
 
 def train(out: Path, architecture: str, minutes: float, batch: int, peak: float, seed: int) -> None:
     """Train for `minutes`: the learning rate follows the clock, so a slower machine only sees fewer tokens."""
-    documents = list(read_documents("stdlib:train", seed))
+    documents = library("train", seed)
     tokenizer = train_tokenizer(documents)
     tokens = encode(tokenizer, documents)
-    held_out = encode(tokenizer, list(read_documents("stdlib:eval", seed)))
+    held_out = encode(tokenizer, library("eval", seed))
     model = build_model(architecture, seed)
     compiled = torch.compile(model)
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -196,10 +204,10 @@ def card(out: Path) -> None:
     """Measure the trained model and write its card."""
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
-    tokens = encode(tokenizer, list(read_documents("stdlib:eval")))
+    tokens = encode(tokenizer, library("eval", 0))
     summary = json.loads((out / "training_log.json").read_text())
     dense, without = perplexity(model, tokens), drop_one_layer(model, tokens)
-    calibration = read_windows("stdlib:calibration", tokenizer, 64, LENGTH, 0)
+    calibration = read_windows("stdlib:calibration", tokenizer, 64, LENGTH, 0, VOCABULARY)
     influence = measure_scores(model, calibration).block_influence
     plot(out, dense, without, summary["log"])
     rows = [f"| {i} | {ppl:.2f} | {bi:.4f} |" for i, (ppl, bi) in enumerate(zip(without, influence, strict=True))]

@@ -3,3 +3,13 @@
 from pathlib import Path
 
 REFERENCE = str(Path(__file__).parent.parent / "examples" / "reference_model")
+VOCABULARY = 4096
+# The text that each command takes by default is on the Hub: the tests name one that is always there.
+LIBRARY = {
+    "score": ("--calibration", "stdlib"),
+    "prune": ("--calibration", "stdlib", "--heal-data", "stdlib"),
+    "run": ("--calibration", "stdlib", "--heal-data", "stdlib", "--eval-data", "stdlib"),
+    "orthogonality": ("--calibration", "stdlib", "--heal-data", "stdlib", "--eval-data", "stdlib"),
+    "validate": ("--eval-data", "stdlib"),
+    "export": (),  # only ways to quantize that are calibrated take any
+}

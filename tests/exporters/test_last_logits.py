@@ -99,6 +99,7 @@ def test_the_command_quantizes_first(exported, tmp_path, monkeypatch, capsys):
     shutil.copytree(exported("llama").checkpoint, checkpoint := tmp_path / "checkpoint")  # for its tokenizer
     tiny_model("llama", hidden_size=64, intermediate_size=64, num_hidden_layers=1).save_pretrained(checkpoint)
     words = ("--quantize", "int4-gptq", "--last-logits", "--samples", "2", "--length", "16")
+    words += ("--calibration", "stdlib")
     assert (
         optimum_cli(monkeypatch, capsys, "streamline", "export", "-m", checkpoint, tmp_path / "out", *words).code == 0
     )

@@ -14,11 +14,11 @@ import pytest
 from console import Outcome, optimum_cli
 from optimum.streamline.report import Report
 from optimum.streamline.runner import Artifact
-from reference import REFERENCE
+from reference import LIBRARY, REFERENCE
 
 pytestmark = [pytest.mark.onnx, pytest.mark.quantizers]
 
-SMALL = ("--remove", "25%", "--samples", "4", "--eval-samples", "4", "--length", "64")
+SMALL = (*LIBRARY["run"], "--remove", "25%", "--samples", "4", "--eval-samples", "4", "--length", "64")
 SHORTGPT = ("--method", "shortgpt", *SMALL)
 Cli = Callable[..., Outcome]
 
@@ -137,7 +137,7 @@ def test_a_run_scores_the_quantized_graph_where_that_comes_first(cli: Cli, tmp_p
     assert (artifact.quantize, artifact.quantize_exclude) == ("int8", LAYER_11)
     assert Artifact.read(tmp_path / "out" / "onnx-original").quantize == "none"
     scores = json.loads((tmp_path / "out" / "streamline.json").read_text())["scores"]["block_influence"]
-    cli("score", "-m", REFERENCE, tmp_path / "scores", "--samples", "4", "--length", "64")
+    cli("score", "-m", REFERENCE, tmp_path / "scores", *LIBRARY["score"], "--samples", "4", "--length", "64")
     of_the_float_model = json.loads((tmp_path / "scores" / "scores.json").read_text())["block_influence"]
     assert scores != of_the_float_model
     assert scores == pytest.approx(of_the_float_model, abs=0.01)

@@ -28,7 +28,7 @@ from optimum.streamline.runner import Artifact, open_runner
 from optimum.streamline.source import Source
 from optimum.streamline.validation import Subject, validate
 from optimum.streamline.windows import Windows, read_windows
-from reference import REFERENCE
+from reference import REFERENCE, VOCABULARY
 from tiny import LAYERS, tiny_model, token_ids
 
 pytestmark = pytest.mark.onnx
@@ -57,12 +57,12 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifac
 
 
 def calibration() -> Windows:
-    return read_windows("stdlib", load_tokenizer(Source(REFERENCE)), 8, 128, 0, "calibration")
+    return read_windows("stdlib", load_tokenizer(Source(REFERENCE)), 8, 128, 0, VOCABULARY, "calibration")
 
 
 @pytest.fixture(scope="module")
 def judged_on() -> Windows:
-    return read_windows("stdlib", load_tokenizer(Source(REFERENCE)), 8, 512, 0, "eval")
+    return read_windows("stdlib", load_tokenizer(Source(REFERENCE)), 8, 512, 0, VOCABULARY, "eval")
 
 
 def loss(artifact: Artifact, windows: Windows) -> float:
@@ -219,6 +219,8 @@ def test_an_odd_number_of_blocks_is_refused_for_gptq(
         tmp_path / "out",
         "--quantize",
         "int4-gptq",
+        "--calibration",
+        "stdlib",
         "--length",
         "16",
     )

@@ -19,7 +19,7 @@ from optimum.streamline.runner import Artifact, open_runner
 from optimum.streamline.scores import measure_scores, scores_of
 from optimum.streamline.source import Source
 from optimum.streamline.windows import read_windows
-from reference import REFERENCE
+from reference import LIBRARY, REFERENCE, VOCABULARY
 from tiny import token_ids, wide_model
 
 pytestmark = [pytest.mark.onnx, pytest.mark.quantizers]
@@ -76,7 +76,19 @@ def test_a_run_quantizes_its_export(
     wide_model(vocab_size=4096).save_pretrained(tmp_path / "in")
     AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(tmp_path / "in")
     few = ("--layers", "1,2") if steps == "prune,quantize" else ("--remove", "2", "--method", "shortgpt")
-    few += ("--samples", "2", "--eval-samples", "2", "--length", "16", "--heal", "none", "--format", "onnx")
+    few += (
+        *LIBRARY["run"],
+        "--samples",
+        "2",
+        "--eval-samples",
+        "2",
+        "--length",
+        "16",
+        "--heal",
+        "none",
+        "--format",
+        "onnx",
+    )
     flags = ("--quantize", "int4", "--quantize-exclude", "*.[04].mlp.*", "--steps", steps)
     done = optimum_cli(monkeypatch, capsys, "streamline", "run", "-m", tmp_path / "in", tmp_path / "out", *few, *flags)
     assert (done.code, done.err) == (0, "")
@@ -114,7 +126,7 @@ def test_hidden_states_of_a_graph_are_those_of_torch(tmp_path: Path, architectur
 
 @pytest.mark.parametrize(("how", "least", "most"), [("int8", 1e-6, 0.01), ("int4", 1e-4, 0.05)])
 def test_layers_are_scored_in_a_quantized_graph(tmp_path: Path, how: str, least: float, most: float) -> None:
-    windows = read_windows("stdlib", load_tokenizer(Source(REFERENCE)), 4, 64, 0, "calibration")
+    windows = read_windows("stdlib", load_tokenizer(Source(REFERENCE)), 4, 64, 0, VOCABULARY, "calibration")
     float_scores = measure_scores(load_stock(Source(REFERENCE), torch.float32), windows).block_influence
     states = open_hidden_states(export_checkpoint(REFERENCE, tmp_path / how, quantize=how))
     scores = scores_of(lambda batch: list(map(torch.from_numpy, states(batch.numpy()))), 16, windows)

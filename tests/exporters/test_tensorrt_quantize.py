@@ -25,7 +25,7 @@ from optimum.streamline.record import refuse_seen_text
 from optimum.streamline.runner import Artifact, open_runner
 from optimum.streamline.source import Source
 from optimum.streamline.windows import Windows, read_windows
-from reference import REFERENCE
+from reference import REFERENCE, VOCABULARY
 from tiny import tiny_model, token_ids, wide_model
 
 pytestmark = [pytest.mark.onnx, pytest.mark.tensorrt]
@@ -51,7 +51,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]
 
 
 def text(part: str, count: int) -> Windows:
-    return read_windows("stdlib", load_tokenizer(Source(REFERENCE)), count, 128, 0, part)
+    return read_windows("stdlib", load_tokenizer(Source(REFERENCE)), count, 128, 0, VOCABULARY, part)
 
 
 def loss(artifact: Artifact) -> float:

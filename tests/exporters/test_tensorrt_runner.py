@@ -21,7 +21,7 @@ from optimum.exporters.streamline.tensorrt.runner import TensorrtRunner
 from optimum.streamline.checkpoint import load
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.runner import Artifact
-from reference import REFERENCE
+from reference import LIBRARY, REFERENCE
 from stand_in import Library, export_qwen2, here
 from tiny import tiny_model, token_ids
 
@@ -114,12 +114,12 @@ def test_engines_of_original_and_candidate_are_validated_on_a_gpu(
     pruned, out = tmp_path / "pruned", tmp_path / "report"
     cli = partial(optimum_cli, monkeypatch, capsys, "streamline")
     few = ("--method", "shortgpt", "--remove", "25%", "--heal", "none", "--samples", "4", "--length", "64")
-    assert cli("prune", "-m", REFERENCE, pruned, *few).code == 0
+    assert cli("prune", "-m", REFERENCE, pruned, *LIBRARY["prune"], *few).code == 0
     for model, name in ((REFERENCE, "original"), (pruned, "candidate")):
         words = ("--format", "tensorrt", "--builder", builder, "--dtype", "fp16", "--max-length", "512")
         assert cli("export", "-m", model, tmp_path / name, *words).code == 0
     candidates = (tmp_path / "original", tmp_path / "candidate", "--output", out, "--eval-samples", "4")
-    done = cli("validate", REFERENCE, *candidates, "--length", "128", "--device", "cuda")
+    done = cli("validate", REFERENCE, *candidates, *LIBRARY["validate"], "--length", "128", "--device", "cuda")
     assert (done.code, done.err) == (0, "")
     _, original, candidate = json.loads((out / "report.json").read_text())["rows"]
     assert (original["role"], candidate["role"]) == ("original", "candidate")

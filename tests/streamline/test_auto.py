@@ -23,10 +23,11 @@ from optimum.streamline.recipe import make_recipe
 from optimum.streamline.scores import measure_scores
 from optimum.streamline.source import Source
 from optimum.streamline.windows import Windows, read_windows
-from reference import REFERENCE
+from reference import REFERENCE, VOCABULARY
 from tiny import LAYERS, tiny_model, token_ids
 
 CALIBRATION, HELD_OUT = Windows(token_ids(3, 12, seed=5), "random"), Windows(token_ids(5, 12, seed=6), "random")
+FEW = {"samples": 3, "length": 32, "heal": "none", "calibration": "stdlib", "eval_data": "stdlib"}
 RECIPE = make_recipe({"method": "auto", "remove": 2, "heal": "none"})
 
 
@@ -104,9 +105,9 @@ def test_a_choice_that_none_can_make_is_refused() -> None:
 
 def test_the_text_that_plans_are_compared_on_is_text_that_was_chosen_on() -> None:
     source = Source(REFERENCE)
-    recipe = make_recipe({"method": "auto", "remove": 1, "samples": 3, "length": 32, "heal": "none"})
+    recipe = make_recipe({"method": "auto", "remove": 1, **FEW})
     prepared = prepare(source, recipe, lambda message: None)
-    both = read_windows("stdlib:calibration", AutoTokenizer.from_pretrained(REFERENCE), 15, 32, 0)
+    both = read_windows("stdlib:calibration", AutoTokenizer.from_pretrained(REFERENCE), 15, 32, 0, VOCABULARY)
     assert torch.equal(prepared.chosen_on.ids, both.ids)
     assert torch.equal(prepared.calibration.ids, both.ids[:3])
     assert torch.equal(read_texts(source, recipe).chosen_on["calibration"].ids, both.ids)
@@ -119,7 +120,7 @@ def test_a_large_calibration_text_asks_for_no_more_than_it_takes_to_compare() ->
 
 
 def test_what_is_followed_is_printed_and_on_record(tmp_path: Path) -> None:
-    fields = {"method": "auto", "remove": 1, "samples": 2, "length": 32, "heal": "none"}
+    fields = {"method": "auto", "remove": 1, **FEW, "samples": 2}
     said: list[str] = []
     prune(Source(REFERENCE), make_recipe(fields), tmp_path / "out", overwrite=False, verbose=False, say=said.append)
     record = json.loads((tmp_path / "out" / "streamline.json").read_text())

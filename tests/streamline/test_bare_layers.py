@@ -24,7 +24,7 @@ from optimum.streamline.recipe import Budget, Recipe
 from optimum.streamline.source import Source, fingerprint
 from optimum.streamline.validation import subjects_of, validate
 from optimum.streamline.windows import Windows
-from reference import REFERENCE
+from reference import LIBRARY, REFERENCE
 from tiny import LAYERS, tiny_model, token_ids
 
 ALL = sorted(ARCHITECTURES)
@@ -178,7 +178,15 @@ def test_commands_and_the_card_say_what_loads_it(
 ) -> None:
     source, said = Source(REFERENCE), []
     recipe = Recipe(
-        remove=2, replacement="ffn", heal_tokens=1024, heal_epochs=1, samples=4, length=64, method="llm-streamline"
+        remove=2,
+        replacement="ffn",
+        heal_tokens=1024,
+        heal_epochs=1,
+        samples=4,
+        length=64,
+        method="llm-streamline",
+        calibration="stdlib",
+        heal_data="stdlib",
     )
     out = tmp_path / "out"
     record = prune(source, recipe, out, overwrite=False, verbose=False, say=said.append)
@@ -190,7 +198,8 @@ def test_commands_and_the_card_say_what_loads_it(
     assert "needs optimum.streamline.load" in card
     assert load(str(out)).config.num_hidden_layers == 14
     assert AutoTokenizer.from_pretrained(out).vocab_size == load_tokenizer(Source(str(out))).vocab_size
-    scored = optimum_cli(monkeypatch, capsys, "streamline", "score", "-m", out, "--samples", 4, "--length", 64)
+    few = (*LIBRARY["score"], "--samples", 4, "--length", 64)
+    scored = optimum_cli(monkeypatch, capsys, "streamline", "score", "-m", out, *few)
     assert scored.code == 0
     assert "needs optimum.streamline.load" in " ".join(scored.out.split())
     refused = optimum_cli(monkeypatch, capsys, "streamline", "prune", "-m", out, tmp_path / "again", "--remove", 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,12 +18,13 @@ from console import Outcome, optimum_cli
 from optimum.streamline.card import CITATIONS
 from optimum.streamline.methods import METHODS
 from optimum.streamline.methods.protecting import Protecting
-from reference import REFERENCE
+from optimum.streamline.recipe import CHOOSING_TEXT, JUDGING_TEXT
+from reference import LIBRARY, REFERENCE
 from tiny import tiny_model
 
 Cli = Callable[..., Outcome]
 EXPORT = pytest.param(("export",), marks=pytest.mark.onnx)
-QUICK = ("--samples", 4, "--length", 64)
+QUICK = ("--calibration", "stdlib", "--samples", 4, "--length", 64)
 
 
 CONFIGS = {
@@ -102,7 +104,7 @@ def assert_refused(outcome: Outcome, *parts: str) -> None:
 def test_wrong_flags_are_one_line_and_nothing_is_written(
     cli: Cli, tmp_path: Path, command: str, flags: tuple[object, ...], part: str
 ) -> None:
-    assert_refused(cli(command, "-m", REFERENCE, *flags, tmp_path / "out"), part)
+    assert_refused(cli(command, "-m", REFERENCE, *LIBRARY[command], *flags, tmp_path / "out"), part)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -130,7 +132,7 @@ def test_wrong_models_are_one_line_and_nothing_is_written(
     cli: Cli, tmp_path: Path, broken: Callable[[str], Path], command: tuple[object, ...], how: str, part: str
 ) -> None:
     folder = broken(how)
-    quick = () if command[0] == "export" else ("--samples", 2, "--length", 32)
+    quick = () if command[0] == "export" else (*LIBRARY[str(command[0])], "--samples", 2, "--length", 32)
     assert_refused(cli(*command, "-m", folder, *quick, tmp_path / "out"), part)
     assert list(tmp_path.iterdir()) == [folder]
 
@@ -143,7 +145,7 @@ def test_a_model_that_is_nowhere(cli: Cli, tmp_path: Path) -> None:
 def test_outputs_that_exist_or_cannot_be_written(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "kept.txt").write_text("kept")
     for command in (("prune", "--remove", 1), ("run", "--remove", 1), ("score",), ("export",)):
-        words = (*command, "-m", REFERENCE)
+        words = (*command, "-m", REFERENCE, *LIBRARY[str(command[0])])
         assert_refused(cli(*words, tmp_path), "exists already")
         assert_refused(cli(*words, "--overwrite", tmp_path), "holds no output of this program")
         assert_refused(cli(*words, tmp_path / "kept.txt" / "out"), "cannot be written")
@@ -161,7 +163,7 @@ def test_recipes_with_a_fault(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_judging_on_the_calibration_text_is_refused(cli: Cli, tmp_path: Path) -> None:
-    words = ("--remove", 4, "--samples", 32, "--length", 64, "--eval-data", "stdlib:calibration")
+    words = (*LIBRARY["run"], "--remove", 4, "--samples", 32, "--length", 64, "--eval-data", "stdlib:calibration")
     assert_refused(cli("run", "-m", REFERENCE, *words, tmp_path / "out"), "shares", "with 'stdlib:calibration'")
     assert list(tmp_path.iterdir()) == []
 
@@ -197,7 +199,7 @@ def test_prune_takes_out_the_named_layers(cli: Cli, tmp_path: Path) -> None:
 
 def test_remove_is_the_net_fall_with_a_replacement(cli: Cli, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = ("--remove", 4, "--replacement", "mlp", "--heal-tokens", 640, *QUICK)
+    words = ("--remove", 4, "--replacement", "mlp", "--heal-data", "stdlib", "--heal-tokens", 640, *QUICK)
     assert cli("prune", "-m", REFERENCE, *words, out).code == 0
     config = json.loads((out / "config.json").read_text())
     record = json.loads((out / "streamline.json").read_text())
@@ -217,7 +219,7 @@ def test_remove_is_the_net_fall_with_a_replacement(cli: Cli, tmp_path: Path) -> 
 
 def test_the_card_says_what_each_training_saw(cli: Cli, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = ("--method", "come-mp", "--remove", 2, "--heal-tokens", 1344, "--heal-epochs", 1, *QUICK)
+    words = ("--method", "come-mp", "--remove", 2, "--heal-tokens", 1344, "--heal-epochs", 1, *LIBRARY["prune"], *QUICK)
     assert cli("prune", "-m", REFERENCE, *words, out).code == 0
     trainings = [line for line in (out / "README.md").read_text().splitlines() if " was trained " in line]
     assert len(trainings) == 2  # 21 windows, one held out, half of the others after each merge
@@ -233,6 +235,50 @@ def test_the_card_says_what_each_training_saw(cli: Cli, tmp_path: Path) -> None:
 
 def test_every_method_is_named_in_the_card_by_its_paper() -> None:
     assert CITATIONS.keys() == METHODS.keys() - {"auto"}  # it cites the one it follows
+
+
+@pytest.mark.onnx
+@pytest.mark.parametrize(
+    ("words", "spec"),
+    [
+        (("score", "-m", REFERENCE), CHOOSING_TEXT),
+        (("prune", "-m", REFERENCE, "--remove", 1), CHOOSING_TEXT),
+        (("prune", "-m", REFERENCE, "--remove", 1, "--calibration", "stdlib"), CHOOSING_TEXT),
+        (("run", "-m", REFERENCE, "--remove", 1), JUDGING_TEXT),
+        (("validate", REFERENCE, REFERENCE, "--output"), JUDGING_TEXT),
+        (("export", "-m", REFERENCE, "--quantize", "int4-gptq"), CHOOSING_TEXT),
+        (("orthogonality", "-m", REFERENCE, "--remove", 1, "--output"), JUDGING_TEXT),
+    ],
+)
+def test_the_default_text_without_a_network_is_an_error_that_names_the_choices(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[object, ...], spec: str
+) -> None:
+    def no_network(*_: object, **how: object) -> None:
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", no_network)
+    choices = "give a text file, a table (FILE[,COLUMN]), a folder of these, hub:DATASET"
+    outcome = cli(*words, tmp_path / "out")
+    assert_refused(outcome, f"text SPEC '{spec}': cannot be read (Name or service not known); {choices}", "or stdlib")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_help_names_the_default_text(cli: Cli) -> None:
+    told = cli("run", "--help").out
+    assert told.count(f"(default {CHOOSING_TEXT})") == 2
+    assert told.count(f"(default {JUDGING_TEXT})") == 1
+
+
+def test_it_is_said_which_text_was_used_for_what(cli: Cli, tmp_path: Path) -> None:
+    said = cli("score", "-m", REFERENCE, *QUICK).out
+    assert re.search(r"^calibration text: stdlib:calibration, 4 windows of 64 tokens drawn from \d,\d{3}$", said, re.M)
+    words = ("--replacement", "mlp", "--remove", 2, "--heal-tokens", 128, *LIBRARY["prune"], *QUICK, "--dry-run")
+    said = cli("prune", "-m", REFERENCE, *words, tmp_path / "out").out
+    assert "calibration text: stdlib:calibration, 4 windows of 64 tokens drawn from " in said
+    assert "healing text: stdlib:train, 2 windows of 64 tokens drawn from " in said
+    words = (tmp_path, "--eval-samples", 2, "--length", 64, "--output", tmp_path / "report")
+    said = cli("validate", REFERENCE, *LIBRARY["validate"], *words).out
+    assert "evaluation text: stdlib:eval, 2 windows of 64 tokens drawn from " in said
 
 
 def test_healing_that_would_be_passed_over_is_refused(cli: Cli, tmp_path: Path) -> None:
@@ -262,7 +308,7 @@ def test_healing_that_cannot_be_is_refused_before_the_search(
 ) -> None:
     monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")  # which several processes would leave set
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    outcome = cli("prune", "-m", REFERENCE, "--remove", 4, *QUICK, *flags, tmp_path / "out")
+    outcome = cli("prune", "-m", REFERENCE, "--remove", 4, *LIBRARY["prune"], *QUICK, *flags, tmp_path / "out")
     assert_refused(outcome, part)
     assert "scoring" not in outcome.out
     assert list(tmp_path.iterdir()) == []
@@ -292,7 +338,7 @@ def test_a_rank_alone_makes_nobody_a_helper(cli: Cli, tmp_path: Path, monkeypatc
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(cli: Cli, tmp_path: Path) -> None:
-    words = ("--remove", "25%", "--replacement", "mlp", *QUICK, "--dry-run")
+    words = ("--remove", "25%", "--replacement", "mlp", *LIBRARY["prune"], *QUICK, "--dry-run")
     outcome = cli("prune", "-m", REFERENCE, *words, tmp_path / "out")
     assert outcome.code == 0
     assert "by one mlp: 16 layers become 12" in outcome.out
@@ -304,7 +350,11 @@ def test_save_recipe_is_what_the_flags_amount_to(cli: Cli, tmp_path: Path) -> No
     recipe = tmp_path / "recipe.yaml"
     flags = ("--method", "shortgpt", "--remove", 2, *QUICK, "--max-kl", 0.5)
     assert cli("run", "-m", REFERENCE, *flags, "--dry-run", "--save-recipe", recipe, tmp_path / "out").code == 0
-    assert recipe.read_text() == "method: shortgpt\nremove: '2'\nsamples: 4\nlength: 64\nbudget:\n  max_kl: 0.5\n"
+    assert recipe.read_text() == (
+        "method: shortgpt\nremove: '2'\ncalibration: stdlib\n"
+        "eval_data: hub:Salesforce/wikitext,wikitext-103-raw-v1,test\n"
+        "samples: 4\nlength: 64\nbudget:\n  max_kl: 0.5\n"
+    )
     again = cli("run", "-m", REFERENCE, recipe, "--dry-run", tmp_path / "out")
     assert again.code == 0
     assert "16 layers become 14" in again.out
@@ -350,7 +400,7 @@ def test_bad_input_saves_no_recipe(cli: Cli, tmp_path: Path, command: str, flags
     out.mkdir()
     if "--overwrite" in flags:
         (out / "not_ours.txt").touch()
-    words = ("--method", "shortgpt", "--remove", 2, *QUICK, *flags, "--save-recipe", recipe, out)
+    words = ("--method", "shortgpt", "--remove", 2, *LIBRARY[command], *QUICK, *flags, "--save-recipe", recipe, out)
     assert_refused(cli(command, "-m", REFERENCE, *words))
     assert not recipe.exists()
 
@@ -360,7 +410,10 @@ def test_a_recipe_is_saved_with_what_it_made(cli: Cli, tmp_path: Path) -> None:
     outcome = cli("prune", "-m", REFERENCE, "--layers", 3, *QUICK, "--save-recipe", recipe, out)
     assert outcome.code == 0
     assert outcome.out.endswith(f"saved {out}\nrecipe written to {recipe}\n")
-    assert recipe.read_text() == "layers: '3'\nsamples: 4\nlength: 64\n"
+    lines = recipe.read_text().splitlines()
+    assert lines[0] == "layers: '3'"
+    assert lines[1] == "calibration: stdlib"
+    assert lines[3:] == ["samples: 4", "length: 64"]
 
 
 def test_the_help_says_what_each_method_protects(cli: Cli) -> None:
@@ -380,14 +433,15 @@ def test_half_precision_that_overflows_is_refused(cli: Cli, tmp_path: Path) -> N
         model.model.layers[0].mlp.up_proj.weight[0, 0] = 1e5
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(tmp_path / "model")
-    words = ("prune", "-m", tmp_path / "model", "--layers", 3, "--samples", 2, "--length", 32)
+    words = ("prune", "-m", tmp_path / "model", "--layers", 3, *QUICK)
     assert_refused(cli(*words, "--dtype", "fp16", tmp_path / "out"), "stored in torch.float16", "infinite")
     assert not (tmp_path / "out").exists()
     assert cli(*words, "--dtype", "bf16", tmp_path / "out").code == 0
 
 
 def test_a_terminated_command_leaves_nothing(tmp_path: Path) -> None:
-    words = ["optimum-cli", "streamline", "prune", "-m", REFERENCE, "--remove", "4", str(tmp_path / "out")]
+    words = ["optimum-cli", "streamline", "prune", "-m", REFERENCE, "--remove", "4", *LIBRARY["prune"]]
+    words.append(str(tmp_path / "out"))
     script = f"import sys; sys.argv = {words!r}; from optimum.commands.optimum_cli import main; main()"
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -408,7 +462,8 @@ def test_overwrite_replaces_an_earlier_output(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_validate_wants_an_original_and_a_candidate(cli: Cli, tmp_path: Path) -> None:
-    assert_refused(cli("validate", REFERENCE, tmp_path / "none", "--output", tmp_path / "report"), "no such folder")
+    words = ("validate", REFERENCE, tmp_path / "none", *LIBRARY["validate"], "--output", tmp_path / "report")
+    assert_refused(cli(*words), "no such folder")
     assert_refused(cli("validate", REFERENCE), "the following arguments are required: candidate")
     assert list(tmp_path.iterdir()) == []
 

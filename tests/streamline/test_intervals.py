@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 
-from optimum.streamline.intervals import mean_interval, median_interval
+from optimum.streamline.intervals import FEWEST_GROUPS, mean_interval, median_interval
 
 
 def test_mean_is_weighted_by_counts() -> None:
@@ -48,3 +49,30 @@ def test_not_a_number_stays_so() -> None:
     infinite = mean_interval(np.array([1.0, math.inf]), np.ones(2), seed=0).map(np.exp)
     assert math.isinf(infinite.value)
     assert not infinite.finite
+
+
+def test_windows_of_one_document_are_drawn_together() -> None:
+    # 25 documents of four equal windows: a hundred windows tell no more than 25.
+    chance = np.random.default_rng(0)
+    level = chance.normal(size=25)
+    documents = [number for number in range(25) for _ in range(4)]
+    totals, counts = level[documents], np.ones(100)
+    together = mean_interval(totals, counts, 1, documents)
+    of_documents = mean_interval(4 * level, 4 * np.ones(25), 1)
+    assert (together.low, together.high) == pytest.approx((of_documents.low, of_documents.high))
+    alone = mean_interval(totals, counts, 1)
+    assert together.value == pytest.approx(alone.value)
+    assert 1.7 < (together.high - together.low) / (alone.high - alone.low) < 2.3
+
+
+def test_few_documents_are_not_resampled() -> None:
+    totals, counts = np.arange(40.0), np.ones(40)
+    few = [number % (FEWEST_GROUPS - 1) for number in range(40)]
+    enough = [number % FEWEST_GROUPS for number in range(40)]
+    assert mean_interval(totals, counts, 1, few) == mean_interval(totals, counts, 1)
+    assert mean_interval(totals, counts, 1, enough) != mean_interval(totals, counts, 1)
+
+
+def test_each_window_from_a_document_of_its_own_is_drawn_alone() -> None:
+    totals, counts = np.arange(40.0), np.ones(40)
+    assert mean_interval(totals, counts, 1, range(40)) == mean_interval(totals, counts, 1)

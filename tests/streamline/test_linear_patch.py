@@ -24,7 +24,7 @@ from optimum.streamline.recipe import Recipe
 from optimum.streamline.scores import measure_scores
 from optimum.streamline.source import Source
 from optimum.streamline.windows import Windows, read_windows
-from reference import REFERENCE
+from reference import REFERENCE, VOCABULARY
 from tiny import LAYERS, tiny_model, token_ids
 
 TEXT = Windows(token_ids(9, 20), "random")
@@ -177,7 +177,8 @@ def test_other_impossible_maps_are_refused() -> None:
 def test_on_the_reference_model_it_beats_plain_removal_on_unseen_text() -> None:
     source = Source(REFERENCE)
     model, tokenizer = load_stock(source, torch.float32), load_tokenizer(source)
-    calibration, unseen = (read_windows(f"stdlib:{part}", tokenizer, 32, 128, 0) for part in ("calibration", "eval"))
+    parts = ("stdlib:calibration", "stdlib:eval")
+    calibration, unseen = (read_windows(part, tokenizer, 32, 128, 0, VOCABULARY) for part in parts)
     recipe = Recipe(method="llm-streamline", remove=4, replacement="linear")
     plan = LLMStreamline().plan(recipe, Evidence(model, calibration, measure_scores(model, calibration)))
     removed, patched = copy.deepcopy(model), copy.deepcopy(model)

@@ -13,7 +13,7 @@ from optimum.streamline.checkpoint import load
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.quantization_config import quantization_fields, quantization_name, renumber_quantization
 from optimum.streamline.quantized import quantized_modules
-from reference import REFERENCE
+from reference import LIBRARY, REFERENCE
 from tiny import token_ids, wide_model
 
 
@@ -82,7 +82,8 @@ def test_a_stock_checkpoint_with_patterns_is_pruned(
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=skipped)
     stock.save_pretrained(tmp_path / "stock")
     AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(tmp_path / "stock")
-    words = ("prune", "-m", tmp_path / "stock", tmp_path / "p", "--layers", "1,2", "--samples", "2", "--length", "16")
+    words = ("prune", "-m", tmp_path / "stock", tmp_path / "p", "--layers", "1,2")
+    words += (*LIBRARY["prune"], "--samples", "2", "--length", "16")
     done = optimum_cli(monkeypatch, capsys, "streamline", *words)
     assert (done.code, done.err) == (0, "")
     model = load(str(tmp_path / "p"))

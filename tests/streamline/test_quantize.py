@@ -26,12 +26,15 @@ from optimum.streamline.quantized import quantized_modules, use_cpu_kernel
 from optimum.streamline.quantizers import QUANTIZERS
 from optimum.streamline.runner import open_runner
 from optimum.streamline.source import Source
-from reference import REFERENCE
+from reference import LIBRARY, REFERENCE
 from tiny import LAYERS, token_ids, wide_model
 
 pytestmark = pytest.mark.quantizers
 
 Save = Callable[..., str]
+
+# For a choice that does not matter here.
+_FEW = (*LIBRARY["prune"], "--samples", "2", "--length", "16")
 
 
 @pytest.fixture
@@ -148,7 +151,7 @@ def test_dead_sublayers_stay_dead(saved: Save, tmp_path: Path, how: str) -> None
 def test_either_order_gives_the_same_weights(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: Save, tmp_path: Path, how: str
 ) -> None:
-    source, flags = saved(), ("--layers", "1,2", "--samples", "2", "--length", "16", "--quantize", how)
+    source, flags = saved(), ("--layers", "1,2", *_FEW, "--quantize", how)
     for steps in ("prune,quantize", "quantize,prune"):
         words = (
             "prune",
@@ -195,7 +198,7 @@ def test_methods_that_only_remove_take_a_quantized_model(
 ) -> None:
     quantized = quietly(saved(), tmp_path / "q", how)
     words = ("--method", method, "--remove", "2", "--replacement", "none", "--heal", "none")
-    words += ("--samples", "2", "--length", "16")
+    words += _FEW
     done = optimum_cli(monkeypatch, capsys, "streamline", "prune", "-m", quantized, tmp_path / "p", *words)
     assert (done.code, done.err) == (0, "")
     model = load(str(tmp_path / "p"))
@@ -204,7 +207,7 @@ def test_methods_that_only_remove_take_a_quantized_model(
     assert f"The original is quantized ({how}); the layers that stayed have its weights as they were.\n" in card
 
 
-_REMOVE = ("--remove", "2", "--samples", "2", "--length", "16")
+_REMOVE = ("--remove", "2", *_FEW)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +295,7 @@ def test_the_command_quantizes_what_was_pruned_and_keeps_its_record(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: Save, tmp_path: Path
 ) -> None:
     pruned, out = tmp_path / "p", tmp_path / "q"
-    flags = ("--layers", "1,2", "--samples", "2", "--length", "16")
+    flags = ("--layers", "1,2", *_FEW)
     assert optimum_cli(monkeypatch, capsys, "streamline", "prune", "-m", saved(), pruned, *flags).code == 0
     words = ("quantize", "-m", pruned, out, "--quantize", "bnb-nf4", "--quantize-exclude", "2")
     done = optimum_cli(monkeypatch, capsys, "streamline", *words)
@@ -319,7 +322,7 @@ def test_the_command_quantizes_what_was_pruned_and_keeps_its_record(
 def test_a_run_quantizes_its_checkpoint_and_is_resumed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: Save, tmp_path: Path, steps: str
 ) -> None:
-    few = ("--remove", "2", "--samples", "2", "--eval-samples", "2", "--length", "16", "--method", "shortgpt")
+    few = (*LIBRARY["run"], *_FEW, "--remove", "2", "--eval-samples", "2", "--method", "shortgpt")
     words = ("run", "-m", saved(), tmp_path / "r", *few, "--heal", "none", "--quantize", "bnb-nf4", "--steps", steps)
     done = optimum_cli(monkeypatch, capsys, "streamline", *words)
     assert (done.code, done.err) == (0, "")
@@ -335,10 +338,10 @@ def test_a_run_quantizes_its_checkpoint_and_is_resumed(
 def test_a_quantized_model_is_not_taken_for_the_float_one_of_its_recipe(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: Save, tmp_path: Path
 ) -> None:
-    source, flags = saved(), ("--layers", "1,2", "--samples", "2", "--length", "16")
+    source, flags = saved(), ("--layers", "1,2", *_FEW)
     assert optimum_cli(monkeypatch, capsys, "streamline", "prune", "-m", source, tmp_path / "p", *flags).code == 0
     quietly(str(tmp_path / "p"), tmp_path / "q", "bnb-nf4")
-    done = optimum_cli(monkeypatch, capsys, "streamline", "run", "-m", source, tmp_path / "q", *flags)
+    done = optimum_cli(monkeypatch, capsys, "streamline", "run", "-m", source, tmp_path / "q", *flags, *LIBRARY["run"])
     assert_refused(done, "quantized since it was made; choose another folder, or pass --overwrite")
 
 
@@ -409,6 +412,7 @@ def test_validation_names_the_quantization_and_counts_its_bytes(
     shutil.copytree(REFERENCE, tmp_path / "model")
     out = quietly(str(tmp_path / "model"), tmp_path / "q", "bnb-nf4")
     words = ("validate", tmp_path / "model", out, "--output", tmp_path / "r", "--eval-samples", "2", "--length", "32")
+    words += LIBRARY["validate"]
     done = optimum_cli(monkeypatch, capsys, "streamline", *words)
     assert (done.code, done.err) == (0, "")
     original, row = json.loads((tmp_path / "r" / "report.json").read_text())["rows"]

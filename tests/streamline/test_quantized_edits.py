@@ -31,7 +31,7 @@ EDITS = {
     "healed": ("--method", "shortgpt", "--heal", "lm", *_TRAINED),
     "lora": ("--method", "shortgpt", "--heal", "lm", "--lora", *_TRAINED),
 }
-_COMMON = ("--remove", "2", "--samples", "2", "--length", "16")
+_COMMON = ("--remove", "2", "--calibration", "stdlib", "--samples", "2", "--length", "16")
 
 
 # Every edit with one quantizer, and one edit with every quantizer, are fast enough for every run.

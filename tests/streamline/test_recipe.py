@@ -12,7 +12,15 @@ from transformers import LlamaConfig
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing import check_healing
 from optimum.streamline.methods import method_of
-from optimum.streamline.recipe import make_recipe, parse_layers, parse_remove, read_recipe, write_recipe
+from optimum.streamline.recipe import (
+    CHOOSING_TEXT,
+    JUDGING_TEXT,
+    make_recipe,
+    parse_layers,
+    parse_remove,
+    read_recipe,
+    write_recipe,
+)
 
 
 @pytest.mark.parametrize(
@@ -158,12 +166,13 @@ def test_layers_of_another_form_are_refused(text: str) -> None:
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
+    text = {"calibration": CHOOSING_TEXT, "heal_data": CHOOSING_TEXT, "eval_data": JUDGING_TEXT}
     fields = {"remove": "25%", "replacement": "mlp", "seed": 3, "budget": {"max_ppl_ratio": 1.1}}
     recipe = make_recipe(fields)
     file = tmp_path / "recipe.yaml"
     file.write_text(write_recipe(recipe))
     assert make_recipe(read_recipe(file)) == recipe
-    assert read_recipe(file) == fields
+    assert read_recipe(file) == {**fields, **text}  # of which what is there by default is told too
 
 
 @pytest.mark.parametrize(

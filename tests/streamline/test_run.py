@@ -15,13 +15,16 @@ from optimum.streamline import StreamlineConfig, StreamlineError, Streamliner
 from optimum.streamline.checkpoint import load
 from optimum.streamline.report import Report
 from optimum.streamline.source import Source, fingerprint
-from optimum.streamline.text import read_documents
-from reference import REFERENCE
+from optimum.streamline.text import open_text
+from reference import LIBRARY, REFERENCE
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
 remove: 25%
 replacement: mlp
+calibration: stdlib
+heal_data: stdlib
+eval_data: stdlib
 heal_tokens: 4096
 samples: 4
 eval_samples: 8
@@ -124,9 +127,21 @@ def test_a_checkpoint_that_is_broken_is_said_so(cli: Cli, folder: Path, tmp_path
 
 @pytest.mark.slow
 def test_other_text_of_the_same_name_is_another_run(cli: Cli, tmp_path: Path) -> None:
-    texts = list(read_documents("stdlib:train"))
+    texts = list(open_text("stdlib:train").documents)
     (tmp_path / "text.txt").write_text(texts[0] + texts[1] + texts[2])
-    words = ("--layers", 5, "--calibration", tmp_path / "text.txt", "--samples", 4, "--eval-samples", 8, "--length", 32)
+    words = (
+        "--layers",
+        5,
+        "--calibration",
+        tmp_path / "text.txt",
+        "--eval-data",
+        "stdlib",
+        "--samples",
+        4,
+        "--eval-samples",
+        8,
+    )
+    words += ("--length", 32)
     assert cli(*words, tmp_path / "out").code == 0
     (tmp_path / "text.txt").write_text(texts[3] + texts[4] + texts[5])
     outcome = cli(*words, tmp_path / "out")
@@ -164,7 +179,7 @@ def test_validate_pairs_each_with_the_original_in_its_runtime(
 ) -> None:
     out = folder / "out"
     words = (REFERENCE, out, out / "onnx-original", out / "onnx", "--output", tmp_path / "report")
-    settings = ("--eval-samples", 8, "--length", 64, "--max-ppl-ratio", limit)
+    settings = (*LIBRARY["validate"], "--eval-samples", 8, "--length", 64, "--max-ppl-ratio", limit)
     outcome = optimum_cli(monkeypatch, capsys, "streamline", "validate", *words, *settings)
     assert outcome.code == code, outcome.err
     report = Report.from_json((tmp_path / "report" / "report.json").read_text())
@@ -178,7 +193,7 @@ def test_validate_refuses_the_text_a_candidate_was_made_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
 ) -> None:
     # The text of the healing, under a name of its own.
-    (tmp_path / "text.txt").write_text("".join(list(read_documents("stdlib:train"))[:2]))
+    (tmp_path / "text.txt").write_text("".join(list(open_text("stdlib:train").documents)[:2]))
     words = (REFERENCE, folder / "out", "--eval-data", tmp_path / "text.txt", "--output", tmp_path / "report")
     outcome = optimum_cli(monkeypatch, capsys, "streamline", "validate", *words, "--length", 64, "--eval-samples", 32)
     assert outcome.code == 2

@@ -24,11 +24,11 @@ from optimum.streamline.plan import Plan
 from optimum.streamline.recipe import Budget
 from optimum.streamline.source import Source
 from optimum.streamline.stability import Answers, Question, Questions, ask, option_loss, read_questions
-from optimum.streamline.text import read_documents
+from optimum.streamline.text import open_text
 from optimum.streamline.torch_runner import TorchRunner
 from optimum.streamline.validation import subjects_of, validate
 from optimum.streamline.windows import Windows
-from reference import REFERENCE
+from reference import LIBRARY, REFERENCE
 from tiny import VOCABULARY, tiny_model, token_ids
 
 TOKENIZER = load_tokenizer(Source(REFERENCE))
@@ -227,7 +227,7 @@ def test_questions_that_no_model_can_read_are_refused(tmp_path: Path) -> None:
 
 def continuations(count: int) -> list[dict[str, object]]:
     """What comes next, among three from elsewhere: code of the standard library's evaluation part."""
-    texts = [text for text in read_documents("stdlib:eval", 0) if len(text) > 4000]
+    texts = [text for text in open_text("stdlib:eval").documents if len(text) > 4000]
     questions: list[dict[str, object]] = []
     for number in range(count):
         before, right = texts[number % len(texts)][2000:2300], texts[number % len(texts)][2300:2450]
@@ -252,7 +252,9 @@ def test_the_command_reports_them_beside_the_rest(
     AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(tmp_path / "pruned")
 
     words = ("streamline", "validate", REFERENCE, tmp_path / "pruned", "--questions", file, "--eval-samples", 2)
-    outcome = optimum_cli(monkeypatch, capsys, *words, "--length", 32, "--output", tmp_path / "out")
+    outcome = optimum_cli(
+        monkeypatch, capsys, *words, *LIBRARY["validate"], "--length", 32, "--output", tmp_path / "out"
+    )
     assert outcome.code == 0, outcome.err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     original, pruned = report["rows"]
@@ -274,7 +276,7 @@ def test_the_command_names_a_bad_line_and_writes_nothing(
 ) -> None:
     file = written(tmp_path, GOOD, {**GOOD, "answer": 5})
     words = ("streamline", "validate", REFERENCE, REFERENCE, "--questions", file, "--output", tmp_path / "out")
-    outcome = optimum_cli(monkeypatch, capsys, *words)
+    outcome = optimum_cli(monkeypatch, capsys, *words, *LIBRARY["validate"])
     assert outcome.code == 2
     assert outcome.err.startswith(f"error: questions {file}, line 2: answer 5: must be")
     assert outcome.err.count("\n") == 1

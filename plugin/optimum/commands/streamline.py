@@ -13,7 +13,13 @@ from typing import Any, ClassVar, NoReturn
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-SPEC = "a text file, a folder of text files, hub:DATASET[,CONFIG[,SPLIT[,COLUMN]]], or stdlib"
+SPEC = (
+    "a text file, a table (FILE[,COLUMN]), a folder of these,\n"
+    "hub:DATASET[@REVISION][,CONFIG[,SPLIT[,COLUMN]]], or stdlib"
+)
+# As in `optimum.streamline.recipe`; a test compares.
+CHOOSING_TEXT = "hub:Salesforce/wikitext,wikitext-103-raw-v1,train"
+JUDGING_TEXT = "hub:Salesforce/wikitext,wikitext-103-raw-v1,test"
 
 
 def _error(message: str) -> NoReturn:
@@ -61,7 +67,7 @@ def _recipe_switch(group: Any, flag: str, text: str) -> None:
 
 def _calibration_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("calibration")
-    _recipe_flag(group, "--calibration", f"text the choices are made on: {SPEC} (default)")
+    _recipe_flag(group, "--calibration", f"text the choices are made on: {SPEC}\n(default {CHOOSING_TEXT})")
     _recipe_flag(group, "--samples", "calibration windows (default 128); auto reads some more", int)
     _common_recipe_flags(group)
 
@@ -123,7 +129,7 @@ def _healing_flags(parser: argparse.ArgumentParser) -> None:
         "what lm and distill train: replacement or model (default: replacement for an lm that comes first,\n"
         "with a trained replacement, and with --lora if a training follows; else model)",
     )
-    _recipe_flag(group, "--heal-data", f"text it is trained on: {SPEC} (default)")
+    _recipe_flag(group, "--heal-data", f"text it is trained on: {SPEC}\n(default {CHOOSING_TEXT})")
     _recipe_flag(group, "--heal-tokens", "tokens to train on (default 200000)", int)
     _recipe_flag(
         group,
@@ -164,7 +170,7 @@ def _quantization_flags(parser: argparse.ArgumentParser) -> None:
 
 def _judgement_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("judgement")
-    _recipe_flag(group, "--eval-data", f"text the result is judged on: {SPEC} (default)")
+    _recipe_flag(group, "--eval-data", f"text the result is judged on: {SPEC}\n(default {JUDGING_TEXT})")
     _recipe_flag(group, "--eval-samples", "evaluation windows (default 64)", int)
     _recipe_flag(group, "--max-ppl-ratio", "largest perplexity over the original's", float)
     _recipe_flag(group, "--max-kl", "largest KL(original || candidate), nats per token", float)
@@ -367,11 +373,12 @@ class ExportCommand(_Command):
         )
         _exclude_flag(group)
         group.add_argument(
-            "--calibration", help=f"for int8-static and int4-gptq, of tensorrt int8 and fp8: {SPEC} (default)"
+            "--calibration",
+            help=f"for int8-static and int4-gptq, of tensorrt int8 and fp8: {SPEC}\n(default {CHOOSING_TEXT})",
         )
         group.add_argument("--samples", type=int, help="calibration windows (default 32)")
         group.add_argument("--length", type=int, help="tokens a window (default 256)")
-        group.add_argument("--seed", type=int, help="of the order of the text (default 0)")
+        group.add_argument("--seed", type=int, help="of what text is drawn (default 0)")
 
 
 class OrthogonalityCommand(_Command):

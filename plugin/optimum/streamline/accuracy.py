@@ -31,28 +31,30 @@ class Accuracy:
         kl: KL(original || this model), nats.
         agreement: Tokens for which both models' likeliest next token is the same.
         tokens: Predicted tokens: a window of n tokens has n - 1.
+        documents: Of each window the document that it is from; empty where that is not known.
     """
 
     loss: Samples
     kl: Samples
     agreement: Samples
     tokens: Samples
+    documents: tuple[int, ...] = ()
 
     def perplexity(self, seed: int) -> Interval:
         """exp of the mean log-loss over all tokens."""
-        return mean_interval(self.loss, self.tokens, seed).map(np.exp)
+        return mean_interval(self.loss, self.tokens, seed, self.documents).map(np.exp)
 
     def perplexity_ratio(self, original: Accuracy, seed: int) -> Interval:
-        """This perplexity over the original's, paired: whole windows are drawn, each with both its losses."""
-        return mean_interval(self.loss - original.loss, self.tokens, seed).map(np.exp)
+        """This perplexity over the original's, paired: windows or documents are drawn, each with both its losses."""
+        return mean_interval(self.loss - original.loss, self.tokens, seed, self.documents).map(np.exp)
 
     def mean_kl(self, seed: int) -> Interval:
         """Mean KL(original || this model), nats per token."""
-        return mean_interval(self.kl, self.tokens, seed)
+        return mean_interval(self.kl, self.tokens, seed, self.documents)
 
     def mean_agreement(self, seed: int) -> Interval:
         """Share of tokens, 0 to 1, on which the likeliest next token is the original's."""
-        return mean_interval(self.agreement, self.tokens, seed)
+        return mean_interval(self.agreement, self.tokens, seed, self.documents)
 
 
 def measure_accuracy(runners: Sequence[Runner], labels: Sequence[str], windows: Windows) -> list[Accuracy]:
@@ -82,7 +84,7 @@ def measure_accuracy(runners: Sequence[Runner], labels: Sequence[str], windows: 
                 )
             bar.advance()
     tokens = np.full(len(windows.ids), windows.ids.shape[1] - 1, np.float64)
-    return [Accuracy(loss, kl, agreement, tokens) for loss, kl, agreement in sums]
+    return [Accuracy(loss, kl, agreement, tokens, windows.documents) for loss, kl, agreement in sums]
 
 
 def compare(original: Logits, candidate: Logits, ids: TokenIds) -> tuple[float, float, float]:

@@ -23,7 +23,7 @@ from .errors import StreamlineError
 from .logs import captured_logs
 from .outputs import check_output, refuse_own_input, write_file
 from .processes import is_main, process_count
-from .recipe import Budget, Recipe, make_recipe, read_recipe, write_recipe
+from .recipe import CHOOSING_TEXT, Budget, Recipe, make_recipe, read_recipe, write_recipe
 
 if TYPE_CHECKING:
     from optimum.exporters.streamline import EngineOptions
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 BUDGET_FIELDS = {field.name for field in fields(Budget)}
 # Of an export's calibration, which is for those of its quantizers that take one.
-CALIBRATION_DEFAULTS: dict[str, Any] = {"calibration": "stdlib", "samples": 32, "length": 256, "seed": 0}
+CALIBRATION_DEFAULTS: dict[str, Any] = {"calibration": CHOOSING_TEXT, "samples": 32, "length": 256, "seed": 0}
 OPSETS = {"onnx": 23, "tensorrt": 24}
 ENGINE_FLAGS = ("builder", "compute_capability", "max_batch", "max_length", "max_input")
 RECIPE_FIELDS = {field.name for field in fields(Recipe)}
@@ -172,7 +172,7 @@ def _score(args: Namespace, console: Console) -> int:
     recipe = recipe_of(args)
     if args.output is not None:
         check_output(args.output, args.overwrite)
-    scores, windows = score(_source(args, args.model), recipe)
+    scores, windows = score(_source(args, args.model), recipe, _say(console))
     _note_bare(args, console, args.model)
     console.print(_score_table(scores.block_influence))
     if args.output is not None:
@@ -287,7 +287,7 @@ def _export(args: Namespace, console: Console) -> int:
         "max_memory": _bytes("max-memory", args.max_memory),
         "quantize": args.quantize,
         "quantize_exclude": _excluded(args),
-        "windows": _calibration(args),
+        "windows": _calibration(args, console),
         "last_logits": args.last_logits,
         "engine": _engine(args),
     }
@@ -341,7 +341,7 @@ def _orthogonality(args: Namespace, console: Console) -> int:
     return report.exit_code
 
 
-def _calibration(args: Namespace) -> Windows | None:
+def _calibration(args: Namespace, console: Console) -> Windows | None:
     """The windows that a way to quantize asks for; none where it asks for none."""
     from optimum.exporters.streamline import ENGINE_WAYS, WAYS
 
@@ -355,17 +355,18 @@ def _calibration(args: Namespace) -> Windows | None:
             raise StreamlineError(f"{name} {value}: quantize {args.quantize!r} is not calibrated; leave it out")
         return None
     source, asked = _source(args, args.model), CALIBRATION_DEFAULTS | given
-    limit = read_config(source).max_position_embeddings
+    config = read_config(source)
+    limit = config.max_position_embeddings
     if engine := _engine(args):  # whose caches have no room for more
         limit = engine.limits(limit).length
         asked["length"] = given.get("length", min(asked["length"], limit))
     for name, least, most in (("samples", 1, 10**6), ("length", 8, limit)):
         if not least <= asked[name] <= most:
             raise StreamlineError(f"{name} {asked[name]}: must be from {least} to {most}")
-    tokenizer = load_tokenizer(source)
-    return read_windows(
-        asked["calibration"], tokenizer, asked["samples"], asked["length"], asked["seed"], "calibration"
-    )
+    how = (asked["samples"], asked["length"], asked["seed"], config.vocab_size, "calibration")
+    windows = read_windows(asked["calibration"], load_tokenizer(source), *how)
+    console.print(windows.line("calibration"), markup=False)
+    return windows
 
 
 def _bytes(name: str, text: str | None) -> int | None:
@@ -384,7 +385,7 @@ def _bytes(name: str, text: str | None) -> int | None:
 
 
 def _validate(args: Namespace, console: Console) -> int:
-    from .checkpoint import load_tokenizer
+    from .checkpoint import load_tokenizer, read_config
     from .record import refuse_seen_text
     from .report_files import write_report
     from .report_text import comparison_table
@@ -394,9 +395,12 @@ def _validate(args: Namespace, console: Console) -> int:
 
     recipe = recipe_of(args)
     check_output(args.output, args.overwrite)
-    tokenizer = load_tokenizer(_source(args, args.original))
+    source = _source(args, args.original)
+    tokenizer = load_tokenizer(source)
     questions = read_questions(args.questions, tokenizer) if args.questions else None
-    windows = read_windows(recipe.eval_data, tokenizer, recipe.eval_samples, recipe.length, recipe.seed, "eval")
+    how = (recipe.eval_samples, recipe.length, recipe.seed, read_config(source).vocab_size, "eval")
+    windows = read_windows(recipe.eval_data, tokenizer, *how)
+    console.print(windows.line("evaluation"), markup=False)
     for candidate in args.candidate:
         refuse_seen_text(candidate, windows)
     subjects = subjects_of(_source(args, args.original), args.candidate)
@@ -408,6 +412,7 @@ def _validate(args: Namespace, console: Console) -> int:
         dtype=recipe.dtype or "fp32",
         device=recipe.device,
         seed=recipe.seed,
+        say=_say(console),
     )
     write_report(report, args.output)
     console.print(comparison_table(report))

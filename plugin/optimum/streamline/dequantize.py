@@ -31,8 +31,8 @@ def write_dequantized(source: Source, folder: Path) -> None:
     if not names:
         name = quantization_name(read_config(source))
         raise StreamlineError(
-            f"model {source.model!r}: its weights are quantized ({name}), and can be made float only of bitsandbytes and "
-            "torchao; give the float weights"
+            f"model {source.model!r}: its weights are quantized ({name}), and can be made float "
+            "only of bitsandbytes and torchao; give the float weights"
         )
     skeleton = skeleton_of(float_config(model.config))
     for name in names:

@@ -27,7 +27,7 @@ def interaction(
     dense, pruned, quantized, both = (found[label] for label in labels)
 
     def mean(loss: object) -> Interval:
-        return mean_interval(loss, dense.tokens, seed)  # type: ignore[arg-type]
+        return mean_interval(loss, dense.tokens, seed, dense.documents)  # type: ignore[arg-type]
 
     return Interaction(
         quantizer,

@@ -8,7 +8,7 @@ same rounds, is resampled together. This file knows neither models nor clocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ Samples = npt.NDArray[np.float64]
 
 RESAMPLES = 2000
 LEVEL = 0.95
+# With fewer documents, how far apart they are is not known well enough to say how far off their mean is.
+FEWEST_GROUPS = 20
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,27 @@ class Interval:
             return Interval(*(float(function(bound)) for bound in (self.value, self.low, self.high)))
 
 
-def mean_interval(totals: Samples, counts: Samples, seed: int) -> Interval:
-    """Sum of `totals` over sum of `counts`, resampled over their entries.
+def mean_interval(totals: Samples, counts: Samples, seed: int, groups: Sequence[int] = ()) -> Interval:
+    """Sum of `totals` over sum of `counts`, resampled over their entries, or over what these belong to.
 
     Args:
         totals: `[n]`, one sum a window.
         counts: `[n]`, how many tokens each sum is over.
+        groups: `[n]`, of each window the document it is from, which are then resampled whole (a cluster bootstrap);
+            empty where that is not known. See `grouped` for when they are.
     """
+    if grouped(groups):
+        _, places = np.unique(groups, return_inverse=True)
+        totals = np.bincount(places, weights=totals).astype(np.float64)
+        counts = np.bincount(places, weights=counts).astype(np.float64)
     times = _drawn_times(len(totals), seed)
     with np.errstate(invalid="ignore"):  # a window left out of a resample times an infinite sum is NaN, and is said so
         return _interval(float(totals.sum() / counts.sum()), (times @ totals) / (times @ counts))
+
+
+def grouped(groups: Sequence[int]) -> bool:
+    """Whether entries are resampled by their groups: there are at least `FEWEST_GROUPS`."""
+    return len(set(groups)) >= FEWEST_GROUPS
 
 
 def softmax_mean_interval(values: Samples, logits: Samples, seed: int) -> Interval:

@@ -61,8 +61,11 @@ def orthogonality(
     texts = read_texts(source, recipe)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as scratch:
+        for purpose, windows in texts.chosen_on.items():
+            say(windows.line("healing" if purpose == "heal" else purpose))
         models = _Models(source, recipe, Path(scratch), texts, verbose, say)
         interactions = [each for how in quantizers for each in models.make(how)]
+        say(texts.judged_on.line("evaluation"))
         say(f"measuring {len(models.subjects)} models")
         with captured_logs(None, verbose):
             measured = measure(
@@ -71,6 +74,7 @@ def orthogonality(
                 dtype=recipe.dtype or "fp32",
                 device=recipe.device,
                 seed=recipe.seed,
+                say=say,
             )
         found = dict(zip(models.subjects, measured.accuracies, strict=True))
     # What the others were is gone with the scratch folder.

@@ -38,6 +38,7 @@ from .logs import LOG_FILE, captured_logs
 from .methods import METHODS, method_of
 from .module_patterns import followed
 from .outputs import claimed_by_main, staged_by_main
+from .overlap import check_disjoint
 from .plan import Plan
 from .processes import from_main, is_main, join_processes
 from .quantization_config import quantization_name
@@ -50,7 +51,8 @@ from .record import Record, seen_text
 from .remote_code import carry_code
 from .scores import Scores, measure_scores
 from .source import Source, fingerprint
-from .windows import TooShortError, Windows, check_disjoint, read_windows
+from .text import local_path
+from .windows import TooShortError, Windows, read_windows
 
 Say = Callable[[str], None]
 Score = Callable[[Windows], Scores]
@@ -106,15 +108,15 @@ def _checked_config(source: Source, recipe: Recipe) -> PreTrainedConfig:
     return config
 
 
-def score(source: Source, recipe: Recipe) -> tuple[Scores, Windows]:
+def score(source: Source, recipe: Recipe, say: Say) -> tuple[Scores, Windows]:
     """Layer importances of a model on the calibration text.
 
     Raises:
         StreamlineError: a bad model or text.
     """
-    _checked_config(source, recipe)
-    tokenizer = load_tokenizer(source)
-    windows = _windows(recipe, tokenizer, recipe.calibration, recipe.samples, "calibration")
+    config = _checked_config(source, recipe)
+    windows = _windows(recipe, load_tokenizer(source), config, recipe.calibration, recipe.samples, "calibration")
+    say(windows.line("calibration"))
     return measure_scores(load_stock(source, torch.float32, recipe.device), windows), windows
 
 
@@ -133,11 +135,14 @@ def prepare(source: Source, recipe: Recipe, say: Say, scored: Score | None = Non
     for line in source_notes(source, config):
         say(line)
     tokenizer = load_tokenizer(source)
-    chosen_on = _text_of_choice(recipe, tokenizer)
+    chosen_on = _text_of_choice(recipe, tokenizer, config)
     calibration = chosen_on.part(0, recipe.samples)
     held_out = chosen_on.part(recipe.samples, len(chosen_on.ids)) if len(chosen_on.ids) > recipe.samples else None
     # Not needed yet, but a text that cannot be read is better found now than after hours of a greedy search.
-    heal_text = _heal_text(recipe, tokenizer) if recipe.healing else None
+    heal_text = _heal_text(recipe, tokenizer, config) if recipe.healing else None
+    say(chosen_on.line("calibration"))
+    if heal_text is not None:
+        say(heal_text.line("healing"))
     # Before the model is loaded: there may not be room for what else is loaded to score them.
     begun = time.monotonic()
     scored_elsewhere = scored(calibration) if scored else None
@@ -172,7 +177,8 @@ def _losses(plan: Plan) -> str:
 
 def inputs_of(source: Source, recipe: Recipe) -> tuple[str, ...]:
     """What a run reads, which no output may replace."""
-    return source.model, recipe.calibration, recipe.heal_data, recipe.eval_data
+    texts = (recipe.calibration, recipe.heal_data, recipe.eval_data)
+    return source.model, *(str(local_path(spec)[0]) for spec in texts)
 
 
 def prune(
@@ -304,11 +310,11 @@ def _workspace_key(prepared: Prepared, source: str, text: Windows) -> dict[str, 
     }
 
 
-def _text_of_choice(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Windows:
+def _text_of_choice(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Windows:
     """The calibration windows, and after them those to compare plans on where the method does."""
     held_out = METHODS[recipe.method_name].held_out(recipe)
     try:
-        return _windows(recipe, tokenizer, recipe.calibration, recipe.samples + held_out, "calibration")
+        return _windows(recipe, tokenizer, config, recipe.calibration, recipe.samples + held_out, "calibration")
     except TooShortError as error:
         if not held_out:
             raise
@@ -318,9 +324,9 @@ def _text_of_choice(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Windo
         ) from None
 
 
-def _heal_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Windows:
+def _heal_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Windows:
     count = heal_windows(recipe.heal_tokens, recipe.length)
-    return _windows(recipe, tokenizer, recipe.heal_data, count, "train")
+    return _windows(recipe, tokenizer, config, recipe.heal_data, count, "train")
 
 
 @dataclass(frozen=True)
@@ -342,15 +348,22 @@ def read_texts(source: Source, recipe: Recipe) -> Texts:
     Raises:
         StreamlineError: a text cannot be read or is too short, or the choices are made on what they are judged on.
     """
-    tokenizer = load_tokenizer(source)
-    judged_on = _windows(recipe, tokenizer, recipe.eval_data, recipe.eval_samples, "eval")
-    chosen_on = {"calibration": _text_of_choice(recipe, tokenizer)}
+    tokenizer, config = load_tokenizer(source), read_config(source)
+    judged_on = _windows(recipe, tokenizer, config, recipe.eval_data, recipe.eval_samples, "eval")
+    chosen_on = {"calibration": _text_of_choice(recipe, tokenizer, config)}
     if recipe.healing:
-        chosen_on["heal"] = _heal_text(recipe, tokenizer)
+        chosen_on["heal"] = _heal_text(recipe, tokenizer, config)
     for windows in chosen_on.values():
-        check_disjoint(windows.runs(), windows.spec, judged_on)
+        check_disjoint(windows.sketch, windows.spec, judged_on.sketch, judged_on.spec)
     return Texts(judged_on, chosen_on)
 
 
-def _windows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, spec: str, count: int, part: str) -> Windows:
-    return read_windows(spec, tokenizer, count, recipe.length, recipe.seed, part)
+def _windows(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    spec: str,
+    count: int,
+    part: str,
+) -> Windows:
+    return read_windows(spec, tokenizer, count, recipe.length, recipe.seed, config.vocab_size, part)

@@ -20,6 +20,7 @@ from .checkpoint import load_stock, read_config
 from .errors import ParityError, StreamlineError, first_line
 from .quantized import keep_as_read
 from .source import Source
+from .tokenizer_checks import check_tokenizer, check_vocabulary
 
 # Words, code, numbers, spaces, other scripts and a sign beyond the basic plane: where tokenizers are known to differ.
 SAMPLE = (
@@ -54,7 +55,7 @@ def read_back(
     Raises:
         ParityError: the folder cannot be loaded, or gives another model or tokenizer.
     """
-    check_tokenizer(folder, tokenizer, trust_remote_code)
+    compare_tokenizer(folder, tokenizer, trust_remote_code)
     expected = expected_of(model, sample_ids(tokenizer, model.config.vocab_size) if ids is None else ids)
     device = str(model.device)
     release(model)
@@ -70,14 +71,11 @@ def sample_ids(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> torch.Ten
     """The tokens of a short text, `[1, length]`.
 
     Raises:
-        StreamlineError: the model has no embeddings for some of them.
+        StreamlineError: the tokenizer makes nothing of the text, or the model has no embeddings for some of them.
     """
     ids = torch.tensor([tokenizer(SAMPLE)["input_ids"]])
-    if ids.numel() == 0 or int(ids.max()) >= vocabulary:
-        raise StreamlineError(
-            f"model: its tokenizer gives {f'token {int(ids.max())}' if ids.numel() else 'no token'} for a text, and "
-            f"its embeddings are of {vocabulary} tokens: the tokenizer is another model's"
-        )
+    check_tokenizer("a text of this program", tokenizer, [SAMPLE], ids[0].tolist())
+    check_vocabulary(tokenizer, int(ids.max()), vocabulary)
     return ids
 
 
@@ -160,7 +158,7 @@ def _compare(folder: Path, expected: Expected, device: str = "cpu", trust_remote
     return difference
 
 
-def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> None:
+def compare_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> None:
     """Load the tokenizer in `folder` and compare what it makes of a text.
 
     Args:

@@ -19,6 +19,9 @@ from pydantic.dataclasses import dataclass
 from .errors import StreamlineError
 from .quantizers import NONE, QUANTIZERS
 
+# General text of a size that any model can be chosen, healed and judged on; its two splits share no article.
+CHOOSING_TEXT = "hub:Salesforce/wikitext,wikitext-103-raw-v1,train"
+JUDGING_TEXT = "hub:Salesforce/wikitext,wikitext-103-raw-v1,test"
 _STRICT = ConfigDict(extra="forbid")
 _HUGE = 10**9
 _HEAL = r"^(none|(hidden-mse|lm|distill)(\+(lm|distill))*)$"
@@ -127,9 +130,9 @@ class Recipe:
     heal_hidden: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     lora: bool = False
     lora_rank: int = Field(default=16, gt=0, le=_HUGE)
-    calibration: str = "stdlib"
-    heal_data: str = "stdlib"
-    eval_data: str = "stdlib"
+    calibration: str = CHOOSING_TEXT
+    heal_data: str = CHOOSING_TEXT
+    eval_data: str = JUDGING_TEXT
     samples: int = Field(default=128, gt=0, le=_HUGE)
     eval_samples: int = Field(default=64, gt=1, le=_HUGE)
     length: int = Field(default=512, gt=7, le=_HUGE)
@@ -180,12 +183,13 @@ class Recipe:
         return () if default is None else (default,)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that differ from their defaults, as YAML would have them."""
+        """The fields that differ from their defaults, and what text is used in any case, as YAML would have them."""
         fields = dataclasses.asdict(self)
         defaults = dataclasses.asdict(Recipe())
         fields["budget"] = {key: value for key, value in fields["budget"].items() if value is not None}
         defaults["budget"] = {}
-        return {key: value for key, value in fields.items() if value != defaults[key]}
+        told = {"calibration", "eval_data", *(["heal_data"] if self.healing else [])}
+        return {key: value for key, value in fields.items() if value != defaults[key] or key in told}
 
     @property
     def fingerprint(self) -> str:

@@ -13,13 +13,15 @@ import transformers
 
 from .checkpoint import read_record
 from .edit import Change
+from .errors import StreamlineError
 from .healing import Healed
+from .overlap import Sketch, check_disjoint
 from .plan import TRAINED, Plan
 from .recipe import Recipe
 from .runner import Artifact, is_artifact
 from .scores import Scores
 from .source import Source
-from .windows import Windows, check_disjoint
+from .windows import Windows
 
 FORMAT = 1
 
@@ -107,8 +109,8 @@ def scores_to_dict(scores: Scores) -> dict[str, Any]:
 
 
 def seen_text(windows: Windows) -> dict[str, Any]:
-    """What a record says of text that choices were made on: enough to know it again by what it says."""
-    return {**windows.describe(), "runs": " ".join(f"{run:012x}" for run in sorted(windows.runs()))}
+    """What a record says of text that choices were made on: enough to know all of it again by what it says."""
+    return {**windows.describe(), "sketch": windows.sketch.to_dict()}
 
 
 def text_of(checkpoint: str) -> dict[str, dict[str, Any]]:
@@ -124,8 +126,13 @@ def refuse_seen_text(checkpoint: str, windows: Windows) -> None:
         checkpoint: A checkpoint, or an exported model's folder.
 
     Raises:
-        StreamlineError: its record holds too much of the text of `windows`.
+        StreamlineError: its record holds too much of the text of `windows`, or was written before there were sketches.
     """
     made = Artifact.read(Path(checkpoint)).data if is_artifact(checkpoint) else text_of(checkpoint)
     for data in made.values():
-        check_disjoint([int(run, 16) for run in data["runs"].split()], data["spec"], windows)
+        if "sketch" not in data:
+            raise StreamlineError(
+                f"{checkpoint}: an earlier version of this program made it, and did not keep what its text "
+                f"{data['spec']!r} is known again by; make it anew to judge it"
+            )
+        check_disjoint(Sketch.from_dict(data["sketch"]), data["spec"], windows.sketch, windows.spec)

@@ -172,7 +172,7 @@ class Report:
     verdict: Verdict
     settings: dict[str, str | int]
     machine: dict[str, str | int]
-    data: dict[str, str | int]
+    data: dict[str, Any]
     seed: int
     scores: tuple[float, ...] | None = None
     layers: tuple[Place, ...] | None = None

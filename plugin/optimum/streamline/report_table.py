@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from .intervals import Interval
 from .report import Limit, Measurement, Report
@@ -101,12 +102,16 @@ def note(report: Report) -> str:
     """What the figures were measured on, and what the brackets are."""
     data, settings = report.data, report.settings
     return (
-        f"Accuracy: {data['windows']} windows of {data['length']} tokens of {data['spec']}. Times: a prompt of "
-        f"{settings['prompt_length']} tokens and {settings['decode_tokens']} after it, one sequence, "
-        f"{settings['rounds']} rounds. "
-        "Brackets hold the bootstrap 95% interval: over windows for accuracy, over rounds for times. A ratio and its "
+        f"Accuracy: {data['windows']} windows of {data['length']} tokens of {data['spec']}{_drawn(data)}. Times: a "
+        f"prompt of {settings['prompt_length']} tokens and {settings['decode_tokens']} after it, one sequence, "
+        f"{settings['rounds']} rounds. Brackets hold the bootstrap 95% interval: over "
+        f"{settings.get('resampled', 'windows')} for accuracy, over rounds for times. A ratio and its "
         "interval are paired: both models saw the same text, and took turns on the same machine."
     )
+
+
+def _drawn(data: dict[str, Any]) -> str:
+    return f", drawn at random from {data['possible']:,}" if "possible" in data else ""
 
 
 def headline(report: Report) -> str:

@@ -204,6 +204,7 @@ class _Chain:
         if earlier is not None and earlier.recipe == judged_by and earlier.data == windows.describe():
             self._say(f"{file} is there already")
             return earlier
+        self._say(windows.line("evaluation"))
         self._say("validating against the original")
         start = time.monotonic()
         log = self._out / LOG_FILE
@@ -216,6 +217,7 @@ class _Chain:
                 device=self._recipe.device,
                 seed=self._recipe.seed,
                 log=None if self._verbose else log,
+                say=self._say,
             )
         steps = {**self._seconds(), "validate": round(time.monotonic() - start, 1)}
         record = read_record(str(self._out)) or {}

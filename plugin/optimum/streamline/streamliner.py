@@ -32,7 +32,7 @@ class StreamlineConfig(BaseConfig):
         self.recipe: Recipe = make_recipe(fields, "StreamlineConfig")
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe's fields that differ from their defaults."""
+        """The recipe's fields that differ from their defaults, and its text."""
         return self.recipe.to_dict()
 
     def to_diff_dict(self) -> dict[str, Any]:

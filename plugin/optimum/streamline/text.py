@@ -1,29 +1,50 @@
-"""Where text comes from: a SPEC names it, `read_documents` yields it.
+"""Where text comes from: a SPEC names it, `open_text` finds it.
 
-A SPEC is a text file, a folder of text files, `hub:DATASET[,CONFIG[,SPLIT[,COLUMN]]]`, or
-`stdlib[:train|calibration|eval]`. This file knows nothing of tokens; see `windows.py`. Nothing falls
-back in silence: a source that cannot be read is an error that names the SPEC and the alternatives.
+A SPEC is a text file, a table (`FILE[,COLUMN]`), a folder of these,
+`hub:DATASET[@REVISION][,CONFIG[,SPLIT[,COLUMN]]]`, or `stdlib[:train|calibration|eval]`. This file knows nothing of
+tokens; see `windows.py`. Nothing falls back in silence: a source that cannot be read is an error that names the SPEC
+and the alternatives.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from .errors import StreamlineError
+from .text_files import PLAIN, TABLES, kind_of, read_files, table_errors, texts_of
 
 STDLIB_PARTS = ("train", "calibration", "eval")
-TEXT_SUFFIXES = {".txt", ".md", ".py", ".rst", ".text"}
-HUB_SHUFFLE_BUFFER = 1_000
 ALTERNATIVES = (
-    "a text file, a folder of text files, hub:DATASET[,CONFIG[,SPLIT[,COLUMN]]], or stdlib[:train|calibration|eval]"
+    "a text file, a table (FILE[,COLUMN]), a folder of these, hub:DATASET[@REVISION][,CONFIG[,SPLIT[,COLUMN]]], "
+    "or stdlib[:train|calibration|eval]"
 )
 
 # Not in every installation, or tables and machine settings rather than a programmer's text.
 _NOT_STDLIB_TEXT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents, and where they come from.
+
+    Args:
+        spec: The SPEC.
+        documents: They are read as they are asked for, once.
+        endless: Whether there may be far more of them than anybody wants to read.
+        commit: Of a data set on the Hub, the commit that is read; empty where the Hub does not say.
+    """
+
+    spec: str
+    documents: Iterable[str]
+    endless: bool = False
+    commit: str = ""
 
 
 def stdlib_part(module_path: str) -> str:
@@ -40,28 +61,50 @@ def stdlib_part(module_path: str) -> str:
     return {0: "calibration", 1: "eval"}.get(bucket, "train")
 
 
-def read_documents(spec: str, seed: int = 0) -> Iterator[str]:
-    """The documents of `spec`, in an order that `seed` decides.
+def open_text(spec: str, seed: int = 0) -> Text:
+    """The documents of `spec` in their own order: files by their paths, rows as they stand.
+
+    Args:
+        seed: Of the order in which the parts of a data set on the Hub are read, which is seldom read whole.
 
     Raises:
-        StreamlineError: the SPEC names nothing that can be read.
+        StreamlineError: the SPEC names nothing that can be read; what is found wrong later is raised by `documents`.
     """
     if spec.startswith("stdlib:"):
-        return _read_files(_stdlib_files(spec.removeprefix("stdlib:")), seed)
+        return Text(spec, read_files(_stdlib_files(spec.removeprefix("stdlib:"))))
     if spec.startswith("hub:"):
-        return _read_hub(spec, seed)
+        return _open_hub(spec, seed)
     try:
-        path = Path(spec).expanduser()
+        path, column = local_path(spec)
         if path.is_file():
-            return _read_files([path], seed)
-    except (OSError, RuntimeError) as error:
+            return Text(spec, read_files([path], column))
+        if path.is_dir():
+            return Text(spec, read_files(_files_below(spec, path), column))
+    except OSError as error:
         raise StreamlineError(f"text SPEC {spec!r}: {error}; give {ALTERNATIVES}") from None
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
-        if files:
-            return _read_files(files, seed)
-        raise StreamlineError(f"text SPEC {spec!r}: the folder holds no {', '.join(sorted(TEXT_SUFFIXES))} file")
     raise StreamlineError(f"text SPEC {spec!r}: no such file or folder; give {ALTERNATIVES}")
+
+
+def local_path(spec: str) -> tuple[Path, str]:
+    """The path that a SPEC would name on this machine, and the column it asks for there, if any."""
+    path = Path(os.path.expanduser(spec))  # which, unlike Path's own, leaves a name that nobody has
+    if "," not in spec or path.exists():
+        return path, ""
+    name, _, column = spec.rpartition(",")
+    return Path(os.path.expanduser(name)), column.strip()
+
+
+def _files_below(spec: str, folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    kinds = [(file, kind) for file in files if (kind := kind_of(file))]
+    # Beside other files, JSON is settings more often than text.
+    chosen = [file for file, kind in kinds if kind != ".json"] or [file for file, _ in kinds]
+    if not chosen:
+        raise StreamlineError(
+            f"text SPEC {spec!r}: the folder holds no {', '.join(sorted((*PLAIN, *TABLES)))} file; "
+            f"{len(files)} others were passed over"
+        )
+    return chosen
 
 
 def _stdlib_files(part: str) -> list[Path]:
@@ -69,53 +112,56 @@ def _stdlib_files(part: str) -> list[Path]:
         raise StreamlineError(f"text SPEC 'stdlib:{part}': the part must be one of {', '.join(STDLIB_PARTS)}")
     root = Path(sysconfig.get_path("stdlib"))
     files = []
-    for file in sorted(root.rglob("*.py")):
-        below = file.relative_to(root)
-        is_settings = below.name.startswith("_sysconfigdata") or below.parts[0].startswith("config-")
-        if _NOT_STDLIB_TEXT.isdisjoint(below.parts) and not is_settings and stdlib_part(below.as_posix()) == part:
-            files.append(file)
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in _NOT_STDLIB_TEXT and not name.startswith("config-")]
+        paths = [Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata")]
+        files += [path for path in paths if stdlib_part(path.relative_to(root).as_posix()) == part]
     if not files:
         raise StreamlineError(f"text SPEC 'stdlib:{part}': this Python has no library source under {root}")
-    return files
+    return sorted(files)
 
 
-def _read_files(files: list[Path], seed: int) -> Iterator[str]:
-    order = list(files)
-    random.Random(seed).shuffle(order)
-    for file in order:
-        try:
-            text = file.read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise StreamlineError(f"text file {file}: {error.strerror}") from None
-        if text.strip():
-            yield text
-
-
-def _read_hub(spec: str, seed: int) -> Iterator[str]:
-    name, config, split, column = (spec.removeprefix("hub:").split(",") + [""] * 4)[:4]
+def _open_hub(spec: str, seed: int) -> Text:
+    fields = [field.strip() for field in spec.removeprefix("hub:").split(",")]
+    if len(fields) > 4:
+        raise StreamlineError(f"text SPEC {spec!r}: at most DATASET, CONFIG, SPLIT and COLUMN; give {ALTERNATIVES}")
+    name, config, split, column = (fields + [""] * 4)[:4]
+    name, _, revision = name.partition("@")
     if not name:
         raise StreamlineError(f"text SPEC {spec!r}: names no data set; give {ALTERNATIVES}")
-    try:
+    with table_errors(f"text SPEC {spec!r}", f"; give {ALTERNATIVES}"):
+        # Asked first: it is one request, while `datasets` tries for long where there is no network.
+        commit = _commit(name, revision)
+    return Text(spec, _hub_texts(spec, (name, config, split), commit or revision, column, seed), True, commit)
+
+
+def _hub_texts(spec: str, dataset: tuple[str, str, str], revision: str, column: str, seed: int) -> Iterator[str]:
+    name, config, split = dataset
+    with table_errors(f"text SPEC {spec!r}", f"; give {ALTERNATIVES}"):
         from datasets import load_dataset
 
-        data = load_dataset(name, config or None, split=split or "train", streaming=True)
-        for row in data.shuffle(seed=seed, buffer_size=HUB_SHUFFLE_BUFFER):
-            chosen = column or _text_column(spec, row)
-            if chosen not in row:
-                raise StreamlineError(f"text SPEC {spec!r}: no column {chosen!r}; there are {', '.join(sorted(row))}")
-            if row[chosen].strip():
-                yield row[chosen]
-    except StreamlineError:
-        raise
-    except Exception as error:  # datasets raises whatever its transport raises
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise StreamlineError(f"text SPEC {spec!r} cannot be read ({reason}); give {ALTERNATIVES}") from None
+        rows = load_dataset(name, config or None, split=split or "train", streaming=True, revision=revision or None)
+        if hasattr(rows, "reshard"):  # of newer versions: the parts of a Parquet file become parts of the data set
+            rows = rows.reshard()
+        # Neighbouring rows stay together, for they may be lines of one text: only the order of the parts is the seed's.
+        parts = rows.num_shards
+        order = random.Random(seed).sample(range(parts), parts)
+        in_order = chain.from_iterable(rows.shard(parts, number) for number in order)
+        yield from texts_of(f"text SPEC {spec!r}", in_order, column)
 
 
-def _text_column(spec: str, row: dict[str, object]) -> str:
-    columns = [name for name, value in row.items() if isinstance(value, str)]
-    if "text" in columns:
-        return "text"
-    if len(columns) == 1:
-        return columns[0]
-    raise StreamlineError(f"text SPEC {spec!r}: name the column, one of {', '.join(columns)}")
+def _commit(name: str, revision: str) -> str:
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+
+    if Path(name).is_dir():  # which `datasets` reads as it does one of the Hub
+        return ""
+    try:
+        found = HfApi().dataset_info(name, revision=revision or None, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except OfflineModeIsEnabled:  # what was fetched before can be read
+        return ""
+    except RepositoryNotFoundError:
+        raise StreamlineError(f"text SPEC 'hub:{name}': the Hub has no such data set, or none for you to see") from None
+    except RevisionNotFoundError:
+        raise StreamlineError(f"text SPEC 'hub:{name}@{revision}': the data set has no such revision") from None
+    return found.sha or ""

@@ -7,7 +7,7 @@ a candidate was made.
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from .accuracy import Accuracy, measure_accuracy
 from .checkpoint import read_config, stored_dtype
 from .cost import Cost, cost_of, disk_bytes, stored_weight_bytes
 from .errors import StreamlineError
-from .intervals import RESAMPLES
+from .intervals import RESAMPLES, grouped
 from .latency import Timing, median_time, speedup
 from .machine import describe_machine
 from .quantization_config import quantization_name
@@ -27,6 +27,7 @@ from .report import Measurement, Report, Role
 from .runner import Artifact, is_artifact, open_runner
 from .source import Source, fingerprint
 from .stability import Answers, Questions, ask
+from .tokenizer_checks import compare_tokenizers
 from .verdict import judge
 from .windows import Windows
 from .worker_pool import Job, Timed, time_alternating
@@ -164,6 +165,7 @@ def measure(
     decode_tokens: int = 32,
     rounds: int = 10,
     log: Path | None = None,
+    say: Callable[[str], None] = print,
 ) -> Measured:
     """Measure every subject against the original, all in this run.
 
@@ -180,14 +182,19 @@ def measure(
         decode_tokens: Tokens decoded one by one after it; clipped likewise.
         rounds: Timed rounds, each one prefill and one decode of every subject in turn.
         log: File to append to what the timing processes' libraries say.
+        say: What is told that a user should know of the comparison.
 
     Raises:
-        StreamlineError: the subjects, the text or the settings do not allow a comparison, or a model cannot be run.
+        StreamlineError: the subjects, their tokenizers, the text or the settings do not allow a comparison, or a model
+            cannot be run.
         WorkerError: a process that timed a model died.
     """
     subjects = recognise(subjects)
     _check(subjects, windows, prompt_length, decode_tokens, rounds)
     configs = [read_config(subject.source, of_export=True) for subject in subjects]
+    named = [(subject.label, subject.source) for subject in subjects[1:]]
+    for line in compare_tokenizers(subjects[0].source, named, windows.texts):
+        say(line)
     positions = min(config.max_position_embeddings for config in configs)
     if windows.ids.shape[1] > positions:
         raise StreamlineError(f"length {windows.ids.shape[1]}: the models take windows of at most {positions} tokens")
@@ -213,6 +220,7 @@ def measure(
         "rounds": rounds,
         "warmup_rounds": WARMUP_ROUNDS,
         "resamples": RESAMPLES,
+        "resampled": "documents" if grouped(windows.documents) else "windows",
     }
     return Measured(rows, tuple(accuracies), settings, _asked(questions, facts[0].answers))
 

@@ -1,28 +1,25 @@
-"""Text into token windows of one fixed length, the same ones for the same seed.
+"""Token windows of one fixed length, drawn from a text: the same ones for the same seed.
 
-Knows tokenizers and `text.py`, no model.
+Knows text and tokenizers; of a model only how many tokens it knows. How windows are drawn is in `drawing.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
 from transformers import PreTrainedTokenizerBase
 
+from .drawing import Book, Drawn, Writer, draw
 from .errors import StreamlineError
-from .text import read_documents
+from .overlap import Sketch, sketch_of
+from .text import Text, open_text
+from .tokenizer_checks import check_tokenizer, check_vocabulary
 
-# Text is compared by runs of this many tokens, of which one in so many is kept: those whose hash says so.
-RUN, KEPT = 32, 32
-# Code and prose repeat themselves, licences and headings above all: shared text is more than this share of the runs.
-SHARED = 0.05
-# Runs hashed at once.
-_CHUNK = 65_536
+# Of an endless text at least so many characters are read, and so many times what the windows take.
+READ, READ_TIMES = 16_000_000, 8
 
 
 class TooShortError(StreamlineError):
@@ -36,85 +33,117 @@ class Windows:
     Args:
         ids: Token ids `[windows, length]`.
         spec: The text SPEC.
+        documents: Of each window, the number of the document that its text begins in; empty where that is not known.
+        prefix: The tokens that every window begins with, because the tokenizer begins a text with them.
+        possible: How many windows the text had room for, of which these were drawn; 0 where that is not known.
+        commit: Of a data set on the Hub, the commit that was read; empty where that is not known.
+        texts: The text that the windows were made from.
+        sketch: What all the text that they could have been drawn from is known again by.
     """
 
     ids: torch.Tensor
     spec: str
+    documents: tuple[int, ...] = ()
+    prefix: tuple[int, ...] = ()
+    possible: int = 0
+    commit: str = ""
+    texts: tuple[str, ...] = field(default=(), repr=False)
+    sketch: Sketch = field(default=Sketch(0, frozenset()), repr=False)
 
     def part(self, start: int, end: int) -> Windows:
         """The windows from `start` up to `end`."""
-        return Windows(self.ids[start:end], self.spec)
+        return replace(self, ids=self.ids[start:end], documents=self.documents[start:end])
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the token ids: the same windows have the same one."""
         return hashlib.sha256(self.ids.to(torch.int32).numpy().tobytes()).hexdigest()
 
-    def describe(self) -> dict[str, str | int]:
-        """What a report says of these windows."""
+    def describe(self) -> dict[str, Any]:
+        """What a record and a report say of these windows; of the text itself, what is known."""
         count, length = self.ids.shape
-        return {"spec": self.spec, "windows": count, "length": length, "fingerprint": self.fingerprint}
+        known: dict[str, Any] = {"commit": self.commit} if self.commit else {}
+        if self.possible:
+            known |= {"possible": self.possible, "documents": len(set(self.documents)), "prefix": list(self.prefix)}
+        return {"spec": self.spec, "windows": count, "length": length, "fingerprint": self.fingerprint, **known}
 
-    def runs(self) -> frozenset[int]:
-        """Hashes of a sample of the text's runs of `RUN` tokens: the same ones wherever the same text stands.
+    def line(self, purpose: str) -> str:
+        """What a command says of these windows.
 
-        Sampling by hash value, not by place: Manber, "Finding similar files in a large file system" (1994).
+        Args:
+            purpose: What the text is for, such as `calibration`.
         """
-        flat = self.ids.flatten().numpy().astype(np.uint64)
-        factors = np.random.default_rng(0).integers(1, 2**63, RUN, dtype=np.uint64) | np.uint64(1)
-        found: set[int] = set()
-        for start in range(0, len(flat) - RUN + 1, _CHUNK):
-            view = sliding_window_view(flat[start : start + _CHUNK + RUN - 1], RUN)
-            hashes = (view * factors).sum(axis=1, dtype=np.uint64)
-            hashes ^= hashes >> np.uint64(32)
-            found.update((hashes[hashes % np.uint64(KEPT) == 0] >> np.uint64(16)).tolist())
-        return frozenset(found)
+        count, length = self.ids.shape
+        commit = f" at {self.commit}" if self.commit else ""
+        return f"{purpose} text: {self.spec}{commit}, {count} windows of {length} tokens drawn from {self.possible:,}"
 
 
 def read_windows(
-    spec: str, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int, part: str = "eval"
+    spec: str,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    length: int,
+    seed: int,
+    vocabulary: int,
+    part: str = "eval",
 ) -> Windows:
-    """The first `count` windows of `length` tokens of a text, its documents in an order that `seed` decides.
+    """Windows of `length` tokens, drawn by `seed` over a whole text; every one begins as the tokenizer begins a text.
 
-    Documents are joined end to end, each with the special tokens its tokenizer gives it and an end token.
+    A window that holds the end of a document goes on with the next, what the tokenizer ends and begins a text with
+    between them.
 
     Args:
+        vocabulary: How many tokens the model knows that is to read them.
         part: The part that a bare `stdlib` stands for.
 
     Raises:
         TooShortError: the text is too short.
-        StreamlineError: it cannot be read.
+        StreamlineError: it cannot be read, or the tokenizer is not one for this text and this model.
     """
-    if spec == "stdlib":
-        spec = f"stdlib:{part}"
-    tokens: list[int] = []
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for document in read_documents(spec, seed):
-        tokens += tokenizer(document, truncation=False, verbose=False)["input_ids"] + end
-        if len(tokens) >= count * length:
-            break
-    else:
+    text = open_text(f"stdlib:{part}" if spec == "stdlib" else spec, seed)
+    writer = Writer(tokenizer)
+    if length <= len(writer.prefix):
+        raise StreamlineError(f"length {length}: the tokenizer begins a text with {len(writer.prefix)} tokens")
+    book, a_token = _read(text, tokenizer, writer, count * length)
+    drawn = draw(book, writer, count, length, a_token, seed) if book.size else Drawn([], 0)
+    if not drawn.windows:
         raise TooShortError(
-            f"text SPEC {spec!r}: {len(tokens)} tokens, too short for {count} windows of {length}; "
-            f"ask for at most {len(tokens) // length} windows, shorter ones, or give more text"
+            f"text SPEC {text.spec!r}: {drawn.tokens} tokens, too short for {count} windows of {length}; "
+            f"ask for at most {drawn.possible} windows, shorter ones, or give more text"
         )
-    return Windows(torch.tensor(tokens[: count * length]).view(count, length), spec)
+    ids = torch.tensor([window.tokens for window in drawn.windows])
+    check_vocabulary(tokenizer, int(ids.max()), vocabulary)
+    return Windows(
+        ids,
+        text.spec,
+        documents=tuple(window.document for window in drawn.windows),
+        prefix=tuple(writer.prefix),
+        possible=drawn.possible,
+        commit=text.commit,
+        texts=tuple(dict.fromkeys(text for window in drawn.windows for text in window.texts)),
+        sketch=sketch_of(book.documents),
+    )
 
 
-def check_disjoint(chosen_on: Collection[int], chosen_spec: str, judged_on: Windows) -> None:
-    """Refuse to judge on text that the choices were made on.
+def _read(text: Text, tokenizer: PreTrainedTokenizerBase, writer: Writer, tokens: int) -> tuple[Book, float]:
+    """All of a text, or of an endless one enough for so many tokens; and how many characters a token stands for."""
+    documents: list[str] = []
+    size, enough = 0, READ
+    for document in text.documents:
+        documents.append(document)
+        size += len(document)
+        if text.endless and size >= enough:
+            enough = max(READ, int(READ_TIMES * tokens * _characters_a_token(text, tokenizer, writer, Book(documents))))
+            if size >= enough:
+                break
+    book = Book(documents)
+    return book, _characters_a_token(text, tokenizer, writer, book) if book.size else 0.0
 
-    Args:
-        chosen_on: `Windows.runs` of the text of the choices.
-        chosen_spec: Its SPEC, for the message.
 
-    Raises:
-        StreamlineError: more than `SHARED` of the evaluation text's runs stand in the other text too.
-    """
-    judged = judged_on.runs()
-    share = len(judged.intersection(chosen_on)) / len(judged) if judged else 0.0
-    if share > SHARED:
-        raise StreamlineError(
-            f"eval-data {judged_on.spec!r} shares {share:.0%} of its text with {chosen_spec!r}, "
-            "which the choices are made on; give other text"
-        )
+def _characters_a_token(text: Text, tokenizer: PreTrainedTokenizerBase, writer: Writer, book: Book) -> float:
+    sample = book.sample()
+    texts = [piece for piece, _ in sample]
+    tokens = [token for encoded in writer.encode(texts) for token in encoded]
+    check_tokenizer(text.spec, tokenizer, texts, tokens)
+    between = sum(closes for _, closes in sample) * len(writer.ending + writer.prefix)
+    return sum(map(len, texts)) / (len(tokens) + between)

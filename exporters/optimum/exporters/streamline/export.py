@@ -312,7 +312,7 @@ def write_companions(model: PreTrainedModel, source: Source, folder: Path) -> No
         ParityError: the tokenizer, read back, gives other tokens.
     """
     from optimum.streamline.checkpoint import load_tokenizer
-    from optimum.streamline.read_back import check_tokenizer
+    from optimum.streamline.read_back import compare_tokenizer
 
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
@@ -321,4 +321,4 @@ def write_companions(model: PreTrainedModel, source: Source, folder: Path) -> No
     except StreamlineError:  # a checkpoint without a tokenizer is a model all the same
         return
     tokenizer.save_pretrained(folder)
-    check_tokenizer(folder, tokenizer, source.trust_remote_code)
+    compare_tokenizer(folder, tokenizer, source.trust_remote_code)
