@@ -25,6 +25,7 @@ from transformers import (
 
 from .anatomy import architecture_of
 from .bare_layers import bare_layers, host_config, is_bare_checkpoint, load_bare, save_bare
+from .content_hashes import content_hash
 from .dead import drop_dead_sublayers
 from .errors import StreamlineError
 from .offload import offload_options, read_parameter
@@ -221,8 +222,7 @@ def fingerprint(path: str, cache_dir: str | None = None) -> str:
     digest = hashlib.sha256()
     for file in sorted(file for pattern in ("config.json", *WEIGHT_PATTERNS) for file in folder.glob(pattern)):
         digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(bytes.fromhex(content_hash(file)))
     return digest.hexdigest()
 
 

@@ -19,7 +19,6 @@ from .bare_layers import NEEDS_LOAD, bare_layers
 from .card import CARD_FILE, model_card
 from .checkpoint import (
     DTYPES,
-    RECORD_FILE,
     Source,
     fingerprint,
     load_stock,
@@ -40,6 +39,7 @@ from .module_patterns import followed
 from .outputs import claimed_by_main, staged_by_main
 from .plan import Plan
 from .processes import from_main, is_main, join_processes
+from .provenance import write_record
 from .quantization_config import quantization_name
 from .quantize import check_quantizable, load_quantizing, write_quantization
 from .quantized_pruning import check_quantization
@@ -203,7 +203,7 @@ def prune(
         record = change(prepared, say, workspace)
         if staging is not None:
             _save(prepared, record, staging, say)
-            (staging / RECORD_FILE).write_text(record.to_json())
+            write_record(record.to_dict(), staging)
             (staging / CARD_FILE).write_text(model_card(record))
     note = f", which {NEEDS_LOAD}" if bare_layers(prepared.model.config) else ""
     say(f"saved {out}{note}")

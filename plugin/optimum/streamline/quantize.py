@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,7 +20,6 @@ from .bare_layers import bare_layers
 from .card import CARD_FILE, quantized_card
 from .checkpoint import (
     DTYPES,
-    RECORD_FILE,
     Source,
     check_device,
     fingerprint,
@@ -29,6 +27,7 @@ from .checkpoint import (
     load_tokenizer,
     local_folder,
     read_config,
+    read_record,
     save_model,
     stored_dtype,
     weight_bytes,
@@ -38,6 +37,7 @@ from .logs import LOG_FILE, captured_logs
 from .module_patterns import chosen
 from .outputs import staged_folder
 from .products import Product, products_of, skeleton_of
+from .provenance import write_record
 from .quantization_config import float_config, quantization_name
 from .quantized import quantized_modules
 from .quantizers import QUANTIZERS, check_quantizer
@@ -179,8 +179,9 @@ def _listed(names: Iterable[str], every: Iterable[str]) -> str:
 def _write_companions(source: Source, how: str, folder: Path) -> None:
     """Write the card of a quantized checkpoint, and keep the record of its making if there is one."""
     made = local_folder(source)
-    if (made / RECORD_FILE).is_file():
-        shutil.copy(made / RECORD_FILE, folder)
+    record = read_record(str(made))
+    if record is not None:
+        write_record(record, folder)
     card = made / CARD_FILE
     text = card.read_text(encoding="utf-8") if card.is_file() else None
     (folder / CARD_FILE).write_text(quantized_card(source.model, QUANTIZERS[how].text, text), encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,11 +46,11 @@ class Record:
     seconds: dict[str, float]
     quantized: str = ""
 
-    def to_json(self) -> str:
-        """The text of `streamline.json`."""
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of `streamline.json`, but for the hashes of the files beside it (`provenance.write_record`)."""
         from . import __version__
 
-        fields = {
+        return {
             "format": FORMAT,
             "source": {"model": self.source, "fingerprint": self.source_fingerprint, "layers": self.plan.total},
             "method": self.recipe.method_name,
@@ -76,7 +75,6 @@ class Record:
                 "transformers": transformers.__version__,
             },
         }
-        return json.dumps(fields, indent=1) + "\n"
 
 
 def layer_origins(change: Change) -> list[dict[str, Any]]:
