@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -308,7 +309,11 @@ def test_the_command_quantizes_what_was_pruned_and_keeps_its_record(
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert f"Quantized by optimum-streamline from `{pruned}`: {QUANTIZERS['bnb-nf4'].text}.\n" in card
     assert "| 1 | 3 | kept |" in card
-    assert (out / "streamline.json").read_bytes() == (pruned / "streamline.json").read_bytes()
+    record, origin = (json.loads((folder / "streamline.json").read_text()) for folder in (out, pruned))
+    hashed = record.pop("files")["model.safetensors"]
+    assert hashed == hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
+    assert origin.pop("files").keys() == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert record == origin
     assert "exists already" in optimum_cli(monkeypatch, capsys, "streamline", *words).err
     assert optimum_cli(monkeypatch, capsys, "streamline", *words, "--overwrite").code == 0
     wrong = ("quantize", "-m", pruned, tmp_path / "x", "--quantize", "bnb-nf4", "--quantize-exclude", "3")

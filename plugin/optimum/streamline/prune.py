@@ -20,7 +20,6 @@ from .bare_layers import NEEDS_LOAD, bare_layers
 from .card import CARD_FILE, model_card
 from .checkpoint import (
     DTYPES,
-    RECORD_FILE,
     load_stock,
     load_tokenizer,
     read_config,
@@ -41,6 +40,7 @@ from .outputs import claimed_by_main, staged_by_main
 from .overlap import check_disjoint
 from .plan import Plan
 from .processes import from_main, is_main, join_processes
+from .provenance import write_record
 from .quantization_config import quantization_name
 from .quantize import check_quantizable, load_quantizing, write_quantization
 from .quantized_pruning import check_quantization, refuse_unpacking
@@ -215,7 +215,7 @@ def prune(
         record = change(prepared, say, workspace)
         if staging is not None:
             record = replace(record, read_back=_save(prepared, record, staging, say))
-            (staging / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
+            write_record(record.to_dict(), staging)
             (staging / CARD_FILE).write_text(model_card(record), encoding="utf-8")
     note = f", which {NEEDS_LOAD}" if bare_layers(prepared.model.config) else ""
     say(f"saved {out}{note}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,11 +20,11 @@ from .bare_layers import bare_layers
 from .card import CARD_FILE, quantized_card
 from .checkpoint import (
     DTYPES,
-    RECORD_FILE,
     check_device,
     load_stock,
     load_tokenizer,
     read_config,
+    read_record,
     save_model,
     source_notes,
     stored_dtype,
@@ -36,6 +35,7 @@ from .model_files import find_weights
 from .module_patterns import chosen
 from .outputs import staged_folder
 from .products import Product, products_of, skeleton_of
+from .provenance import write_record
 from .quantization_config import float_config, quantization_name
 from .quantized import quantized_modules
 from .quantizers import QUANTIZERS, check_quantizer
@@ -186,8 +186,9 @@ def _listed(names: Iterable[str], every: Iterable[str]) -> str:
 def _write_companions(source: Source, how: str, folder: Path) -> None:
     """Write the card of a quantized checkpoint, and keep the record of its making if there is one."""
     made = source.folder
-    if (made / RECORD_FILE).is_file():
-        shutil.copy(made / RECORD_FILE, folder)
+    record = read_record(str(made))
+    if record is not None:
+        write_record(record, folder)
     card = made / CARD_FILE
     text = card.read_text(encoding="utf-8") if card.is_file() else None
     (folder / CARD_FILE).write_text(quantized_card(source, QUANTIZERS[how].text, text), encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,11 +51,11 @@ class Record:
     quantized: str = ""
     read_back: dict[str, Any] = field(default_factory=dict)
 
-    def to_json(self) -> str:
-        """The text of `streamline.json`."""
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of `streamline.json`, but for the hashes of the files beside it (`provenance.write_record`)."""
         from . import __version__
 
-        fields = {
+        return {
             "format": FORMAT,
             "source": {
                 "model": self.source.model,
@@ -88,7 +87,6 @@ class Record:
                 "transformers": transformers.__version__,
             },
         }
-        return json.dumps(fields, indent=1) + "\n"
 
 
 def layer_origins(change: Change) -> list[dict[str, Any]]:

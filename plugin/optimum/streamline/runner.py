@@ -7,13 +7,14 @@ runtime; `torch_runner.py` and `optimum.exporters.streamline` hold them, `open_r
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from .content_hashes import folder_hashes
 from .errors import StreamlineError
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class Artifact:
         engine: What built the engine, for which GPUs; empty where there is none.
         data: What text went into the weights, by purpose, as `record.seen_text` tells it: what chose and healed the
             layers of the checkpoint, and what the quantization was calibrated on.
+        files: SHA-256 of each file that was written with `artifact.json`, by name: graph, weights and what clients read
+            beside them.
     """
 
     path: str
@@ -89,6 +92,7 @@ class Artifact:
     hidden: tuple[str, ...] = ()
     engine: str = ""
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def precision(self) -> str:
@@ -116,6 +120,11 @@ class Artifact:
         """Write `artifact.json` into `folder`."""
         fields = {key: value for key, value in asdict(self).items() if key != "path"}
         (folder / ARTIFACT_FILE).write_text(json.dumps(fields, indent=2) + "\n")
+
+    def with_files(self, folder: Path) -> Artifact:
+        """The same, of the files that are in `folder`, logs left out."""
+        names = [file.name for file in folder.iterdir() if file.suffix != ".log"]
+        return replace(self, files=folder_hashes(folder, names))
 
     @classmethod
     def read(cls, folder: Path) -> Artifact:

@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
+from .content_hashes import content_hash
 from .errors import StreamlineError, first_line
 from .model_files import HUB_COMPANIONS, checkpoint_files, fetch_weights
 
@@ -101,8 +102,7 @@ def fingerprint(source: Source) -> str:
     digest = hashlib.sha256()
     for file in checkpoint_files(source.folder):
         digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(bytes.fromhex(content_hash(file)))
     return digest.hexdigest()
 
 

@@ -75,7 +75,7 @@ def export_onnx(job: OnnxExport, overwrite: bool = False, verbose: bool = False)
         raise StreamlineError(f"windows None: quantize {job.quantization.how!r} needs text to calibrate on")
     with staged_folder(job.out, (job.checkpoint,), overwrite) as folder:
         with captured_logs(folder / LOG_FILE, verbose):
-            artifact = _export_into(folder, job)
+            artifact = _export_into(folder, job).with_files(folder)
         artifact.write(folder)
     return artifact
 

@@ -104,7 +104,7 @@ def export_tensorrt(job: TensorrtExport, overwrite: bool = False, verbose: bool 
         raise StreamlineError(f"model {job.checkpoint!r}: {quantized} weights cannot be exported to TensorRT")
     with staged_folder(job.out, (job.checkpoint,), overwrite) as folder:
         with captured_logs(folder / LOG_FILE, verbose):
-            artifact = _export_into(folder, job, source, limits, trt)
+            artifact = _export_into(folder, job, source, limits, trt).with_files(folder)
         artifact.write(folder)
     return artifact
 
