@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from transformers import LlamaConfig
@@ -15,6 +17,8 @@ from optimum.streamline.methods import method_of
 from optimum.streamline.recipe import (
     CHOOSING_TEXT,
     JUDGING_TEXT,
+    Budget,
+    Recipe,
     make_recipe,
     parse_layers,
     parse_remove,
@@ -38,7 +42,7 @@ from optimum.streamline.recipe import (
         ({"samples": 0}, "samples is 0: .* greater than 0"),
         ({"length": "long"}, "length is 'long': .* integer"),
         ({"budget": {"max_kl": -1}}, "budget.max-kl is -1: .* greater than or equal to 0"),
-        ({"budget": {"max_cost": 1}}, "budget.max-cost is 1: Unexpected"),
+        ({"budget": {"max_cost": 1}}, "budget: unknown key 'max_cost'; known are max_ppl_ratio, max_kl"),
         ({"dtype": "int3"}, "dtype is 'int3'"),
         ({"remove": True}, "remove is True: must be a number of layers or a share"),
         ({"remove": 0.25}, "remove is 0.25: must be a number of layers or a share"),
@@ -48,6 +52,27 @@ def test_a_bad_field_is_named_with_its_value(fields: dict[str, Any], message: st
     with pytest.raises(StreamlineError, match=f"^recipe: {message}") as caught:
         make_recipe(fields)
     assert "\n" not in str(caught.value)
+
+
+# What a field takes beside what its type says.
+ALSO: dict[str, tuple[type, ...]] = dict.fromkeys(("layers", "quantize_exclude", "steps"), (int, list))
+WRONG = ["16", 3, 2.0, math.nan, True, None, [], [None], [[1]], {}, {"a": 1}, b"16", date(2024, 1, 1), 10**90]
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Recipe), ids=lambda field: field.name)
+def test_a_value_of_another_type_is_refused(field: dataclasses.Field[Any]) -> None:
+    of = get_type_hints(Recipe)[field.name]
+    kinds = set(get_args(of) or [of])
+    if float in kinds:
+        kinds.add(int)
+    if Budget in kinds:
+        kinds.add(dict)
+    refused = [value for value in WRONG if type(value) not in {*kinds, *ALSO.get(field.name, ())}]
+    assert len(refused) > 5
+    for value in refused:
+        with pytest.raises(StreamlineError, match=f"^recipe: {field.name.replace('_', '-')} is ") as caught:
+            make_recipe({field.name: value})
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +184,16 @@ def test_remove_counts_to_the_nearest_layer(value: int | str, total: int, count:
     assert parse_remove(value, total) == count
 
 
-@pytest.mark.parametrize("text", ["a", "5-3", "", "1,,2", "-1", "1.5"])
+@pytest.mark.parametrize("value", ["9" * 5000, "9" * 400 + ".0%", 10**90, "1e3", "٣", "1\n2"])
+def test_remove_of_another_form_is_refused(value: int | str) -> None:
+    with pytest.raises(
+        StreamlineError, match="^remove .*: must be a number of layers or a share such as 25%"
+    ) as caught:
+        parse_remove(value, 16)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("text", ["a", "5-3", "", "1,,2", "-1", "1.5", "9" * 5000, "0-999999999", "٣"])
 def test_layers_of_another_form_are_refused(text: str) -> None:
     with pytest.raises(StreamlineError, match="^layers "):
         parse_layers(text, 16)

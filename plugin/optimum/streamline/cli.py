@@ -101,7 +101,7 @@ def recipe_of(args: Namespace) -> Recipe:
     given: dict[str, Any] = read_recipe(file) if file else {}
     flags = {key: value for key, value in vars(args).items() if key in RECIPE_FIELDS and key != "recipe"}
     limits = {key: value for key, value in vars(args).items() if key in BUDGET_FIELDS}
-    budget = given.get("budget") or {}
+    budget = given.get("budget", {})
     if limits and isinstance(budget, dict):
         flags["budget"] = {**budget, **limits}
     return make_recipe({**given, **flags}, f"recipe {file}" if file else "flags")

@@ -43,7 +43,9 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether one of the patterns chooses this name."""
     layer = _LAYER.match(name)
     return any(
-        layer is not None and int(layer[2]) == int(pattern) if pattern.isdecimal() else fnmatchcase(name, pattern)
+        layer is not None and layer[2] == (pattern.lstrip("0") or "0")
+        if pattern.isdecimal()
+        else fnmatchcase(name, pattern)
         for pattern in patterns
     )
 

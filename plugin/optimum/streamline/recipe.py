@@ -9,27 +9,40 @@ import dataclasses
 import hashlib
 import json
 import re
+import unicodedata
 from pathlib import Path
-from typing import Any, Literal
+from reprlib import Repr
+from typing import Any, Literal, TypeVar
 
-import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
+from .core_yaml import dump_yaml, parse_yaml
 from .errors import StreamlineError
 from .quantizers import NONE, QUANTIZERS
 
 # General text of a size that any model can be chosen, healed and judged on; its two splits share no article.
 CHOOSING_TEXT = "hub:Salesforce/wikitext,wikitext-103-raw-v1,train"
 JUDGING_TEXT = "hub:Salesforce/wikitext,wikitext-103-raw-v1,test"
-_STRICT = ConfigDict(extra="forbid")
+# A value is of its field's type already: `"16"`, `16.0` and `true` are no integers.
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _HUGE = 10**9
+_LONGEST_FILE = 2**16  # bytes of a recipe
 _HEAL = r"^(none|(hidden-mse|lm|distill)(\+(lm|distill))*)$"
 # What a field that has a form of its own should look like.
 _FORMS = {
     "heal": "must be none, or one or more of hidden-mse (first), lm and distill, joined by +",
+    "budget": "must be limits with their values, such as max_ppl_ratio: 1.1",
     "protect": "must be two numbers, how many of the first and of the last layers, such as 1,1",
 }
+# What a field of a type takes, where pydantic's words leave that open.
+_TYPES = {
+    "bool_type": "must be true or false",
+    "int_type": "must be an integer",
+    "float_type": "must be a number",
+    "string_type": "must be a string (in quotes, if it looks like a number)",
+}
+_LISTS = {"layers": "3,7,11-13", "quantize_exclude": "0,*.mlp.down_proj", "steps": "quantize,prune"}
 # How a method's own paper repairs the model afterwards; `auto` does what was measured to be best.
 _PAPERS_HEALING = {"auto": "distill", "layerchop": "lm", "come-sp": "distill", "come-mp": "distill"}
 
@@ -115,7 +128,7 @@ class Recipe:
     remove: int | str | None = None
     layers: str | None = None
     iterative: bool = False
-    protect: str | None = Field(default=None, pattern=r"^\d+,\d+$")
+    protect: str | None = Field(default=None, pattern=r"^0*[0-9]{1,9},0*[0-9]{1,9}$")
     pattern: Pattern | None = None
     replacement: Replacement | None = None
     heal: str | None = Field(default=None, pattern=_HEAL)
@@ -218,42 +231,96 @@ def make_recipe(fields: dict[str, Any], origin: str = "recipe") -> Recipe:
         origin: What a message calls the fields' source.
 
     Raises:
-        StreamlineError: the first field that is unknown or out of range, and what would be right.
+        StreamlineError: the first field that is unknown, of another type or out of range, and what would be right.
     """
-    known = [field.name for field in dataclasses.fields(Recipe)]
-    for key in fields:
-        if key not in known:
-            raise StreamlineError(f"{origin}: unknown key {key!r}; known are {', '.join(known)}")
+    _refuse_unknown(Recipe, fields, origin)
     remove = fields.get("remove")
     if remove is not None and (isinstance(remove, bool) or not isinstance(remove, (int, str))):
-        raise StreamlineError(f"{origin}: remove is {remove!r}: must be a number of layers or a share such as 25%")
-    for name in ("layers", "quantize_exclude", "steps"):
-        if isinstance(fields.get(name), list):
-            fields = {**fields, name: ",".join(str(each) for each in fields[name])}
-        if isinstance(fields.get(name), int):
-            fields = {**fields, name: str(fields[name])}
+        raise StreamlineError(f"{origin}: remove is {shown(remove)}: must be a number of layers or a share such as 25%")
+    fields = {**fields, **{name: _joined(name, fields[name], origin) for name in _LISTS if name in fields}}
+    for name, value in fields.items():
+        if isinstance(value, str) and not _is_text(value):
+            field = name.replace("_", "-")
+            raise StreamlineError(f"{origin}: {field} is {shown(value)}: holds a character that cannot be printed")
+    if isinstance(fields.get("budget"), dict):
+        _refuse_unknown(Budget, fields["budget"], f"{origin}: budget")
+        fields["budget"] = _validated(Budget, fields["budget"], origin, "budget.")
+    return _validated(Recipe, fields, origin)
+
+
+_Fields = TypeVar("_Fields", Budget, Recipe)
+
+
+def _refuse_unknown(kind: type[Budget | Recipe], fields: dict[str, Any], where: str) -> None:
+    known = [field.name for field in dataclasses.fields(kind)]
+    for key in fields:
+        if key not in known:
+            raise StreamlineError(f"{where}: unknown key {shown(key)}; known are {', '.join(known)}")
+
+
+def _validated(kind: type[_Fields], fields: dict[str, Any], origin: str, prefix: str = "") -> _Fields:
     try:
-        recipe: Recipe = TypeAdapter(Recipe).validate_python(fields)
+        return kind(**fields)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"] if not str(part).endswith("]")).replace("_", "-")
-        message = _FORMS.get(field, first["msg"]) if first["type"] == "string_pattern_mismatch" else first["msg"]
-        raise StreamlineError(f"{origin}: {field} is {first['input']!r}: {message}") from None
-    return recipe
+    field = prefix + str(first["loc"][0]).replace("_", "-")
+    message = _TYPES.get(first["type"], first["msg"])
+    if first["type"] in ("string_pattern_mismatch", "dataclass_exact_type"):
+        message = _FORMS[field]
+    raise StreamlineError(f"{origin}: {field} is {shown(first['input'])}: {message}")
+
+
+def _joined(name: str, value: Any, origin: str) -> Any:
+    """What a field that is a list by commas is given: the text itself, one number, or a list of both."""
+    items = value if isinstance(value, list) else [value]
+    if all(isinstance(each, (int, str)) and not isinstance(each, bool) for each in items):
+        return ",".join(str(each) for each in items)
+    if isinstance(value, list):
+        name, form = name.replace("_", "-"), _LISTS[name]
+        raise StreamlineError(f"{origin}: {name} is {shown(value)}: must be one list, or written as {form}")
+    return value
+
+
+def _is_text(value: str) -> bool:
+    """Whether it could name a file (bytes of one that are no UTF-8 are surrogates) and has no control characters."""
+    try:
+        value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return not any(unicodedata.category(character) == "Cc" for character in value)
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it: of any length in a few dozen characters.
+
+    >>> shown("a" * 1000)
+    "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaa...aaaaaaaaaaaaaaaaaaaaaaaaaaaaa'"
+    """
+    brief = Repr()
+    brief.maxstring = brief.maxother = brief.maxlong = 63
+    brief.maxlevel = 2
+    return brief.repr(value)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """The fields of a recipe file, not yet checked.
 
     Raises:
-        StreamlineError: the file cannot be read, or is not a YAML mapping.
+        StreamlineError: the file cannot be read, is too long, or is not a YAML mapping.
     """
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as stream:
+            content = stream.read(_LONGEST_FILE + 1)  # of what may have no end
+    except (OSError, ValueError) as error:  # the latter of a path that cannot be
         raise StreamlineError(f"recipe {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    except yaml.YAMLError as error:
-        raise StreamlineError(f"recipe {path}: not YAML ({' '.join(str(error).split())})") from None
+    if len(content) > _LONGEST_FILE:
+        raise StreamlineError(f"recipe {path}: is no recipe, it is longer than {_LONGEST_FILE} bytes")
+    try:
+        fields = parse_yaml(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise StreamlineError(f"recipe {path}: is not text in UTF-8 (byte {error.start + 1})") from None
+    except ValueError as error:
+        raise StreamlineError(f"recipe {path}: {error}") from None
     if not isinstance(fields, dict):
         raise StreamlineError(f"recipe {path}: must be keys with values, such as `remove: 25%`")
     return fields
@@ -261,7 +328,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def write_recipe(recipe: Recipe) -> str:
     """The recipe as YAML that `read_recipe` takes back to the same recipe."""
-    return yaml.safe_dump(recipe.to_dict(), sort_keys=False)
+    return dump_yaml(recipe.to_dict())
 
 
 def parse_layers(text: str, total: int) -> tuple[int, ...]:
@@ -275,14 +342,16 @@ def parse_layers(text: str, total: int) -> tuple[int, ...]:
     """
     numbers: set[int] = set()
     for item in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", item)
+        match = re.fullmatch(r"\s*(0*[0-9]{1,9})\s*(?:-\s*(0*[0-9]{1,9})\s*)?", item)
         if not match:
-            raise StreamlineError(f"layers {text!r}: {item!r} is not a number or a range; write 3,7,11-13")
+            raise StreamlineError(f"layers {shown(text)}: {shown(item)} is not a number or a range; write 3,7,11-13")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise StreamlineError(f"layers {text!r}: the range {item!r} runs backwards")
+            raise StreamlineError(f"layers {shown(text)}: the range {shown(item)} runs backwards")
         if last >= total:
-            raise StreamlineError(f"layers {text!r}: there is no layer {last}; the model has layers 0 to {total - 1}")
+            raise StreamlineError(
+                f"layers {shown(text)}: there is no layer {last}; the model has layers 0 to {total - 1}"
+            )
         numbers.update(range(first, last + 1))
     return tuple(sorted(numbers))
 
@@ -297,9 +366,9 @@ def parse_remove(value: int | str, total: int) -> int:
     3
     """
     text = str(value).strip()
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text)
+    match = re.fullmatch(r"(0*[0-9]{1,9}(?:\.[0-9]+)?)(%?)", text)
     if not match or (not match[2] and "." in match[1]):
-        raise StreamlineError(f"remove {value!r}: must be a number of layers or a share such as 25%")
+        raise StreamlineError(f"remove {shown(value)}: must be a number of layers or a share such as 25%")
     count = int(float(match[1]) * total / 100 + 0.5) if match[2] else int(match[1])
     if not 0 < count < total:
         raise StreamlineError(f"remove {value!r}: that is {count} of {total} layers; at least 1 must go and 1 stay")
