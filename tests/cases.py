@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def make(folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.f
     return folder
 
 
+@cache
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer trained on a file of this repository."""
     backend = Tokenizer(models.BPE())

@@ -34,6 +34,7 @@ from .older_names import add_older_names
 from .quantization_config import check_readable, quantization_name
 from .quantized import keep_as_read, save_as_read
 from .remote_code import code_note
+from .runner import is_artifact
 from .source import Source
 
 RECORD_FILE = "streamline.json"
@@ -53,7 +54,7 @@ def read_config(source: Source, of_export: bool = False) -> PreTrainedConfig:
         StreamlineError: it is not a model, or its architecture cannot be handled.
     """
     folder = source.folder
-    if not of_export:
+    if not (of_export and is_artifact(folder)):
         refuse_export(source)
     if not (folder / CONFIG_FILE).is_file():
         raise StreamlineError(
@@ -65,6 +66,24 @@ def read_config(source: Source, of_export: bool = False) -> PreTrainedConfig:
         raise StreamlineError(f"model {source.model!r}: cannot be read ({first_line(error)})") from None
     architecture_of(config)
     bare_layers(config)
+    return config
+
+
+def check_checkpoint(source: Source, of_export: bool = False) -> PreTrainedConfig:
+    """The config of a checkpoint, whose files are looked at and whose weights are not read: for before any work.
+
+    Args:
+        of_export: As in `read_config`.
+
+    Raises:
+        StreamlineError: as `read_config`; or its weights are not there, or not of a type that its config speaks of.
+    """
+    config = read_config(source, of_export)
+    if of_export and is_artifact(source.folder):
+        return config
+    weights = find_weights(source.folder)
+    if quantization_name(config) is None:
+        _check_types(source, weights.tensors())
     return config
 
 
@@ -93,14 +112,12 @@ def load_stock(
     Raises:
         StreamlineError: a weight is missing, of the wrong shape, truncated or not finite.
     """
-    config = read_config(source)
+    config = check_checkpoint(source)
     check_device(device)
     weights = find_weights(source.folder)
     quantized = quantization is not None or quantization_name(config) is not None
     if quantization_name(config) is not None:
         check_readable(config, device)
-    else:
-        _check_types(source, weights.tensors())
     if quantized and offload:
         raise StreamlineError(f"model {source.model!r}: its weights are quantized, and cannot stay on disk")
     options: dict[str, Any] = {"dtype": "auto" if dtype is None or quantized else dtype}

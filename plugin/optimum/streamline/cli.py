@@ -385,7 +385,7 @@ def _bytes(name: str, text: str | None) -> int | None:
 
 
 def _validate(args: Namespace, console: Console) -> int:
-    from .checkpoint import load_tokenizer, read_config
+    from .checkpoint import check_checkpoint, load_tokenizer
     from .record import refuse_seen_text
     from .report_files import write_report
     from .report_text import comparison_table
@@ -395,15 +395,15 @@ def _validate(args: Namespace, console: Console) -> int:
 
     recipe = recipe_of(args)
     check_output(args.output, args.overwrite)
-    source = _source(args, args.original)
-    tokenizer = load_tokenizer(source)
+    subjects = subjects_of(_source(args, args.original), args.candidate)
+    configs = [check_checkpoint(subject.source, of_export=True) for subject in subjects]
+    tokenizer = load_tokenizer(subjects[0].source)
     questions = read_questions(args.questions, tokenizer) if args.questions else None
-    how = (recipe.eval_samples, recipe.length, recipe.seed, read_config(source).vocab_size, "eval")
+    how = (recipe.eval_samples, recipe.length, recipe.seed, configs[0].vocab_size, "eval")
     windows = read_windows(recipe.eval_data, tokenizer, *how)
     console.print(windows.line("evaluation"), markup=False)
-    for candidate in args.candidate:
-        refuse_seen_text(candidate, windows)
-    subjects = subjects_of(_source(args, args.original), args.candidate)
+    for subject in subjects[1:]:
+        refuse_seen_text(str(subject.source.folder), windows)
     report = validate(
         subjects,
         windows,

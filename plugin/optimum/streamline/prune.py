@@ -20,6 +20,7 @@ from .bare_layers import NEEDS_LOAD, bare_layers
 from .card import CARD_FILE, model_card
 from .checkpoint import (
     DTYPES,
+    check_checkpoint,
     load_stock,
     load_tokenizer,
     read_config,
@@ -99,7 +100,7 @@ def check_recipe(source: Source, recipe: Recipe) -> None:
 
 
 def _checked_config(source: Source, recipe: Recipe) -> PreTrainedConfig:
-    config = read_config(source)
+    config = check_checkpoint(source)
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and recipe.length > longest:
         raise StreamlineError(

@@ -20,10 +20,10 @@ from .bare_layers import bare_layers
 from .card import CARD_FILE, quantized_card
 from .checkpoint import (
     DTYPES,
+    check_checkpoint,
     check_device,
     load_stock,
     load_tokenizer,
-    read_config,
     read_record,
     save_model,
     source_notes,
@@ -70,7 +70,7 @@ def quantize(
         StreamlineError: the model or the quantizer cannot be used, or `out` cannot be written.
     """
     check_device(device)
-    config = read_config(source)
+    config = check_checkpoint(source)
     for line in source_notes(source, config):
         say(line)
     kept = check_quantizable(config, how, exclude)

@@ -82,6 +82,8 @@ class Source:
             StreamlineError: it is not there, or cannot be fetched.
         """
         path = Path(self.model)
+        if path.is_file():
+            raise StreamlineError(f"model {self.model!r}: is a file; give the folder of a checkpoint, or a Hub id")
         if path.exists():
             return path
         if path.is_absolute() or self.model.startswith((".", "~")):

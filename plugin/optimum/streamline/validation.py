@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .accuracy import Accuracy, measure_accuracy
-from .checkpoint import read_config, stored_dtype
+from .checkpoint import check_checkpoint, stored_dtype
 from .cost import Cost, cost_of, disk_bytes, stored_weight_bytes
 from .errors import StreamlineError
 from .intervals import RESAMPLES, grouped
@@ -191,7 +191,7 @@ def measure(
     """
     subjects = recognise(subjects)
     _check(subjects, windows, prompt_length, decode_tokens, rounds)
-    configs = [read_config(subject.source, of_export=True) for subject in subjects]
+    configs = [check_checkpoint(subject.source, of_export=True) for subject in subjects]
     named = [(subject.label, subject.source) for subject in subjects[1:]]
     for line in compare_tokenizers(subjects[0].source, named, windows.texts):
         say(line)
