@@ -1,5 +1,6 @@
 """`export_checkpoint` as a whole: the folder it writes, what it refuses, and that a wrong export leaves nothing."""
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,10 @@ def test_the_folder_says_what_it_is(exported):
         "artifact.json", "config.json", "export.log", "genai_config.json", "generation_config.json",
         "model.onnx", "model.onnx.data", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
+    written = {file.name for file in made.folder.iterdir()} - {"artifact.json", "export.log"}
+    assert made.artifact.files.keys() == written
+    graph = hashlib.sha256((made.folder / "model.onnx").read_bytes()).hexdigest()
+    assert made.artifact.files["model.onnx"] == graph
 
 
 def test_what_libraries_say_goes_to_the_log_and_not_to_the_terminal(exported, tmp_path):

@@ -44,6 +44,7 @@ from optimum.streamline.recipe import (
         ({"budget": {"max_kl": -1}}, "budget.max-kl is -1: .* greater than or equal to 0"),
         ({"budget": {"max_cost": 1}}, "budget: unknown key 'max_cost'; known are max_ppl_ratio, max_kl"),
         ({"dtype": "int3"}, "dtype is 'int3'"),
+        ({"judge": "mean"}, "judge is 'mean': Input should be 'bound' or 'point'"),
         ({"remove": True}, "remove is True: must be a number of layers or a share"),
         ({"remove": 0.25}, "remove is 0.25: must be a number of layers or a share"),
     ],
@@ -222,7 +223,8 @@ def test_a_bad_recipe_file_is_one_line(tmp_path: Path, text: str, message: str) 
 
 def test_the_judgement_does_not_change_what_is_made() -> None:
     one = make_recipe({"remove": 1})
-    assert one.fingerprint == make_recipe({"remove": 1, "budget": {"max_kl": 1}, "format": "onnx"}).fingerprint
+    judged = {"budget": {"max_kl": 1}, "judge": "point", "format": "onnx"}
+    assert one.fingerprint == make_recipe({"remove": 1, **judged}).fingerprint
     assert one.fingerprint != make_recipe({"remove": 2}).fingerprint
     assert one.fingerprint != make_recipe({"remove": 1, "seed": 1}).fingerprint
 

@@ -9,20 +9,21 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from optimum.streamline.errors import StreamlineError
-from optimum.streamline.intervals import Interval
+from optimum.streamline.intervals import Interval, mean_interval
 from optimum.streamline.plan import Place
 from optimum.streamline.plots import FATES, KEPT, comparison_svg, layer_importance_svg
-from optimum.streamline.recipe import Budget
-from optimum.streamline.report import Measurement, Report
+from optimum.streamline.recipe import Budget, Judge
+from optimum.streamline.report import Limit, Measurement, Report
 from optimum.streamline.report_files import write_report
 from optimum.streamline.report_html import fates, to_html
 from optimum.streamline.report_table import headline, limit_sentence, lines_of, sentences
 from optimum.streamline.report_text import comparison_table, to_markdown
-from optimum.streamline.verdict import judge
+from optimum.streamline.verdict import judge, more_to_settle
 
 ONE = Interval(1.0, 1.0, 1.0)
 NAN = Interval(math.nan, math.nan, math.nan)
@@ -78,11 +79,11 @@ def exported(row: Measurement) -> Measurement:
     return replace(row, label=f"{row.label}, onnx", runtime="onnxruntime", baseline=baseline)
 
 
-def report(*rows: Measurement, budget: Budget | None = None) -> Report:
+def report(*rows: Measurement, budget: Budget | None = None, by: Judge = "bound") -> Report:
     rows = rows or (ORIGINAL, CANDIDATE)
     return Report(
         rows=rows,
-        verdict=judge(rows, budget or Budget()),
+        verdict=judge(rows, budget or Budget(), by),
         settings={"device": "cpu", "prompt_length": 256, "decode_tokens": 32, "rounds": 10},
         machine={"processor": "a processor", "cores": 2, "memory_bytes": 8_000_000_000},
         data={"spec": "stdlib:eval", "windows": 64, "length": 256, "fingerprint": "abc"},
@@ -97,17 +98,21 @@ def with_layers(origin: Report) -> Report:
 
 class TestVerdict:
     @pytest.mark.parametrize(
-        ("field", "at", "beyond"),
+        ("by", "field", "at", "beyond"),
         [
-            ("max_ppl_ratio", 1.139, 1.1389),
-            ("max_kl", 0.1423, 0.1422),
-            ("min_speedup", 1.3, 1.3001),
-            ("max_size_ratio", 0.75, 0.7499),
+            ("bound", "max_ppl_ratio", 1.151, 1.1509),
+            ("bound", "max_kl", 0.1451, 0.145),
+            ("bound", "min_speedup", 1.27, 1.2701),
+            ("bound", "max_size_ratio", 0.75, 0.7499),
+            ("point", "max_ppl_ratio", 1.139, 1.1389),
+            ("point", "max_kl", 0.1423, 0.1422),
+            ("point", "min_speedup", 1.3, 1.3001),
+            ("point", "max_size_ratio", 0.75, 0.7499),
         ],
     )
-    def test_at_the_limit_is_within_it(self, field: str, at: float, beyond: float) -> None:
-        assert report(budget=Budget(**{field: at})).exit_code == 0
-        over = report(budget=Budget(**{field: beyond}))
+    def test_at_the_limit_is_within_it(self, by: Judge, field: str, at: float, beyond: float) -> None:
+        assert report(budget=Budget(**{field: at}), by=by).exit_code == 0
+        over = report(budget=Budget(**{field: beyond}), by=by)
         assert over.exit_code == 3
         assert [(limit.name, limit.passed) for limit in over.verdict.limits] == [(field, False)]
 
@@ -153,13 +158,52 @@ class TestVerdict:
     def test_the_original_is_not_judged(self) -> None:
         assert report(ORIGINAL, budget=Budget(min_speedup=2.0)).verdict.limits == ()
 
-    def test_the_figure_is_judged_and_doubt_is_said(self) -> None:
-        (limit,) = report(budget=Budget(max_ppl_ratio=1.14)).verdict.limits
+    def test_where_the_figure_is_judged_doubt_is_said(self) -> None:
+        doubtful = report(budget=Budget(max_ppl_ratio=1.14), by="point")
+        (limit,) = doubtful.verdict.limits
         assert limit.passed
         assert limit.interval == CANDIDATE.perplexity_ratio
-        assert "its interval reaches past the limit" in limit_sentence(limit)
-        (clear,) = report(budget=Budget(max_ppl_ratio=1.2)).verdict.limits
-        assert "reaches past" not in limit_sentence(clear)
+        assert "holds, but its interval reaches past the limit" in limit_sentence(limit, doubtful)
+        clear = report(budget=Budget(max_ppl_ratio=1.2), by="point")
+        assert limit_sentence(clear.verdict.limits[0], clear).endswith(": holds")
+
+    @pytest.mark.parametrize(
+        ("field", "limit", "said"),
+        [
+            # The interval's end is twice as far off as the limit: four times as many.
+            ("max_ppl_ratio", 1.3125, "about 192 more windows (--eval-samples 256) would settle it"),
+            ("max_kl", 1.3125, "about 192 more windows (--eval-samples 256) would settle it"),
+            ("min_speedup", 1.1875, "about 30 more rounds (validate --rounds 40) would settle it"),
+            ("max_ppl_ratio", 1.25, "it is at the limit, so no number of windows would settle it"),
+            ("min_speedup", 1.25, "it is at the limit, so no number of rounds would settle it"),
+        ],
+    )
+    def test_an_undecided_limit_says_what_would_settle_it(self, field: str, limit: float, said: str) -> None:
+        figure = Interval(1.25, 1.125, 1.375)
+        candidate = replace(CANDIDATE, perplexity_ratio=figure, kl=figure, decode_speedup=figure)
+        found = report(ORIGINAL, candidate, budget=Budget(**{field: limit}))
+        assert (found.exit_code, headline(found)) == (3, "Not shown to be within budget")
+        sentence = limit_sentence(found.verdict.limits[0], found)
+        assert "undecided, the figure is within and its interval is not" in sentence
+        assert said in sentence
+        over = report(ORIGINAL, candidate, budget=Budget(max_ppl_ratio=1.2))
+        assert limit_sentence(over.verdict.limits[0], over).endswith(": does not hold")
+        assert headline(over) == "Over budget"
+
+    def test_as_many_windows_as_it_says_do_settle_it(self) -> None:
+        losses = np.random.default_rng(0).normal(1.0, 0.5, 4000)
+        few = mean_interval(losses[:64], np.ones(64), 0)
+        limit = Limit("max_kl", "candidate", few.value + (few.high - few.value) / 3, few.value, few, few.high)
+        more = more_to_settle(limit, 64)
+        assert more == pytest.approx(64 * 8, rel=0.01)
+        many = mean_interval(losses[: 64 + more], np.ones(64 + more), 0)
+        assert many.high - many.value == pytest.approx((few.high - few.value) / 3, rel=0.2)
+
+    def test_an_interval_without_an_end_is_within_nothing(self) -> None:
+        endless = replace(CANDIDATE, kl=Interval(0.1, 0.05, math.inf))
+        found = report(ORIGINAL, endless, budget=Budget(max_kl=1.0))
+        assert found.exit_code == 3
+        assert limit_sentence(found.verdict.limits[0], found).endswith(": does not hold")
 
 
 class TestJson:
@@ -185,8 +229,37 @@ class TestJson:
     def test_the_outcome_stands_in_it(self) -> None:
         fields = json.loads(report(budget=Budget(max_kl=0.1)).to_json())
         assert (fields["passed"], fields["exit_code"]) == (False, 3)
+        assert fields["verdict"]["judge"] == "bound"
+        [limit] = fields["verdict"]["limits"]
+        assert (limit["measured"], limit["judged"], limit["passed"]) == (0.1423, 0.1451, False)
+        point = json.loads(report(budget=Budget(max_kl=0.1), by="point").to_json())["verdict"]
+        assert (point["judge"], point["limits"][0]["judged"]) == ("point", 0.1423)
 
-    @pytest.mark.parametrize("text", ["", "[]", '{"rows": 3}'])
+    @pytest.mark.parametrize(
+        ("place", "value"),
+        [
+            (("rows", 1, "kl", "value"), 0.01),
+            (("rows", 1, "files", "model.safetensors"), "0" * 64),
+            (("verdict", "limits", 0, "limit"), 0.5),
+            (("verdict", "judge"), "point"),
+            (("exit_code",), 0),
+            (("digest",), ""),
+        ],
+    )
+    def test_a_tampered_report_is_refused(self, place: tuple[str | int, ...], value: object) -> None:
+        text = report(
+            ORIGINAL, replace(CANDIDATE, files={"model.safetensors": "1"}), budget=Budget(max_kl=0.1)
+        ).to_json()
+        Report.from_json(text)
+        fields = json.loads(text)
+        inside = fields
+        for step in place[:-1]:
+            inside = inside[step]
+        inside[place[-1]] = value
+        with pytest.raises(StreamlineError, match="not the report that was written"):
+            Report.from_json(json.dumps(fields))
+
+    @pytest.mark.parametrize("text", ["", "[]", '{"rows": 3}', "[" * 100_000])
     def test_something_else_is_refused(self, text: str) -> None:
         with pytest.raises(StreamlineError, match="not a report"):
             Report.from_json(text)
@@ -290,6 +363,18 @@ class TestForms:
         unpaired = replace(exported(CANDIDATE), baseline="original")
         assert "change of runtime" in sentences(report(ORIGINAL, unpaired))[0]
         assert "change of runtime" not in sentences(report())[0]
+
+    def test_a_model_that_is_not_what_its_record_says_is_said(self) -> None:
+        edited = report(ORIGINAL, replace(CANDIDATE, changed=("model.safetensors is not what was written",)))
+        line = (
+            "candidate: model.safetensors is not what was written. Its figures are not of what that record describes."
+        )
+        console = Console(record=True, width=160)
+        console.print(comparison_table(edited))
+        assert line in console.export_text()
+        for form in (to_html, to_markdown):
+            assert line in form(edited)
+            assert "that record" not in form(report())
 
     def test_no_difference_is_said(self) -> None:
         same = replace(CANDIDATE, decode_speedup=Interval(1.05, 0.97, 1.12))

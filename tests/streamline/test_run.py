@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 
 from console import Outcome, optimum_cli
@@ -96,14 +97,17 @@ def test_it_resumes_at_the_first_step_that_is_missing(cli: Cli, folder: Path) ->
     assert after == before
 
 
-def test_a_part_that_is_gone_is_made_again(cli: Cli, folder: Path) -> None:
+def test_an_edited_graph_and_a_broken_report_are_made_again(cli: Cli, folder: Path) -> None:
     out = folder / "out"
     before = made_at(out)
-    (out / "onnx" / "model.onnx").unlink()
+    graph = onnx.load(out / "onnx" / "model.onnx", load_external_data=False)
+    graph.doc_string = "edited"
+    onnx.save(graph, out / "onnx" / "model.onnx")
     (out / "report.json").write_text("{")
     (out / "steps.json").write_text("{")
     outcome = cli(folder / "recipe.yaml", out)
     assert outcome.code == 0, outcome.err
+    assert onnx.load(out / "onnx" / "model.onnx", load_external_data=False).doc_string != "edited"
     after = made_at(out)
     for name in ("onnx/model.onnx", "report.json"):
         assert after.pop(name) > before.pop(name)
@@ -113,7 +117,7 @@ def test_a_part_that_is_gone_is_made_again(cli: Cli, folder: Path) -> None:
 def test_a_checkpoint_that_is_broken_is_said_so(cli: Cli, folder: Path, tmp_path: Path) -> None:
     for name, text, message in (
         ("streamline.json", "{", "not a record of this program"),
-        ("model.safetensors", None, "its weights are gone"),
+        ("model.safetensors", None, "model.safetensors, which streamline.json says was written, is gone"),
     ):
         out = shutil.copytree(folder / "out", tmp_path / name)
         (out / name).unlink()
@@ -149,10 +153,12 @@ def test_other_text_of_the_same_name_is_another_run(cli: Cli, tmp_path: Path) ->
     assert "made from another calibration text, though of the same name" in outcome.err
 
 
-def test_another_budget_judges_anew_without_making_anew(cli: Cli, folder: Path) -> None:
+def test_another_budget_judges_the_same_figures_anew(cli: Cli, folder: Path) -> None:
     before = made_at(folder / "out")
     outcome = cli(folder / "recipe.yaml", folder / "out", "--max-kl", 1e-6)
     assert outcome.code == 3
+    assert "judged anew" in outcome.out
+    assert "validating" not in outcome.out
     report = json.loads((folder / "out" / "report.json").read_text())
     assert (report["passed"], report["exit_code"]) == (False, 3)
     after = made_at(folder / "out")

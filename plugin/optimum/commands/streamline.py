@@ -176,6 +176,11 @@ def _judgement_flags(parser: argparse.ArgumentParser) -> None:
     _recipe_flag(group, "--max-kl", "largest KL(original || candidate), nats per token", float)
     _recipe_flag(group, "--min-speedup", "least decode speed-up over the original in the same runtime", float)
     _recipe_flag(group, "--max-size-ratio", "largest size on disk over the original's in the same runtime", float)
+    _recipe_flag(
+        group,
+        "--judge",
+        "what must be within each limit: bound (default), the whole interval of a figure; or point, the figure",
+    )
 
 
 def _exclude_flag(group: Any) -> None:
@@ -437,6 +442,7 @@ class ValidateCommand(_Command):
         )
         group = parser.add_argument_group("how it is measured")
         _recipe_flag(group, "--dtype", "what checkpoints are computed in: fp32 (default), fp16 or bf16")
+        group.add_argument("--rounds", type=int, default=10, help="timed rounds of every model in turn (default 10)")
         _common_recipe_flags(group)
 
 

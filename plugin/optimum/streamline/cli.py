@@ -408,11 +408,13 @@ def _validate(args: Namespace, console: Console) -> int:
         subjects,
         windows,
         recipe.budget,
+        recipe.judge,
         questions=questions,
         dtype=recipe.dtype or "fp32",
         device=recipe.device,
         seed=recipe.seed,
         say=_say(console),
+        rounds=args.rounds,
     )
     write_report(report, args.output)
     console.print(comparison_table(report))

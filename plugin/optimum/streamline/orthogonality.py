@@ -81,7 +81,7 @@ def orthogonality(
     rows = tuple(row if row.label == DENSE else replace(row, path="") for row in measured.rows)
     report = Report(
         rows,
-        judge(rows, recipe.budget),
+        judge(rows, recipe.budget, recipe.judge),
         measured.settings,
         describe_machine(recipe.device),
         texts.judged_on.describe(),

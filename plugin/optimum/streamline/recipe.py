@@ -53,6 +53,7 @@ Dtype = Literal["fp32", "fp16", "bf16"]
 Device = Literal["cpu", "cuda"]
 Format = Literal["none", "onnx"]
 Steps = Literal["prune,quantize", "quantize,prune"]
+Judge = Literal["bound", "point"]
 # What stands in for the layers that a method takes, in its own paper; nothing in all others.
 _PAPERS_REPLACEMENT: dict[str, Replacement] = {"llm-streamline": "layer"}
 # What chooses the layers for a replacement where no method is named: for a trained one `llm-streamline`, its paper's.
@@ -122,6 +123,7 @@ class Recipe:
         format: What the checkpoint is exported to.
         seed: Of everything random.
         budget: What the candidate is judged by.
+        judge: What must be within each limit: `bound`, the whole interval of the figure, or `point`, the figure.
     """
 
     method: str | None = None
@@ -157,6 +159,7 @@ class Recipe:
     format: Format = "none"
     seed: int = Field(default=0, ge=0, lt=2**63)
     budget: Budget = Field(default_factory=Budget)
+    judge: Judge = "bound"
 
     @property
     def stand_in(self) -> Replacement:
@@ -208,7 +211,7 @@ class Recipe:
     def fingerprint(self) -> str:
         """SHA-256 of what decides the checkpoint: all but the judgement of it."""
         fields = dataclasses.asdict(self)
-        for judgement in ("budget", "eval_data", "eval_samples", "format"):
+        for judgement in ("budget", "judge", "eval_data", "eval_samples", "format"):
             del fields[judgement]
         if self.quantize not in QUANTIZERS and not self.quantize_first:  # it is the export that is quantized
             for field in ("quantize", "quantize_exclude"):

@@ -5,9 +5,10 @@ Plain values that go to JSON and back. Knows neither how they were measured nor 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
@@ -15,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from .errors import StreamlineError
 from .intervals import Interval
 from .plan import Place
+from .recipe import Judge
 
 Role = Literal["original", "candidate"]
 
@@ -51,6 +53,8 @@ class Measurement:
         peak_bytes: Most memory its process held, bytes.
         question_accuracy: Share of multiple-choice questions answered right, where there were some.
         stability: LLM-Streamline's stability on them against the original (`stability.Answers.stability`).
+        files: SHA-256 of each of its files that was read for this, by name.
+        changed: Of a model made here, how these differ from what its record says was written, one phrase a file.
     """
 
     label: str
@@ -80,6 +84,8 @@ class Measurement:
     question_accuracy: Interval | None = None
     stability: Interval | None = None
     commit: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+    changed: tuple[str, ...] = ()
 
     @property
     def finite(self) -> bool:
@@ -94,10 +100,10 @@ class Limit:
     Args:
         name: The budget's field, or `finite`: logits must be numbers, whatever the budget.
         label: The model's.
-        limit: The bound, None for `finite`.
-        measured: The figure that was judged.
-        interval: Its interval, for the reader: the figure itself is judged. None where there is none.
-        passed: Whether it holds. NaN holds nowhere.
+        limit: What is allowed, None for `finite`.
+        measured: The figure.
+        interval: Its interval; None where there is none.
+        judged: What was held against the limit: an end of the interval, or the figure.
     """
 
     name: str
@@ -105,19 +111,51 @@ class Limit:
     limit: float | None
     measured: float
     interval: Interval | None
-    passed: bool
+    judged: float
+
+    @property
+    def least(self) -> bool:
+        """Whether the figure must be at least the limit, rather than at most."""
+        return self.name.startswith("min_")
+
+    @property
+    def passed(self) -> bool:
+        """Whether it holds: what was judged is within it, and so is the figure."""
+        return self._allows(self.measured) and self._allows(self.judged)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the figure is within the limit, and what was judged, the end of its interval, is not."""
+        return not self.passed and self._allows(self.measured) and math.isfinite(self.judged)
+
+    def _allows(self, figure: float) -> bool:
+        # NaN is not within anything, nor is infinity.
+        if self.limit is None or not math.isfinite(figure):
+            return False
+        return figure >= self.limit if self.least else figure <= self.limit
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """All limits, judged."""
+    """All limits, judged.
+
+    Args:
+        limits: One a limit and model.
+        judge: By what of each figure, as in a recipe.
+    """
 
     limits: tuple[Limit, ...]
+    judge: Judge = "bound"
 
     @property
     def passed(self) -> bool:
         """Whether every limit holds; with none set, it does."""
         return all(limit.passed for limit in self.limits)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether some limits do not hold, each of them undecided."""
+        return not self.passed and all(limit.passed or limit.undecided for limit in self.limits)
 
 
 @dataclass(frozen=True)
@@ -187,23 +225,39 @@ class Report:
         return 0 if self.verdict.passed else 3
 
     def to_json(self) -> str:
-        """Strict JSON; a figure that is not a number is the string `NaN`, `Infinity` or `-Infinity`."""
+        """Strict JSON; a figure that is not a number is the string `NaN`, `Infinity` or `-Infinity`.
+
+        Beside the fields stand what scripts look for (`passed`, `exit_code`) and `digest`, the SHA-256 of all the rest.
+        """
         fields = {**asdict(self), "passed": self.verdict.passed, "exit_code": self.exit_code}
-        return json.dumps(_spell_out(fields), indent=2, allow_nan=False) + "\n"
+        limits = [{**asdict(limit), "passed": limit.passed} for limit in self.verdict.limits]
+        fields["verdict"] = {**fields["verdict"], "limits": limits}
+        fields = _spell_out(fields)
+        return json.dumps({**fields, "digest": _digest(fields)}, indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Report:
         """The report that `to_json` wrote.
 
         Raises:
-            StreamlineError: it is not one.
+            StreamlineError: it is not one, or has been changed since it was written.
         """
         try:
-            return TypeAdapter(cls).validate_json(text)
+            fields = json.loads(text)
+            report = TypeAdapter(cls).validate_python(fields)
         except ValidationError as error:
             first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"])
-            raise StreamlineError(f"not a report: {field or 'the text'}: {first['msg']}") from None
+            place = ".".join(str(part) for part in first["loc"])
+            raise StreamlineError(f"not a report: {place or 'the text'}: {first['msg']}") from None
+        except (ValueError, RecursionError) as error:
+            raise StreamlineError(f"not a report: the text: {error}") from None
+        if fields.pop("digest", None) != _digest(fields):
+            raise StreamlineError("not the report that was written: its digest is of other content")
+        return report
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _spell_out(value: Any) -> Any:

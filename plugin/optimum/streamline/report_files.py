@@ -13,12 +13,20 @@ REPORT_FILE = "report.json"
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write `report.json`, `report.md` and `report.html` into `folder`.
+    """Write `report.json`, `report.md` and `report.html` into `folder`; a file that says the same already stays.
 
     Raises:
         StreamlineError: they cannot be written.
     """
-    write_file(folder / "report.html", to_html(report))
-    write_file(folder / "report.md", to_markdown(report))
-    # Last: where this one stands, the others do.
-    write_file(folder / REPORT_FILE, report.to_json())
+    # `report.json` last: where this one stands, the others do.
+    forms = {"report.html": to_html(report), "report.md": to_markdown(report), REPORT_FILE: report.to_json()}
+    for name, text in forms.items():
+        if not _holds(folder / name, text):
+            write_file(folder / name, text)
+
+
+def _holds(file: Path, text: str) -> bool:
+    try:
+        return file.read_bytes() == text.encode()
+    except OSError:
+        return False

@@ -16,7 +16,7 @@ from .interactions import HEADINGS, MEANING, cells
 from .plan import TRAINED
 from .plots import comparison_svg, interactions_svg, layer_importance_svg
 from .report import Report
-from .report_table import headline, limit_sentence, lines_of, note, sentences, settings_lines
+from .report_table import headline, limit_sentence, lines_of, note, sentences, settings_lines, warnings
 
 TEMPLATE = "report.html.j2"
 FATES = {
@@ -36,8 +36,9 @@ def to_html(report: Report) -> str:
         report=report,
         headline=headline(report),
         tone="neutral" if not report.verdict.limits else "good" if report.verdict.passed else "bad",
+        warnings=warnings(report),
         sentences=sentences(report),
-        limits=[(limit_sentence(limit), limit.passed) for limit in report.verdict.limits],
+        limits=[(limit_sentence(limit, report), limit.passed) for limit in report.verdict.limits],
         groups=[(name, list(lines)) for name, lines in groupby(lines_of(report), key=lambda line: line.group)],
         note=note(report),
         comparison=Markup(comparison_svg(report.rows)),

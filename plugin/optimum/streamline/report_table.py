@@ -12,6 +12,7 @@ from typing import Any
 
 from .intervals import Interval
 from .report import Limit, Measurement, Report
+from .verdict import more_to_settle
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,13 @@ LIMIT_NAMES = {
     "max_size_ratio": "size ratio",
 }
 
+JUDGE_NAMES = {
+    "bound": "bound: the whole interval must be within a limit",
+    "point": "point: the figure itself must be within a limit",
+}
+
 SETTING_NAMES = {
+    "judge": "judged by",
     "spec": "evaluation text",
     "windows": "evaluation windows",
     "length": "tokens a window",
@@ -120,6 +127,8 @@ def headline(report: Report) -> str:
         return "Pruning and quantizing, alone and together"
     if not report.verdict.limits:
         return "No budget was set"
+    if report.verdict.undecided:
+        return "Not shown to be within budget"
     return "Within budget" if report.verdict.passed else "Over budget"
 
 
@@ -128,23 +137,52 @@ def sentences(report: Report) -> list[str]:
     return [_sentence(row, report) for row in report.rows if row.role == "candidate"]
 
 
-def limit_sentence(limit: Limit) -> str:
-    """How one limit fared, and whether its interval leaves doubt."""
+def limit_sentence(limit: Limit, report: Report) -> str:
+    """How one limit of a report fared, and what its interval leaves open."""
     if limit.limit is None:
         return f"{limit.label}: its logits are not all numbers, so it fails whatever the budget"
-    lowest = limit.name.startswith("min")
-    bound = f"{'at least' if lowest else 'at most'} {limit.limit:g}"
+    allowed = f"{'at least' if limit.least else 'at most'} {limit.limit:g}"
     figure = number(limit.measured, 4) if limit.interval is None else with_interval(limit.interval, digits=4)
     outcome = "holds" if limit.passed else "does not hold"
-    if limit.interval is not None:
-        beyond = limit.interval.low < limit.limit if lowest else limit.interval.high > limit.limit
-        outcome += ", but its interval reaches past the limit" if limit.passed and beyond else ""
-    return f"{limit.label}: {LIMIT_NAMES[limit.name]} {figure}, {bound} allowed: {outcome}"
+    if limit.undecided:
+        outcome = f"undecided, the figure is within and its interval is not; {_what_would_settle(limit, report)}"
+    elif limit.passed and limit.interval is not None:
+        beyond = limit.interval.low < limit.limit if limit.least else limit.interval.high > limit.limit
+        outcome += ", but its interval reaches past the limit" if beyond else ""
+    return f"{limit.label}: {LIMIT_NAMES[limit.name]} {figure}, {allowed} allowed: {outcome}"
+
+
+def warnings(report: Report) -> list[str]:
+    """What a reader must know of a model before its figures: that it is not what its record says."""
+    return [
+        f"{row.label}: {'; '.join(row.changed)}. Its figures are not of what that record describes."
+        for row in report.rows
+        if row.changed
+    ]
+
+
+def _what_would_settle(limit: Limit, report: Report) -> str:
+    timed = limit.name == "min_speedup"
+    what = "rounds" if timed else "windows"
+    count = int(report.settings["rounds"] if timed else report.data["windows"])
+    more = more_to_settle(limit, count)
+    if more is None:
+        return f"it is at the limit, so no number of {what} would settle it"
+    flag = f" ({'validate --rounds' if timed else '--eval-samples'} {count + more})"
+    scratch = timed and report.interactions  # the models are gone, and `orthogonality` has no such flag
+    return f"about {more:,} more {what}{'' if scratch else flag} would settle it, if the figure stays"
 
 
 def settings_lines(report: Report) -> list[tuple[str, str]]:
     """What was run, on what: name and value."""
-    entries = {**report.data, **report.settings, **(report.questions or {}), "seed": report.seed, **report.machine}
+    entries = {
+        **report.data,
+        **report.settings,
+        **(report.questions or {}),
+        "seed": report.seed,
+        "judge": JUDGE_NAMES[report.verdict.judge],
+        **report.machine,
+    }
     lines = [
         (SETTING_NAMES.get(key, key.replace("_", " ")), number(value) if isinstance(value, float) else str(value))
         for key, value in entries.items()

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from .interactions import HEADINGS, MEANING, cells
 from .report import Report
-from .report_table import headline, limit_sentence, lines_of, note, sentences, settings_lines
+from .report_table import headline, limit_sentence, lines_of, note, sentences, settings_lines, warnings
 
 
 def comparison_table(report: Report) -> RenderableType:
@@ -22,8 +22,11 @@ def comparison_table(report: Report) -> RenderableType:
     for number, line in enumerate(lines):
         last = number + 1 == len(lines) or lines[number + 1].group != line.group
         table.add_row(line.title, *(escape(line.cell(row)) for row in report.rows), end_section=last)
-    limits = [Text(limit_sentence(limit), "green" if limit.passed else "red") for limit in report.verdict.limits]
-    return Group(table, *limits, Text(f"{headline(report)}.", "bold"))
+    limits = [
+        Text(limit_sentence(limit, report), "green" if limit.passed else "red") for limit in report.verdict.limits
+    ]
+    changes = [Text(each, "yellow") for each in warnings(report)]
+    return Group(table, *changes, *limits, Text(f"{headline(report)}.", "bold"))
 
 
 def interactions_table(report: Report) -> RenderableType:
@@ -38,9 +41,9 @@ def interactions_table(report: Report) -> RenderableType:
 
 def to_markdown(report: Report) -> str:
     """The whole report."""
-    parts = [f"# {headline(report)}", *sentences(report)]
+    parts = [f"# {headline(report)}", *(f"**{each}**" for each in warnings(report)), *sentences(report)]
     if report.verdict.limits:
-        parts.append("\n".join(f"- {limit_sentence(limit)}" for limit in report.verdict.limits))
+        parts.append("\n".join(f"- {limit_sentence(limit, report)}" for limit in report.verdict.limits))
     if report.interactions:
         rows = [HEADINGS, *(cells(each) for each in report.interactions)]
         parts += ["## Pruning and quantizing together", MEANING, _rows(rows)]

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import read_config, read_record
+from .checkpoint import RECORD_FILE, read_config, read_record
 from .errors import StreamlineError
 from .logs import LOG_FILE, captured_logs
 from .module_patterns import chosen, followed
@@ -25,6 +25,7 @@ from .outputs import check_output, refuse_own_input, write_file
 from .plan import Place
 from .processes import process_count
 from .products import products_of, skeleton_of
+from .provenance import changed_files, model_hashes
 from .prune import Say, Texts, check_recipe, inputs_of, prune, read_texts
 from .quantization_config import float_config
 from .quantize import QUANTIZATION_FILE
@@ -36,6 +37,7 @@ from .runner import Artifact, is_artifact
 from .scores import Scores, scores_of
 from .source import Source, fingerprint
 from .validation import Subject, validate
+from .verdict import judge
 from .windows import Windows
 
 STEPS_FILE = "steps.json"
@@ -112,7 +114,10 @@ class _Chain:
                 return f"made from another {purpose} text, though of the same name"
         if (self._out / QUANTIZATION_FILE).is_file() and self._recipe.quantize not in QUANTIZERS:
             return "quantized since it was made"
-        return None
+        changed = changed_files(Source(str(self._out)))
+        if changed is None:
+            return f"{RECORD_FILE} has no hashes of the files, so they cannot be told from others"
+        return changed[0] if changed else None
 
     def step(self, name: str, work: Callable[[], object]) -> None:
         """Do one step, and keep how long it took."""
@@ -173,10 +178,8 @@ class _Chain:
         from optimum.exporters.streamline.ort_runner import GRAPH_FILE
 
         artifact = Artifact.read(folder)
-        whole = all((folder / name).is_file() for name in (GRAPH_FILE, WEIGHTS_FILE))
-        same = artifact.source_fingerprint == fingerprint(
-            self._source if checkpoint == self._source.model else Source(checkpoint)
-        )
+        whole = {GRAPH_FILE, WEIGHTS_FILE} <= set(artifact.files) and changed_files(Source(str(folder))) == []
+        same = artifact.source_fingerprint == fingerprint(self._source.of(checkpoint))
         quantized = (artifact.quantize, list(artifact.quantize_exclude)) == (how, exclude)
         return whole and same and quantized and artifact.dtype == (self._recipe.dtype or "fp32")
 
@@ -197,22 +200,33 @@ class _Chain:
         )
 
     def report(self, windows: Windows) -> Report:
-        """The report: the one that is there if it judges by this recipe, else a new one."""
-        judged_by = dataclasses.asdict(self._recipe)
-        file = self._out / REPORT_FILE
-        earlier = _earlier_report(file)
-        if earlier is not None and earlier.recipe == judged_by and earlier.data == windows.describe():
-            self._say(f"{file} is there already")
-            return earlier
+        """The report: the one that is there if it is of these very files, this text and this recipe, else a new one.
+
+        A verdict that is there is not believed: the rows of the report are judged again.
+        """
+        subjects = self._subjects()
+        earlier = self._earlier_report(subjects, windows)
+        if earlier is None:
+            report = self._measured(subjects, windows)
+        else:
+            verdict = judge(earlier.rows, self._recipe.budget, self._recipe.judge)
+            report = dataclasses.replace(earlier, verdict=verdict, recipe=dataclasses.asdict(self._recipe))
+            judged = "" if report.to_json() == earlier.to_json() else ": judged anew"
+            self._say(f"{self._out / REPORT_FILE} is there already, of these very files{judged}")
+        write_report(report, self._out)
+        return report
+
+    def _measured(self, subjects: list[Subject], windows: Windows) -> Report:
         self._say(windows.line("evaluation"))
         self._say("validating against the original")
         start = time.monotonic()
         log = self._out / LOG_FILE
         with captured_logs(log, self._verbose):
             report = validate(
-                self._subjects(),
+                subjects,
                 windows,
                 self._recipe.budget,
+                self._recipe.judge,
                 dtype=self._recipe.dtype or "fp32",
                 device=self._recipe.device,
                 seed=self._recipe.seed,
@@ -221,15 +235,31 @@ class _Chain:
             )
         steps = {**self._seconds(), "validate": round(time.monotonic() - start, 1)}
         record = read_record(str(self._out)) or {}
-        report = dataclasses.replace(
+        return dataclasses.replace(
             report,
             scores=tuple(record["scores"]["block_influence"]),
             layers=tuple(Place(layer["kind"], tuple(layer["originals"])) for layer in record["layers"]),
             steps=steps,
-            recipe=judged_by,
+            recipe=dataclasses.asdict(self._recipe),
         )
-        write_report(report, self._out)
-        return report
+
+    def _earlier_report(self, subjects: list[Subject], windows: Windows) -> Report | None:
+        """The report that is there, if it is what was written, of these files, this text and these settings."""
+        file = self._out / REPORT_FILE
+        if not file.is_file():
+            return None
+        try:
+            report = Report.from_json(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, StreamlineError) as error:
+            self._say(f"{file}: {error}; measuring anew")
+            return None
+        measured = {row.label: row.files for row in report.rows}
+        same_files = measured == {subject.label: model_hashes(subject.source) for subject in subjects}
+        same_recipe = _measures(report.recipe or {}) == _measures(dataclasses.asdict(self._recipe))
+        if same_files and same_recipe and report.data == windows.describe():
+            return report
+        self._say(f"{file} is of other files, text or settings; measuring anew")
+        return None
 
     def _subjects(self) -> list[Subject]:
         source = self._source
@@ -253,6 +283,11 @@ class _Chain:
         return {}
 
 
+def _measures(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's fields, but for those that decide nothing but how the figures are judged."""
+    return {key: value for key, value in recipe.items() if key not in ("budget", "judge")}
+
+
 def score_graph(artifact: Artifact, windows: Windows) -> Scores:
     """The importances of a graph's layers."""
     from optimum.exporters.streamline import open_hidden_states
@@ -260,10 +295,3 @@ def score_graph(artifact: Artifact, windows: Windows) -> Scores:
     states = open_hidden_states(artifact)
     layers = len(artifact.hidden) - 1
     return scores_of(lambda batch: [torch.from_numpy(each) for each in states(batch.numpy())], layers, windows)
-
-
-def _earlier_report(file: Path) -> Report | None:
-    # One that is missing or broken is measured anew: nothing else hangs on it.
-    with suppress(OSError, StreamlineError):
-        return Report.from_json(file.read_text(encoding="utf-8"))
-    return None

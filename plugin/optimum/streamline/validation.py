@@ -21,8 +21,9 @@ from .errors import StreamlineError
 from .intervals import RESAMPLES, grouped
 from .latency import Timing, median_time, speedup
 from .machine import describe_machine
+from .provenance import changed_files, model_hashes
 from .quantization_config import quantization_name
-from .recipe import Budget
+from .recipe import Budget, Judge
 from .report import Measurement, Report, Role
 from .runner import Artifact, is_artifact, open_runner
 from .source import Source, fingerprint
@@ -78,6 +79,8 @@ class Facts:
     cost: Cost
     disk_bytes: int
     runtime: str
+    files: dict[str, str]
+    changed: tuple[str, ...]
     accuracy: Accuracy
     answers: Answers | None
     timed: Timed
@@ -112,7 +115,10 @@ def recognise(subjects: Sequence[Subject]) -> list[Subject]:
 
 
 def _is_float_export(subject: Subject) -> bool:
-    return is_artifact(subject.path) and Artifact.read(Path(subject.path)).quantize == "none"
+    """Whether it is an export as it was written, which nothing made less than its checkpoint."""
+    if not is_artifact(subject.path):
+        return False
+    return Artifact.read(Path(subject.path)).quantize == "none" and not changed_files(subject.source)
 
 
 @dataclass(frozen=True)
@@ -132,13 +138,16 @@ class Measured:
     questions: dict[str, str | int | float] | None
 
 
-def validate(subjects: Sequence[Subject], windows: Windows, budget: Budget, **how: Any) -> Report:
+def validate(
+    subjects: Sequence[Subject], windows: Windows, budget: Budget, judged_by: Judge = "bound", **how: Any
+) -> Report:
     """Measure every subject against the original, all in this run, and judge the candidates.
 
     Args:
         subjects: As in `measure`.
         windows: As in `measure`.
         budget: What a candidate may cost, and must bring.
+        judged_by: What must be within it, as in `verdict.judge`.
         how: The other arguments of `measure`.
 
     Raises:
@@ -147,7 +156,7 @@ def validate(subjects: Sequence[Subject], windows: Windows, budget: Budget, **ho
     """
     measured = measure(subjects, windows, **how)
     machine = describe_machine(how.get("device", "cpu"))
-    verdict, seed = judge(measured.rows, budget), how.get("seed", 0)
+    verdict, seed = judge(measured.rows, budget, judged_by), how.get("seed", 0)
     return Report(
         measured.rows, verdict, measured.settings, machine, windows.describe(), seed, questions=measured.questions
     )
@@ -203,12 +212,15 @@ def measure(
     prompt = _clip(prompt_length, decode_tokens, min(positions, windows.ids.numel()))
     computed = [_computed(subject, config, dtype) for subject, config in zip(subjects, configs, strict=True)]
     dtypes, costs = zip(*computed, strict=True)
+    files = [model_hashes(subject.source) for subject in subjects]
+    changed = [tuple(changed_files(subject.source) or ()) for subject in subjects]
     runtimes, accuracies, answers = _judged(subjects, windows, questions, dtype, device)
     tokens = windows.ids.flatten()[None, : prompt.length + prompt.decoded].numpy()
     jobs = [Job(each.label, str(each.source.folder), dtype, device, each.trust_remote_code) for each in subjects]
     timed = time_alternating(jobs, tokens, prompt.length, rounds, WARMUP_ROUNDS, log)
     sizes = [disk_bytes(subject.source.folder) for subject in subjects]
-    columns = (subjects, dtypes, costs, sizes, runtimes, accuracies, answers, timed)
+    _refuse_other_files(subjects, files)
+    columns = (subjects, dtypes, costs, sizes, runtimes, files, changed, accuracies, answers, timed)
     facts = [Facts(*each) for each in zip(*columns, strict=True)]
     rows = tuple(_measurement(own, facts[0], _baseline(own, facts), prompt, seed) for own in facts)
     settings: dict[str, str | int] = {
@@ -240,6 +252,14 @@ def _check(subjects: Sequence[Subject], windows: Windows, prompt_length: int, de
     ):
         if value < least:
             raise StreamlineError(f"{name} {value}: must be at least {least}")
+
+
+def _refuse_other_files(subjects: Sequence[Subject], files: Sequence[dict[str, str]]) -> None:
+    for subject, before in zip(subjects, files, strict=True):
+        after = model_hashes(subject.source)
+        for name in sorted({*before, *after}):
+            if before.get(name) != after.get(name):
+                raise StreamlineError(f"{subject.label}: {name} was changed while it was measured; measure it again")
 
 
 def _source_fingerprint(subject: Subject) -> str:
@@ -332,4 +352,6 @@ def _measurement(own: Facts, original: Facts, baseline: Facts, prompt: Prompt, s
         peak_bytes=own.timed.peak_bytes,
         question_accuracy=own.answers.accuracy(seed) if own.answers else None,
         stability=own.answers.stability(original.answers, seed) if own.answers and original.answers else None,
+        files=own.files,
+        changed=own.changed,
     )
