@@ -29,6 +29,7 @@ from .dead import drop_dead_sublayers
 from .errors import StreamlineError
 from .offload import offload_options, read_parameter
 from .older_names import add_older_names
+from .older_tokenizers import save_tokenizer
 from .quantization_config import quantization_name
 from .quantized import keep_as_read, save_as_read
 
@@ -245,7 +246,7 @@ def save_model(
         _check_finite(f"stored in {dtype}", model)  # half precision ends at 65504
         model.config.dtype = dtype
     save_weights(model, folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
 
 
 def save_weights(model: PreTrainedModel, folder: Path) -> None:

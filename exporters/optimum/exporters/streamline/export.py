@@ -304,8 +304,11 @@ def write_graph(graph: ir.Model, model: PreTrainedModel, folder: Path) -> None:
 def write_companions(model: PreTrainedModel, source: Source, folder: Path) -> None:
     """Write what clients read beside a graph: the model's config, how it generates, its tokenizer."""
     from optimum.streamline.checkpoint import load_tokenizer
+    from optimum.streamline.older_names import add_older_names
+    from optimum.streamline.older_tokenizers import save_tokenizer
 
     model.config.save_pretrained(folder)
+    add_older_names(folder)
     model.generation_config.save_pretrained(folder)
     with suppress(StreamlineError):  # a checkpoint without a tokenizer is a model all the same
-        load_tokenizer(source).save_pretrained(folder)
+        save_tokenizer(load_tokenizer(source), folder)
