@@ -1,6 +1,7 @@
 """`export_checkpoint` as a whole: the folder it writes, what it refuses, and that a wrong export leaves nothing."""
 
 import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from optimum.streamline.errors import ParityError, StreamlineError
 from optimum.streamline.runner import Artifact, open_runner
 from optimum.streamline.source import Source, fingerprint
 from tiny import tiny_model
+from tokenizer_seen import seen
 
 pytestmark = pytest.mark.onnx
 
@@ -34,6 +36,15 @@ def test_the_folder_says_what_it_is(exported):
     assert made.artifact.files.keys() == written
     graph = hashlib.sha256((made.folder / "model.onnx").read_bytes()).hexdigest()
     assert made.artifact.files["model.onnx"] == graph
+
+
+def test_what_lies_beside_the_graph_is_for_readers_of_transformers_4_too(exported):
+    folder = exported("llama").folder
+    config, tokenizer = (json.loads((folder / name).read_text()) for name in ("config.json", "tokenizer_config.json"))
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "is_local" not in tokenizer
+    assert seen(str(folder)) == seen(str(exported("llama").checkpoint))
 
 
 def test_what_libraries_say_goes_to_the_log_and_not_to_the_terminal(exported, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import tokenizer_seen
 from optimum.streamline.checkpoint import save_model
 from optimum.streamline.edit import apply_plan
 from optimum.streamline.plan import Plan
@@ -49,6 +51,14 @@ def test_the_pruned_reference_model(pruned_reference, optimum_onnx: str, tmp_pat
     got = exported_logits(optimum_onnx, pruned_reference.checkpoint, tmp_path / "onnx", ids)
     expected = expected_logits(pruned_reference.checkpoint, ids)
     np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_the_tokenizers_of_a_checkpoint_and_of_its_export(pruned_reference, optimum_onnx: str) -> None:
+    folders = [str(pruned_reference.checkpoint), str(pruned_reference.folder)]
+    words = [optimum_onnx, tokenizer_seen.__file__, *folders]
+    older = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE).stdout)
+    expected = tokenizer_seen.seen(REFERENCE)
+    assert [older[folder] for folder in folders] == [expected, expected]
 
 
 def test_a_model_whose_rotary_embeddings_are_scaled(optimum_onnx: str, tmp_path: Path) -> None:

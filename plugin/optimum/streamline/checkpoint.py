@@ -31,6 +31,7 @@ from .folder_kinds import refuse_export, seems_to_be
 from .model_files import CONFIG_FILE, FLOAT_TYPES, StoredTensor, find_weights
 from .offload import offload_options, read_parameter
 from .older_names import add_older_names
+from .older_tokenizers import save_tokenizer
 from .quantization_config import check_readable, quantization_name
 from .quantized import keep_as_read, save_as_read
 from .remote_code import code_note
@@ -272,7 +273,7 @@ def save_model(
         _check_finite(f"stored in {dtype}", model)  # half precision ends at 65504
         model.config.dtype = dtype
     save_weights(model, folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -312,13 +312,16 @@ def write_companions(model: PreTrainedModel, source: Source, folder: Path) -> No
         ParityError: the tokenizer, read back, gives other tokens.
     """
     from optimum.streamline.checkpoint import load_tokenizer
+    from optimum.streamline.older_names import add_older_names
+    from optimum.streamline.older_tokenizers import save_tokenizer
     from optimum.streamline.read_back import compare_tokenizer
 
     model.config.save_pretrained(folder)
+    add_older_names(folder)
     model.generation_config.save_pretrained(folder)
     try:
         tokenizer = load_tokenizer(source)
     except StreamlineError:  # a checkpoint without a tokenizer is a model all the same
         return
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     compare_tokenizer(folder, tokenizer, source.trust_remote_code)
