@@ -245,7 +245,10 @@ def _save(prepared: Prepared, record: Record, folder: Path, say: Say) -> dict[st
     carry_code(source, folder)
     if quantizes:
         say(write_quantization(model, source, recipe.quantize, recipe.excluded, folder))
-    return read_back(folder, model, prepared.tokenizer, prepared.calibration.ids, source.trust_remote_code)
+    start = time.monotonic()
+    found = read_back(folder, model, prepared.tokenizer, prepared.calibration.ids, source.trust_remote_code)
+    prepared.seconds["read back"] = time.monotonic() - start
+    return found
 
 
 def _say_nothing(message: str) -> None:
