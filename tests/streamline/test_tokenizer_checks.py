@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from console import Outcome, optimum_cli
 from optimum.streamline.checkpoint import load_tokenizer
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.source import Source
 from optimum.streamline.tokenizer_checks import compare_tokenizers
 from optimum.streamline.windows import read_windows
-from reference import REFERENCE, VOCABULARY
+from reference import LIBRARY, REFERENCE, VOCABULARY
+from tiny import tiny_model
 from tokenizers_made import rolled
 
+Cli = Callable[..., Outcome]
 TEXTS = ("def one():\n    return 1\n", "import os\n\nclass Two:\n    pass\n")
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    return lambda *words: optimum_cli(monkeypatch, capsys, "streamline", *words)
 
 
 def read(tokenizer: PreTrainedTokenizerBase, spec: str = "stdlib:eval") -> None:
@@ -80,3 +90,47 @@ def test_a_candidate_that_begins_or_ends_otherwise_is_refused(tmp_path: Path) ->
 def test_a_candidate_without_a_tokenizer_is_said(tmp_path: Path) -> None:
     said = compare_tokenizers(Source(REFERENCE), [("bare", Source(str(tmp_path))), ("same", Source(REFERENCE))], TEXTS)
     assert said == ["bare: holds no tokenizer; it is taken to use the original's"]
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Row 11: a model whose tokenizer has three tokens more than its embedding has rows, and a text that uses them."""
+    folder = tmp_path_factory.mktemp("grown")
+    tiny_model(vocab_size=VOCABULARY).save_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
+    tokenizer.add_tokens([f"extra{number}" for number in range(3)])
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("some words extra2 more words and more " * 4000)
+    return folder / "model", folder / "text.txt"
+
+
+@pytest.mark.onnx
+@pytest.mark.parametrize("command", LIBRARY)
+def test_a_token_that_the_model_does_not_know_is_one_line_in_every_command(
+    cli: Cli, grown: tuple[Path, Path], tmp_path: Path, command: str
+) -> None:
+    model, text = grown
+    flags: tuple[object, ...] = ("-m", model, "--length", 16)
+    if command in ("prune", "run", "orthogonality"):
+        flags += ("--remove", 1)
+    if command == "validate":
+        flags = (model, model, "--length", 16)
+    if command == "export":
+        flags += ("--quantize", "int8-static", "--calibration", text)
+    flags += tuple(text if word == "stdlib" else word for word in LIBRARY[command])
+    out = ("--output", tmp_path / "out") if command in ("validate", "orthogonality") else (tmp_path / "out",)
+    done = cli(command, *flags, *out)
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "token 4098 ('extra2') is outside of the model's vocabulary of 4096" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_validation_refuses_a_candidate_of_equal_weights_that_reads_otherwise(cli: Cli, tmp_path: Path) -> None:
+    # Row 10: the perplexity ratio would be 1.
+    shutil.copytree(REFERENCE, tmp_path / "rolled")
+    rolled(tmp_path / "rolled")
+    words = (REFERENCE, tmp_path / "rolled", "--eval-samples", 4, "--length", 32, "--output", tmp_path / "report")
+    done = cli("validate", *words, *LIBRARY["validate"])
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "rolled: its tokenizer reads the evaluation text otherwise than the original's: token 0 is " in done.err
+    assert not (tmp_path / "report").exists()
