@@ -238,6 +238,39 @@ def by_flag(folder: Path) -> Words:
     return [*words[:2], "org/small", *words[3:], "--revision", "v1"]
 
 
+def adapter(folder: Path, base: str | None = None) -> Path:
+    """A LoRA adapter in `folder / "model"`, of a base of its own unless another is named."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    make(folder / "base")
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder / "base"), LoraConfig(target_modules=["q_proj", "up_proj"])
+    )
+    for name, value in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.1)
+    adapted.save_pretrained(folder / "model")
+    if base is not None:
+        edit_config(folder / "model", "adapter_config.json", base_model_name_or_path=base)
+    return folder
+
+
+def adapter_beside_model(folder: Path) -> Path:
+    adapter(folder)
+    shutil.copytree(folder / "base", folder / "model", dirs_exist_ok=True)
+    return folder
+
+
+def adapter_is_in_the_weights(folder: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    base, made = (load_file(folder / each / "model.safetensors")[name] for each in ("base", "out"))
+    change = load_file(folder / "model" / "adapter_model.safetensors")
+    a, b = (change[f"base_model.model.{name.replace('weight', f'lora_{which}.weight')}"] for which in "AB")
+    assert torch.allclose(made, base + b @ a * (8 / 8), atol=1e-5)
+    assert not torch.allclose(made, base, atol=1e-3)
+
+
 def pointer(folder: Path) -> Words:
     make(folder / "model")
     text = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n"
@@ -301,6 +334,12 @@ CASES = [
          "saved", is_stored_in_bf16),
     Case("foreign files beside the model", "consolidated.safetensors beside the weights, a limit of size", foreign_weights, 3,
          "size ratio 0.9", size_is_of_the_models_own_weights),
+    Case("foreign files beside the model", "a LoRA adapter beside a whole model", lambda f: prune(adapter_beside_model(f)), 0,
+         "is an adapter: merged into its base", adapter_is_in_the_weights),
+    Case("refused where stock works", "a LoRA adapter given as the model", lambda f: prune(adapter(f)), 0,
+         "is an adapter: merged into its base", adapter_is_in_the_weights),
+    Case("refused where stock works", "the same, its base gone", lambda f: prune(adapter(f, "/gone/base")), 2,
+         "its base '/gone/base' is not there"),
     Case("any bytes pass for text", "text in parquet", parquet, 0, "text.parquet"),
     Case("any bytes pass for text", "text in JSON lines", lambda f: text_file(f, "text.jsonl", rows_of_json()), 0, "saved"),
     Case("any bytes pass for text", "text in a gzip file",

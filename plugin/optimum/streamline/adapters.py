@@ -23,11 +23,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import StreamlineError
+from .model_files import ADAPTER_CONFIG_FILE, is_adapter
 from .older_names import add_older_names
 from .older_tokenizers import save_tokenizer
 from .quantization_config import quantization_name
 
-ADAPTER_CONFIG = "adapter_config.json"
 _MODEL_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 # What an adapter may hold of an embedding, whole, beside what it learned.
@@ -49,11 +49,6 @@ class _Adapter:
 
     def error(self, fault: str, error: Exception | None = None) -> StreamlineError:
         return StreamlineError(f"adapter {self.folder}: {fault}" + (f" ({_line(error)})" if error else ""))
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a PEFT adapter, with or without a full model beside it."""
-    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def merged_adapter(folder: Path, into: Path, *, cache_dir: str | None = None, trust_remote_code: bool = False) -> str:
@@ -96,11 +91,13 @@ def merged_adapter(folder: Path, into: Path, *, cache_dir: str | None = None, tr
 
 def _read_adapter(folder: Path) -> _Adapter:
     try:
-        fields = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        fields = json.loads((folder / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
         kind = PeftType(fields["peft_type"])
         tuner = PEFT_TYPE_TO_TUNER_MAPPING[kind]
     except (OSError, ValueError, KeyError, TypeError):
-        raise StreamlineError(f"adapter {folder}: {ADAPTER_CONFIG} names no peft_type that this peft knows") from None
+        raise StreamlineError(
+            f"adapter {folder}: {ADAPTER_CONFIG_FILE} names no peft_type that this peft knows"
+        ) from None
     if not issubclass(tuner, BaseTuner):
         raise StreamlineError(f"adapter {folder}: peft_type {kind.value} changes no weights, and cannot be merged")
     base = fields.get("base_model_name_or_path")
@@ -132,9 +129,9 @@ def _place_of_base(adapter: _Adapter) -> Iterator[tuple[str, str]]:
             yield str(folder), place
         return
     if not named:
-        raise adapter.error(f"{ADAPTER_CONFIG} names no base_model_name_or_path; write it there")
+        raise adapter.error(f"{ADAPTER_CONFIG_FILE} names no base_model_name_or_path; write it there")
     if not Path(named).exists() and (Path(named).is_absolute() or named.startswith(".")):
-        raise adapter.error(f"its base {named!r} is not there; write the folder or Hub id into {ADAPTER_CONFIG}")
+        raise adapter.error(f"its base {named!r} is not there; write the folder or Hub id into {ADAPTER_CONFIG_FILE}")
     if is_adapter(Path(named)):
         raise adapter.error(f"its base {named!r} is an adapter; merge that first, and name the result")
     yield named, named

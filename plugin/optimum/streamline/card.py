@@ -120,7 +120,11 @@ def _parts(card: str) -> tuple[str, str]:
 
 def _origin(source: Source) -> str:
     """A model as strangers may read it: no path of the machine that it lay on, and the commit where there is one."""
-    return f"`{source.name}`" + (f" at commit {source.commit}" if source.commit else "")
+    return (
+        f"`{source.name}`"
+        + (f" at commit {source.commit}" if source.commit else "")
+        + (f", an adapter merged into {Source(base).name}" if (base := source.merged_into) else "")
+    )
 
 
 def _training(healed: Healed, record: Record) -> str:

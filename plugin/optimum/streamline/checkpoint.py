@@ -144,6 +144,8 @@ def source_notes(source: Source, config: PreTrainedConfig) -> list[str]:
     """What a user must know of how a model is read, in lines: whose code runs, and what its files were made into."""
     used: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     notes = [code_note(source, used.__name__)]
+    if base := source.merged_into:
+        notes.append(f"{source.model} is an adapter: merged into its base {base}")
     weights = find_weights(source.folder)
     if weights.pickled:
         names = ", ".join(file.name for file in weights.files)

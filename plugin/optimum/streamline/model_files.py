@@ -34,7 +34,7 @@ _PICKLED = (("pytorch_model.bin", "pytorch_model.bin.index.json"),)
 _POINTER, _POINTER_SIZE = b"version https://git-lfs", 1024
 _TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FLOAT_TYPES = frozenset(_TYPES.values())
-HUB_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "README.md")
+HUB_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "README.md", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def fetch_weights(folder: Path, fetch: Callable[[list[str]], object]) -> None:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a PEFT adapter, with or without a whole model beside it."""
+    """Whether a folder holds a PEFT adapter, with or without a full model beside it."""
     return (folder / ADAPTER_CONFIG_FILE).is_file()
 
 

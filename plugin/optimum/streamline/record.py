@@ -61,6 +61,7 @@ class Record:
                 "model": self.source.model,
                 "revision": self.source.revision,
                 "commit": self.source.commit,
+                "adapter_of": self.source.merged_into,
                 "fingerprint": self.source_fingerprint,
                 "layers": self.plan.total,
             },

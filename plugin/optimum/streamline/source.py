@@ -5,8 +5,11 @@ Everything else reads that folder. Knows which files to fetch from `model_files.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import re
+import shutil
+import tempfile
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,7 +19,7 @@ from huggingface_hub import snapshot_download
 
 from .content_hashes import content_hash
 from .errors import StreamlineError, first_line
-from .model_files import HUB_COMPANIONS, checkpoint_files, fetch_weights
+from .model_files import HUB_COMPANIONS, checkpoint_files, fetch_weights, is_adapter
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -76,7 +79,23 @@ class Source:
 
     @property
     def folder(self) -> Path:
-        """The folder on this machine that holds its files, fetched from the Hub where they are not there yet.
+        """The folder on this machine that holds a whole checkpoint: fetched from the Hub, or merged, where need be.
+
+        Raises:
+            StreamlineError: it is not there, cannot be fetched, or is an adapter that cannot be merged.
+        """
+        own = self.own_folder
+        return _merged(own, self.cache_dir, self.trust_remote_code)[0] if is_adapter(own) else own
+
+    @property
+    def merged_into(self) -> str:
+        """The base that an adapter was merged into; empty for a model that is no adapter."""
+        own = self.own_folder
+        return _merged(own, self.cache_dir, self.trust_remote_code)[1] if is_adapter(own) else ""
+
+    @property
+    def own_folder(self) -> Path:
+        """The folder on this machine with the files as they were given: of an adapter, without its base.
 
         Raises:
             StreamlineError: it is not there, or cannot be fetched.
@@ -95,7 +114,7 @@ class Source:
         """The commit of the Hub repository that its files are of; empty for a local folder."""
         if self.is_local:
             return ""
-        commit = self.folder.name
+        commit = self.own_folder.name
         return commit if _COMMIT.fullmatch(commit) else ""
 
 
@@ -106,6 +125,15 @@ def fingerprint(source: Source) -> str:
         digest.update(file.name.encode())
         digest.update(bytes.fromhex(content_hash(file)))
     return digest.hexdigest()
+
+
+@cache  # one process merges an adapter once; what it merged goes when the process ends
+def _merged(folder: Path, cache_dir: str | None, trust_remote_code: bool) -> tuple[Path, str]:
+    from .adapters import merged_adapter
+
+    into = Path(tempfile.mkdtemp(prefix="streamline-merged-"))
+    atexit.register(shutil.rmtree, into, ignore_errors=True)
+    return into, merged_adapter(folder, into, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
 
 
 @cache  # one process reads one commit, whatever is pushed to the repository meanwhile
