@@ -21,6 +21,7 @@ from optimum.streamline.checkpoint import Source, load, load_stock, load_tokeniz
 from optimum.streamline.dead import ATTENTION, mark_dead, silence
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.offload import read_parameter
+from optimum.streamline.provenance import changed_files
 from optimum.streamline.quantization_config import quantization_name
 from optimum.streamline.quantize import quantize
 from optimum.streamline.quantized import quantized_modules, use_cpu_kernel
@@ -309,7 +310,14 @@ def test_the_command_quantizes_what_was_pruned_and_keeps_its_record(
     hashed = record.pop("files")["model.safetensors"]
     assert hashed == hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
     assert origin.pop("files").keys() == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert record.pop("edited") == []
     assert record == origin
+    edited = shutil.copytree(pruned, tmp_path / "edited")
+    (edited / "config.json").write_text((edited / "config.json").read_text() + "\n")
+    words_edited = ("quantize", "-m", edited, tmp_path / "of_edited", "--quantize", "bnb-nf4")
+    assert optimum_cli(monkeypatch, capsys, "streamline", *words_edited).code == 0
+    said = "before it was quantized, config.json is not what streamline.json says was written"
+    assert changed_files(Source(str(tmp_path / "of_edited"))) == [said]
     assert "exists already" in optimum_cli(monkeypatch, capsys, "streamline", *words).err
     assert optimum_cli(monkeypatch, capsys, "streamline", *words, "--overwrite").code == 0
     wrong = ("quantize", "-m", pruned, tmp_path / "x", "--quantize", "bnb-nf4", "--quantize-exclude", "3")
