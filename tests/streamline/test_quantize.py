@@ -21,6 +21,7 @@ from optimum.streamline.checkpoint import load, load_stock, load_tokenizer, save
 from optimum.streamline.dead import ATTENTION, mark_dead, silence
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.offload import read_parameter
+from optimum.streamline.provenance import changed_files
 from optimum.streamline.quantization_config import quantization_name
 from optimum.streamline.quantize import quantize
 from optimum.streamline.quantized import quantized_modules, use_cpu_kernel
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.quantizers
 Save = Callable[..., str]
 
 # For a choice that does not matter here.
-_FEW = (*LIBRARY["prune"], "--samples", "2", "--length", "16")
+_FEW = (*LIBRARY["score"], "--samples", "2", "--length", "16")
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ def test_a_quantized_weight_is_read_as_the_numbers_it_stands_for(saved: Save, tm
 
 @pytest.mark.parametrize("how", QUANTIZERS)
 def test_dead_sublayers_stay_dead(saved: Save, tmp_path: Path, how: str) -> None:
-    model = wide_model()
+    model = wide_model(vocab_size=4096)
     row = architecture_of(model.config)
     silence(decoder_layers(model, row)[1], row, ATTENTION)
     mark_dead(model.config, {1: [ATTENTION]})
@@ -313,7 +314,14 @@ def test_the_command_quantizes_what_was_pruned_and_keeps_its_record(
     hashed = record.pop("files")["model.safetensors"]
     assert hashed == hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
     assert origin.pop("files").keys() == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert record.pop("edited") == []
     assert record == origin
+    edited = shutil.copytree(pruned, tmp_path / "edited")
+    (edited / "config.json").write_text((edited / "config.json").read_text() + "\n")
+    words_edited = ("quantize", "-m", edited, tmp_path / "of_edited", "--quantize", "bnb-nf4")
+    assert optimum_cli(monkeypatch, capsys, "streamline", *words_edited).code == 0
+    said = "before it was quantized, config.json is not what streamline.json says was written"
+    assert changed_files(Source(str(tmp_path / "of_edited"))) == [said]
     assert "exists already" in optimum_cli(monkeypatch, capsys, "streamline", *words).err
     assert optimum_cli(monkeypatch, capsys, "streamline", *words, "--overwrite").code == 0
     wrong = ("quantize", "-m", pruned, tmp_path / "x", "--quantize", "bnb-nf4", "--quantize-exclude", "3")

@@ -30,7 +30,8 @@ COMPANION_PATTERNS = (
 
 def checkpoint_files(folder: Path) -> list[str]:
     """Names of the files that decide what a checkpoint computes and how it reads text."""
-    named = {file.name for pattern in COMPANION_PATTERNS for file in folder.glob(pattern) if file.is_file()}
+    patterns = (model_files.CONFIG_FILE, *COMPANION_PATTERNS)
+    named = {file.name for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
     with suppress(StreamlineError):  # weights that are gone are files that are not there
         named |= {file.name for file in model_files.checkpoint_files(folder)}
     return sorted(named)
@@ -62,22 +63,26 @@ def write_record(fields: dict[str, Any], folder: Path) -> None:
 def changed_files(source: Source) -> list[str] | None:
     """How the files of a model made here differ from what its record says was written, one phrase a file.
 
+    What was edited before it was quantized counts too: its record is that of the float model.
+
     Returns:
         `None` where nothing is known: of a model of others, and of one whose record has no hashes.
 
     Raises:
         StreamlineError: as `model_hashes`; or the record is broken.
     """
-    record, written = _written(source)
-    # A description that is not a mapping is as good as none.
-    return list(_differences(record, written, model_hashes(source))) if written and isinstance(written, dict) else None
+    name, fields = _record(source)
+    written = fields.get("files")
+    if not written or not isinstance(written, dict):
+        return None
+    return [*fields.get("edited", ()), *_differences(name, written, model_hashes(source))]
 
 
-def _written(source: Source) -> tuple[str, Any]:
-    """The name of a model's record, and the hashes in it, if there are some."""
+def _record(source: Source) -> tuple[str, dict[str, Any]]:
+    """The name of a model's record, and what it says; nothing where there is none."""
     if is_artifact(source.folder):
-        return ARTIFACT_FILE, Artifact.read(source.folder).files
-    return RECORD_FILE, (read_record(str(source.folder)) or {}).get("files")
+        return ARTIFACT_FILE, {"files": Artifact.read(source.folder).files}
+    return RECORD_FILE, read_record(str(source.folder)) or {}
 
 
 def _differences(record: str, written: dict[str, str], found: dict[str, str]) -> Iterator[str]:

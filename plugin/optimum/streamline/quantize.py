@@ -35,7 +35,7 @@ from .model_files import find_weights
 from .module_patterns import chosen
 from .outputs import staged_folder
 from .products import Product, products_of, skeleton_of
-from .provenance import write_record
+from .provenance import changed_files, write_record
 from .quantization_config import float_config, quantization_name
 from .quantized import quantized_modules
 from .quantizers import QUANTIZERS, check_quantizer
@@ -188,7 +188,8 @@ def _write_companions(source: Source, how: str, folder: Path) -> None:
     made = source.folder
     record = read_record(str(made))
     if record is not None:
-        write_record(record, folder)
+        edited = [f"before it was quantized, {each}" for each in changed_files(source) or ()]
+        write_record({**record, "edited": edited}, folder)
     card = made / CARD_FILE
     text = card.read_text(encoding="utf-8") if card.is_file() else None
     (folder / CARD_FILE).write_text(quantized_card(source, QUANTIZERS[how].text, text), encoding="utf-8")
