@@ -30,7 +30,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "inputs.md"
 COMMIT = "c0ffee" * 6 + "c0de"
 QUICK = ("--calibration", "stdlib", "--samples", "4", "--length", "32")
 JUDGED = ("--eval-data", "stdlib", "--eval-samples", "4", "--length", "32")
-TEXTS = ("--heal-data", "stdlib", "--eval-data", "stdlib")
+EVAL = ("--eval-data", "stdlib")
 Words = list[object]
 
 
@@ -422,12 +422,12 @@ WRONG: dict[str, tuple[Wrong, str]] = {
 COMMANDS: dict[str, Callable[[Path, Path], Words]] = {
     "score": lambda wrong, out: ["score", "-m", wrong, out, *QUICK],
     "prune": lambda wrong, out: ["prune", "-m", wrong, out, "--layers", 3, *QUICK],
-    "run": lambda wrong, out: ["run", "-m", wrong, out, "--layers", 3, *QUICK, *TEXTS],
+    "run": lambda wrong, out: ["run", "-m", wrong, out, "--layers", 3, *QUICK, *EVAL],
     "quantize": lambda wrong, out: ["quantize", "-m", wrong, out, "--quantize", "bnb-nf4"],
     "export": lambda wrong, out: ["export", "-m", wrong, out],
     "validate, the original": lambda wrong, out: ["validate", wrong, REFERENCE, *JUDGED, "--output", out],
     "validate, a candidate": lambda wrong, out: ["validate", REFERENCE, wrong, *JUDGED, "--output", out],
-    "orthogonality": lambda wrong, out: ["orthogonality", "-m", wrong, "--layers", 3, *QUICK, *TEXTS, "--output", out],
+    "orthogonality": lambda wrong, out: ["orthogonality", "-m", wrong, "--layers", 3, *QUICK, *EVAL, "--output", out],
 }
 
 
