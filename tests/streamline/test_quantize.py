@@ -308,7 +308,7 @@ def test_the_command_quantizes_what_was_pruned_and_keeps_its_record(
     assert {name.split(".")[2] for name in quantized_modules(load(str(out)))} == {"0", "1"}  # its own layer 2 is not
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
-    assert f"Quantized by optimum-streamline from `{pruned}`: {QUANTIZERS['bnb-nf4'].text}.\n" in card
+    assert f"Quantized by optimum-streamline from `{Path(pruned).name}`: {QUANTIZERS['bnb-nf4'].text}.\n" in card
     assert "| 1 | 3 | kept |" in card
     record, origin = (json.loads((folder / "streamline.json").read_text()) for folder in (out, pruned))
     hashed = record.pop("files")["model.safetensors"]
@@ -354,7 +354,9 @@ def test_a_quantized_model_is_not_taken_for_the_float_one_of_its_recipe(
     source, flags = saved(), ("--layers", "1,2", *_FEW)
     assert optimum_cli(monkeypatch, capsys, "streamline", "prune", "-m", source, tmp_path / "p", *flags).code == 0
     quietly(str(tmp_path / "p"), tmp_path / "q", "bnb-nf4")
-    done = optimum_cli(monkeypatch, capsys, "streamline", "run", "-m", source, tmp_path / "q", *flags, *LIBRARY["run"])
+    done = optimum_cli(
+        monkeypatch, capsys, "streamline", "run", "-m", source, tmp_path / "q", *flags, *_FEW[:2], *LIBRARY["validate"]
+    )
     assert_refused(done, "quantized since it was made; choose another folder, or pass --overwrite")
 
 

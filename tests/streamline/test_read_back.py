@@ -70,6 +70,15 @@ def test_every_replacement_is_read_back(kind: str, tmp_path: Path) -> None:
     assert found["largest_difference"] <= found["allowed"]
 
 
+@pytest.mark.parametrize("method", ["average", "blockpruner", "come", "come-p", "gromov", "layerchop", "sleb"])
+def test_every_edit_is_read_back(method: str, source: Path, cli: Cli, tmp_path: Path) -> None:
+    words = ("--method", method, "--remove", 2, "--heal", "none", *QUICK, "--dtype", "bf16")
+    outcome = cli("prune", "-m", source, *words, tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    found = json.loads((tmp_path / "out" / "streamline.json").read_text())["read_back"]
+    assert found["largest_difference"] <= found["allowed"]
+
+
 @pytest.mark.quantizers
 @pytest.mark.parametrize("how", sorted(QUANTIZERS))
 def test_every_quantizer_is_read_back(how: str, cli: Cli, tmp_path: Path) -> None:
