@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,7 @@ def median_interval(samples: Samples, seed: int) -> Interval:
     return _interval(float(np.median(samples)), np.median(samples[drawn], axis=1))
 
 
+@lru_cache(maxsize=1)  # the figures of one comparison are resampled together
 def _drawn_times(count: int, seed: int) -> npt.NDArray[np.int64]:
     # How often each of `count` entries is drawn, `[RESAMPLES, count]`.
     return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES)
