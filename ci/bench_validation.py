@@ -25,12 +25,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 
 from export_cases import REFERENCE, ROOT
 from optimum.streamline.accuracy import Accuracy, measure_accuracy
-from optimum.streamline.checkpoint import Source, load_stock, load_tokenizer
+from optimum.streamline.checkpoint import load_stock, load_tokenizer
 from optimum.streamline.drawing import Writer
 from optimum.streamline.intervals import Interval
 from optimum.streamline.machine import describe_machine
 from optimum.streamline.prune import change, prepare
 from optimum.streamline.recipe import make_recipe
+from optimum.streamline.source import Source
 from optimum.streamline.text import open_text
 from optimum.streamline.torch_runner import TorchRunner
 from optimum.streamline.windows import Windows
