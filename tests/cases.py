@@ -16,7 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from tiny import tiny_model
 
 VOCABULARY = 2048
-TEXT = (Path(__file__).parent / "streamline" / "test_run.py").read_text(encoding="utf-8")
+# English that does not change with the Python that runs the tests.
+LICENSE = Path(__file__).parents[1] / "LICENSE"
+TEXT = LICENSE.read_text(encoding="utf-8")
 
 
 def make(folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
@@ -30,7 +32,7 @@ def make(folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.f
 
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer trained on a file of this repository."""
+    """A byte-level tokenizer trained on `TEXT`."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -7,9 +7,10 @@ VOCABULARY = 4096
 # The text that each command takes by default is on the Hub: the tests name one that is always there.
 LIBRARY = {
     "score": ("--calibration", "stdlib"),
-    "prune": ("--calibration", "stdlib", "--heal-data", "stdlib"),
-    "run": ("--calibration", "stdlib", "--heal-data", "stdlib", "--eval-data", "stdlib"),
-    "orthogonality": ("--calibration", "stdlib", "--heal-data", "stdlib", "--eval-data", "stdlib"),
+    "prune": ("--calibration", "stdlib"),
+    "run": ("--calibration", "stdlib", "--eval-data", "stdlib"),
+    "orthogonality": ("--calibration", "stdlib", "--eval-data", "stdlib"),
     "validate": ("--eval-data", "stdlib"),
     "export": (),  # only ways to quantize that are calibrated take any
 }
+HEALED = ("--heal-data", "stdlib")  # of what is trained, besides

@@ -19,7 +19,7 @@ from optimum.streamline.card import CITATIONS
 from optimum.streamline.methods import METHODS
 from optimum.streamline.methods.protecting import Protecting
 from optimum.streamline.recipe import CHOOSING_TEXT, JUDGING_TEXT
-from reference import LIBRARY, REFERENCE
+from reference import HEALED, LIBRARY, REFERENCE
 from tiny import tiny_model
 
 Cli = Callable[..., Outcome]
@@ -92,10 +92,13 @@ def assert_refused(outcome: Outcome, *parts: str) -> None:
         (("--remove", 4, "--device", "tpu"), "device is 'tpu': Input should be 'cpu' or 'cuda'"),
         ((), "remove is missing"),
         (
-            ("--remove", 15, "--replacement", "mlp", "--samples", 2, "--length", 32),
+            ("--remove", 15, "--replacement", "mlp", *HEALED, "--samples", 2, "--length", 32),
             "no layer with attention would be left",
         ),
-        (("--layers", "0-15", "--replacement", "mlp", "--samples", 2, "--length", 32), "no layer with attention"),
+        (
+            ("--layers", "0-15", "--replacement", "mlp", *HEALED, "--samples", 2, "--length", 32),
+            "no layer with attention",
+        ),
         (("--remove", 4, "--seed", 10**22), "seed is 10000000000000000000000"),
         (("--remove", 4, "--calibration", "~nobody-of-that-name/text.txt"), "'~nobody-of-that-name/text.txt'"),
         (("--remove", 4, "--calibration", "hub:"), "'hub:': names no data set"),
@@ -127,7 +130,9 @@ def test_a_size_that_is_none_is_refused(cli: Cli, tmp_path: Path, size: str) -> 
         ("nan", "weight model.layers.1.mlp.up_proj.weight holds NaN"),
     ],
 )
-@pytest.mark.parametrize("command", [("prune", "--remove", 1), ("run", "--remove", 1), ("score",), EXPORT])
+@pytest.mark.parametrize(
+    "command", [("prune", "--remove", 1, *HEALED), ("run", "--remove", 1, *HEALED), ("score",), EXPORT]
+)
 def test_wrong_models_are_one_line_and_nothing_is_written(
     cli: Cli, tmp_path: Path, broken: Callable[[str], Path], command: tuple[object, ...], how: str, part: str
 ) -> None:
@@ -144,7 +149,7 @@ def test_a_model_that_is_nowhere(cli: Cli, tmp_path: Path) -> None:
 @pytest.mark.onnx
 def test_outputs_that_exist_or_cannot_be_written(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "kept.txt").write_text("kept")
-    for command in (("prune", "--remove", 1), ("run", "--remove", 1), ("score",), ("export",)):
+    for command in (("prune", "--remove", 1, *HEALED), ("run", "--remove", 1, *HEALED), ("score",), ("export",)):
         words = (*command, "-m", REFERENCE, *LIBRARY[str(command[0])])
         assert_refused(cli(*words, tmp_path), "exists already")
         assert_refused(cli(*words, "--overwrite", tmp_path), "holds no output of this program")
@@ -163,7 +168,18 @@ def test_recipes_with_a_fault(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_judging_on_the_calibration_text_is_refused(cli: Cli, tmp_path: Path) -> None:
-    words = (*LIBRARY["run"], "--remove", 4, "--samples", 32, "--length", 64, "--eval-data", "stdlib:calibration")
+    words = (
+        *LIBRARY["run"],
+        *HEALED,
+        "--remove",
+        4,
+        "--samples",
+        32,
+        "--length",
+        64,
+        "--eval-data",
+        "stdlib:calibration",
+    )
     assert_refused(cli("run", "-m", REFERENCE, *words, tmp_path / "out"), "shares", "with 'stdlib:calibration'")
     assert list(tmp_path.iterdir()) == []
 
@@ -199,7 +215,7 @@ def test_prune_takes_out_the_named_layers(cli: Cli, tmp_path: Path) -> None:
 
 def test_remove_is_the_net_fall_with_a_replacement(cli: Cli, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = ("--remove", 4, "--replacement", "mlp", "--heal-data", "stdlib", "--heal-tokens", 640, *QUICK)
+    words = ("--remove", 4, "--replacement", "mlp", *HEALED, "--heal-tokens", 640, *QUICK)
     assert cli("prune", "-m", REFERENCE, *words, out).code == 0
     config = json.loads((out / "config.json").read_text())
     record = json.loads((out / "streamline.json").read_text())
@@ -219,7 +235,7 @@ def test_remove_is_the_net_fall_with_a_replacement(cli: Cli, tmp_path: Path) -> 
 
 def test_the_card_says_what_each_training_saw(cli: Cli, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = ("--method", "come-mp", "--remove", 2, "--heal-tokens", 1344, "--heal-epochs", 1, *LIBRARY["prune"], *QUICK)
+    words = ("--method", "come-mp", "--remove", 2, "--heal-tokens", 1344, "--heal-epochs", 1, *HEALED, *QUICK)
     assert cli("prune", "-m", REFERENCE, *words, out).code == 0
     trainings = [line for line in (out / "README.md").read_text().splitlines() if " was trained " in line]
     assert len(trainings) == 2  # 21 windows, one held out, half of the others after each merge
@@ -272,7 +288,7 @@ def test_the_help_names_the_default_text(cli: Cli) -> None:
 def test_it_is_said_which_text_was_used_for_what(cli: Cli, tmp_path: Path) -> None:
     said = cli("score", "-m", REFERENCE, *QUICK).out
     assert re.search(r"^calibration text: stdlib:calibration, 4 windows of 64 tokens drawn from \d,\d{3}$", said, re.M)
-    words = ("--replacement", "mlp", "--remove", 2, "--heal-tokens", 128, *LIBRARY["prune"], *QUICK, "--dry-run")
+    words = ("--replacement", "mlp", "--remove", 2, "--heal-tokens", 128, *HEALED, *QUICK, "--dry-run")
     said = cli("prune", "-m", REFERENCE, *words, tmp_path / "out").out
     assert "calibration text: stdlib:calibration, 4 windows of 64 tokens drawn from " in said
     assert "healing text: stdlib:train, 2 windows of 64 tokens drawn from " in said
@@ -308,7 +324,7 @@ def test_healing_that_cannot_be_is_refused_before_the_search(
 ) -> None:
     monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")  # which several processes would leave set
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    outcome = cli("prune", "-m", REFERENCE, "--remove", 4, *LIBRARY["prune"], *QUICK, *flags, tmp_path / "out")
+    outcome = cli("prune", "-m", REFERENCE, "--remove", 4, *HEALED, *QUICK, *flags, tmp_path / "out")
     assert_refused(outcome, part)
     assert "scoring" not in outcome.out
     assert list(tmp_path.iterdir()) == []
@@ -338,7 +354,7 @@ def test_a_rank_alone_makes_nobody_a_helper(cli: Cli, tmp_path: Path, monkeypatc
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(cli: Cli, tmp_path: Path) -> None:
-    words = ("--remove", "25%", "--replacement", "mlp", *LIBRARY["prune"], *QUICK, "--dry-run")
+    words = ("--remove", "25%", "--replacement", "mlp", *HEALED, *QUICK, "--dry-run")
     outcome = cli("prune", "-m", REFERENCE, *words, tmp_path / "out")
     assert outcome.code == 0
     assert "by one mlp: 16 layers become 12" in outcome.out
@@ -440,7 +456,7 @@ def test_half_precision_that_overflows_is_refused(cli: Cli, tmp_path: Path) -> N
 
 
 def test_a_terminated_command_leaves_nothing(tmp_path: Path) -> None:
-    words = ["optimum-cli", "streamline", "prune", "-m", REFERENCE, "--remove", "4", *LIBRARY["prune"]]
+    words = ["optimum-cli", "streamline", "prune", "-m", REFERENCE, "--remove", "4", *LIBRARY["prune"], *HEALED]
     words.append(str(tmp_path / "out"))
     script = f"import sys; sys.argv = {words!r}; from optimum.commands.optimum_cli import main; main()"
     with subprocess.Popen(

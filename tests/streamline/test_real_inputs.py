@@ -20,7 +20,7 @@ import torch
 from optimum.commands.optimum_cli import main
 from safetensors.torch import load_file
 
-from cases import TEXT, edit_config, edit_weights, make, tokenizer
+from cases import LICENSE, TEXT, edit_config, edit_weights, make, tokenizer
 from console import Outcome
 from optimum.streamline.runner import Artifact
 from reference import REFERENCE
@@ -28,8 +28,8 @@ from tokenizers_made import rolled, with_beginning
 
 PAGE = Path(__file__).parents[2] / "docs" / "inputs.md"
 COMMIT = "c0ffee" * 6 + "c0de"
-QUICK = ("--calibration", "stdlib", "--samples", "4", "--length", "32")
-JUDGED = ("--eval-data", "stdlib", "--eval-samples", "4", "--length", "32")
+QUICK = ("--calibration", LICENSE, "--samples", "4", "--length", "32")
+JUDGED = ("--eval-data", LICENSE, "--eval-samples", "4", "--length", "32")
 EVAL = ("--eval-data", "stdlib")
 Words = list[object]
 
@@ -183,7 +183,7 @@ def rolled_candidate(folder: Path) -> Words:
 def more_tokens_than_embeddings(folder: Path) -> Words:
     model = make(folder / "model", vocab_size=len(tokenizer()))
     more = type(tokenizer()).from_pretrained(model)
-    more.add_tokens(["import ", "return ", "def "])
+    more.add_tokens(["the ", "and ", "of "])
     more.save_pretrained(model)
     return prune(folder)
 
@@ -358,7 +358,7 @@ CASES = [
     Case("traceback", "a checkpoint of compressed-tensors, the package not installed", compressed_tensors, 2,
          "quantized (compressed-tensors), which cannot be read here"),
     Case("refused where stock works", "weights in pytorch_model.bin alone", pickled, 0, "as tensors alone (weights_only)"),
-    Case("refused where stock works", "such a file that holds more than tensors", evil_pickle, 2, "pytorch_model.bin"),
+    Case("refused where stock works", "such a file that holds more than tensors", evil_pickle, 2, "pytorch_model.bin: holds more than tensors"),
     Case("refused where stock works", "a Hub model as name@revision", of_the_hub, 0, "saved", commit_is_recorded),
     Case("refused where stock works", "a Hub model with --revision", by_flag, 0, "saved", commit_is_recorded),
     Case("unclear line", "a Git LFS pointer in place of the weights", pointer, 2, "is a Git LFS pointer, not the weights"),

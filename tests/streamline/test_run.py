@@ -199,7 +199,7 @@ def test_validate_refuses_the_text_a_candidate_was_made_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
 ) -> None:
     # The text of the healing, under a name of its own.
-    (tmp_path / "text.txt").write_text("".join(list(open_text("stdlib:train").documents)[:8]))
+    (tmp_path / "text.txt").write_text("".join(list(open_text("stdlib:train").documents)[:20]))
     words = (REFERENCE, folder / "out", "--eval-data", tmp_path / "text.txt", "--output", tmp_path / "report")
     outcome = optimum_cli(monkeypatch, capsys, "streamline", "validate", *words, "--length", 64, "--eval-samples", 32)
     assert outcome.code == 2

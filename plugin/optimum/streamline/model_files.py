@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -88,6 +89,11 @@ class WeightFiles:
                 yield from _pickled_tensors(file) if self.pickled else _safe_tensors(file)
             except StreamlineError:
                 raise
+            except UnpicklingError:
+                raise StreamlineError(
+                    f"{file}: holds more than tensors, and what it holds could run code; where you trust it, save its "
+                    "model with save_pretrained, which writes safetensors"
+                ) from None
             except Exception as error:  # each format raises its own
                 raise StreamlineError(f"{file}: cannot be read ({first_line(error)}); is it whole?") from None
 

@@ -50,6 +50,11 @@ SETTING_NAMES = {
     "windows": "evaluation windows",
     "length": "tokens a window",
     "fingerprint": "fingerprint of the tokens",
+    "commit": "commit of the text",
+    "possible": "windows that the text had room for",
+    "documents": "documents that the windows are from",
+    "prefix": "tokens that every window begins with",
+    "resampled": "intervals resample",
     "questions_file": "file of questions",
     "questions_effective": "equal questions that the stability's weights amount to",
 }
