@@ -527,6 +527,7 @@ def said(case: Case, outcome: Outcome, folder: Path) -> str:
 
 def plain(line: str) -> str:
     """A line without paths of this machine, for a table."""
+    line = line.replace(f"{LICENSE.parent}/", "")
     words = [
         word if "/pytest-" not in word else word[: word.find("/")] + word.rsplit("/", 1)[1] for word in line.split()
     ]
