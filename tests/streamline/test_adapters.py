@@ -82,7 +82,7 @@ def test_it_computes_what_peft_does(beside: bool, tmp_path: Path) -> None:
     save_adapter(model, folder, base_model_name_or_path=named)
     assert is_adapter(folder)
     assert not is_adapter(base)
-    assert merged_adapter(folder, tmp_path / "out") == (str(folder) if beside else named)
+    assert merged_adapter(folder, tmp_path / "out").model == (str(folder) if beside else named)
     assert not is_adapter(tmp_path / "out")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     unchanged = logits(AutoModelForCausalLM.from_pretrained(base))

@@ -126,10 +126,19 @@ def test_a_single_file_is_fetched_too(name: str, hub: Hub) -> None:
     assert [file.name for file in find_weights(Source("org/small").folder).files] == [name]
 
 
-def test_two_revisions_or_one_of_a_folder_are_refused(tmp_path: Path) -> None:
+def test_two_revisions_or_one_of_a_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StreamlineError, match="revision 'v2': the model says 'v1'; give one of them"):
         Source("org/small@v1", revision="v2")
     with pytest.raises(StreamlineError, match="is a local folder, which has none; leave it out"):
         Source(str(tmp_path), revision="v2")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small").mkdir()
+    with pytest.raises(StreamlineError, match="'small' is a local folder, which has none"):
+        Source("small@v1")
+    for nothing in ("", "@v1"):
+        with pytest.raises(StreamlineError, match="model '': is empty"):
+            Source(nothing)
+    assert Source(str(tmp_path / "me@home" / "model")).model.endswith("me@home/model")
+    assert not Source("x" * 300).is_local
     (tmp_path / "a@b").mkdir()
     assert Source(str(tmp_path / "a@b")).model == str(tmp_path / "a@b")

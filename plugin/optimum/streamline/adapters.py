@@ -27,6 +27,7 @@ from .model_files import ADAPTER_CONFIG_FILE, is_adapter
 from .older_names import add_older_names
 from .older_tokenizers import save_tokenizer
 from .quantization_config import quantization_name
+from .source import Source, exists
 
 _MODEL_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
@@ -51,7 +52,9 @@ class _Adapter:
         return StreamlineError(f"adapter {self.folder}: {fault}" + (f" ({_line(error)})" if error else ""))
 
 
-def merged_adapter(folder: Path, into: Path, *, cache_dir: str | None = None, trust_remote_code: bool = False) -> str:
+def merged_adapter(
+    folder: Path, into: Path, *, cache_dir: str | None = None, trust_remote_code: bool = False
+) -> Source:
     """Merge an adapter into its base, in fp32, and write a plain checkpoint in the base's own dtype.
 
     The base is the full model in the same folder, if there is one, else what `base_model_name_or_path` names. The
@@ -64,7 +67,7 @@ def merged_adapter(folder: Path, into: Path, *, cache_dir: str | None = None, tr
         trust_remote_code: Whether code from the base may run.
 
     Returns:
-        The base: the folder itself, or the name in `adapter_config.json`.
+        The base: the folder itself, or the model that `adapter_config.json` names, at the revision that it names.
 
     Raises:
         StreamlineError: the adapter is of a type that does not merge, its weights are a pickle, missing or another
@@ -73,12 +76,12 @@ def merged_adapter(folder: Path, into: Path, *, cache_dir: str | None = None, tr
     adapter = _read_adapter(folder)
     with _place_of_base(adapter) as (name, place):
         options: dict[str, Any] = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
-        if adapter.revision is not None and not Path(place).exists():
-            options["revision"] = adapter.revision
-        base = _load_base(adapter, name, place, options)
+        source = Source(name, **options, revision=None if exists(name) else adapter.revision)
+        where = place if exists(place) else _fetched(adapter, source)
+        base = _load_base(adapter, name, where, options)
         stored = base.dtype
         merged = _merge(adapter, base.float().eval())
-        tokenizer = _tokenizer(adapter, place, merged, options)
+        tokenizer = _tokenizer(adapter, where, merged, options)
     module: nn.Module = merged  # transformers' own `to` carries no types
     module.to(stored)
     merged.config.dtype = stored
@@ -86,7 +89,14 @@ def merged_adapter(folder: Path, into: Path, *, cache_dir: str | None = None, tr
     add_older_names(into)
     if tokenizer is not None:
         save_tokenizer(tokenizer, into)
-    return name
+    return source
+
+
+def _fetched(adapter: _Adapter, base: Source) -> str:
+    try:
+        return str(base.own_folder)
+    except StreamlineError as error:
+        raise adapter.error(f"its base {base.model!r} cannot be loaded", error) from None
 
 
 def _read_adapter(folder: Path) -> _Adapter:
@@ -216,7 +226,7 @@ def _tokenizer(
 ) -> PreTrainedTokenizerBase | None:
     own = any((adapter.folder / name).is_file() for name in _TOKENIZER_FILES)
     if own:
-        place, options = str(adapter.folder), {**options, "revision": None}
+        place = str(adapter.folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, config=model.config, **options)
     except Exception as error:

@@ -12,7 +12,7 @@ from .bare_layers import NEEDS_LOAD
 from .healing import Healed
 from .quantizers import QUANTIZERS
 from .record import Record
-from .source import Source
+from .source import Source, exists
 
 CARD_FILE = "README.md"
 CITATIONS = {
@@ -107,7 +107,10 @@ def quantized_card(source: Source, how: str, card: str | None) -> str:
         how: What its weights became.
         card: The float checkpoint's own card, which is kept below.
     """
-    head, body = _parts(card or f"---\nlibrary_name: transformers\n---\n\n# {source.name.rpartition('/')[2]}\n")
+    head, body = _parts(
+        (card and _without_paths(card))
+        or f"---\nlibrary_name: transformers\n---\n\n# {source.name.rpartition('/')[2]}\n"
+    )
     said = f"Quantized by optimum-streamline from {_origin(source)}: {how}."
     return f"{head}{said}\n\n{body.lstrip()}"
 
@@ -118,13 +121,16 @@ def _parts(card: str) -> tuple[str, str]:
     return (match[0], card[match.end() :]) if match else ("", card)
 
 
+def _without_paths(card: str) -> str:
+    """A card without the base models that its metadata names by their paths."""
+    head, body = _parts(card)
+    return re.sub(r"(?m)^base_model: *['\"]?[/~.].*\n", "", head) + body
+
+
 def _origin(source: Source) -> str:
     """A model as strangers may read it: no path of the machine that it lay on, and the commit where there is one."""
-    return (
-        f"`{source.name}`"
-        + (f" at commit {source.commit}" if source.commit else "")
-        + (f", an adapter merged into {Source(base).name}" if (base := source.merged_into) else "")
-    )
+    merged = f", an adapter merged into {_origin(source.base)}" if source.base else ""
+    return f"`{source.name}`" + (f" at commit {source.commit}" if source.commit else "") + merged
 
 
 def _training(healed: Healed, record: Record) -> str:
@@ -153,5 +159,7 @@ def _data(record: Record, purpose: str) -> str:
 
 
 def _public(spec: str) -> str:
-    """A text SPEC without the path of a local file or folder."""
-    return Path(spec).name if Path(spec).expanduser().exists() else spec
+    """A text SPEC without the path of a local file or folder, its column and the rest kept."""
+    kind, name, rest = re.fullmatch(r"(hub:)?([^,]*)(.*)", spec, re.DOTALL).groups(default="")  # type: ignore[union-attr]
+    whole = Path(spec).name if exists(spec) else f"{kind}{Path(name).name if exists(name) else name}{rest}"
+    return whole

@@ -123,7 +123,7 @@ def _note_bare(args: Namespace, console: Console, *models: str) -> None:
         # The revision is the first model's: others have theirs in their names.
         revision = None if number else args.revision
         source = Source(model, args.cache_dir, args.trust_remote_code, revision)
-        if not is_artifact(model) and bare_layers(read_config(source)):
+        if not is_artifact(source.folder) and bare_layers(read_config(source)):
             console.print(f"{model} {NEEDS_LOAD}", markup=False)
 
 
@@ -271,6 +271,8 @@ def _excluded(args: Namespace) -> list[str]:
 def _export(args: Namespace, console: Console) -> int:
     from optimum.exporters.streamline import check_export, export_checkpoint
 
+    from .checkpoint import read_config, source_notes
+
     if args.task not in ("text-generation", "text-generation-with-past"):
         raise StreamlineError(f"task {args.task!r}: must be text-generation")
     opset = OPSETS.get(args.format)
@@ -282,7 +284,8 @@ def _export(args: Namespace, console: Console) -> int:
     if args.quantize_exclude and args.quantize == "none":
         raise StreamlineError(f"quantize-exclude {args.quantize_exclude!r}: nothing is quantized; give quantize too")
     check_output(args.output, args.overwrite)
-    options = _source(args, args.model).options() | {
+    source = _source(args, args.model)
+    options = source.options() | {
         "verbose": args.verbose,
         "max_memory": _bytes("max-memory", args.max_memory),
         "quantize": args.quantize,
@@ -294,7 +297,7 @@ def _export(args: Namespace, console: Console) -> int:
     artifact = export_checkpoint(
         args.model, args.output, args.format, args.dtype, args.device, args.overwrite, **options
     )
-    for line in artifact.findings():
+    for line in (*source_notes(source, read_config(source)), *artifact.findings()):
         console.print(line, markup=False)
     console.print(f"exported to {args.output}", markup=False)
     _note_bare(args, console, args.model)
@@ -385,7 +388,7 @@ def _bytes(name: str, text: str | None) -> int | None:
 
 
 def _validate(args: Namespace, console: Console) -> int:
-    from .checkpoint import check_checkpoint, load_tokenizer
+    from .checkpoint import check_checkpoint, load_tokenizer, source_notes
     from .record import refuse_seen_text
     from .report_files import write_report
     from .report_text import comparison_table
@@ -397,6 +400,9 @@ def _validate(args: Namespace, console: Console) -> int:
     check_output(args.output, args.overwrite)
     subjects = subjects_of(_source(args, args.original), args.candidate)
     configs = [check_checkpoint(subject.source, of_export=True) for subject in subjects]
+    for subject, config in zip(subjects, configs, strict=True):
+        for line in source_notes(subject.source, config):
+            console.print(f"{subject.label}: {line}", markup=False)
     tokenizer = load_tokenizer(subjects[0].source)
     questions = read_questions(args.questions, tokenizer) if args.questions else None
     how = (recipe.eval_samples, recipe.length, recipe.seed, configs[0].vocab_size, "eval")

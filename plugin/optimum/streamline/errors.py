@@ -45,5 +45,6 @@ def require_extra(module: str, extra: str) -> ModuleType:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what another library's error says, or its name where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of what another library's error says, with the next if it ends in a colon, or the error's name."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

@@ -22,6 +22,7 @@ from .errors import StreamlineError, first_line
 
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+EXPORT_FILE = "artifact.json"  # of an export of this program, which has a graph or an engine for weights
 BARE_VARIANT = "streamline"
 """What stands in the weights' file names of a model with bare layers, which stock transformers must not find."""
 
@@ -127,6 +128,9 @@ def fetch_weights(folder: Path, fetch: Callable[[list[str]], object]) -> None:
     Args:
         fetch: Fetches files of these names into `folder`, and passes over those that the repository does not have.
     """
+    if (folder / EXPORT_FILE).is_file():
+        fetch(["model.onnx", "model.onnx.data", "model.engine"])
+        return
     for single, index in (*_SAFE, *_PICKLED):
         if (folder / index).is_file():
             fetch(_names_in(folder / index))

@@ -17,11 +17,13 @@ from .source import Source
 
 # Tokenizer and code of a checkpoint, beside the files that `model_files` names.
 COMPANION_PATTERNS = (
-    "tokenizer*",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
-    "vocab*",
+    "vocab.*",
     "merges.txt",
     "*.model",
     "*.py",

@@ -93,6 +93,8 @@ def check_recipe(source: Source, recipe: Recipe) -> None:
         StreamlineError: the model, the method, a count or a length is wrong.
     """
     config = _checked_config(source, recipe)
+    if recipe.dtype is None and quantization_name(config) is None:
+        stored_dtype(source)  # refuses what a result could not be stored in
     method_of(recipe, config)
     check_quantization(recipe, config)
     check_healing(recipe)
@@ -116,6 +118,8 @@ def score(source: Source, recipe: Recipe, say: Say) -> tuple[Scores, Windows]:
         StreamlineError: a bad model or text.
     """
     config = _checked_config(source, recipe)
+    for line in source_notes(source, config):
+        say(line)
     windows = _windows(recipe, load_tokenizer(source), config, recipe.calibration, recipe.samples, "calibration")
     say(windows.line("calibration"))
     return measure_scores(load_stock(source, torch.float32, recipe.device), windows), windows
@@ -179,7 +183,8 @@ def _losses(plan: Plan) -> str:
 def inputs_of(source: Source, recipe: Recipe) -> tuple[str, ...]:
     """What a run reads, which no output may replace."""
     texts = (recipe.calibration, recipe.heal_data, recipe.eval_data)
-    return source.model, *(str(local_path(spec)[0]) for spec in texts)
+    models = (source.model, *([source.base.model] if source.base else []))
+    return *models, *(str(local_path(spec)[0]) for spec in texts)
 
 
 def prune(

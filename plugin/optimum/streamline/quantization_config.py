@@ -27,6 +27,8 @@ def quantization_fields(config: PreTrainedConfig) -> dict[str, Any]:
     found = getattr(config, "quantization_config", None)
     if found is None:
         return {}
+    if not isinstance(found, dict) and not hasattr(found, "to_dict"):
+        raise StreamlineError(f"config.json: quantization_config is {found!r}: must be fields, such as quant_method")
     fields: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
     return fields
 

@@ -55,13 +55,15 @@ class Record:
         """The fields of `streamline.json`, but for the hashes of the files beside it (`provenance.write_record`)."""
         from . import __version__
 
+        base = self.source.base
         return {
             "format": FORMAT,
             "source": {
                 "model": self.source.model,
                 "revision": self.source.revision,
                 "commit": self.source.commit,
-                "adapter_of": self.source.merged_into,
+                "adapter_of": base.model if base else "",
+                "adapter_of_commit": base.commit if base else "",
                 "fingerprint": self.source_fingerprint,
                 "layers": self.plan.total,
             },

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from .errors import StreamlineError
 from .model_files import CONFIG_FILE
 from .source import Source
 
@@ -28,16 +29,21 @@ def code_note(source: Source, class_name: str) -> str:
 
     Returns:
         One line; empty where there is no such code.
+
+    Raises:
+        StreamlineError: the code is to be run, and is not whole.
     """
     named = sorted({each for file in _NAMED_IN for each in _references(source.folder / file)})
     if not named:
         return ""
     code = f"the model has code of its own ({', '.join(named)})"
     if source.trust_remote_code:
+        for reference in named:
+            _modules_of(source.folder, reference, whole=True)
         return f"{code}, which is run: trust-remote-code was given"
     return (
-        f"{code}, which is not run: transformers' {class_name} is used; give --trust-remote-code to run it. It is "
-        "carried to the output"
+        f"{code}, which is not run: transformers' {class_name} is used; give --trust-remote-code to run it. What is "
+        "made of the model brings it along"
     )
 
 
@@ -57,13 +63,34 @@ def carry_code(source: Source, folder: Path) -> None:
 
 
 def _copy_module(origin: Path, reference: str, folder: Path) -> None:
-    module = origin / f"{reference.partition('.')[0]}.py"
-    if "--" in reference or not module.is_file():  # it names a repository of the Hub, which the output names as well
-        return
-    for each in (str(module), *get_relative_import_files(str(module))):
-        target = folder / Path(each).relative_to(origin)
+    for module in _modules_of(origin, reference):
+        target = folder / module.relative_to(origin)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(each, target)
+        shutil.copyfile(module, target)
+
+
+def _modules_of(origin: Path, reference: str, whole: bool = False) -> list[Path]:
+    """The file that a class is in, and those that it imports from beside it; none of a repository of the Hub.
+
+    Args:
+        whole: Whether all of them must be there.
+
+    Raises:
+        StreamlineError: one is not, and must be.
+    """
+    module = origin / f"{reference.partition('.')[0]}.py"
+    if "--" in reference:  # it names a repository of the Hub, which the output names as well
+        return []
+    try:
+        files = [module, *(Path(each) for each in get_relative_import_files(str(module)))]
+        missing = [file for file in files if not file.is_file()]
+    except OSError as error:
+        files, missing = [module], [Path(str(error.filename))]
+    if missing and whole:
+        raise StreamlineError(
+            f"model {str(origin)!r}: its code {reference} needs {missing[0].name}, which is not there"
+        )
+    return [file for file in files if file.is_file()]
 
 
 def _references(file: Path) -> Iterator[str]:
@@ -78,5 +105,8 @@ def _references(file: Path) -> Iterator[str]:
 def _fields(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
-    fields = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise StreamlineError(f"{file}: is not JSON; fetch it again") from None
     return fields if isinstance(fields, dict) else {}

@@ -20,6 +20,7 @@ import torch
 from .checkpoint import RECORD_FILE, read_config, read_record
 from .errors import StreamlineError
 from .logs import LOG_FILE, captured_logs
+from .machine import describe_machine
 from .module_patterns import chosen, followed
 from .outputs import check_output, refuse_own_input, write_file
 from .plan import Place
@@ -256,9 +257,10 @@ class _Chain:
         measured = {row.label: row.files for row in report.rows}
         same_files = measured == {subject.label: model_hashes(subject.source) for subject in subjects}
         same_recipe = _measures(report.recipe or {}) == _measures(dataclasses.asdict(self._recipe))
-        if same_files and same_recipe and report.data == windows.describe():
+        same_machine = report.machine == describe_machine(self._recipe.device)
+        if same_files and same_recipe and same_machine and report.data == windows.describe():
             return report
-        self._say(f"{file} is of other files, text or settings; measuring anew")
+        self._say(f"{file} is of other files, text, settings, machine or versions; measuring anew")
         return None
 
     def _subjects(self) -> list[Subject]:

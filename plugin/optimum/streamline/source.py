@@ -44,13 +44,15 @@ class Source:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        if not Path(self.model).exists():
+        if not exists(self.model) and not _is_path(self.model):
             name, _, revision = self.model.partition("@")
             if revision and self.revision not in (None, revision):
                 raise StreamlineError(f"revision {self.revision!r}: the model says {revision!r}; give one of them")
             object.__setattr__(self, "model", name)
             object.__setattr__(self, "revision", revision or self.revision)
-        elif self.revision is not None:
+        if not self.model:
+            raise StreamlineError("model '': is empty; give a checkpoint's folder or a Hub id")
+        if self.revision is not None and exists(self.model):
             raise StreamlineError(
                 f"revision {self.revision!r}: model {self.model!r} is a local folder, which has none; leave it out"
             )
@@ -70,7 +72,7 @@ class Source:
     @property
     def is_local(self) -> bool:
         """Whether it is a folder of this machine rather than a Hub id."""
-        return Path(self.model).exists()
+        return exists(self.model)
 
     @property
     def name(self) -> str:
@@ -88,10 +90,10 @@ class Source:
         return _merged(own, self.cache_dir, self.trust_remote_code)[0] if is_adapter(own) else own
 
     @property
-    def merged_into(self) -> str:
-        """The base that an adapter was merged into; empty for a model that is no adapter."""
+    def base(self) -> Source | None:
+        """The model that an adapter was merged into; none for a model that is no adapter."""
         own = self.own_folder
-        return _merged(own, self.cache_dir, self.trust_remote_code)[1] if is_adapter(own) else ""
+        return _merged(own, self.cache_dir, self.trust_remote_code)[1] if is_adapter(own) else None
 
     @property
     def own_folder(self) -> Path:
@@ -100,12 +102,11 @@ class Source:
         Raises:
             StreamlineError: it is not there, or cannot be fetched.
         """
-        path = Path(self.model)
-        if path.is_file():
-            raise StreamlineError(f"model {self.model!r}: is a file; give the folder of a checkpoint, or a Hub id")
-        if path.exists():
-            return path
-        if path.is_absolute() or self.model.startswith((".", "~")):
+        if exists(self.model):
+            if Path(self.model).is_file():
+                raise StreamlineError(f"model {self.model!r}: is a file; give the folder of a checkpoint, or a Hub id")
+            return Path(self.model)
+        if _is_path(self.model):
             raise StreamlineError(f"model {self.model!r}: no such folder; give a checkpoint's folder or a Hub id")
         return _fetched(self.model, self.cache_dir, self.revision)
 
@@ -118,6 +119,19 @@ class Source:
         return commit if _COMMIT.fullmatch(commit) else ""
 
 
+def exists(name: str) -> bool:
+    """Whether a name is that of a file or folder of this machine; one that could be none, being too long, is not."""
+    try:
+        return Path(name).exists()
+    except OSError:
+        return False
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name cannot be a Hub id, but only a path."""
+    return name.startswith(("/", ".", "~")) or name.partition("@")[0].count("/") > 1
+
+
 def fingerprint(source: Source) -> str:
     """SHA-256 over a checkpoint's config and weights: two checkpoints with one fingerprint are one model."""
     digest = hashlib.sha256()
@@ -128,7 +142,7 @@ def fingerprint(source: Source) -> str:
 
 
 @cache  # one process merges an adapter once; what it merged goes when the process ends
-def _merged(folder: Path, cache_dir: str | None, trust_remote_code: bool) -> tuple[Path, str]:
+def _merged(folder: Path, cache_dir: str | None, trust_remote_code: bool) -> tuple[Path, Source]:
     from .adapters import merged_adapter
 
     into = Path(tempfile.mkdtemp(prefix="streamline-merged-"))

@@ -116,9 +116,9 @@ def recognise(subjects: Sequence[Subject]) -> list[Subject]:
 
 def _is_float_export(subject: Subject) -> bool:
     """Whether it is an export as it was written, which nothing made less than its checkpoint."""
-    if not is_artifact(subject.path):
+    if not is_artifact(subject.source.folder):
         return False
-    return Artifact.read(Path(subject.path)).quantize == "none" and not changed_files(subject.source)
+    return Artifact.read(subject.source.folder).quantize == "none" and not changed_files(subject.source)
 
 
 @dataclass(frozen=True)
@@ -263,20 +263,20 @@ def _refuse_other_files(subjects: Sequence[Subject], files: Sequence[dict[str, s
 
 
 def _source_fingerprint(subject: Subject) -> str:
-    if is_artifact(subject.path):
-        return Artifact.read(Path(subject.path)).source_fingerprint
+    if is_artifact(subject.source.folder):
+        return Artifact.read(subject.source.folder).source_fingerprint
     return fingerprint(subject.source)
 
 
 def _computed(subject: Subject, config: PreTrainedConfig, dtype: str) -> tuple[str, Cost]:
     """What a subject is computed in, in a word, and its cost; `dtype` is that of checkpoints in float."""
-    if not is_artifact(subject.path):
+    if not is_artifact(subject.source.folder):
         quantized = quantization_name(config)
         if quantized is None:
             return dtype, cost_of(config, dtype)
         read = stored_weight_bytes(subject.source.folder, config)
         return quantized, replace(cost_of(config, stored_dtype(subject.source)), weight_bytes=read)
-    artifact = Artifact.read(Path(subject.path))
+    artifact = Artifact.read(subject.source.folder)
     return artifact.precision, replace(cost_of(config, artifact.dtype), weight_bytes=artifact.weight_bytes)
 
 

@@ -5,6 +5,7 @@ A graph to be quantized is proved first, as any; what quantizing it changed is m
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -212,8 +213,9 @@ def _dequantized_error(job: OnnxExport, folder: Path, bar: Bar) -> dict[str, flo
 def _text_of(job: OnnxExport) -> dict[str, dict[str, Any]]:
     """What text went into the artifact's weights, by purpose."""
     from optimum.streamline.record import seen_text, text_of
+    from optimum.streamline.source import Source
 
-    data = dict(text_of(job.checkpoint))
+    data = dict(text_of(str(Source(job.checkpoint, **job.options).folder)))
     if job.quantization and WAYS[job.quantization.how].calibrated:
         assert job.quantization.windows is not None
         data["quantization"] = seen_text(job.quantization.windows)
@@ -316,7 +318,10 @@ def write_companions(model: PreTrainedModel, source: Source, folder: Path) -> No
     from optimum.streamline.older_tokenizers import save_tokenizer
     from optimum.streamline.read_back import compare_tokenizer
 
-    model.config.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "auto_map"):  # no code is run beside a graph
+        del config.auto_map
+    config.save_pretrained(folder)
     add_older_names(folder)
     model.generation_config.save_pretrained(folder)
     try:

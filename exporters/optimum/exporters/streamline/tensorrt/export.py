@@ -155,7 +155,7 @@ def _export_into(folder: Path, job: TensorrtExport, source: Source, limits: Limi
 
 def _text_of(job: TensorrtExport) -> dict[str, dict[str, Any]]:
     """What text went into the engine, by purpose."""
-    data = dict(text_of(job.checkpoint))
+    data = dict(text_of(str(Source(job.checkpoint, **job.options).folder)))
     if job.quantization and ENGINE_WAYS[job.quantization.how].calibrated:
         assert job.quantization.windows is not None
         data["quantization"] = seen_text(job.quantization.windows)
