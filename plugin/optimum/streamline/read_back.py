@@ -7,18 +7,26 @@ compared with those of the model that was saved. Knows nothing of how the model 
 from __future__ import annotations
 
 import gc
+import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .bare_layers import bare_layers
 from .checkpoint import load_stock, read_config
 from .errors import ParityError, StreamlineError, first_line
-from .quantized import keep_as_read
+from .quantized import keep_as_read, quantized_modules
 from .source import Source
 
 # Words, code, numbers, spaces, other scripts and a sign beyond the basic plane: where tokenizers are known to differ.
@@ -30,6 +38,14 @@ MARGIN = 4
 """How many times the difference may be that rounding alone was measured to give in the same type."""
 
 _ROWS, _LENGTH = 3, 64
+_TOKENIZER_FIELDS = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "unk_token_id",
+    "chat_template",
+    "model_max_length",
+)
 
 
 def read_back(
@@ -76,21 +92,27 @@ class Expected:
     """What a folder must give when it is read, found in memory before the model is let go.
 
     Args:
+        sums: Of each tensor that the files hold as it is, its type, shape and checksum.
+        config: The fields of its config.
+        generation: The fields of its generation config; none where it has none.
         ids: Tokens `[rows, length]`.
         logits: The saved model's, `[rows, length, vocabulary]`, in the type that its weights are stored in.
         noise: The largest difference between these and the same model's when it reads only the first half of the
             tokens, which changes nothing but the order of additions: what rounding gives in that type.
     """
 
+    sums: dict[str, tuple[Any, ...]]
+    config: dict[str, Any]
+    generation: dict[str, Any] | None
     ids: torch.Tensor
     logits: torch.Tensor
     noise: float
+    dtype: torch.dtype
 
     @property
     def allowed(self) -> float:
-        """The largest difference of a logit that is no fault."""
-        rounding = torch.finfo(torch.float32).eps * float(self.logits.abs().max())
-        return MARGIN * max(self.noise, rounding)
+        """The largest difference of a logit that is no fault: as measured, or one step of the stored type."""
+        return max(MARGIN * self.noise, torch.finfo(self.dtype).eps * float(self.logits.abs().max()))
 
 
 def expected_of(model: PreTrainedModel, ids: torch.Tensor) -> Expected:
@@ -103,6 +125,7 @@ def expected_of(model: PreTrainedModel, ids: torch.Tensor) -> Expected:
     Raises:
         ParityError: its logits are not finite.
     """
+    sums = _sums(model)
     positions = getattr(model.config, "max_position_embeddings", None) or _LENGTH
     ids = ids[:_ROWS, : min(_LENGTH, positions)]
     logits = _logits(model, ids)
@@ -113,7 +136,10 @@ def expected_of(model: PreTrainedModel, ids: torch.Tensor) -> Expected:
             "between its layers are too large for that type; give dtype 'bf16' or 'fp32'"
         )
     half = max(1, ids.shape[1] // 2)
-    return Expected(ids, logits, float((_logits(model, ids[:, :half]) - logits[:, :half]).abs().max()))
+    noise = float((_logits(model, ids[:, :half]) - logits[:, :half]).abs().max())
+    kept = model.dtype if model.dtype.is_floating_point else torch.float32
+    generation = model.generation_config.to_dict() if model.generation_config else None
+    return Expected(sums, _fields(model.config), generation, ids, logits, noise, kept)
 
 
 def release(model: nn.Module) -> None:
@@ -137,6 +163,7 @@ def _compare(folder: Path, expected: Expected, device: str = "cpu", trust_remote
         ParityError: it cannot be loaded, weights are missing or left over, or its logits are others.
     """
     model = _load(folder, device, trust_remote_code)
+    _compare_parts(model, expected)
     logits = _logits(model, expected.ids)
     if not bool(logits.isfinite().all()):
         raise ParityError("output: the saved folder, read back, gives logits that are not finite; nothing is delivered")
@@ -148,6 +175,49 @@ def _compare(folder: Path, expected: Expected, device: str = "cpu", trust_remote
             f"allowed is {expected.allowed:.3g} (row {row}, position {position}, token {token}); nothing is delivered"
         )
     return difference
+
+
+def _compare_parts(model: PreTrainedModel, expected: Expected) -> None:
+    """Compare tensors bit by bit, and both configs field by field, which logits of a few tokens cannot."""
+    found = _sums(model)
+    for name, value in expected.sums.items():
+        if found.get(name, value) != value:
+            raise ParityError(f"output: weight {name}, read back, is not what was saved; nothing is delivered")
+    generation = model.generation_config.to_dict() if model.generation_config else {}
+    parts = [("config.json", expected.config, _fields(model.config))]
+    if expected.generation is not None:
+        parts.append(("generation_config.json", expected.generation, generation))
+    for file, wanted, got in parts:
+        for field, value in wanted.items():
+            if field not in _VOLATILE and got.get(field) != value:
+                raise ParityError(
+                    f"output: {field} in {file}, read back, is {got.get(field)!r} and not {value!r}; "
+                    "nothing is delivered"
+                )
+
+
+# What a config says of how it was read.
+_VOLATILE = {"_name_or_path", "transformers_version", "_from_model_config", "_commit_hash"}
+
+
+def _fields(config: PreTrainedConfig) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return fields
+
+
+def _sums(model: PreTrainedModel) -> dict[str, tuple[Any, ...]]:
+    """Type, shape and checksum of each tensor of a model, but for those in modules whose weights are quantized."""
+    packed = tuple(f"{name}." for name in quantized_modules(model))
+    return {
+        name: (value.dtype, value.shape, _checksum(value))
+        for name, value in model.state_dict().items()
+        if not name.startswith(packed) and isinstance(value, torch.Tensor)
+    }
+
+
+def _checksum(value: torch.Tensor) -> int:
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    return zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
 
 
 def compare_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> None:
@@ -165,6 +235,14 @@ def compare_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, trust_re
         raise ParityError(
             f"output: its tokenizer cannot be read back ({first_line(error)}); nothing is delivered"
         ) from None
+    for field in _TOKENIZER_FIELDS:
+        wanted, got = (getattr(each, field, None) for each in (tokenizer, saved))
+        if wanted != got:
+            raise ParityError(
+                f"output: {field} of its tokenizer, read back, is {got!r} and not {wanted!r}; nothing is delivered"
+            )
+    if tokenizer.decode(ids := tokenizer(SAMPLE)["input_ids"]) != saved.decode(ids):
+        raise ParityError("output: its tokenizer, read back, makes other text of tokens; nothing is delivered")
     for text in (SAMPLE, *tokenizer.all_special_tokens):
         wanted, got = tokenizer(text)["input_ids"], saved(text)["input_ids"]
         if wanted != got:

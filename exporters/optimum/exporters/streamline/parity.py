@@ -29,6 +29,9 @@ PROMPT, CONTINUATION = 12, 3
 LONGEST = PROMPT + CONTINUATION + 1
 """Tokens of the longest text that is asked."""
 
+LEAST_ALIKE = 0.5
+"""Correlation of a quantized graph's logits with torch's. Four bits leave 0.9 and more; a lost scale leaves none."""
+
 LENGTHS = (PROMPT, 7, 4)
 """Prompt lengths of the padded batch: three rows, where the graph was traced with two."""
 
@@ -70,6 +73,14 @@ class Question:
         """The largest logit that is compared."""
         rows, columns = np.nonzero(self.positions >= 0)
         return float(np.abs(self.expected[rows, columns]).max())
+
+    def correlation(self, got: Logits) -> float:
+        """How alike the logits are that are compared, -1 to 1: their correlation over all tokens and places."""
+        rows, columns = np.nonzero(self.positions >= 0)
+        pair = np.stack([got[rows, columns].ravel(), self.expected[rows, columns].ravel()]).astype(np.float64)
+        with np.errstate(invalid="ignore", divide="ignore"):  # of constants it is not a number
+            matrix: npt.NDArray[np.float64] = np.asarray(np.corrcoef(pair))
+        return float(matrix[0, 1])
 
     def largest_difference(self, got: Logits) -> tuple[float, int, int, int]:
         """The largest absolute difference, and its row, position and token."""
@@ -119,13 +130,19 @@ def measure_divergence(model: PreTrainedModel, answer: Answer) -> dict[str, floa
         The largest absolute logit difference as a share of the largest logit, by check.
 
     Raises:
-        ParityError: an answer is not a number.
+        ParityError: an answer is not a number, or has little to do with the model's.
     """
     shares: dict[str, float] = {}
     for question, got in _answered(model, answer):
         share = question.largest_difference(got)[0] / question.scale
         if not np.isfinite(share):
             raise ParityError(f"parity: {question.check} gives what is not a number")
+        alike = question.correlation(got)
+        if not alike >= LEAST_ALIKE:
+            raise ParityError(
+                f"parity: {question.check} is not the model any more: its logits and torch's correlate by {alike:.2f}, "
+                f"at least {LEAST_ALIKE} is needed"
+            )
         shares[question.check] = share
     return shares
 
