@@ -90,11 +90,16 @@ def overflowing(folder: Path) -> Path:
 def with_code(folder: Path) -> Path:
     model = make(folder / "model")
     (model / "modeling_own.py").write_text(
-        "from transformers import LlamaForCausalLM\n\nfrom .parts_own import Part\n\n\n"
-        "class OwnForCausalLM(Part, LlamaForCausalLM):\n    pass\n"
+        "from transformers import LlamaForCausalLM\n\nfrom .configuration_own import OwnConfig\n"
+        "from .parts_own import Part\n\n\n"
+        "class OwnForCausalLM(Part, LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    (model / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    pass\n"
     )
     (model / "parts_own.py").write_text("class Part:\n    pass\n")
-    edit_config(model, auto_map={"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"})
+    classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    edit_config(model, auto_map=classes)
     return folder
 
 
@@ -307,6 +312,39 @@ def integers(folder: Path) -> Words:
     return prune(folder)
 
 
+def integer_bias(folder: Path) -> Words:
+    name = "model.layers.1.self_attn.q_proj.bias"
+    model = make(folder / "model", "qwen2", num_hidden_layers=5)
+    edit_weights(model, lambda weights: weights.update({name: torch.ones_like(weights[name], dtype=torch.bool)}))
+    return prune(folder)
+
+
+def code_that_is_not_whole(folder: Path) -> Words:
+    (with_code(folder) / "model" / "parts_own.py").unlink()
+    return [*prune(folder), "--trust-remote-code"]
+
+
+def other_width(folder: Path) -> Words:
+    edit_config(make(folder / "model"), hidden_size=64)
+    return prune(folder)
+
+
+def doubles(folder: Path) -> Words:
+    edit_weights(make(folder / "model"), lambda w: w.update({name: value.double() for name, value in w.items()}))
+    return prune(folder)
+
+
+def column_of_a_table(folder: Path) -> Words:
+    words = text_file(folder, "own.jsonl", rows_of_json().replace(b'"text"', b'"body"'))
+    return [f"{word},body" if word == folder / "own.jsonl" else word for word in words]
+
+
+def no_path_of_the_table_is_on_the_card(folder: Path) -> None:
+    card = (folder / "out" / "README.md").read_text()
+    assert str(folder) not in card
+    assert "of `own.jsonl,body`" in card
+
+
 def gptq(folder: Path) -> Words:
     edit_config(make(folder / "model"), quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128})
     return prune(folder)
@@ -374,6 +412,12 @@ CASES = [
          "the model's logits are not finite when it is computed in it", marks=ONNX),
     Case("unclear line", "a value head beside a whole model", value_head, 2, "such as a value head"),
     Case("unclear line", "integers under the name of a weight", integers, 2, "up_proj.weight is I8"),
+    Case("unclear line", "booleans under the name of a bias", integer_bias, 2, "q_proj.bias is BOOL"),
+    Case("unclear line", "code that lacks a file, with leave to run", code_that_is_not_whole, 2,
+         "its code modeling_own.OwnForCausalLM needs parts_own.py, which is not there"),
+    Case("unclear line", "weights of another width than the config", other_width, 2, "have another shape than config.json says"),
+    Case("unclear line", "weights of 64 bits", doubles, 2, "has no weights in one of fp32, fp16, bf16"),
+    Case("privacy", "a column of a local table", column_of_a_table, 0, "saved", no_path_of_the_table_is_on_the_card),
     Case("privacy", "a local original and a local text", lambda f: text_file(f, "own.txt", TEXT.encode()), 0, "saved",
          no_path_is_on_the_card),
 ]  # fmt: skip

@@ -15,17 +15,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from console import Outcome, optimum_cli
-from optimum.streamline import validation
+from optimum.streamline import machine, run, validation
 from optimum.streamline.latency import Timing
 from optimum.streamline.report import Report
-from optimum.streamline.text import read_documents
+from optimum.streamline.text import open_text
 from optimum.streamline.worker_pool import Job, Timed
 from reference import REFERENCE
 from tiny import tiny_model
 
 Cli = Callable[..., Outcome]
 WEIGHTS = "model.safetensors"
-RUN = ("run", "-m", "source", "out", "--layers", 3, "--samples", 2, "--length", 32)
+RUN = ("run", "-m", "source", "out", "--layers", 3, "--calibration", "stdlib", "--samples", 2, "--length", 32)
 JUDGED = ("--eval-data", "eval.txt", "--eval-samples", 8, "--max-kl", 50)
 AGAIN = "report.json is there already, of these very files"
 
@@ -46,7 +46,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("finished")
     tiny_model(vocab_size=4096).save_pretrained(root / "source")
     AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(root / "source")
-    (root / "eval.txt").write_text(next(read_documents("stdlib:eval")))
+    (root / "eval.txt").write_text("".join(list(open_text("stdlib:eval").documents)[:20]))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.chdir(root)
         patch.setattr(validation, "time_alternating", Timer())
@@ -162,7 +162,7 @@ def test_a_source_whose_tokenizer_was_edited_is_measured_anew(cli: Cli, timer: T
     file.write_text(json.dumps({**json.loads(file.read_text()), "padding_side": "left"}))
     outcome = cli(*RUN, *JUDGED)
     assert (outcome.code, timer.asked) == (0, 1)
-    assert "report.json is of other files, text or settings; measuring anew" in outcome.out
+    assert "report.json is of other files, text, settings, machine or versions; measuring anew" in outcome.out
 
 
 REPORT_EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -183,7 +183,7 @@ def test_a_tampered_report_is_not_believed(cli: Cli, timer: Timer, kind: str) ->
 
 def test_a_report_of_other_files_is_made_anew_though_its_digest_fits(cli: Cli, timer: Timer) -> None:
     edit_report(lambda report: report["rows"][1]["files"].update({WEIGHTS: "0" * 64}), sign=True)
-    assert "is of other files, text or settings; measuring anew" in cli(*RUN, *JUDGED).out
+    assert "is of other files, text, settings, machine or versions; measuring anew" in cli(*RUN, *JUDGED).out
     assert timer.asked == 1
 
 
@@ -264,3 +264,12 @@ def test_validate_times_as_many_rounds_as_it_is_asked_to(cli: Cli, timer: Timer)
     assert json.loads(Path("report/report.json").read_text())["settings"]["rounds"] == 17
     outcome = cli(*words, "--output", "few", "--rounds", 1)
     assert (outcome.code, outcome.err) == (2, "error: rounds 1: must be at least 2\n")
+
+
+def test_figures_of_another_machine_are_measured_anew(cli: Cli, timer: Timer, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = machine.describe_machine("cpu")
+    monkeypatch.setattr(run, "describe_machine", lambda device: {**here, "processor": "another"})
+    outcome = cli(*RUN, *JUDGED)
+    assert outcome.code == 0
+    assert "is of other files, text, settings, machine or versions; measuring anew" in outcome.out
+    assert timer.asked == 1

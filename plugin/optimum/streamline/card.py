@@ -128,9 +128,13 @@ def _without_paths(card: str) -> str:
 
 
 def _origin(source: Source) -> str:
-    """A model as strangers may read it: no path of the machine that it lay on, and the commit where there is one."""
-    merged = f", an adapter merged into {_origin(source.base)}" if source.base else ""
-    return f"`{source.name}`" + (f" at commit {source.commit}" if source.commit else "") + merged
+    """A model as strangers may read it, and the base of an adapter."""
+    return _named(source) + (f", an adapter merged into {_named(source.base)}" if source.base else "")
+
+
+def _named(source: Source) -> str:
+    """A model without any path of the machine that it lay on, and the commit where there is one."""
+    return f"`{source.name}`" + (f" at commit {source.commit}" if source.commit else "")
 
 
 def _training(healed: Healed, record: Record) -> str:

@@ -29,7 +29,7 @@ from .bare_layers import bare_layers, host_config, is_bare_checkpoint, load_bare
 from .dead import drop_dead_sublayers
 from .errors import StreamlineError, first_line
 from .folder_kinds import refuse_export, seems_to_be
-from .model_files import CONFIG_FILE, FLOAT_TYPES, StoredTensor, find_weights
+from .model_files import CONFIG_FILE, FLOAT_TYPES, StoredTensor, WeightFiles, find_weights
 from .offload import offload_options, read_parameter
 from .older_names import add_older_names
 from .older_tokenizers import save_tokenizer
@@ -155,6 +155,11 @@ def source_notes(source: Source, config: PreTrainedConfig) -> list[str]:
         notes.append(
             f"weights are read from {names}, by torch and as tensors alone (weights_only): no code of theirs runs"
         )
+    if len(types := _float_sizes(weights)) > 1 and quantization_name(config) is None:
+        names = " and ".join(types)
+        notes.append(
+            f"its weights are stored in {names}; what is made of it is stored in {next(iter(types))}, as most are"
+        )
     return [note for note in notes if note]
 
 
@@ -246,13 +251,18 @@ def stored_dtype(source: Source) -> str:
     Raises:
         StreamlineError: it has no weights of such a type.
     """
+    if not (sizes := _float_sizes(find_weights(source.folder))):
+        raise StreamlineError(f"model {source.model!r}: has no weights in one of {', '.join(DTYPES)}; convert it first")
+    return next(iter(sizes))
+
+
+def _float_sizes(weights: WeightFiles) -> dict[str, int]:
+    """Bytes of the weights of each type of `DTYPES` that a checkpoint has, the most first."""
     sizes: Counter[str] = Counter()
-    for tensor in find_weights(source.folder).tensors():
+    for tensor in weights.tensors():
         if tensor.type in _TYPES:
             sizes[_TYPES[tensor.type]] += tensor.bytes
-    if not sizes:
-        raise StreamlineError(f"model {source.model!r}: has no weights in one of {', '.join(DTYPES)}; convert it first")
-    return sizes.most_common(1)[0][0]
+    return dict(sizes.most_common())
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
