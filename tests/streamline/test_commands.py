@@ -292,7 +292,7 @@ def test_it_is_said_which_text_was_used_for_what(cli: Cli, tmp_path: Path) -> No
     said = cli("prune", "-m", REFERENCE, *words, tmp_path / "out").out
     assert "calibration text: stdlib:calibration, 4 windows of 64 tokens drawn from " in said
     assert "healing text: stdlib:train, 2 windows of 64 tokens drawn from " in said
-    words = (tmp_path, "--eval-samples", 2, "--length", 64, "--output", tmp_path / "report")
+    words = (REFERENCE, "--eval-samples", 2, "--length", 64, "--output", tmp_path / "report")  # twice: refused later
     said = cli("validate", REFERENCE, *LIBRARY["validate"], *words).out
     assert "evaluation text: stdlib:eval, 2 windows of 64 tokens drawn from " in said
 

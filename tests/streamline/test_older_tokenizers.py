@@ -97,7 +97,8 @@ def test_a_pruned_checkpoint_has_such_files(
 ) -> None:
     source, out = write_tokenizer("llama of version 3", tmp_path / "source"), tmp_path / "out"
     tiny_model(vocab_size=400).save_pretrained(source)
-    outcome = optimum_cli(monkeypatch, capsys, "streamline", "prune", "-m", source, out, "--layers", 3, "--length", 8)
+    words = ("prune", "-m", source, out, "--layers", 3, "--calibration", "stdlib", "--length", 8)
+    outcome = optimum_cli(monkeypatch, capsys, "streamline", *words)
     assert outcome.code == 0, outcome.err
     assert fields_of(out)["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert fields_of(out)["additional_special_tokens"] == ["<|tool|>"]

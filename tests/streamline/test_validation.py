@@ -142,10 +142,10 @@ def test_an_export_of_the_original_is_recognised(folder: Path, tmp_path: Path) -
 
 def test_an_export_of_the_original_that_was_edited_is_a_candidate(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_text("graph")
-    source_fingerprint = fingerprint(str(folder / "original"))
+    source_fingerprint = fingerprint(Source(str(folder / "original")))
     artifact = Artifact(str(tmp_path), "onnx", "fp32", "gone", source_fingerprint, {}, (0,))
     artifact.with_files(tmp_path).write(tmp_path)
-    subjects = subjects_of(str(folder / "original"), [str(tmp_path)])
+    subjects = subjects_of(Source(str(folder / "original")), [str(tmp_path)])
     assert recognise(subjects)[1].role == "original"
     (tmp_path / "model.onnx").write_text("edited")
     assert recognise(subjects)[1].role == "candidate"

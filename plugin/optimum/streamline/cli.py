@@ -280,7 +280,7 @@ def _export(args: Namespace, console: Console) -> int:
         raise StreamlineError(
             f"opset {args.opset}: must be {opset}, which has attention and normalisation as single nodes"
         )
-    check_export(args.format, args.dtype, args.device, args.quantize)
+    check_export(args.format, args.dtype, args.device, args.quantize, _engine(args))
     if args.quantize_exclude and args.quantize == "none":
         raise StreamlineError(f"quantize-exclude {args.quantize_exclude!r}: nothing is quantized; give quantize too")
     check_output(args.output, args.overwrite)

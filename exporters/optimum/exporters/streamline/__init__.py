@@ -104,8 +104,17 @@ def export_checkpoint(
     return export_onnx(job, overwrite, verbose)
 
 
-def check_export(format: str, dtype: str, device: str, quantize: str = NONE) -> None:  # noqa: A002 - the command's word
+def check_export(
+    format: str,  # noqa: A002 - the command's word
+    dtype: str,
+    device: str,
+    quantize: str = NONE,
+    engine: EngineOptions | None = None,
+) -> None:
     """Refuse what cannot be exported here, before anything is made to be exported.
+
+    Args:
+        engine: What engine is asked for, where one is and that is known already.
 
     Raises:
         StreamlineError: the format, dtype or device is wrong, or a package is missing.
@@ -114,7 +123,7 @@ def check_export(format: str, dtype: str, device: str, quantize: str = NONE) -> 
     if format == TENSORRT:
         _refuse_for_tensorrt(device=device)
         if quantize != NONE:
-            check_way(quantize, ())
+            check_way(quantize, engine.capabilities if engine else ())
         return
     from .export import check_options
 

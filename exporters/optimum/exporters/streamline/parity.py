@@ -116,7 +116,9 @@ def check_finite(model: PreTrainedModel, dtype: str) -> None:
         StreamlineError: its logits are not finite.
     """
     ids = _tokens(model, 1, LONGEST)
-    if not np.isfinite(_reference(model, ids, np.ones_like(ids))).all():
+    logits = _reference(model, ids, np.ones_like(ids))
+    model.tie_weights()  # weights that stay on disk are put back one by one, shared ones as two
+    if not np.isfinite(logits).all():
         raise StreamlineError(
             f"dtype {dtype!r}: the model's logits are not finite when it is computed in it"
             + ("; give dtype 'fp32', or 'bf16' on cuda" if dtype == "fp16" else "")
