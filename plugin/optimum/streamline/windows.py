@@ -48,7 +48,7 @@ class Windows:
     possible: int = 0
     commit: str = ""
     texts: tuple[str, ...] = field(default=(), repr=False)
-    sketch: Sketch = field(default=Sketch(0, frozenset()), repr=False)
+    sketch: Sketch = field(default=Sketch(), repr=False)
 
     def part(self, start: int, end: int) -> Windows:
         """The windows from `start` up to `end`."""
