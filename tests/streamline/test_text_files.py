@@ -103,6 +103,48 @@ def test_a_plain_file_has_no_columns(tmp_path: Path) -> None:
         read(f"{tmp_path / 'x.txt'},text")
 
 
+# As the Hub has WikiText: a line a row, blank ones empty.
+ARTICLES = ["", " = Home = \n", "", " A first line . \n", " = = Plot = = \n", "", " 1 = 1 . \n", ""]
+ARTICLES += [" = Away = \n", "", " Another article . \n", ""]
+HOME = " = Home = \n\n A first line . \n = = Plot = = \n\n 1 = 1 . \n\n"
+AWAY = " = Away = \n\n Another article . \n\n"
+
+
+def write_rows(file: Path, rows: list[str | None]) -> Path:
+    parquet.write_table(pyarrow.table({"text": rows}), file)
+    return file
+
+
+def test_rows_that_are_lines_are_joined_to_articles(tmp_path: Path) -> None:
+    table = write_rows(tmp_path / "x.parquet", [*ARTICLES])
+    (tmp_path / "other").mkdir()
+    rows = tmp_path / "other" / "x.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": row}) for row in ARTICLES))
+    for spec in (table, rows, f"hub:{rows.parent}"):
+        assert read(spec) == [HOME, AWAY]
+
+
+def test_an_article_ends_with_its_part_of_the_data_set(tmp_path: Path) -> None:
+    for part in ("0", "1"):
+        write_rows(tmp_path / f"train-{part}.parquet", [f"line {part}\n", "more\n"])
+    assert sorted(read(f"hub:{tmp_path}")) == ["line 0\nmore\n", "line 1\nmore\n"]
+
+
+def test_other_rows_are_documents(tmp_path: Path) -> None:
+    # Without a newline; of several lines, as a file of source code; and a line between such.
+    rows = ["a", "", "b", "one\ntwo\n", None, "three\nfour\n", "a line\n", "c", "last\n", "line\n"]
+    expected = ["a", "b", "one\ntwo\n", "three\nfour\n", "a line\n", "c", "last\nline\n"]
+    assert read(write_rows(tmp_path / "x.parquet", rows)) == expected
+
+
+def test_a_joined_document_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optimum.streamline.text_files.LONGEST", 30)
+    rows: list[str | None] = [f"line {number}\n" for number in range(100)]
+    documents = read(write_rows(tmp_path / "x.parquet", rows))
+    assert "".join(documents) == "".join(str(row) for row in rows)
+    assert {len(document.splitlines()) for document in documents[:-1]} == {4, 5}
+
+
 def test_reading_a_table_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     write_parquet(tmp_path / "x.parquet")

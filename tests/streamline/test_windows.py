@@ -126,6 +126,7 @@ def test_what_was_drawn_from_what_is_said(tokenizer: PreTrainedTokenizerBase) ->
     assert "commit" not in said
     line = windows.line("evaluation")
     assert line == f"evaluation text: stdlib:eval, 8 windows of 64 tokens drawn from {windows.possible:,}"
+    assert (said["read_characters"], said["whole"]) == (characters, True)
 
 
 def test_a_window_knows_the_document_that_it_begins_in(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -158,10 +159,19 @@ def test_an_endless_text_is_read_until_there_is_enough(
     rows = [f'{{"text": "row number {number}"}}' for number in range(20_000)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     monkeypatch.setattr("optimum.streamline.windows.READ", 10_000)
-    some = read(f"hub:{tmp_path}", tokenizer, 10, 24).possible
-    more = read(f"hub:{tmp_path}", tokenizer, 100, 24).possible
-    whole = read(tmp_path / "rows.jsonl", tokenizer, 10, 24).possible
-    assert 80 <= some < 200 < 800 <= more < 1000 < whole
+    some = read(f"hub:{tmp_path}", tokenizer, 10, 24)
+    more = read(f"hub:{tmp_path}", tokenizer, 100, 24)
+    whole = read(tmp_path / "rows.jsonl", tokenizer, 10, 24)
+    assert 80 <= some.possible < 200 < 800 <= more.possible < 1000 < whole.possible
+    said = some.describe()
+    assert (said["read_characters"], said["whole"]) == (some.characters, False)
+    assert 10_000 <= some.characters < 10_020 < more.characters
+    assert f"drawn from {some.possible} in the first {some.characters:,} characters that were" in some.line(
+        "evaluation"
+    )
+    # One that is read to its end is whole.
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows[:500]))
+    assert read(f"hub:{tmp_path}", tokenizer, 10, 24).whole
 
 
 def test_tokens_beyond_the_embedding_are_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,7 @@ class Sketch:
 
 def sketch_of(documents: Sequence[str]) -> Sketch:
     """The sketch of documents, laid end to end."""
-    return Sketch(_sample(map(_run_hashes, _chunks(documents))), _sample(map(_line_hashes, documents)))
+    return Sketch(_sample(map(_run_hashes, _chunks(documents))), _sample(_line_hashes(documents)))
 
 
 def _sample(batches: Iterable[_Hashes]) -> Sample:
@@ -142,11 +143,15 @@ def _chunks(documents: Iterable[str]) -> Iterator[bytes]:
         yield waiting
 
 
-def _line_hashes(document: str) -> _Hashes:
-    """Hashes of a document's lines, `[lines]`, without white space; short ones left out."""
-    lines = ("".join(line.split()).encode(errors="surrogatepass") for line in document.splitlines())
-    digests = [hashlib.blake2b(line, digest_size=5).digest() for line in lines if len(line) >= LINE]
-    return np.array([int.from_bytes(digest, "little") for digest in digests], np.uint64)
+def _line_hashes(documents: Iterable[str]) -> Iterator[_Hashes]:
+    """Hashes of the documents' lines without white space, short ones left out, so many at once as a sketch keeps."""
+    squeezed = (
+        "".join(line.split()).encode(errors="surrogatepass") for text in documents for line in text.splitlines()
+    )
+    digests = (hashlib.blake2b(line, digest_size=5).digest() for line in squeezed if len(line) >= LINE)
+    hashes = (int.from_bytes(digest, "little") for digest in digests)
+    while batch := list(islice(hashes, KEPT)):
+        yield np.array(batch, np.uint64)
 
 
 def _distinct(hashes: _Hashes) -> _Hashes:

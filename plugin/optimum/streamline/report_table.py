@@ -54,6 +54,8 @@ SETTING_NAMES = {
     "possible": "windows that the text had room for",
     "documents": "documents that the windows are from",
     "prefix": "tokens that every window begins with",
+    "read_characters": "characters of the text that were read",
+    "whole": "that is the whole text",
     "resampled": "intervals resample",
     "questions_file": "file of questions",
     "questions_effective": "equal questions that the stability's weights amount to",
@@ -123,7 +125,10 @@ def note(report: Report) -> str:
 
 
 def _drawn(data: dict[str, Any]) -> str:
-    return f", drawn at random from {data['possible']:,}" if "possible" in data else ""
+    if "possible" not in data:
+        return ""
+    some = "" if data["whole"] else f" in the first {data['read_characters']:,} characters that were read of it"
+    return f", drawn at random from {data['possible']:,}{some}"
 
 
 def headline(report: Report) -> str:

@@ -14,7 +14,6 @@ import random
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 from .errors import StreamlineError
@@ -146,8 +145,7 @@ def _hub_texts(spec: str, dataset: tuple[str, str, str], revision: str, column: 
         # Neighbouring rows stay together, for they may be lines of one text: only the order of the parts is the seed's.
         parts = rows.num_shards
         order = random.Random(seed).sample(range(parts), parts)
-        in_order = chain.from_iterable(rows.shard(parts, number) for number in order)
-        yield from texts_of(f"text SPEC {spec!r}", in_order, column)
+        yield from texts_of(f"text SPEC {spec!r}", (rows.shard(parts, number) for number in order), column)
 
 
 def _commit(name: str, revision: str) -> str:
