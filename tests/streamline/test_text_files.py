@@ -77,6 +77,7 @@ def test_text_of_any_name_is_text(tmp_path: Path) -> None:
         ("weights.bin", b"PK\x03\x04\x00\x00", "byte 4 is NUL; it seems to be a zip archive"),
         ("picture.txt", b"\x89PNG\r\n\x1a\n\x00", "is NUL; it seems to be a picture"),
         ("text.txt", gzip.compress(b"text", mtime=1), "it seems to be gzip; name it .gz"),
+        ("zst.txt", b"\x28\xb5\x2f\xfd\x00", "it seems to be Zstandard; name it .zst, and `pip install zstandard`"),
         ("rows.txt", b"PAR1\x15\x04\x00", "it seems to be Parquet; name it .parquet"),
         ("utf16.txt", "text".encode("utf-16"), "is NUL; it seems to be UTF-16; save it as UTF-8"),
         ("latin.txt", "naïve".encode("latin-1"), "is not text in UTF-8, byte 2 is 0xef"),
@@ -95,6 +96,14 @@ def test_what_is_not_text_is_refused_in_a_line(tmp_path: Path, name: str, conten
         read(tmp_path / name)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["x.txt.zst", "x.jsonl.zst"])
+def test_zstandard_without_its_package_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("optimum.streamline.text_files.find_spec", lambda _: None)
+    (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd")
+    with pytest.raises(StreamlineError, match=rf"{name}: needs the package zstandard: pip install zstandard$"):
+        read(tmp_path / name)
 
 
 def test_a_plain_file_has_no_columns(tmp_path: Path) -> None:

@@ -108,6 +108,19 @@ def test_a_tokenizer_that_adds_nothing_has_no_prefix(tokenizer: PreTrainedTokeni
     assert begins_with(tokenizer) == []
 
 
+def test_documents_of_a_tokenizer_without_beginning_and_end_are_an_empty_line_apart(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
+    tokenizer.eos_token = None
+    (tmp_path / "rows.csv").write_text("text\n" + "".join(f"row number {number}\n" for number in range(3000)))
+    for count in (4, 700):
+        windows = read(tmp_path / "rows.csv", tokenizer, count, 24)
+        assert windows.describe()["separator"] == tokenizer("\n\n")["input_ids"] == list(windows.separator)
+        for ids in windows.ids.tolist():
+            _, *others = tokenizer.decode(ids).split("\n\n")
+            assert others
+            assert all("row number ".startswith(row) or row.count("row") == 1 for row in others)
+
+
 def test_the_same_seed_gives_the_same_windows(tokenizer: PreTrainedTokenizerBase) -> None:
     first = read_windows("stdlib", tokenizer, 8, 64, 1, VOCABULARY, "calibration")
     again = read("stdlib:calibration", tokenizer, 8, 64, seed=1)

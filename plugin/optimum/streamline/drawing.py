@@ -79,7 +79,8 @@ class Writer:
 
     Attributes:
         prefix: The tokens it begins a text with, such as that of the beginning; often none.
-        ending: Those that close a document: what it ends a text with, and its end token where it has one.
+        ending: Those that close a document: what it ends a text with, and its end token where it has one. Those of an
+            empty line, where there is neither, nor a prefix.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -93,6 +94,8 @@ class Writer:
         self.prefix = framed[:first]
         suffix = framed[first + len(plain) :]
         self.ending = suffix if suffix[-1:] == end else suffix + end
+        if not self.prefix + self.ending:
+            [self.ending] = self.encode(["\n\n"])
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """The tokens of texts, nothing before or after them."""

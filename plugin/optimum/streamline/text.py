@@ -69,6 +69,8 @@ def open_text(spec: str, seed: int = 0) -> Text:
     Raises:
         StreamlineError: the SPEC names nothing that can be read; what is found wrong later is raised by `documents`.
     """
+    if not spec.partition(",")[0].strip():
+        raise StreamlineError(f"text SPEC {spec!r}: names no text, as where a variable is not set; give {ALTERNATIVES}")
     if spec.startswith("stdlib:"):
         return Text(spec, read_files(_stdlib_files(spec.removeprefix("stdlib:"))))
     if spec.startswith("hub:"):
@@ -87,7 +89,7 @@ def open_text(spec: str, seed: int = 0) -> Text:
 def local_path(spec: str) -> tuple[Path, str]:
     """The path that a SPEC would name on this machine, and the column it asks for there, if any."""
     path = Path(os.path.expanduser(spec))  # which, unlike Path's own, leaves a name that nobody has
-    if "," not in spec or path.exists():
+    if "," not in spec or os.path.exists(path):  # which, unlike Path's own, takes a name that is too long
         return path, ""
     name, _, column = spec.rpartition(",")
     return Path(os.path.expanduser(name)), column.strip()

@@ -11,6 +11,7 @@ import codecs
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -39,7 +40,7 @@ _BEGINNINGS = {
     b"\x1f\x8b": "gzip; name it .gz",
     b"BZh": "bzip2; name it .bz2",
     b"\xfd7zXZ\x00": "xz; name it .xz",
-    b"\x28\xb5\x2f\xfd": "Zstandard; name it .zst",
+    b"\x28\xb5\x2f\xfd": "Zstandard; name it .zst, and `pip install zstandard`",
     b"PK\x03\x04": "a zip archive; unpack it",
     b"PAR1": "Parquet; name it .parquet",
     b"\x89PNG": "a picture",
@@ -73,6 +74,8 @@ def read_files(files: Iterable[Path], column: str = "") -> Iterator[str]:
         StreamlineError: a file is not text, cannot be read, or has no such column.
     """
     for file in files:
+        if file.suffix.lower() == ".zst" and find_spec("zstandard") is None:
+            raise StreamlineError(f"text file {file}: needs the package zstandard: pip install zstandard")
         if kind_of(file) in TABLES:
             yield from _table(file, column)
             continue

@@ -35,6 +35,7 @@ class Windows:
         spec: The text SPEC.
         documents: Of each window, the number of the document that its text begins in; empty where that is not known.
         prefix: The tokens that every window begins with, because the tokenizer begins a text with them.
+        separator: The tokens between two documents.
         possible: How many windows the text had room for, of which these were drawn; 0 where that is not known.
         commit: Of a data set on the Hub, the commit that was read; empty where that is not known.
         characters: How many characters of the text were read, from which these were drawn; 0 where that is not known.
@@ -47,6 +48,7 @@ class Windows:
     spec: str
     documents: tuple[int, ...] = ()
     prefix: tuple[int, ...] = ()
+    separator: tuple[int, ...] = ()
     possible: int = 0
     commit: str = ""
     characters: int = 0
@@ -69,7 +71,7 @@ class Windows:
         known: dict[str, Any] = {"commit": self.commit} if self.commit else {}
         if self.possible:
             known |= {"possible": self.possible, "documents": len(set(self.documents)), "prefix": list(self.prefix)}
-            known |= {"read_characters": self.characters, "whole": self.whole}
+            known |= {"separator": list(self.separator), "read_characters": self.characters, "whole": self.whole}
         return {"spec": self.spec, "windows": count, "length": length, "fingerprint": self.fingerprint, **known}
 
     def line(self, purpose: str) -> str:
@@ -125,6 +127,7 @@ def read_windows(
         text.spec,
         documents=tuple(window.document for window in drawn.windows),
         prefix=tuple(writer.prefix),
+        separator=tuple(writer.ending + writer.prefix),
         possible=drawn.possible,
         commit=text.commit,
         characters=book.size,
