@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import AddedToken
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.text import open_text
 from optimum.streamline.windows import Windows, read_windows
 from reference import REFERENCE, VOCABULARY
+from small_tokenizers import llama
 from tokenizers_made import begins_with, with_beginning
 
 
@@ -63,6 +64,18 @@ def test_a_window_is_the_text_as_it_stands(tokenizer: PreTrainedTokenizerBase, t
     joined = " ".join(map(str, whole))
     for ids in read(file, tokenizer, 20, 32).ids.tolist():
         assert " ".join(map(str, ids)) in joined
+
+
+def test_a_window_begins_with_one_space_where_the_tokenizer_puts_one(tmp_path: Path) -> None:
+    made, _ = llama()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+    assert "".join(tokenizer.convert_ids_to_tokens(tokenizer(" word")["input_ids"])).startswith("<s>▁▁word")
+    file = numbered(tmp_path / "a.txt", 2000)
+    joined = " ".join(map(str, tokenizer(file.read_text())["input_ids"]))
+    for count in (8, 400):  # some drawn of many, and many of few
+        for ids in read(file, tokenizer, count, 48, vocabulary=len(tokenizer)).ids.tolist():
+            assert not "".join(tokenizer.convert_ids_to_tokens(ids[1:])).startswith("▁▁")
+            assert " ".join(map(str, ids[3:])) in joined
 
 
 def test_all_tokens_of_a_small_text_can_be_had(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
