@@ -78,6 +78,12 @@ def test_an_output_never_replaces_its_own_input(tmp_path: Path, model: str) -> N
     assert (out / "streamline.json").exists()
 
 
+def test_what_can_be_no_path_is_no_input_that_is_overwritten(tmp_path: Path) -> None:
+    with staged_folder(tmp_path / "out", ["x" * 300, "hub:a\0b"]) as staging:
+        (staging / "file").touch()
+    assert (tmp_path / "out" / "file").exists()
+
+
 def test_a_file_of_a_common_name_does_not_make_a_folder_ours(tmp_path: Path) -> None:
     (tmp_path / "scores.json").write_text('{"chess": [1, 0]}')
     with pytest.raises(StreamlineError, match="holds no output of this program"):

@@ -21,7 +21,7 @@ from optimum.streamline.recipe import Budget, Judge
 from optimum.streamline.report import Limit, Measurement, Report
 from optimum.streamline.report_files import write_report
 from optimum.streamline.report_html import fates, to_html
-from optimum.streamline.report_table import headline, limit_sentence, lines_of, sentences
+from optimum.streamline.report_table import headline, limit_sentence, lines_of, note, sentences
 from optimum.streamline.report_text import comparison_table, to_markdown
 from optimum.streamline.verdict import judge, more_to_settle
 
@@ -189,6 +189,16 @@ class TestVerdict:
         over = report(ORIGINAL, candidate, budget=Budget(max_ppl_ratio=1.2))
         assert limit_sentence(over.verdict.limits[0], over).endswith(": does not hold")
         assert headline(over) == "Over budget"
+
+    def test_no_more_windows_are_advised_than_the_text_has(self) -> None:
+        candidate = replace(CANDIDATE, kl=Interval(1.25, 1.125, 1.375))
+        found = report(ORIGINAL, candidate, budget=Budget(max_kl=1.3125))
+        short = replace(found, data={**found.data, "possible": 200, "read_characters": 9000, "whole": False})
+        sentence = limit_sentence(found.verdict.limits[0], short)
+        assert sentence.endswith(
+            "192 more windows would settle it, and this text has room for only 200: give more text"
+        )
+        assert "drawn at random from 200 in the first 9,000 characters that were read of it" in note(short)
 
     def test_as_many_windows_as_it_says_do_settle_it(self) -> None:
         losses = np.random.default_rng(0).normal(1.0, 0.5, 4000)

@@ -58,6 +58,10 @@ def test_a_file_is_one_document(tmp_path: Path) -> None:
     ("spec", "message"),
     [
         ("nowhere.txt", "'nowhere.txt': no such file or folder; give a text file, a table"),
+        ("", "SPEC '': names no text, as where a variable is not set; give a text file"),
+        (",text", "SPEC ',text': names no text"),
+        ("x" * 300, "SPEC 'x{300}': (no such file or folder|.*File name too long.*); give a text file"),
+        ("x" * 300 + ",text", "SPEC 'x{300},text': (no such file or folder|.*File name too long.*); give a text file"),
         ("stdlib:test", "'stdlib:test': the part must be one of train, calibration, eval"),
     ],
 )

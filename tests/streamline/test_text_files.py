@@ -77,6 +77,7 @@ def test_text_of_any_name_is_text(tmp_path: Path) -> None:
         ("weights.bin", b"PK\x03\x04\x00\x00", "byte 4 is NUL; it seems to be a zip archive"),
         ("picture.txt", b"\x89PNG\r\n\x1a\n\x00", "is NUL; it seems to be a picture"),
         ("text.txt", gzip.compress(b"text", mtime=1), "it seems to be gzip; name it .gz"),
+        ("zst.txt", b"\x28\xb5\x2f\xfd\x00", "it seems to be Zstandard; name it .zst, and `pip install zstandard`"),
         ("rows.txt", b"PAR1\x15\x04\x00", "it seems to be Parquet; name it .parquet"),
         ("utf16.txt", "text".encode("utf-16"), "is NUL; it seems to be UTF-16; save it as UTF-8"),
         ("latin.txt", "naïve".encode("latin-1"), "is not text in UTF-8, byte 2 is 0xef"),
@@ -97,10 +98,60 @@ def test_what_is_not_text_is_refused_in_a_line(tmp_path: Path, name: str, conten
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["x.txt.zst", "x.jsonl.zst"])
+def test_zstandard_without_its_package_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("optimum.streamline.text_files.find_spec", lambda _: None)
+    (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd")
+    with pytest.raises(StreamlineError, match=rf"{name}: needs the package zstandard: pip install zstandard$"):
+        read(tmp_path / name)
+
+
 def test_a_plain_file_has_no_columns(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("text")
     with pytest.raises(StreamlineError, match="column 'text': it is not a table; leave the column out"):
         read(f"{tmp_path / 'x.txt'},text")
+
+
+# As the Hub has WikiText: a line a row, blank ones empty.
+ARTICLES = ["", " = Home = \n", "", " A first line . \n", " = = Plot = = \n", "", " 1 = 1 . \n", ""]
+ARTICLES += [" = Away = \n", "", " Another article . \n", ""]
+HOME = " = Home = \n\n A first line . \n = = Plot = = \n\n 1 = 1 . \n\n"
+AWAY = " = Away = \n\n Another article . \n\n"
+
+
+def write_rows(file: Path, rows: list[str | None]) -> Path:
+    parquet.write_table(pyarrow.table({"text": rows}), file)
+    return file
+
+
+def test_rows_that_are_lines_are_joined_to_articles(tmp_path: Path) -> None:
+    table = write_rows(tmp_path / "x.parquet", [*ARTICLES])
+    (tmp_path / "other").mkdir()
+    rows = tmp_path / "other" / "x.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": row}) for row in ARTICLES))
+    for spec in (table, rows, f"hub:{rows.parent}"):
+        assert read(spec) == [HOME, AWAY]
+
+
+def test_an_article_ends_with_its_part_of_the_data_set(tmp_path: Path) -> None:
+    for part in ("0", "1"):
+        write_rows(tmp_path / f"train-{part}.parquet", [f"line {part}\n", "more\n"])
+    assert sorted(read(f"hub:{tmp_path}")) == ["line 0\nmore\n", "line 1\nmore\n"]
+
+
+def test_other_rows_are_documents(tmp_path: Path) -> None:
+    # Without a newline; of several lines, as a file of source code; and a line between such.
+    rows = ["a", "", "b", "one\ntwo\n", None, "three\nfour\n", "a line\n", "c", "last\n", "line\n"]
+    expected = ["a", "b", "one\ntwo\n", "three\nfour\n", "a line\n", "c", "last\nline\n"]
+    assert read(write_rows(tmp_path / "x.parquet", rows)) == expected
+
+
+def test_a_joined_document_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optimum.streamline.text_files.LONGEST", 30)
+    rows: list[str | None] = [f"line {number}\n" for number in range(100)]
+    documents = read(write_rows(tmp_path / "x.parquet", rows))
+    assert "".join(documents) == "".join(str(row) for row in rows)
+    assert {len(document.splitlines()) for document in documents[:-1]} == {4, 5}
 
 
 def test_reading_a_table_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

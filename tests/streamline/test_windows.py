@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import AddedToken
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.text import open_text
 from optimum.streamline.windows import Windows, read_windows
 from reference import REFERENCE, VOCABULARY
+from small_tokenizers import llama
 from tokenizers_made import begins_with, with_beginning
 
 
@@ -65,6 +66,18 @@ def test_a_window_is_the_text_as_it_stands(tokenizer: PreTrainedTokenizerBase, t
         assert " ".join(map(str, ids)) in joined
 
 
+def test_a_window_begins_with_one_space_where_the_tokenizer_puts_one(tmp_path: Path) -> None:
+    made, _ = llama()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+    assert "".join(tokenizer.convert_ids_to_tokens(tokenizer(" word")["input_ids"])).startswith("<s>▁▁word")
+    file = numbered(tmp_path / "a.txt", 2000)
+    joined = " ".join(map(str, tokenizer(file.read_text())["input_ids"]))
+    for count in (8, 400):  # some drawn of many, and many of few
+        for ids in read(file, tokenizer, count, 48, vocabulary=len(tokenizer)).ids.tolist():
+            assert not "".join(tokenizer.convert_ids_to_tokens(ids[1:])).startswith("▁▁")
+            assert " ".join(map(str, ids[3:])) in joined
+
+
 def test_all_tokens_of_a_small_text_can_be_had(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "b.txt").write_text("one")
@@ -108,6 +121,19 @@ def test_a_tokenizer_that_adds_nothing_has_no_prefix(tokenizer: PreTrainedTokeni
     assert begins_with(tokenizer) == []
 
 
+def test_documents_of_a_tokenizer_without_beginning_and_end_are_an_empty_line_apart(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
+    tokenizer.eos_token = None
+    (tmp_path / "rows.csv").write_text("text\n" + "".join(f"row number {number}\n" for number in range(3000)))
+    for count in (4, 700):
+        windows = read(tmp_path / "rows.csv", tokenizer, count, 24)
+        assert windows.describe()["separator"] == tokenizer("\n\n")["input_ids"] == list(windows.separator)
+        for ids in windows.ids.tolist():
+            _, *others = tokenizer.decode(ids).split("\n\n")
+            assert others
+            assert all("row number ".startswith(row) or row.count("row") == 1 for row in others)
+
+
 def test_the_same_seed_gives_the_same_windows(tokenizer: PreTrainedTokenizerBase) -> None:
     first = read_windows("stdlib", tokenizer, 8, 64, 1, VOCABULARY, "calibration")
     again = read("stdlib:calibration", tokenizer, 8, 64, seed=1)
@@ -126,6 +152,7 @@ def test_what_was_drawn_from_what_is_said(tokenizer: PreTrainedTokenizerBase) ->
     assert "commit" not in said
     line = windows.line("evaluation")
     assert line == f"evaluation text: stdlib:eval, 8 windows of 64 tokens drawn from {windows.possible:,}"
+    assert (said["read_characters"], said["whole"]) == (characters, True)
 
 
 def test_a_window_knows_the_document_that_it_begins_in(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -158,10 +185,19 @@ def test_an_endless_text_is_read_until_there_is_enough(
     rows = [f'{{"text": "row number {number}"}}' for number in range(20_000)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     monkeypatch.setattr("optimum.streamline.windows.READ", 10_000)
-    some = read(f"hub:{tmp_path}", tokenizer, 10, 24).possible
-    more = read(f"hub:{tmp_path}", tokenizer, 100, 24).possible
-    whole = read(tmp_path / "rows.jsonl", tokenizer, 10, 24).possible
-    assert 80 <= some < 200 < 800 <= more < 1000 < whole
+    some = read(f"hub:{tmp_path}", tokenizer, 10, 24)
+    more = read(f"hub:{tmp_path}", tokenizer, 100, 24)
+    whole = read(tmp_path / "rows.jsonl", tokenizer, 10, 24)
+    assert 80 <= some.possible < 200 < 800 <= more.possible < 1000 < whole.possible
+    said = some.describe()
+    assert (said["read_characters"], said["whole"]) == (some.characters, False)
+    assert 10_000 <= some.characters < 10_020 < more.characters
+    assert f"drawn from {some.possible} in the first {some.characters:,} characters that were" in some.line(
+        "evaluation"
+    )
+    # One that is read to its end is whole.
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows[:500]))
+    assert read(f"hub:{tmp_path}", tokenizer, 10, 24).whole
 
 
 def test_tokens_beyond_the_embedding_are_refused(tmp_path: Path) -> None:

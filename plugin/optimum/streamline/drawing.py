@@ -1,4 +1,4 @@
-"""Windows of tokens drawn by a seed over a whole text, each beginning as its tokenizer begins a text.
+"""Windows of tokens drawn by a seed over all of a text that was read, each beginning as its tokenizer begins a text.
 
 Of a text that is large for what is asked only what is drawn is tokenized. This file knows tokenizers and documents,
 neither SPECs nor models.
@@ -55,6 +55,13 @@ class Book:
                 return start + at
         return self._ends[number] if first + _LONGEST_WORD >= len(text) else place
 
+    def after_space(self, place: int) -> int:
+        """The place after the one character of white space there, if there is one."""
+        if place >= self.size:
+            return place
+        number = self.document_at(place)
+        return place + self.documents[number][place - self._ends[number]].isspace()
+
     def pieces(self, start: int, end: int) -> Iterator[tuple[str, bool]]:
         """What stands from `start` to `end`, document by document, and whether the document ends there too."""
         number = self.document_at(start)
@@ -79,7 +86,9 @@ class Writer:
 
     Attributes:
         prefix: The tokens it begins a text with, such as that of the beginning; often none.
-        ending: Those that close a document: what it ends a text with, and its end token where it has one.
+        ending: Those that close a document: what it ends a text with, and its end token where it has one. Those of an
+            empty line, where there is neither, nor a prefix.
+        puts_space: Whether it puts a space before a text, as Llama's does: a window then begins after the text's own.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -87,12 +96,15 @@ class Writer:
         probe = "A text"
         framed: list[int] = tokenizer(probe)["input_ids"]
         [plain] = self.encode([probe])
+        self.puts_space = "".join(tokenizer.convert_ids_to_tokens(plain)).startswith("▁")
         starts = range(len(framed) - len(plain) + 1)
         first = next((at for at in starts if framed[at : at + len(plain)] == plain), 0)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.prefix = framed[:first]
         suffix = framed[first + len(plain) :]
         self.ending = suffix if suffix[-1:] == end else suffix + end
+        if not self.prefix + self.ending:
+            [self.ending] = self.encode(["\n\n"])
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """The tokens of texts, nothing before or after them."""
@@ -168,6 +180,7 @@ def _draw_few(book: Book, writer: Writer, count: int, length: int, stretch: int,
     for between, number in enumerate(numbers):
         # Each is moved on by those before it, which leaves one free between any two.
         start = book.word_at(max(phase + (number + between) * stretch, free))
+        start = book.after_space(start) if writer.puts_space else start
         filled = _fill(book, writer, start, length - len(writer.prefix), stretch)
         if filled is None:
             return []

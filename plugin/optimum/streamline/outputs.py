@@ -61,7 +61,8 @@ def refuse_own_input(path: Path, inputs: Iterable[str]) -> None:
         StreamlineError: one of them is `path`, or lies below it.
     """
     for name in inputs:
-        if Path(name).exists() and Path(name).resolve().is_relative_to(path.resolve()):
+        # Of the two `exists`, the one that takes a name no path can have, such as one that is too long.
+        if os.path.exists(name) and Path(name).resolve().is_relative_to(path.resolve()):
             raise StreamlineError(f"output {path}: holds {name!r}, which it is to be made from; choose another")
 
 

@@ -54,6 +54,9 @@ SETTING_NAMES = {
     "possible": "windows that the text had room for",
     "documents": "documents that the windows are from",
     "prefix": "tokens that every window begins with",
+    "separator": "tokens between two documents",
+    "read_characters": "characters of the text that were read",
+    "whole": "that is the whole text",
     "resampled": "intervals resample",
     "questions_file": "file of questions",
     "questions_effective": "equal questions that the stability's weights amount to",
@@ -123,7 +126,10 @@ def note(report: Report) -> str:
 
 
 def _drawn(data: dict[str, Any]) -> str:
-    return f", drawn at random from {data['possible']:,}" if "possible" in data else ""
+    if "possible" not in data:
+        return ""
+    some = "" if data["whole"] else f" in the first {data['read_characters']:,} characters that were read of it"
+    return f", drawn at random from {data['possible']:,}{some}"
 
 
 def headline(report: Report) -> str:
@@ -173,6 +179,9 @@ def _what_would_settle(limit: Limit, report: Report) -> str:
     more = more_to_settle(limit, count)
     if more is None:
         return f"it is at the limit, so no number of {what} would settle it"
+    room = None if timed else report.data.get("possible")
+    if room is not None and count + more > room:
+        return f"about {more:,} more {what} would settle it, and this text has room for only {room:,}: give more text"
     flag = f" ({'validate --rounds' if timed else '--eval-samples'} {count + more})"
     scratch = timed and report.interactions  # the models are gone, and `orthogonality` has no such flag
     return f"about {more:,} more {what}{'' if scratch else flag} would settle it, if the figure stays"

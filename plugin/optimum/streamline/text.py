@@ -14,7 +14,6 @@ import random
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 from .errors import StreamlineError
@@ -70,6 +69,8 @@ def open_text(spec: str, seed: int = 0) -> Text:
     Raises:
         StreamlineError: the SPEC names nothing that can be read; what is found wrong later is raised by `documents`.
     """
+    if not spec.partition(",")[0].strip():
+        raise StreamlineError(f"text SPEC {spec!r}: names no text, as where a variable is not set; give {ALTERNATIVES}")
     if spec.startswith("stdlib:"):
         return Text(spec, read_files(_stdlib_files(spec.removeprefix("stdlib:"))))
     if spec.startswith("hub:"):
@@ -88,7 +89,7 @@ def open_text(spec: str, seed: int = 0) -> Text:
 def local_path(spec: str) -> tuple[Path, str]:
     """The path that a SPEC would name on this machine, and the column it asks for there, if any."""
     path = Path(os.path.expanduser(spec))  # which, unlike Path's own, leaves a name that nobody has
-    if "," not in spec or path.exists():
+    if "," not in spec or os.path.exists(path):  # which, unlike Path's own, takes a name that is too long
         return path, ""
     name, _, column = spec.rpartition(",")
     return Path(os.path.expanduser(name)), column.strip()
@@ -146,8 +147,7 @@ def _hub_texts(spec: str, dataset: tuple[str, str, str], revision: str, column: 
         # Neighbouring rows stay together, for they may be lines of one text: only the order of the parts is the seed's.
         parts = rows.num_shards
         order = random.Random(seed).sample(range(parts), parts)
-        in_order = chain.from_iterable(rows.shard(parts, number) for number in order)
-        yield from texts_of(f"text SPEC {spec!r}", in_order, column)
+        yield from texts_of(f"text SPEC {spec!r}", (rows.shard(parts, number) for number in order), column)
 
 
 def _commit(name: str, revision: str) -> str:

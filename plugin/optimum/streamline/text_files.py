@@ -1,14 +1,17 @@
 """Files into documents, by their kind: plain text, or tables of which one column is text.
 
-A plain file is one document, a table's row is one. What is not text is refused; no byte is guessed or replaced. This
-file knows neither SPECs nor tokens; see `text.py`.
+A plain file is one document. So is a table's row, but for rows that are lines of one running text, as WikiText's are:
+these are joined. What is not text is refused; no byte is guessed or replaced. This file knows neither SPECs nor tokens;
+see `text.py`.
 """
 
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,13 +30,17 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
     ".tsv": ("csv", {"sep": "\t"}),
 }
 COMPRESSED = (".bz2", ".gz", ".xz", ".zst")
+# A row that is such a line begins a document: the title of an article of WikiText, whose sections are ` = = Name = = `.
+_TITLE = re.compile(r" = [^=]+ = \n")
+# Rows that are lines are joined to a document of about so many characters at most.
+LONGEST = 200_000
 # What a file seems to be that begins so: for messages only, nothing is read by it.
 _BEGINNINGS = {
     b"version https://git-lfs": "a git-lfs pointer and not the file itself; fetch it with `git lfs pull`",
     b"\x1f\x8b": "gzip; name it .gz",
     b"BZh": "bzip2; name it .bz2",
     b"\xfd7zXZ\x00": "xz; name it .xz",
-    b"\x28\xb5\x2f\xfd": "Zstandard; name it .zst",
+    b"\x28\xb5\x2f\xfd": "Zstandard; name it .zst, and `pip install zstandard`",
     b"PK\x03\x04": "a zip archive; unpack it",
     b"PAR1": "Parquet; name it .parquet",
     b"\x89PNG": "a picture",
@@ -67,6 +74,8 @@ def read_files(files: Iterable[Path], column: str = "") -> Iterator[str]:
         StreamlineError: a file is not text, cannot be read, or has no such column.
     """
     for file in files:
+        if file.suffix.lower() == ".zst" and find_spec("zstandard") is None:
+            raise StreamlineError(f"text file {file}: needs the package zstandard: pip install zstandard")
         if kind_of(file) in TABLES:
             yield from _table(file, column)
             continue
@@ -130,7 +139,7 @@ def _table(file: Path, column: str) -> Iterator[str]:
     # `datasets` keeps locks in its cache even of what it only streams.
     with TemporaryDirectory(prefix="streamline-") as cache, table_errors(named):
         rows = load_dataset(name, data_files=str(file), split="train", streaming=True, cache_dir=cache, **options)
-        yield from texts_of(named, rows, column)
+        yield from texts_of(named, [rows], column)
 
 
 @contextmanager
@@ -149,30 +158,61 @@ def table_errors(named: str, advice: str = "") -> Iterator[None]:
         raise StreamlineError(f"{named}: cannot be read ({_first_line(error)}){advice}") from None
 
 
-def texts_of(named: str, rows: Iterable[dict[str, Any]], column: str) -> Iterator[str]:
-    """The texts in one column of a table, those that are blank or missing left out.
+def texts_of(named: str, parts: Iterable[Iterable[dict[str, Any]]], column: str) -> Iterator[str]:
+    """The documents in one column of a table, those that are blank or missing left out.
+
+    A row is a document. Rows of one line each, which ends in a newline, are lines of one text and are joined, blank
+    rows between them too. Such a document ends before a title as WikiText's articles have it, before a row of another
+    kind, with its part, and at `LONGEST` characters.
 
     Args:
         named: What messages call the table.
+        parts: The rows of each part.
         column: Its name; empty for the one column of text, or the one called `text`.
 
     Raises:
         StreamlineError: there is no such column, or what stands in it is not text.
     """
-    for number, row in enumerate(rows):
-        column = column or _text_column(named, row)
-        if column not in row:
-            raise StreamlineError(f"{named}: no column {column!r}; there are {', '.join(sorted(row))}")
-        value = row[column]
-        if value is None:
+    lines: list[str] = []
+    size = 0
+    for value in _values(named, parts, column):
+        if value is not None and not value.strip():
+            lines += ["\n"] if lines else []
             continue
-        if not isinstance(value, str):
-            raise StreamlineError(
-                f"{named}: column {column!r} holds {type(value).__name__} in row {number}, which is not text; "
-                f"there are {', '.join(sorted(row))}"
-            )
-        if value.strip():
+        if lines and (value is None or not _goes_on(value) or size >= LONGEST):
+            yield "".join(lines)
+            lines, size = [], 0
+        if value is not None and _is_line(value):
+            lines.append(value)
+            size += len(value)
+        elif value is not None:
             yield value
+
+
+def _is_line(value: str) -> bool:
+    return value.find("\n") == len(value) - 1
+
+
+def _goes_on(value: str) -> bool:
+    return _is_line(value) and not _TITLE.fullmatch(value)
+
+
+def _values(named: str, parts: Iterable[Iterable[dict[str, Any]]], column: str) -> Iterator[str | None]:
+    """What stands in a column, and `None` where a part ends."""
+    for rows in parts:
+        for number, row in enumerate(rows):
+            column = column or _text_column(named, row)
+            if column not in row:
+                raise StreamlineError(f"{named}: no column {column!r}; there are {', '.join(sorted(row))}")
+            value = row[column]
+            if isinstance(value, str):
+                yield value
+            elif value is not None:
+                raise StreamlineError(
+                    f"{named}: column {column!r} holds {type(value).__name__} in row {number}, which is not text; "
+                    f"there are {', '.join(sorted(row))}"
+                )
+        yield None
 
 
 def _text_column(named: str, row: dict[str, Any]) -> str:

@@ -35,8 +35,11 @@ class Windows:
         spec: The text SPEC.
         documents: Of each window, the number of the document that its text begins in; empty where that is not known.
         prefix: The tokens that every window begins with, because the tokenizer begins a text with them.
+        separator: The tokens between two documents.
         possible: How many windows the text had room for, of which these were drawn; 0 where that is not known.
         commit: Of a data set on the Hub, the commit that was read; empty where that is not known.
+        characters: How many characters of the text were read, from which these were drawn; 0 where that is not known.
+        whole: Whether that is all of the text: of a large data set on the Hub only so much is read.
         texts: The text that the windows were made from.
         sketch: What all the text that they could have been drawn from is known again by.
     """
@@ -45,10 +48,13 @@ class Windows:
     spec: str
     documents: tuple[int, ...] = ()
     prefix: tuple[int, ...] = ()
+    separator: tuple[int, ...] = ()
     possible: int = 0
     commit: str = ""
+    characters: int = 0
+    whole: bool = True
     texts: tuple[str, ...] = field(default=(), repr=False)
-    sketch: Sketch = field(default=Sketch(0, frozenset()), repr=False)
+    sketch: Sketch = field(default=Sketch(), repr=False)
 
     def part(self, start: int, end: int) -> Windows:
         """The windows from `start` up to `end`."""
@@ -65,6 +71,7 @@ class Windows:
         known: dict[str, Any] = {"commit": self.commit} if self.commit else {}
         if self.possible:
             known |= {"possible": self.possible, "documents": len(set(self.documents)), "prefix": list(self.prefix)}
+            known |= {"separator": list(self.separator), "read_characters": self.characters, "whole": self.whole}
         return {"spec": self.spec, "windows": count, "length": length, "fingerprint": self.fingerprint, **known}
 
     def line(self, purpose: str) -> str:
@@ -75,7 +82,9 @@ class Windows:
         """
         count, length = self.ids.shape
         commit = f" at {self.commit}" if self.commit else ""
-        return f"{purpose} text: {self.spec}{commit}, {count} windows of {length} tokens drawn from {self.possible:,}"
+        some = "" if self.whole else f" in the first {self.characters:,} characters that were read of it"
+        drawn = f"drawn from {self.possible:,}{some}"
+        return f"{purpose} text: {self.spec}{commit}, {count} windows of {length} tokens {drawn}"
 
 
 def read_windows(
@@ -87,10 +96,10 @@ def read_windows(
     vocabulary: int,
     part: str = "eval",
 ) -> Windows:
-    """Windows of `length` tokens, drawn by `seed` over a whole text; every one begins as the tokenizer begins a text.
+    """Windows of `length` tokens, drawn by `seed` over a text; every one begins as the tokenizer begins a text.
 
     A window that holds the end of a document goes on with the next, what the tokenizer ends and begins a text with
-    between them.
+    between them. Of a data set on the Hub no more is read, and drawn from, than `READ` and `READ_TIMES` say.
 
     Args:
         vocabulary: How many tokens the model knows that is to read them.
@@ -104,7 +113,7 @@ def read_windows(
     writer = Writer(tokenizer)
     if length <= len(writer.prefix):
         raise StreamlineError(f"length {length}: the tokenizer begins a text with {len(writer.prefix)} tokens")
-    book, a_token = _read(text, tokenizer, writer, count * length)
+    book, whole, a_token = _read(text, tokenizer, writer, count * length)
     drawn = draw(book, writer, count, length, a_token, seed) if book.size else Drawn([], 0)
     if not drawn.windows:
         raise TooShortError(
@@ -118,26 +127,30 @@ def read_windows(
         text.spec,
         documents=tuple(window.document for window in drawn.windows),
         prefix=tuple(writer.prefix),
+        separator=tuple(writer.ending + writer.prefix),
         possible=drawn.possible,
         commit=text.commit,
+        characters=book.size,
+        whole=whole,
         texts=tuple(dict.fromkeys(text for window in drawn.windows for text in window.texts)),
         sketch=sketch_of(book.documents),
     )
 
 
-def _read(text: Text, tokenizer: PreTrainedTokenizerBase, writer: Writer, tokens: int) -> tuple[Book, float]:
-    """All of a text, or of an endless one enough for so many tokens; and how many characters a token stands for."""
+def _read(text: Text, tokenizer: PreTrainedTokenizerBase, writer: Writer, tokens: int) -> tuple[Book, bool, float]:
+    """All of a text, or of an endless one enough for so many tokens; whether it is all; and characters a token."""
     documents: list[str] = []
-    size, enough = 0, READ
+    size, enough, whole = 0, READ, True
     for document in text.documents:
-        documents.append(document)
-        size += len(document)
         if text.endless and size >= enough:
             enough = max(READ, int(READ_TIMES * tokens * _characters_a_token(text, tokenizer, writer, Book(documents))))
             if size >= enough:
+                whole = False
                 break
+        documents.append(document)
+        size += len(document)
     book = Book(documents)
-    return book, _characters_a_token(text, tokenizer, writer, book) if book.size else 0.0
+    return book, whole, _characters_a_token(text, tokenizer, writer, book) if book.size else 0.0
 
 
 def _characters_a_token(text: Text, tokenizer: PreTrainedTokenizerBase, writer: Writer, book: Book) -> float:
