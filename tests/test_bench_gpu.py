@@ -258,6 +258,7 @@ def test_the_captured_step_answers_as_the_eager_one(ci: Importer, tmp_path: Path
     assert results["machine"]["gpu"]
 
 
+@pytest.mark.slow
 @pytest.mark.quantizers
 def test_the_whole_run_on_a_tiny_model(ci: Importer, tmp_path: Path) -> None:
     bench, out = ci("bench_gpu"), tmp_path / "gpu.json"

@@ -72,6 +72,7 @@ def test_prompts_of_mixed_lengths_in_one_batch(pruned_reference, tmp_path, last_
     assert greedy(folder, *prompts) == [greedy_in_torch(pruned_reference.stock(), prompt) for prompt in prompts]
 
 
+@pytest.mark.slow
 def test_its_builder_takes_a_pruned_checkpoint(pruned_reference, tmp_path):
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "fp32", "-e", "cpu"]
     command = [*builder, "-m", str(pruned_reference.checkpoint), "-o", str(tmp_path / "built")]

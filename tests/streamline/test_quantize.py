@@ -313,7 +313,8 @@ def test_the_command_quantizes_what_was_pruned_and_keeps_its_record(
     record, origin = (json.loads((folder / "streamline.json").read_text()) for folder in (out, pruned))
     hashed = record.pop("files")["model.safetensors"]
     assert hashed == hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
-    assert origin.pop("files").keys() == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    configs = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert origin.pop("files").keys() == {"model.safetensors", *configs}
     assert record.pop("edited") == []
     assert record == origin
     edited = shutil.copytree(pruned, tmp_path / "edited")

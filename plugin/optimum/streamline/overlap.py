@@ -96,8 +96,20 @@ class Sketch:
 
 
 def sketch_of(documents: Sequence[str]) -> Sketch:
-    """The sketch of documents, laid end to end."""
-    return Sketch(_sample(map(_run_hashes, _chunks(documents))), _sample(_line_hashes(documents)))
+    """The sketch of documents, laid end to end; made once of the same ones, for that of a large text takes seconds."""
+    digest = hashlib.blake2b()
+    for document in documents:
+        digest.update(document.encode("utf-8", "surrogatepass") + b"\0")
+    known = digest.digest()
+    if known not in _made:
+        if len(_made) == _KEPT_SKETCHES:
+            del _made[next(iter(_made))]  # the oldest
+        _made[known] = Sketch(_sample(map(_run_hashes, _chunks(documents))), _sample(_line_hashes(documents)))
+    return _made[known]
+
+
+_made: dict[bytes, Sketch] = {}
+_KEPT_SKETCHES = 8
 
 
 def _sample(batches: Iterable[_Hashes]) -> Sample:

@@ -6,7 +6,6 @@ compared with those of the model that was saved. Knows nothing of how the model 
 
 from __future__ import annotations
 
-import gc
 import json
 import zlib
 from dataclasses import dataclass
@@ -147,7 +146,6 @@ def release(model: nn.Module) -> None:
     for module in model.modules():
         module._parameters.clear()
         module._buffers.clear()
-    gc.collect()
 
 
 def _compare(folder: Path, expected: Expected, device: str = "cpu", trust_remote_code: bool = False) -> float:
