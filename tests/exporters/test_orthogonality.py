@@ -75,6 +75,7 @@ def test_every_model_is_measured_and_every_interaction_told(cli: Cli, tmp_path: 
     assert "## Pruning and quantizing together" in (out / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_an_order_that_is_not_possible_says_why(cli: Cli, tmp_path: Path) -> None:
     words = ("--quantizers", "bnb-nf4", "--method", "average", *SMALL)
     done = cli("orthogonality", "-m", REFERENCE, "--output", tmp_path / "out", *words)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -98,11 +99,12 @@ class Hub:
 
 
 @pytest.fixture
-def hub(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+def hub(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     found = Hub(sharded, tmp_path / "cache")
     monkeypatch.setattr(source_file, "snapshot_download", found.snapshot_download)
     source_file._fetched.cache_clear()
-    return found
+    yield found
+    source_file._fetched.cache_clear()
 
 
 def test_of_the_hub_only_the_files_of_the_model_are_fetched_all_of_one_commit(hub: Hub) -> None:

@@ -37,8 +37,14 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return lambda *words: optimum_cli(monkeypatch, capsys, "streamline", *words)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+FORMS = [
+    pytest.param(architecture, dtype, marks=() if dtype == "bf16" or architecture == "llama" else pytest.mark.slow)
+    for architecture in sorted(ARCHITECTURES)
+    for dtype in DTYPES
+]
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), FORMS)
 def test_what_was_saved_is_read_back(architecture: str, dtype: str, tmp_path: Path) -> None:
     model = tiny_model(architecture, vocab_size=VOCABULARY)
     model.config.save_pretrained(tmp_path / "source")

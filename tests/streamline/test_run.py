@@ -174,7 +174,7 @@ def test_another_recipe_is_refused(cli: Cli, folder: Path) -> None:
     assert fingerprint(Source(str(folder / "out"))) == before
 
 
-@pytest.mark.parametrize(("limit", "code"), [(100, 0), (1.0001, 3)])
+@pytest.mark.parametrize(("limit", "code"), [pytest.param(100, 0, marks=pytest.mark.slow), (1.0001, 3)])
 def test_validate_pairs_each_with_the_original_in_its_runtime(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -16,7 +16,7 @@ from optimum.streamline.plan import Plan
 from optimum.streamline.recipe import Budget
 from optimum.streamline.report import Report
 from optimum.streamline.runner import Artifact
-from optimum.streamline.source import Source, fingerprint
+from optimum.streamline.source import Source, _fetched, fingerprint
 from optimum.streamline.validation import Subject, recognise, subjects_of, validate
 from optimum.streamline.windows import Windows
 from tiny import LAYERS, VOCABULARY, tiny_model, token_ids
@@ -165,6 +165,7 @@ def test_a_model_of_the_hub_is_read_from_the_cache_it_was_put_in(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for the workers
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    _fetched.cache_clear()  # other tests know a model of this name, too
     cache = hub_cache(tmp_path / "cache")
     subjects = subjects_of(Source("org/small", cache), [str(folder / "candidate")])
     result = validate(subjects, DATA, Budget(), rounds=2, prompt_length=8, decode_tokens=2)
