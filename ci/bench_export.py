@@ -16,12 +16,10 @@ docs/performance.json; the page is written from that.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +38,9 @@ from export_cases import (
     streamline,
 )
 from export_speed import DECODED, PROMPT, Timed, measure_in_turns
+from measured_parts import measure_parts
 from optimum.streamline.anatomy import head_size, key_value_heads
 from optimum.streamline.cost import Cost, cost_of
-from optimum.streamline.machine import describe_machine
 from performance_page import write_page
 
 RESULTS = ROOT / "docs" / "performance.json"
@@ -57,7 +55,6 @@ ROUNDS = 3
 
 def main() -> None:
     """Measure what was asked for, and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = {
         "export": measure_exports,
         "depth": measure_depth,
@@ -66,17 +63,7 @@ def main() -> None:
         "ideal": measure_ideal,
         "compaction": measure_compaction,
     }
-    parser.add_argument("--only", choices=list(parts))
-    parser.add_argument("--page", action="store_true")
-    args = parser.parse_args()
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    if not args.page:
-        for name in [args.only] if args.only else parts:
-            with tempfile.TemporaryDirectory() as scratch:
-                results[name] = parts[name](Path(scratch))
-            results["machine"] = describe_machine("cpu")
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    write_page(results)
+    measure_parts(__doc__, parts, RESULTS, write_page)
 
 
 def _checkpoints(scratch: Path) -> dict[str, Path]:

@@ -10,9 +10,6 @@ Numbers go to docs/quantization.json; docs/quantization.md is written from that.
 
 from __future__ import annotations
 
-import argparse
-import json
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,8 +18,8 @@ from transformers import AutoConfig
 
 from export_cases import REFERENCE, ROOT, SMALL, graph_bytes, make_checkpoint, run_measured, streamline
 from export_speed import Timed, measure_in_turns
+from measured_parts import measure_parts
 from optimum.streamline.anatomy import head_size, key_value_heads
-from optimum.streamline.machine import describe_machine
 from optimum.streamline.orthogonality import orthogonality
 from optimum.streamline.recipe import make_recipe
 from optimum.streamline.source import Source
@@ -51,19 +48,8 @@ FEW = "--calibration stdlib --method shortgpt --remove 25% --heal none --samples
 
 def main() -> None:
     """Measure what was asked for, and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = {"table": measure_table, "product": measure_product}
-    parser.add_argument("--only", choices=list(parts))
-    parser.add_argument("--page", action="store_true")
-    args = parser.parse_args()
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    if not args.page:
-        for name in [args.only] if args.only else parts:
-            with tempfile.TemporaryDirectory() as scratch:
-                results[name] = parts[name](Path(scratch))
-            results["machine"] = describe_machine("cpu")
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    write_page(results)
+    measure_parts(__doc__, parts, RESULTS, write_page)
 
 
 def measure_table(scratch: Path) -> list[dict[str, Any]]:

@@ -11,11 +11,10 @@ of it. Numbers go to docs/validation.json; docs/validation.md is written from th
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,11 +29,11 @@ from transformers import (
 )
 
 from export_cases import REFERENCE, ROOT
+from measured_parts import measure_parts
 from optimum.streamline.accuracy import Accuracy
 from optimum.streamline.checkpoint import load_stock, load_tokenizer
 from optimum.streamline.drawing import Writer
 from optimum.streamline.intervals import Interval
-from optimum.streamline.machine import describe_machine
 from optimum.streamline.prune import change, prepare
 from optimum.streamline.recipe import make_recipe
 from optimum.streamline.source import Source
@@ -71,19 +70,16 @@ Places = npt.NDArray[np.int64]
 
 def main() -> None:
     """Measure what was asked for, and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts: dict[str, Callable[[], dict[str, Any]]] = {"coverage": measure_coverage, "prefix": measure_prefix}
-    parser.add_argument("--only", choices=list(parts))
-    parser.add_argument("--page", action="store_true")
-    args = parser.parse_args()
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    if not args.page:
-        for name in [args.only] if args.only else parts:
-            start = time.monotonic()
-            results[name] = {**parts[name](), "seconds": round(time.monotonic() - start)}
-            results["machine"] = describe_machine("cpu")
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    write_page(results)
+    parts = {name: _timed(part) for name, part in (("coverage", measure_coverage), ("prefix", measure_prefix))}
+    measure_parts(__doc__, parts, RESULTS, write_page)
+
+
+def _timed(part: Callable[[], dict[str, Any]]) -> Callable[[Path], dict[str, Any]]:
+    def measure(_: Path) -> dict[str, Any]:
+        start = time.monotonic()
+        return {**part(), "seconds": round(time.monotonic() - start)}
+
+    return measure
 
 
 def population(tokenizer: PreTrainedTokenizerBase, part: str, length: int = LENGTH) -> Windows:

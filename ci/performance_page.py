@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from optimum.streamline.outputs import write_file
+from marked_page import replace_part
 
 PAGE = Path("docs/performance.md")
 CHECKPOINTS = {"small": "78M", "reference": "reference model"}
@@ -25,15 +25,7 @@ def write_page(results: dict[str, Any]) -> None:
     }
     for name, table in tables.items():
         if name in results:
-            _replace(name, table(results[name]))
-
-
-def _replace(mark: str, lines: Iterable[str]) -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    start, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
-    before, _, rest = text.partition(start)
-    _, _, after = rest.partition(end)
-    write_file(PAGE, "\n".join([before + start, "", *lines, "", end + after]))
+            replace_part(PAGE, name, table(results[name]))
 
 
 def _exports(checkpoints: dict[str, dict[str, Any]]) -> list[str]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from optimum.streamline.outputs import write_file
+from marked_page import replace_part
 
 PAGE = Path("docs/validation.md")
 FIGURES = {"perplexity": "perplexity", "ratio": "perplexity ratio", "kl": "KL", "agreement": "agreement"}
@@ -18,15 +17,7 @@ def write_page(results: dict[str, Any]) -> None:
     for name, table in tables.items():
         source = "coverage" if name == "drawing" else name
         if source in results:
-            _replace(name, table(results[source]))
-
-
-def _replace(mark: str, lines: Iterable[str]) -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    start, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
-    before, _, rest = text.partition(start)
-    _, _, after = rest.partition(end)
-    write_file(PAGE, "\n".join([before + start, "", *lines, "", end + after]))
+            replace_part(PAGE, name, table(results[source]))
 
 
 def _coverage(found: dict[str, Any]) -> list[str]:

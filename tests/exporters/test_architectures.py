@@ -11,12 +11,11 @@ import pytest
 from optimum.exporters.streamline import export_checkpoint
 from optimum.streamline.anatomy import ARCHITECTURES
 from optimum.streamline.runner import Artifact
+from pages import check_part
 from tiny import LAYERS, tiny_model
 
 pytestmark = pytest.mark.onnx
 
-PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
-START, END = "<!-- onnx -->", "<!-- end of onnx -->"
 # The first, one more of its kind, and one of each other kind: see `tiny.SPECIAL` for the kinds.
 TRACED = {"gemma2": (0, 1, 2), "qwen2": (0, 1, 2), "qwen3_moe": (0, 1, 3), "smollm3": (0, 1, 2)}
 
@@ -53,9 +52,4 @@ def table(artifacts: dict[str, Artifact]) -> str:
 
 def test_the_page_says_what_came_of_each(exported_tiny, request: pytest.FixtureRequest) -> None:
     found = table({name: exported_tiny(name) for name in sorted(ARCHITECTURES)})
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-    written, _, after = rest.partition(END)
-    if request.config.getoption("--write-pages"):
-        PAGE.write_text(f"{before}{START}\n\n{found}\n\n{END}{after}", encoding="utf-8")
-    else:
-        assert written.strip() == found, f"write {PAGE.name} anew: ci/test tests/exporters -k page --write-pages"
+    check_part("architectures.md", "onnx", found, request)

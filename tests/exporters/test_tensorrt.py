@@ -26,13 +26,12 @@ from optimum.streamline.merging import average_layers, replace_pair
 from optimum.streamline.plan import Plan
 from optimum.streamline.runner import Artifact
 from optimum.streamline.windows import Windows
+from pages import check_part
 from reference import REFERENCE
 from tiny import LAYERS, tiny_model, token_ids
 
 pytestmark = [pytest.mark.onnx, pytest.mark.tensorrt]
 
-PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
-START, END = "<!-- tensorrt -->", "<!-- end of tensorrt -->"
 # Of the largest logit: the graph has the very operations of torch, in another order.
 CLOSE = {"fp32": 4e-6, "fp16": 2e-3}
 RTX = EngineOptions("tensorrt-rtx", (89, 120), max_batch=4, max_length=32, max_input=16)
@@ -102,13 +101,7 @@ def test_the_page_says_what_came_of_each(found, request: pytest.FixtureRequest) 
             lines.append(f"| `{name}` | built | {masks} |")
         else:
             lines.append(f"| `{name}` | refused: {came.rpartition(': ')[2]} |  |")
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-    written, _, after = rest.partition(END)
-    table = "\n".join(lines)
-    if request.config.getoption("--write-pages"):
-        PAGE.write_text(f"{before}{START}\n\n{table}\n\n{END}{after}", encoding="utf-8")
-    else:
-        assert written.strip() == table, f"write {PAGE.name} anew: ci/test tests/exporters -k page --write-pages"
+    check_part("architectures.md", "tensorrt", "\n".join(lines), request)
 
 
 def pruned() -> PreTrainedModel:

@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from cases import LICENSE, TEXT, edit_config, edit_weights, make, tokenizer
 from console import Outcome
 from optimum.streamline.runner import Artifact
+from pages import check_part
 from reference import REFERENCE
 from tokenizers_made import rolled, with_beginning
 
-PAGE = Path(__file__).parents[2] / "docs" / "inputs.md"
 COMMIT = "c0ffee" * 6 + "c0de"
 QUICK = ("--calibration", LICENSE, "--samples", "4", "--length", "32")
 JUDGED = ("--eval-data", LICENSE, "--eval-samples", "4", "--length", "32")
@@ -580,11 +580,4 @@ def plain(line: str) -> str:
 
 @pytest.mark.onnx
 def test_the_page_says_what_comes_of_each(run: Run, answer: Answer, request: pytest.FixtureRequest) -> None:
-    found = tables(run, answer)
-    start, end = "<!-- inputs -->", "<!-- end of inputs -->"
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(start)
-    written, _, after = rest.partition(end)
-    if request.config.getoption("--write-pages"):
-        PAGE.write_text(f"{before}{start}\n\n{found}\n\n{end}{after}", encoding="utf-8")
-    else:
-        assert written.strip() == found, f"write {PAGE.name} anew: ci/test {__name__} -k page --write-pages"
+    check_part("inputs.md", "inputs", tables(run, answer), request)

@@ -6,6 +6,7 @@ Reads and writes by itself, so that what reads checkpoints can ask it.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,12 +23,12 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .errors import StreamlineError
+from .errors import StreamlineError, first_line
 from .model_files import ADAPTER_CONFIG_FILE, is_adapter
 from .older_names import add_older_names
 from .older_tokenizers import save_tokenizer
 from .quantization_config import quantization_name
-from .source import Source, exists
+from .source import Source
 
 _MODEL_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
@@ -49,7 +50,7 @@ class _Adapter:
     shapes: dict[str, tuple[int, ...]]
 
     def error(self, fault: str, error: Exception | None = None) -> StreamlineError:
-        return StreamlineError(f"adapter {self.folder}: {fault}" + (f" ({_line(error)})" if error else ""))
+        return StreamlineError(f"adapter {self.folder}: {fault}" + (f" ({first_line(error)})" if error else ""))
 
 
 def merged_adapter(
@@ -76,8 +77,8 @@ def merged_adapter(
     adapter = _read_adapter(folder)
     with _place_of_base(adapter) as (name, place):
         options: dict[str, Any] = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
-        source = Source(name, **options, revision=None if exists(name) else adapter.revision)
-        where = place if exists(place) else _fetched(adapter, source)
+        source = Source(name, **options, revision=None if os.path.exists(name) else adapter.revision)
+        where = place if os.path.exists(place) else _fetched(adapter, source)
         base = _load_base(adapter, name, where, options)
         stored = base.dtype
         merged = _merge(adapter, base.float().eval())
@@ -124,7 +125,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(file, "pt") as tensors:
             return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
     except Exception as error:  # safetensors raises its own
-        raise StreamlineError(f"adapter {folder}: {file.name} cannot be read ({_line(error)})") from None
+        raise StreamlineError(f"adapter {folder}: {file.name} cannot be read ({first_line(error)})") from None
 
 
 @contextmanager
@@ -234,8 +235,3 @@ def _tokenizer(
             raise adapter.error("its tokenizer cannot be read", error) from None
         return None
     return tokenizer
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

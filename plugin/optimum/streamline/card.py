@@ -5,6 +5,7 @@ Plain functions of a record; they know no weights.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from .bare_layers import NEEDS_LOAD
 from .healing import Healed
 from .quantizers import QUANTIZERS
 from .record import Record
-from .source import Source, exists
+from .source import Source
 
 CARD_FILE = "README.md"
 CITATIONS = {
@@ -165,5 +166,6 @@ def _data(record: Record, purpose: str) -> str:
 def _public(spec: str) -> str:
     """A text SPEC without the path of a local file or folder, its column and the rest kept."""
     kind, name, rest = re.fullmatch(r"(hub:)?([^,]*)(.*)", spec, re.DOTALL).groups(default="")  # type: ignore[union-attr]
-    whole = Path(spec).name if exists(spec) else f"{kind}{Path(name).name if exists(name) else name}{rest}"
-    return whole
+    if os.path.exists(spec):
+        return Path(spec).name
+    return f"{kind}{Path(name).name if os.path.exists(name) else name}{rest}"

@@ -28,6 +28,7 @@ from .recipe import CHOOSING_TEXT, Budget, Recipe, make_recipe, read_recipe, wri
 if TYPE_CHECKING:
     from optimum.exporters.streamline import EngineOptions
 
+    from .source import Source
     from .windows import Windows
 
 BUDGET_FIELDS = {field.name for field in fields(Budget)}
@@ -107,24 +108,20 @@ def recipe_of(args: Namespace) -> Recipe:
     return make_recipe({**given, **flags}, f"recipe {file}" if file else "flags")
 
 
-def _source(args: Namespace, model: str) -> Any:
+def _source(args: Namespace, model: str) -> Source:
     from .source import Source
 
     return Source(model, args.cache_dir, args.trust_remote_code, args.revision)
 
 
-def _note_bare(args: Namespace, console: Console, *models: str) -> None:
+def _note_bare(console: Console, *sources: Source) -> None:
     from .bare_layers import NEEDS_LOAD, bare_layers
     from .checkpoint import read_config
     from .runner import is_artifact
-    from .source import Source
 
-    for number, model in enumerate(models):
-        # The revision is the first model's: others have theirs in their names.
-        revision = None if number else args.revision
-        source = Source(model, args.cache_dir, args.trust_remote_code, revision)
+    for source in sources:
         if not is_artifact(source.folder) and bare_layers(read_config(source)):
-            console.print(f"{model} {NEEDS_LOAD}", markup=False)
+            console.print(f"{source.model} {NEEDS_LOAD}", markup=False)
 
 
 def _say(console: Console) -> Callable[[str], None]:
@@ -173,7 +170,7 @@ def _score(args: Namespace, console: Console) -> int:
     if args.output is not None:
         check_output(args.output, args.overwrite)
     scores, windows = score(_source(args, args.model), recipe, _say(console))
-    _note_bare(args, console, args.model)
+    _note_bare(console, _source(args, args.model))
     console.print(_score_table(scores.block_influence))
     if args.output is not None:
         text = {"model": args.model, "calibration": windows.describe(), **scores_to_dict(scores)}
@@ -300,7 +297,7 @@ def _export(args: Namespace, console: Console) -> int:
     for line in (*source_notes(source, read_config(source)), *artifact.findings()):
         console.print(line, markup=False)
     console.print(f"exported to {args.output}", markup=False)
-    _note_bare(args, console, args.model)
+    _note_bare(console, _source(args, args.model))
     return 0
 
 
@@ -425,5 +422,5 @@ def _validate(args: Namespace, console: Console) -> int:
     write_report(report, args.output)
     console.print(comparison_table(report))
     console.print(f"report: {args.output / 'report.html'}", markup=False)
-    _note_bare(args, console, args.original, *args.candidate)
+    _note_bare(console, *(subject.source for subject in subjects))
     return report.exit_code

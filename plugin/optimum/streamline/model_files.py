@@ -19,10 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import StreamlineError, first_line
+from .runner import is_artifact
 
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
-EXPORT_FILE = "artifact.json"  # of an export of this program, which has a graph or an engine for weights
 BARE_VARIANT = "streamline"
 """What stands in the weights' file names of a model with bare layers, which stock transformers must not find."""
 
@@ -110,7 +110,7 @@ def find_weights(folder: Path) -> WeightFiles:
         if (folder / single).is_file():
             return WeightFiles(_whole((folder / single,)), pickled=pickled)
         if (folder / index).is_file():
-            return WeightFiles(_whole(indexed_files(folder / index)), folder / index, pickled)
+            return WeightFiles(_whole(_indexed_files(folder / index)), folder / index, pickled)
     found = [file.name for file in sorted(folder.glob("*")) if file.suffix in (".safetensors", ".bin", ".gguf", ".pth")]
     beside = f"; {found[0]} is not a name that transformers looks for" if found else ""
     raise StreamlineError(f"model {str(folder)!r}: has no weights, neither {_SAFE[0][0]} nor {_SAFE[0][1]}{beside}")
@@ -128,7 +128,7 @@ def fetch_weights(folder: Path, fetch: Callable[[list[str]], object]) -> None:
     Args:
         fetch: Fetches files of these names into `folder`, and passes over those that the repository does not have.
     """
-    if (folder / EXPORT_FILE).is_file():
+    if is_artifact(folder):
         fetch(["model.onnx", "model.onnx.data", "model.engine"])
         return
     for single, index in (*_SAFE, *_PICKLED):
@@ -145,7 +145,7 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG_FILE).is_file()
 
 
-def indexed_files(index: Path) -> tuple[Path, ...]:
+def _indexed_files(index: Path) -> tuple[Path, ...]:
     """The files that an index of weights names.
 
     Raises:

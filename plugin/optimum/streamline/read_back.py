@@ -256,7 +256,7 @@ def compare_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, trust_re
 def _load(folder: Path, device: str, trust_remote_code: bool) -> PreTrainedModel:
     loaded: Any
     try:
-        if bare_layers_in(folder):
+        if _has_bare_layers(folder):
             return load_stock(Source(str(folder)), device=device)
         loaded = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -289,7 +289,7 @@ def _load(folder: Path, device: str, trust_remote_code: bool) -> PreTrainedModel
     return read
 
 
-def bare_layers_in(folder: Path) -> bool:
+def _has_bare_layers(folder: Path) -> bool:
     """Whether the checkpoint in `folder` is one that stock transformers refuses, having bare layers."""
     return bool(bare_layers(read_config(Source(str(folder)))))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import os
 import re
 import shutil
 import tempfile
@@ -44,7 +45,7 @@ class Source:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        if not exists(self.model) and not _is_path(self.model):
+        if not self.is_local and not _is_path(self.model):
             name, _, revision = self.model.partition("@")
             if revision and self.revision not in (None, revision):
                 raise StreamlineError(f"revision {self.revision!r}: the model says {revision!r}; give one of them")
@@ -52,7 +53,7 @@ class Source:
             object.__setattr__(self, "revision", revision or self.revision)
         if not self.model:
             raise StreamlineError("model '': is empty; give a checkpoint's folder or a Hub id")
-        if self.revision is not None and exists(self.model):
+        if self.revision is not None and self.is_local:
             raise StreamlineError(
                 f"revision {self.revision!r}: model {self.model!r} is a local folder, which has none; leave it out"
             )
@@ -72,7 +73,7 @@ class Source:
     @property
     def is_local(self) -> bool:
         """Whether it is a folder of this machine rather than a Hub id."""
-        return exists(self.model)
+        return os.path.exists(self.model)  # which, unlike Path's own, takes a name that is too long
 
     @property
     def name(self) -> str:
@@ -102,7 +103,7 @@ class Source:
         Raises:
             StreamlineError: it is not there, or cannot be fetched.
         """
-        if exists(self.model):
+        if self.is_local:
             if Path(self.model).is_file():
                 raise StreamlineError(f"model {self.model!r}: is a file; give the folder of a checkpoint, or a Hub id")
             return Path(self.model)
@@ -117,14 +118,6 @@ class Source:
             return ""
         commit = self.own_folder.name
         return commit if _COMMIT.fullmatch(commit) else ""
-
-
-def exists(name: str) -> bool:
-    """Whether a name is that of a file or folder of this machine; one that could be none, being too long, is not."""
-    try:
-        return Path(name).exists()
-    except OSError:
-        return False
 
 
 def _is_path(name: str) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 
 import fsspec
 
-from .errors import StreamlineError
+from .errors import StreamlineError, first_line
 
 PLAIN = (".md", ".py", ".rst", ".text", ".txt")
 # The reader of `datasets`, and its options.
@@ -99,7 +99,7 @@ def plain_text(file: Path) -> str:
     except (OSError, EOFError, ValueError, ImportError) as error:  # of the disk, of the decompressors, of lack of one
         raise StreamlineError(f"text file {file}: cannot be read ({_reason(error)})") from None
     except Exception as error:  # lzma and zlib each have their own
-        raise StreamlineError(f"text file {file}: cannot be decompressed ({_first_line(error)})") from None
+        raise StreamlineError(f"text file {file}: cannot be decompressed ({first_line(error)})") from None
     seems = f"; it seems to be {kind}" if (kind := _seems(content)) else ""
     if content.startswith(b"version https://git-lfs"):
         raise StreamlineError(f"text file {file}: is not text{seems}")
@@ -124,11 +124,7 @@ def _seems(content: bytes) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def _table(file: Path, column: str) -> Iterator[str]:
@@ -155,7 +151,7 @@ def table_errors(named: str, advice: str = "") -> Iterator[None]:
     except StreamlineError:
         raise
     except Exception as error:  # datasets raises whatever its readers and its transport raise
-        raise StreamlineError(f"{named}: cannot be read ({_first_line(error)}){advice}") from None
+        raise StreamlineError(f"{named}: cannot be read ({first_line(error)}){advice}") from None
 
 
 def texts_of(named: str, parts: Iterable[Iterable[dict[str, Any]]], column: str) -> Iterator[str]:

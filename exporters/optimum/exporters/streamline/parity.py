@@ -30,7 +30,7 @@ LONGEST = PROMPT + CONTINUATION + 1
 """Tokens of the longest text that is asked."""
 
 LEAST_ALIKE = 0.5
-"""Correlation of a quantized graph's logits with torch's. Four bits leave 0.9 and more; a lost scale leaves none."""
+"""Correlation of a quantized graph's logits with torch's. Four bits left 0.90 to 0.99, a lost scale none."""
 
 LENGTHS = (PROMPT, 7, 4)
 """Prompt lengths of the padded batch: three rows, where the graph was traced with two."""

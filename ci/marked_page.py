@@ -1,0 +1,16 @@
+"""A page whose generated parts stand between marks; the words around them stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from optimum.streamline.outputs import write_file
+
+
+def replace_part(page: Path, mark: str, lines: Iterable[str]) -> None:
+    """Put lines between `<!-- mark -->` and `<!-- end of mark -->` of a page."""
+    start, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+    before, _, rest = page.read_text(encoding="utf-8").partition(start)
+    _, _, after = rest.partition(end)
+    write_file(page, "\n".join([before + start, "", *lines, "", end + after]))
