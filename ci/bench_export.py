@@ -39,8 +39,8 @@ from export_cases import (
 )
 from export_speed import DECODED, PROMPT, Timed, measure_in_turns
 from measured_parts import measure_parts
-from optimum.streamline.anatomy import head_size, key_value_heads
-from optimum.streamline.cost import Cost, cost_of
+from optimum.streamline.evaluation.theoretical_cost import Cost, cost_of
+from optimum.streamline.models.architectures import head_size, key_value_heads
 from performance_page import write_page
 
 RESULTS = ROOT / "docs" / "performance.json"

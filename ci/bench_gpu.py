@@ -40,7 +40,7 @@ from gpu_measure import against_limits, measure, measure_limits
 from gpu_models import build, release
 from gpu_page import write_page
 from gpu_runtimes import build_exported, runtime_here
-from optimum.streamline.machine import describe_machine
+from optimum.streamline.system.environment import describe_machine
 
 RESULTS = Path(__file__).parents[1] / "docs" / "gpu.json"
 NO_CUDA = "bench gpu: no CUDA device here; --device cpu --smoke tries the script on a tiny model"

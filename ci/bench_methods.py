@@ -36,19 +36,21 @@ from transformers import PreTrainedModel
 
 from methods_cases import EVALUATION, LENGTH, MODELS, Case, Row, cases
 from methods_page import write_page
-from optimum.streamline.anatomy import architecture_of
-from optimum.streamline.checkpoint import load_stock, load_tokenizer, read_config
-from optimum.streamline.dead import drop_dead_sublayers
-from optimum.streamline.edit import apply_plan
-from optimum.streamline.healing import NextToken, model_settings, train_model
-from optimum.streamline.intervals import Samples, mean_interval
-from optimum.streamline.machine import describe_machine
-from optimum.streamline.outputs import write_file
-from optimum.streamline.plan import Plan
-from optimum.streamline.prune import change, prepare
-from optimum.streamline.recipe import make_recipe
-from optimum.streamline.source import Source
-from optimum.streamline.windows import Windows, read_windows
+from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer, read_config
+from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.editing.apply import apply_plan
+from optimum.streamline.editing.plan import Plan
+from optimum.streamline.evaluation.intervals import Samples, mean_interval
+from optimum.streamline.healing.losses import NextToken
+from optimum.streamline.healing.settings import model_settings
+from optimum.streamline.healing.trainable_parts import train_model
+from optimum.streamline.models.architectures import architecture_of
+from optimum.streamline.models.skipped_sublayers import drop_dead_sublayers
+from optimum.streamline.pipeline.prune import change, prepare
+from optimum.streamline.recipe.parsing import make_recipe
+from optimum.streamline.system.atomic_output import write_file
+from optimum.streamline.system.environment import describe_machine
+from optimum.streamline.text.windows import Windows, read_windows
 
 RESULTS = Path("docs/methods.json")
 LOCK = Path(".cache/methods.lock")

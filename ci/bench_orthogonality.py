@@ -19,10 +19,10 @@ from transformers import AutoConfig
 from export_cases import REFERENCE, ROOT, SMALL, graph_bytes, make_checkpoint, run_measured, streamline
 from export_speed import Timed, measure_in_turns
 from measured_parts import measure_parts
-from optimum.streamline.anatomy import head_size, key_value_heads
-from optimum.streamline.orthogonality import orthogonality
-from optimum.streamline.recipe import make_recipe
-from optimum.streamline.source import Source
+from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.models.architectures import head_size, key_value_heads
+from optimum.streamline.pipeline.orthogonality import orthogonality
+from optimum.streamline.recipe.parsing import make_recipe
 from quantization_page import write_page
 
 RESULTS = ROOT / "docs" / "quantization.json"

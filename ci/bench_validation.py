@@ -30,15 +30,15 @@ from transformers import (
 
 from export_cases import REFERENCE, ROOT
 from measured_parts import measure_parts
-from optimum.streamline.accuracy import Accuracy
-from optimum.streamline.checkpoint import load_stock, load_tokenizer
-from optimum.streamline.drawing import Writer
-from optimum.streamline.intervals import Interval
-from optimum.streamline.prune import change, prepare
-from optimum.streamline.recipe import make_recipe
-from optimum.streamline.source import Source
-from optimum.streamline.text import open_text
-from optimum.streamline.windows import Windows
+from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer
+from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.evaluation.accuracy import Accuracy
+from optimum.streamline.evaluation.intervals import Interval
+from optimum.streamline.pipeline.prune import change, prepare
+from optimum.streamline.recipe.parsing import make_recipe
+from optimum.streamline.text.sampling import Writer
+from optimum.streamline.text.sources import open_text
+from optimum.streamline.text.windows import Windows
 from validation_page import write_page
 
 RESULTS = ROOT / "docs" / "validation.json"

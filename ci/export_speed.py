@@ -114,8 +114,8 @@ def _torch(case: Timed) -> Callable[[], Seconds]:
     """Rounds in torch, eager, fp32."""
     import torch
 
-    from optimum.streamline.checkpoint import load
-    from optimum.streamline.torch_runner import TorchRunner
+    from optimum.streamline.checkpoints.loading import load
+    from optimum.streamline.runtime.torch_runner import TorchRunner
 
     runner = TorchRunner(load(str(case.folder), torch.float32))
 

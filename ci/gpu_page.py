@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from optimum.streamline.report_table import number, size
+from optimum.streamline.reporting.numbers import number, size
 
 HEAD = "| weights | run | layers | ms | tokens/s | of the limit | peak memory | times faster pruned | ideal |"
 BOTH = ("dense", "pruned")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from optimum.streamline.outputs import write_file
+from optimum.streamline.system.atomic_output import write_file
 
 
 def replace_part(page: Path, mark: str, lines: Iterable[str]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from optimum.streamline.machine import describe_machine
+from optimum.streamline.system.environment import describe_machine
 
 Part = Callable[[Path], Any]
 

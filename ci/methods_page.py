@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from methods_cases import HEALED, LAYERS, MODELS, REMOVED, SEEDS, Row
-from optimum.streamline.outputs import write_file
+from optimum.streamline.system.atomic_output import write_file
 
 PAGE = Path("docs/methods.md")
 ALL_ROWS = Path("docs/methods-rows.md")

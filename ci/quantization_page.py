@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from optimum.streamline.interactions import reading
-from optimum.streamline.intervals import Interval, median_interval
-from optimum.streamline.report import Interaction
-from optimum.streamline.report_table import size
+from optimum.streamline.evaluation.intervals import Interval, median_interval
+from optimum.streamline.evaluation.results import Interaction
+from optimum.streamline.reporting.interaction_wording import reading
+from optimum.streamline.reporting.numbers import size
 
 PAGE = Path(__file__).parents[1] / "docs" / "quantization.md"
 FIGURES = ("pruning", "quantizing", "together", "term")

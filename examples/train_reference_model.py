@@ -32,11 +32,11 @@ from transformers import (
     get_cosine_with_min_lr_schedule_with_warmup,
 )
 
-from optimum.streamline.edit import apply_plan
-from optimum.streamline.plan import Plan
-from optimum.streamline.scores import measure_scores
-from optimum.streamline.text import open_text
-from optimum.streamline.windows import read_windows
+from optimum.streamline.editing.apply import apply_plan
+from optimum.streamline.editing.plan import Plan
+from optimum.streamline.scoring.similarity import measure_scores
+from optimum.streamline.text.sources import open_text
+from optimum.streamline.text.windows import read_windows
 
 VOCABULARY = 4096
 LENGTH = 512

@@ -25,7 +25,7 @@ def optimum_onnx() -> str:
 def kept_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Equal models are traced once, whichever test and process asks first."""
     try:
-        import optimum.exporters.streamline.build as build
+        import optimum.exporters.streamline.tracing.build as build
         from traces import keeping
     except ImportError:  # of an environment without the extra `onnx`
         yield
@@ -41,7 +41,7 @@ def kept_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a test that is about the tracing itself."""
-    import optimum.exporters.streamline.build as build
-    from optimum.exporters.streamline.trace import trace
+    import optimum.exporters.streamline.tracing.build as build
+    from optimum.exporters.streamline.tracing.trace import trace
 
     monkeypatch.setattr(build, "trace", trace)

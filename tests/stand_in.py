@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from optimum.exporters.streamline import EngineOptions, export_checkpoint
-from optimum.exporters.streamline.ort_runner import open_session
-from optimum.exporters.streamline.tensorrt.options import Limits
+from optimum.exporters.streamline.onnx.runner import open_session
+from optimum.exporters.streamline.tensorrt.engine_options import Limits
+from optimum.exporters.streamline.tensorrt.engine_record import EngineRecord
 from optimum.exporters.streamline.tensorrt.profiles import make_profiles
-from optimum.exporters.streamline.tensorrt.record import EngineRecord
 from optimum.exporters.streamline.tensorrt.runner import TensorrtRunner
 from tiny import tiny_model
 

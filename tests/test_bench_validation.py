@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from optimum.streamline.accuracy import Accuracy
+from optimum.streamline.evaluation.accuracy import Accuracy
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,14 +15,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from optimum.exporters.streamline import export_checkpoint
-from optimum.exporters.streamline.ort_runner import OnnxRunner
-from optimum.streamline.anatomy import architecture_of, decoder_layers
-from optimum.streamline.checkpoint import load_stock, load_tokenizer, save_model
-from optimum.streamline.dead import ATTENTION, MLP, mark_dead, silence
-from optimum.streamline.edit import apply_plan
-from optimum.streamline.plan import Plan
-from optimum.streamline.runner import Artifact
-from optimum.streamline.source import Source
+from optimum.exporters.streamline.onnx.runner import OnnxRunner
+from optimum.streamline.checkpoints.artifact import Artifact
+from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer
+from optimum.streamline.checkpoints.saving import save_model
+from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.editing.apply import apply_plan
+from optimum.streamline.editing.plan import Plan
+from optimum.streamline.models.architectures import architecture_of, decoder_layers
+from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP, mark_dead, silence
 from reference import REFERENCE
 from tiny import tiny_model
 

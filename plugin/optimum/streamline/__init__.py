@@ -9,19 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint import load
-    from .errors import StreamlineError
-    from .runner import open_runner
-    from .streamliner import StreamlineConfig, Streamliner
+    from optimum.streamline.api import StreamlineConfig, Streamliner
+    from optimum.streamline.checkpoints.loading import load
+    from optimum.streamline.errors import StreamlineError
+    from optimum.streamline.runtime.opening import open_runner
 
 __all__ = ["StreamlineConfig", "StreamlineError", "Streamliner", "__version__", "load", "open_runner"]
 
 _HOMES = {
-    "StreamlineConfig": "streamliner",
+    "StreamlineConfig": "api",
     "StreamlineError": "errors",
-    "Streamliner": "streamliner",
-    "load": "checkpoint",
-    "open_runner": "runner",
+    "Streamliner": "api",
+    "load": "checkpoints.loading",
+    "open_runner": "runtime.opening",
 }
 
 

@@ -7,7 +7,9 @@ line and exit with `exit_code`. Anything else is a defect of ours and keeps its 
 from __future__ import annotations
 
 import importlib
+from reprlib import Repr
 from types import ModuleType
+from typing import Any
 
 
 class StreamlineError(Exception):
@@ -48,3 +50,15 @@ def first_line(error: BaseException) -> str:
     """The first line of what another library's error says, with the next if it ends in a colon, or the error's name."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it: of any length in a few dozen characters.
+
+    >>> shown("a" * 1000)
+    "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaa...aaaaaaaaaaaaaaaaaaaaaaaaaaaaa'"
+    """
+    brief = Repr()
+    brief.maxstring = brief.maxother = brief.maxlong = 63
+    brief.maxlevel = 2
+    return brief.repr(value)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from ..errors import StreamlineError
-from ..methods import METHODS
-from ..plan import TRAINED
-from ..recipe import Recipe, parse_remove
-from .engine import check_sharing
+from optimum.streamline.editing.plan import TRAINED
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.methods.registry import METHODS
+from optimum.streamline.recipe.layer_counts import parse_remove
+from optimum.streamline.recipe.recipe import Recipe
+
 from .settings import heal_windows, scope_of
+from .trainer import check_sharing
 
 # Fields of the recipe that say how and on what is trained, whatever to.
 _OF_ANY_TRAINING = ("heal_data", "heal_tokens", "heal_minutes", "heal_lr", "heal_epochs", "heal_batch")

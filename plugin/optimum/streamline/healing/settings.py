@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import StreamlineError
-from ..recipe import Recipe
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.recipe.recipe import Recipe
 
 HELD_OUT_SHARE = 0.05
 Scope = Literal["replacement", "model"]

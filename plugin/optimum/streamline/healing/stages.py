@@ -11,15 +11,16 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..anatomy import architecture_of, decoder_layers
-from ..methods import METHODS
-from ..plan import TRAINED, Place, Plan, depths_of
-from ..recipe import Recipe
-from ..windows import Windows
-from .engine import split_windows
-from .goals import Distillation, Goal, NextToken
+from optimum.streamline.editing.plan import TRAINED, Place, Plan, depths_of
+from optimum.streamline.methods.registry import METHODS
+from optimum.streamline.models.architectures import architecture_of, decoder_layers
+from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.text.windows import Windows
+
+from .losses import Distillation, Goal, NextToken
 from .settings import HealLog, HealSettings, Scope, model_settings, replacement_settings, scope_of
-from .training import train_model, train_replacement
+from .trainable_parts import train_model, train_replacement
+from .trainer import split_windows
 
 # Weight of the hidden states in distillation. CoMe's could not be had: this is this program's own, for all methods
 # (measured: `docs/methods.md`).

@@ -12,15 +12,14 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..edit import Change, Materials, build_replacement
-from ..errors import StreamlineError
-from ..evidence import Evidence
-from ..plan import Plan
-from ..recipe import Recipe
-from ..scores import BATCH
-from ..trials import cross_entropy_sum, mean_losses
-from ..windows import Windows
-from .base import Method
+from optimum.streamline.editing.apply import Change, Materials, build_replacement
+from optimum.streamline.editing.plan import Plan
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.scoring.loss import cross_entropy_sum, mean_losses
+from optimum.streamline.text.windows import BATCH, Windows
+
+from .base import Evidence, Method
 from .blockpruner import BlockPruner
 from .come_p import CoMeP
 from .shortgpt import ShortGPT

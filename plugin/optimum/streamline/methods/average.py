@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..merging import Channels, average_layers
-from ..merging_scores import closest_pair, ratio_of_first
-from ..plan import Merge
-from ..scores import Scores
-from ..windows import Windows
+from optimum.streamline.editing.merging import average_layers
+from optimum.streamline.editing.plan import Merge
+from optimum.streamline.models.channels import Channels
+from optimum.streamline.scoring.channel_sensitivity import closest_pair, ratio_of_first
+from optimum.streamline.scoring.similarity import Scores
+from optimum.streamline.text.windows import Windows
+
 from .come import CoMe
 
 

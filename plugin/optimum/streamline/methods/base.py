@@ -1,18 +1,43 @@
-"""What a pruning method is: a choice that is checked before any weight moves, and an edit."""
+"""What a method has to go by when it chooses: the model, the calibration text and the scores of its layers."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..edit import Change, Materials, apply_plan
-from ..errors import StreamlineError
-from ..evidence import Evidence
-from ..linear_patch import check_linear
-from ..plan import TRAINED, Plan
-from ..recipe import Recipe, parse_remove
+from optimum.streamline.editing.apply import Change, Materials, apply_plan
+from optimum.streamline.editing.linear_map import check_linear
+from optimum.streamline.editing.plan import TRAINED, Plan
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.recipe.layer_counts import parse_remove
+from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.scoring.similarity import Scores
+from optimum.streamline.text.windows import Windows
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a choice is made from; a method that changes `model` to try something changes it back.
+
+    Args:
+        model: The original, in fp32, in evaluation mode.
+        calibration: The text to choose on.
+        scores: `similarity.measure_scores` of the two.
+        held_out: Text to compare plans on, for a method that does.
+    """
+
+    model: PreTrainedModel
+    calibration: Windows
+    scores: Scores
+    held_out: Windows | None = None
+
+    @property
+    def layers(self) -> int:
+        """How many layers the model has."""
+        return self.scores.layers
 
 
 class Method(ABC):

@@ -5,14 +5,14 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..anatomy import architecture_of, decoder_layers, submodule
-from ..dead import ATTENTION, MLP, dead_layers
-from ..errors import StreamlineError
-from ..evidence import Evidence
-from ..plan import Plan, Sublayer
-from ..recipe import Recipe
-from ..trials import Parts, gone_layers, removal_losses
-from .base import Method
+from optimum.streamline.editing.plan import Plan
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.models.architectures import Sublayer, architecture_of, decoder_layers, submodule
+from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP, dead_layers
+from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.scoring.ablation import Parts, gone_layers, removal_losses
+
+from .base import Evidence, Method
 
 
 class BlockPruner(Method):

@@ -9,17 +9,18 @@ from typing import ClassVar
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..anatomy import key_value_heads, layer_kinds
-from ..edit import Change, Materials
-from ..errors import StreamlineError
-from ..evidence import Evidence
-from ..merging import Channels, check_mergeable, merge_layers, replace_pair, share_of_first, shared_copy
-from ..merging_scores import closest_pair, measure_channels, ratio_of_first
-from ..plan import Merge, Plan, merge_plan
-from ..recipe import Recipe
-from ..scores import Scores
-from ..windows import Windows
-from .base import Method
+from optimum.streamline.editing.apply import Change, Materials
+from optimum.streamline.editing.merging import check_mergeable, merge_layers, replace_pair, share_of_first, shared_copy
+from optimum.streamline.editing.plan import Merge, Plan, merge_plan
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.models.architectures import key_value_heads, layer_kinds
+from optimum.streamline.models.channels import Channels
+from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.scoring.channel_sensitivity import closest_pair, measure_channels, ratio_of_first
+from optimum.streamline.scoring.similarity import Scores
+from optimum.streamline.text.windows import Windows
+
+from .base import Evidence, Method
 
 
 class CoMe(Method):
@@ -28,7 +29,8 @@ class CoMe(Method):
     At each step everything is measured anew on the model as it then is. The pair (i, i+1) of lowest d_i, the mean
     angle between h_i and h_{i+2} on the windows' last tokens, becomes one layer of the same size
     (`merging.merge_layers`). Layer k's part of the channels is BI_k / (BI_i + BI_{i+1}) (Block Influence of the model
-    as it is, `merging.share_of_first`); which channels, their sensitivities say (`merging_scores.measure_channels`).
+    as it is, `merging.share_of_first`); which channels those are,
+    follows from their sensitivities (`channel_sensitivity.measure_channels`).
 
     Deviations from the authors' code: query heads go with the key-value head that serves them, where the code mixes
     them up under grouped-query attention; norm gains are folded into the projections first, where the code averages

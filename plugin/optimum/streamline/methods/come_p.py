@@ -8,13 +8,15 @@ from functools import partial
 
 from transformers import PreTrainedModel
 
-from ..anatomy import key_value_heads
-from ..merging import Channels, share_of_first
-from ..merging_scores import closest_pair
-from ..merging_search import candidate_losses
-from ..plan import Merge
-from ..scores import Scores
-from ..windows import Windows
+from optimum.streamline.editing.merging import share_of_first
+from optimum.streamline.editing.plan import Merge
+from optimum.streamline.models.architectures import key_value_heads
+from optimum.streamline.models.channels import Channels
+from optimum.streamline.scoring.channel_sensitivity import closest_pair
+from optimum.streamline.scoring.merge_search import candidate_losses
+from optimum.streamline.scoring.similarity import Scores
+from optimum.streamline.text.windows import Windows
+
 from .come import CoMe
 
 # The ratios tried are k / GRID: the paper's g.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from ..errors import StreamlineError
-from ..evidence import Evidence
-from ..plan import TRAINED, Plan, is_contiguous
-from ..recipe import Recipe, parse_layers
-from .base import Method, check_attention_stays
+from optimum.streamline.editing.plan import TRAINED, Plan, is_contiguous
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.recipe.layer_counts import parse_layers
+from optimum.streamline.recipe.recipe import Recipe
+
+from .base import Evidence, Method, check_attention_stays
 
 
 class Explicit(Method):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..scores import Scores
-from .one_block import OneBlock
+from optimum.streamline.scoring.similarity import Scores
+
+from .contiguous_block import OneBlock
 
 
 class Gromov(OneBlock):

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from transformers import PreTrainedConfig
 
-from ..errors import StreamlineError
-from ..evidence import Evidence
-from ..plan import Plan
-from ..recipe import Recipe
-from .base import Method
+from optimum.streamline.editing.plan import Plan
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.recipe.recipe import Recipe
+
+from .base import Evidence, Method
 
 
 def _max_gap(total: int, kept: int) -> list[int]:

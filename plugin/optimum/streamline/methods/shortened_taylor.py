@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import math
+from optimum.streamline.editing.plan import Plan
+from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.scoring.taylor import taylor_importance
 
-import torch
-from torch import nn
-from transformers import PreTrainedModel
-
-from ..anatomy import architecture_of, decoder_layers
-from ..errors import StreamlineError
-from ..evidence import Evidence
-from ..plan import Plan
-from ..progress import progress_bar
-from ..recipe import Recipe
-from ..scores import BATCH
-from ..trials import cross_entropy_sum
-from ..windows import Windows
-from .protecting import Protecting
+from .base import Evidence
+from .protected_ends import Protecting
 
 
 class ShortenedTaylor(Protecting):
@@ -40,46 +30,3 @@ class ShortenedTaylor(Protecting):
         layers = self.removable(recipe, evidence.layers)
         lowest = sorted(layers, key=lambda layer: (importance[layer], layer))[: self.count(recipe, evidence.layers)]
         return Plan(evidence.layers, tuple(sorted(lowest)), recipe.stand_in)
-
-
-def taylor_importance(model: PreTrainedModel, windows: Windows) -> list[float]:
-    """For each layer the sum of |w dL/dw| over its weights but biases, L in nats per token; `model` is left as it was.
-
-    Memory holds a gradient for every such weight.
-
-    Raises:
-        StreamlineError: a layer's gradient is not finite.
-    """
-    layers = decoder_layers(model, architecture_of(model.config))
-    weights = [_weights(layer) for layer in layers]
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    tokens = windows.ids[:, 1:].numel()
-    try:
-        for parameter in flags:
-            parameter.requires_grad_(False)
-        for weight in (weight for layer in weights for weight in layer):
-            weight.requires_grad_(True)
-        with progress_bar("taking gradients", len(windows.ids)) as bar:
-            for batch in windows.ids.split(BATCH):
-                loss = cross_entropy_sum(model, batch.to(model.device)) / tokens
-                loss.backward()
-                bar.advance(len(batch))
-        importance = [sum(_taylor(weight) for weight in layer) for layer in weights]
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-            parameter.grad = None
-    for index, value in enumerate(importance):
-        if not math.isfinite(value):
-            raise StreamlineError(f"model: the gradient of layer {index} is not finite on the calibration text")
-    return importance
-
-
-def _weights(layer: nn.Module) -> list[nn.Parameter]:
-    return [parameter for name, parameter in layer.named_parameters() if not name.endswith("bias")]
-
-
-def _taylor(weight: nn.Parameter) -> float:
-    if weight.grad is None:  # an expert that no token was sent to, or a sublayer that is out
-        return 0.0
-    return float((weight.detach() * weight.grad).abs().sum(dtype=torch.float64))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..evidence import Evidence
-from ..plan import Plan
-from ..recipe import Recipe
-from ..scores import measure_scores
-from ..trials import whole_layer, without
-from .base import Method, first_choice
+from optimum.streamline.editing.plan import Plan
+from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.scoring.ablation import whole_layer, without
+from optimum.streamline.scoring.similarity import measure_scores
+
+from .base import Evidence, Method, first_choice
 
 
 class ShortGPT(Method):

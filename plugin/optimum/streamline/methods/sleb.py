@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from ..evidence import Evidence
-from ..plan import Plan
-from ..recipe import Recipe
-from ..trials import Parts, gone_layers, removal_losses, whole_layer
-from .protecting import Protecting
+from optimum.streamline.editing.plan import Plan
+from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.scoring.ablation import Parts, gone_layers, removal_losses, whole_layer
+
+from .base import Evidence
+from .protected_ends import Protecting
 
 
 class SLEB(Protecting):

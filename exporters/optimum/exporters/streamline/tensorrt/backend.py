@@ -12,33 +12,29 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import MutableMapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedModel
 from transformers.exporters.auto import register_backend
-from transformers.exporters.base import EXPORT_MANIFEST_FILE, EXPORT_SCHEMA_VERSION, HfExporter
+from transformers.exporters.base import HfExporter
 from transformers.exporters.configs import ExportConfigMixin
 from transformers.exporters.metadata import ExportMetadata
 from transformers.exporters.runners.base import ModelRunner
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from optimum.streamline.checkpoint import DTYPES, check_device
+from optimum.streamline.checkpoints.loading import check_device
 from optimum.streamline.errors import StreamlineError
 
-from .options import EngineOptions
-from .record import ENGINE_FILE, RECORD_FILE
+from .engine_options import EngineOptions
+from .engine_record import ENGINE_FILE, RECORD_FILE
 from .runner import TensorrtRunner
-
-FORMAT = "tensorrt"
-COMPONENT = "model"
+from .transformers_manifest import FORMAT, describe
 
 
 @dataclass
@@ -102,13 +98,16 @@ class TensorrtExporter(HfExporter):
         Raises:
             StreamlineError: as `export_checkpoint`.
         """
-        from .. import export_checkpoint
+        from optimum.exporters.streamline.export_steps import check_packages
+
+        check_packages(FORMAT)
+        from .export import TensorrtExport, export_tensorrt
 
         assert isinstance(config, TensorrtConfig)
         scratch = TemporaryDirectory()
         checkpoint, folder = Path(scratch.name) / "checkpoint", Path(scratch.name) / "engine"
         model.save_pretrained(checkpoint)
-        export_checkpoint(str(checkpoint), folder, FORMAT, config.dtype, engine=config.engine)
+        export_tensorrt(TensorrtExport(str(checkpoint), folder, config.engine, config.dtype))
         shutil.rmtree(checkpoint)
         return TensorrtProgram(folder, scratch), describe(type(model).__name__, config.dtype)
 
@@ -179,37 +178,6 @@ class TensorrtModelRunner(ModelRunner):
             logits, cache = self._runner.decode(tokens, past)
         found: Any = cache
         return CausalLMOutputWithPast(logits=torch.from_numpy(logits).to(ids.device), past_key_values=found)
-
-
-def describe(architecture: str, dtype: str) -> ExportMetadata:
-    """What transformers is told of an engine.
-
-    Args:
-        architecture: The class of the model.
-        dtype: A key of `DTYPES`.
-    """
-    tokens = {"rank": 2, "dtype": "int64"}
-    _, spec = torch.utils._pytree.tree_flatten(CausalLMOutputWithPast(logits=torch.empty(0)))
-    return ExportMetadata(
-        architecture=architecture,
-        packages={"transformers": transformers.__version__},
-        export_config={"export_format": FORMAT, "dtype": dtype},
-        export_dtype=str(DTYPES[dtype]).removeprefix("torch."),
-        export_device="cuda",
-        kwargs={"input_ids": tokens, "attention_mask": tokens, "past_key_values": {"container": "EngineCache"}},
-        out_spec=torch.utils._pytree.treespec_dumps(spec),
-    )
-
-
-def write_manifest(folder: Path, architecture: str, dtype: str) -> None:
-    """Write what `ExportedModel.from_pretrained` reads first, into the folder of an engine."""
-    component = {"file": ENGINE_FILE, "metadata": asdict(describe(architecture, dtype))}
-    manifest = {
-        "schema_version": EXPORT_SCHEMA_VERSION,
-        "export_format": FORMAT,
-        "components": {COMPONENT: component},
-    }
-    (folder / EXPORT_MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 # On import: `registration.py` says when. This may be the first to import the table that it registers in.

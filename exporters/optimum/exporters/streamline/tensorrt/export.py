@@ -17,36 +17,38 @@ import onnx_ir as ir
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from optimum.streamline import checkpoint
+from optimum.exporters.streamline.export_steps import DTYPES, LOG_FILE, check_config, from_few_layers, write_companions
+from optimum.exporters.streamline.graph_files import GRAPH_FILE, WEIGHTS_FILE
+from optimum.exporters.streamline.onnx.quantization.quantizers import weight_bytes
+from optimum.exporters.streamline.onnx.quantization.settings import NONE, Quantization
+from optimum.exporters.streamline.parity.calls import one_by_one
+from optimum.exporters.streamline.parity.compare import TOLERANCES, check_finite, check_parity, measure_divergence
+from optimum.exporters.streamline.rewriting.excluded_nodes import check_excluded
+from optimum.exporters.streamline.rewriting.public_names import MaskInput
+from optimum.exporters.streamline.rewriting.to_float32 import write_widened
+from optimum.exporters.streamline.tensorrt.graph.graph_rules import aliases, check_graph
+from optimum.exporters.streamline.tensorrt.graph.quantize import quantize_engine_graph
+from optimum.exporters.streamline.tensorrt.graph.quantizers import ENGINE_WAYS, check_way
+from optimum.exporters.streamline.tensorrt.graph.reference_runner import StaticOnnxRunner
+from optimum.exporters.streamline.tracing.build import Built, build_graph
+from optimum.streamline.checkpoints.artifact import Artifact
+from optimum.streamline.checkpoints.loading import DTYPES as TORCH_DTYPES
+from optimum.streamline.checkpoints.loading import load, read_config
+from optimum.streamline.checkpoints.record_file import text_of
+from optimum.streamline.checkpoints.source import Source, fingerprint
 from optimum.streamline.errors import StreamlineError
-from optimum.streamline.logs import captured_logs
-from optimum.streamline.outputs import staged_folder
-from optimum.streamline.progress import Bar, progress_bar
-from optimum.streamline.quantization_config import quantization_name
-from optimum.streamline.record import seen_text, text_of
-from optimum.streamline.runner import Artifact
-from optimum.streamline.source import Source, fingerprint
+from optimum.streamline.models.quantization_config import quantization_name
+from optimum.streamline.system.atomic_output import staged_folder
+from optimum.streamline.system.library_logs import captured_logs
+from optimum.streamline.system.progress import Bar, progress_bar
+from optimum.streamline.text.windows import seen_text
 
-from ..build import Built, build_graph
-from ..calls import one_by_one
-from ..export import DTYPES, LOG_FILE, WEIGHTS_FILE, check_config, from_few_layers, write_companions
-from ..ort_runner import GRAPH_FILE
-from ..parity import TOLERANCES, check_finite, check_parity, measure_divergence
-from ..quantize import NONE, Quantization, weight_bytes
-from ..quantize.excluding import check_excluded
-from ..widen import write_widened
-from .backend import write_manifest
-from .builders import BUILDERS, build_engine, open_builder
-from .feeds import MaskInput
-from .lint import aliases, check_graph
-from .options import EngineOptions, Limits
-from .ort_static_runner import StaticOnnxRunner
+from .build_engine import BUILDERS, build_engine, open_builder
+from .engine_options import EngineOptions, Limits
+from .engine_record import ENGINE_FILE, TIMING_FILE, EngineRecord
 from .profiles import Axes, axes_of, make_profiles
-from .quantize import quantize_engine_graph
-from .record import ENGINE_FILE, TIMING_FILE, EngineRecord
-from .ways import ENGINE_WAYS, check_way
+from .transformers_manifest import FORMAT, write_manifest
 
-FORMAT = "tensorrt"
 STAGES = ("loading", "tracing", "writing", "comparing with torch", "quantizing", "building the engine")
 
 
@@ -95,7 +97,7 @@ def export_tensorrt(job: TensorrtExport, overwrite: bool = False, verbose: bool 
         raise StreamlineError(f"dtype {job.dtype!r}: unknown; one of {', '.join(DTYPES)}")
     trt = open_builder(job.engine.builder, job.engine.capabilities)
     source = Source(job.checkpoint, **job.options)
-    config = checkpoint.read_config(source)
+    config = read_config(source)
     check_config(config)
     if job.quantization:
         _check_quantization(job.quantization, job.engine, config)
@@ -120,9 +122,7 @@ def _check_quantization(quantization: Quantization, engine: EngineOptions, confi
 def _export_into(folder: Path, job: TensorrtExport, source: Source, limits: Limits, trt: ModuleType) -> Artifact:
     with TemporaryDirectory(dir=folder) as scratch, progress_bar("exporting", len(STAGES)) as bar:
         bar.at(0, STAGES[0])
-        model = checkpoint.load(
-            source.model, checkpoint.DTYPES[job.dtype], offload=Path(scratch) / "weights", **source.options()
-        )
+        model = load(source.model, TORCH_DTYPES[job.dtype], offload=Path(scratch) / "weights", **source.options())
         check_finite(model, job.dtype)
         plain = Path(scratch) / "plain" if job.quantization else folder
         plain.mkdir(exist_ok=True)
@@ -199,7 +199,7 @@ def _compare(model: PreTrainedModel, job: TensorrtExport, folder: Path, built: B
     # In bfloat16 torch is widened as the graph is. Its constants are rounded, so it is held to half precision.
     narrow = job.dtype == "bf16"
     tolerance = TOLERANCES["fp16" if narrow else job.dtype] if job.tolerance is None else job.tolerance
-    reference = checkpoint.load(job.checkpoint, torch.bfloat16, **job.options).float() if narrow else model
+    reference = load(job.checkpoint, torch.bfloat16, **job.options).float() if narrow else model
     with _computable(folder, job.dtype) as there:
         return check_parity(reference, one_by_one(StaticOnnxRunner(there, built.masks)), tolerance)
 

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from optimum.exporters.streamline.onnx.genai_config import CONFIG_FILE
+from optimum.exporters.streamline.onnx.runner import OnnxRunner
+from optimum.exporters.streamline.rewriting.public_names import BATCH, PAST, SEQUENCE, TOTAL
+from optimum.exporters.streamline.tensorrt.graph.growing_cache import write_growing_graph
 from optimum.streamline.errors import StreamlineError, require_extra
 
-from ..genai import CONFIG_FILE
-from ..names import BATCH, PAST, SEQUENCE, TOTAL
-from ..ort_runner import OnnxRunner
-from .growing import write_growing_graph
-from .options import EngineOptions, Limits
+from .engine_options import EngineOptions, Limits
 from .profiles import Axes, Profile, axes_of, choose_profile, profile_of
 
 if TYPE_CHECKING:

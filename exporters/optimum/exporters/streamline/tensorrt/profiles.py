@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from optimum.exporters.streamline.rewriting.public_names import BATCH, SEQUENCE
 from optimum.streamline.errors import StreamlineError
 
-from ..names import BATCH, SEQUENCE
-from .options import Limits
+from .engine_options import Limits
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -1,6 +1,6 @@
 """Running an engine on torch's tensors: caches are written in place, decoding is one CUDA graph.
 
-What is fed, and where in the caches it goes, `feeds.py` says; which requests an engine takes, its record.
+What is fed, and where in the caches it goes, `engine_inputs.py` says; which requests an engine takes, its record.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from optimum.exporters.streamline.parity.calls import Mask
+from optimum.exporters.streamline.tensorrt.graph.engine_inputs import check_length, static_feeds
 from optimum.streamline.errors import StreamlineError, require_extra
-from optimum.streamline.runner import Logits, TokenIds
+from optimum.streamline.runtime.runner import Logits, TokenIds
 
-from ..calls import Mask
-from .builders import BUILDERS, last_words, open_log
-from .feeds import check_length, static_feeds
+from .build_engine import BUILDERS, last_words, open_log
+from .engine_record import ENGINE_FILE, EngineRecord, Machine
 from .profiles import choose_profile
-from .record import ENGINE_FILE, EngineRecord, Machine
 
 Tensors = dict[str, torch.Tensor]
 

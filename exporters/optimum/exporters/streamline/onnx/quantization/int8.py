@@ -1,0 +1,49 @@
+"""Weights and activations in 8 bits, by onnxruntime's own quantizers: scaled as they come, or as text gave (QDQ)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx
+import onnx_ir as ir
+from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+
+from optimum.exporters.streamline.graph_files import GRAPH_FILE
+from optimum.exporters.streamline.rewriting.edits import PRODUCTS
+from optimum.exporters.streamline.rewriting.excluded_nodes import excluded
+from optimum.exporters.streamline.rewriting.tied_embedding import untie
+
+from .calibration_inputs import Reader, feeds_of
+from .settings import Quantization
+
+
+def quantize_int8(source: Path, target: Path, quantization: Quantization, calibrated: bool) -> None:
+    """Quantize the graph in `source` into `target`.
+
+    Args:
+        calibrated: Whether activations are scaled beforehand, by `quantization.windows`.
+    """
+    model = ir.load(source / GRAPH_FILE)
+    untie(model.graph)
+    products = [node for node in model.graph if node.op_type in PRODUCTS]
+    kept = [str(node.name) for node in excluded(products, quantization.exclude)]
+    with TemporaryDirectory(dir=target) as folder:
+        plain = Path(folder) / GRAPH_FILE
+        ir.save(model, plain, external_data=f"{GRAPH_FILE}.data")
+        options = {
+            "op_types_to_quantize": list(PRODUCTS),
+            "nodes_to_exclude": kept,
+            "per_channel": True,
+            "weight_type": QuantType.QInt8,
+            "use_external_data_format": True,
+            "extra_options": {"MatMulConstBOnly": True},
+        }
+        if calibrated:
+            assert quantization.windows is not None
+            reader = Reader(feeds_of(onnx.load(plain, load_external_data=False), quantization.windows.ids.numpy()))
+            quantize_static(
+                plain, target / GRAPH_FILE, reader, QuantFormat.QDQ, activation_type=QuantType.QUInt8, **options
+            )
+        else:
+            quantize_dynamic(plain, target / GRAPH_FILE, **options)

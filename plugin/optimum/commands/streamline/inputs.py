@@ -1,0 +1,85 @@
+"""From parsed flags to what the library takes: the model, the recipe, and the file the recipe is saved to."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from optimum.streamline.checkpoints.artifact import is_artifact
+from optimum.streamline.checkpoints.loading import read_config
+from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.models.bare_layers import NEEDS_LOAD, bare_layers
+from optimum.streamline.recipe.parsing import make_recipe, read_recipe, write_recipe
+from optimum.streamline.recipe.recipe import Budget, Recipe
+from optimum.streamline.system.atomic_output import check_output, write_file
+from optimum.streamline.system.distributed import is_main
+
+BUDGET_FIELDS = {field.name for field in fields(Budget)}
+
+
+RECIPE_FIELDS = {field.name for field in fields(Recipe)}
+
+
+def recipe_of(args: Namespace) -> Recipe:
+    """The recipe that a recipe file, if any, and the flags over it amount to."""
+    file = getattr(args, "recipe", None)
+    given: dict[str, Any] = read_recipe(file) if file else {}
+    flags = {key: value for key, value in vars(args).items() if key in RECIPE_FIELDS and key != "recipe"}
+    limits = {key: value for key, value in vars(args).items() if key in BUDGET_FIELDS}
+    budget = given.get("budget", {})
+    if limits and isinstance(budget, dict):
+        flags["budget"] = {**budget, **limits}
+    return make_recipe({**given, **flags}, f"recipe {file}" if file else "flags")
+
+
+def model_source(args: Namespace, model: str) -> Source:
+    """The model that a command was given, with the flags that say how it may be read."""
+    return Source(model, args.cache_dir, args.trust_remote_code, args.revision)
+
+
+def note_bare_layers(console: Console, *sources: Source) -> None:
+    """Say of each model with a bare feed-forward layer that stock transformers cannot load it."""
+    for source in sources:
+        if not is_artifact(source.folder) and bare_layers(read_config(source)):
+            console.print(f"{source.model} {NEEDS_LOAD}", markup=False)
+
+
+@contextmanager
+def saved_recipe(args: Namespace, recipe: Recipe, console: Console) -> Iterator[None]:
+    """Write the recipe to `--save-recipe`, if given, once the work inside the block is done."""
+    # Refused before the work, and written after it: only then is it known that nothing in the recipe was bad input.
+    path, text = args.save_recipe, write_recipe(recipe)
+    there = path is None or _holds_recipe(path, text, args.output)
+    yield
+    if path is not None and is_main():
+        if not there:
+            write_file(path, text)
+        console.print(f"recipe written to {path}", markup=False)
+
+
+def _holds_recipe(path: Path, text: str, output: Path) -> bool:
+    """Whether this recipe is in the file already; refuses one that could not be written, or that holds another."""
+    try:
+        ours, out = path.resolve(), output.resolve()
+        if ours.is_relative_to(out) or out.is_relative_to(ours):
+            raise StreamlineError(f"save-recipe {path}, output {output}: one lies in the other; choose another place")
+        if path.is_file() and path.read_bytes() == text.encode():
+            return True
+        if path.exists():
+            raise StreamlineError(f"save-recipe {path}: exists already, and is not this recipe; choose another name")
+    except (OSError, RuntimeError) as error:  # links in a circle are a RuntimeError
+        raise StreamlineError(f"save-recipe {path}: {getattr(error, 'strerror', None) or error}") from None
+    check_output(path)
+    return False
+
+
+def excluded_modules(args: Namespace) -> list[str]:
+    """What `--quantize-exclude` names: layer numbers and module patterns."""
+    return [each.strip() for each in args.quantize_exclude.split(",") if each.strip()]

@@ -1,0 +1,48 @@
+"""`optimum-cli streamline prune`: its flags, and what it does with them."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+from optimum.commands.base import CommandInfo
+
+from .base import Command
+from .options import add_model_flags, add_output_flags, add_plan_flags, add_pruning_flags
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class PruneCommand(Command):
+    """`optimum-cli streamline prune`."""
+
+    COMMAND = CommandInfo(name="prune", help="Score, plan, edit, heal and save a checkpoint.")
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Flags of `prune`."""
+        Command.parse_args(parser)
+        add_model_flags(parser)
+        add_output_flags(parser)
+        add_plan_flags(parser)
+        add_pruning_flags(parser)
+
+    @staticmethod
+    def execute(args: Namespace, console: Console) -> int:
+        """Run the command; returns its exit code."""
+        from optimum.streamline.pipeline.preflight import check_recipe
+        from optimum.streamline.pipeline.prune import prune
+
+        from .console import speak_on
+        from .dry_run import dry_run
+        from .inputs import model_source, recipe_of, saved_recipe
+
+        source, recipe = model_source(args, args.model), recipe_of(args)
+        check_recipe(source, recipe)
+        with saved_recipe(args, recipe, console):
+            if args.dry_run:
+                return dry_run(source, recipe, console)
+            prune(source, recipe, args.output, overwrite=args.overwrite, verbose=args.verbose, say=speak_on(console))
+        return 0

@@ -1,0 +1,69 @@
+"""`optimum-cli streamline run`: its flags, and what it does with them."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optimum.commands.base import CommandInfo
+
+from .base import Command
+from .options import (
+    add_evaluation_flags,
+    add_model_flags,
+    add_output_flags,
+    add_plan_flags,
+    add_pruning_flags,
+    add_recipe_flag,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class RunCommand(Command):
+    """`optimum-cli streamline run`."""
+
+    COMMAND = CommandInfo(
+        name="run", help="Make shallower, repair, save, export, and prove it; resumes where it stopped."
+    )
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Flags of `run`."""
+        Command.parse_args(parser)
+        add_model_flags(parser)
+        parser.add_argument("recipe", type=Path, nargs="?", help="a YAML recipe; flags go over what it says")
+        add_output_flags(parser)
+        add_plan_flags(parser)
+        add_pruning_flags(parser)
+        add_recipe_flag(parser, "--format", "what to export to: none (default) or onnx")
+        add_evaluation_flags(parser)
+
+    @staticmethod
+    def execute(args: Namespace, console: Console) -> int:
+        """Run the command; returns its exit code."""
+        from optimum.streamline.pipeline.preflight import check_recipe
+        from optimum.streamline.pipeline.run import run
+        from optimum.streamline.reporting.text_forms import comparison_table
+        from optimum.streamline.system.atomic_output import refuse_own_input
+
+        from .console import speak_on
+        from .dry_run import dry_run
+        from .inputs import model_source, recipe_of, saved_recipe
+
+        source, recipe = model_source(args, args.model), recipe_of(args)
+        check_recipe(source, recipe)
+        refuse_own_input(args.output, (str(args.recipe),) if args.recipe else ())
+        with saved_recipe(args, recipe, console):
+            if args.dry_run:
+                return dry_run(source, recipe, console)
+            report = run(
+                source, recipe, args.output, overwrite=args.overwrite, verbose=args.verbose, say=speak_on(console)
+            )
+        console.print(comparison_table(report))
+        console.print(f"checkpoint: {args.output}", markup=False)
+        console.print(f"report: {args.output / 'report.html'}", markup=False)
+        return report.exit_code

@@ -1,0 +1,64 @@
+"""What `run` and `orthogonality` ask of the exporters: the only file that reaches them from here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optimum.streamline.checkpoints.artifact import Artifact
+from optimum.streamline.quantization.quantizers import NONE, QUANTIZERS
+from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.scoring.similarity import Scores, scores_of
+from optimum.streamline.text.windows import Windows
+
+CALIBRATION_WINDOWS = 32
+"""The most of the recipe's calibration windows that calibrate a quantizer of graphs."""
+
+
+def export(checkpoint: str, out: Path, **how: Any) -> Artifact:
+    """`optimum.exporters.streamline.export_checkpoint`."""
+    from optimum.exporters.streamline import export_checkpoint
+
+    return export_checkpoint(checkpoint, out, **how)
+
+
+def has_graph(artifact: Artifact) -> bool:
+    """Whether an ONNX export lists both its graph and its weights."""
+    from optimum.exporters.streamline.graph_files import GRAPH_FILE, WEIGHTS_FILE
+
+    return {GRAPH_FILE, WEIGHTS_FILE} <= set(artifact.files)
+
+
+def graph_quantizers() -> dict[str, bool]:
+    """The ways to quantize an export, and of each whether it is calibrated on text."""
+    from optimum.exporters.streamline import WAYS
+
+    return {name: way.calibrated for name, way in WAYS.items()}
+
+
+def check_exportable(recipe: Recipe) -> None:
+    """Refuse an export that a recipe asks for and that cannot be made here.
+
+    Raises:
+        StreamlineError: as `check_export` of the exporters.
+    """
+    if recipe.format != "none":
+        from optimum.exporters.streamline import check_export
+
+        check_export(recipe.format, recipe.dtype or "fp32", recipe.device, graph_quantization(recipe))
+
+
+def graph_quantization(recipe: Recipe) -> str:
+    """How the export is quantized: the recipe's `quantize`, unless that is of the checkpoint."""
+    return NONE if recipe.quantize in QUANTIZERS else recipe.quantize
+
+
+def score_graph(artifact: Artifact, windows: Windows) -> Scores:
+    """The importances of a graph's layers."""
+    from optimum.exporters.streamline import open_hidden_states
+
+    states = open_hidden_states(artifact)
+    layers = len(artifact.hidden) - 1
+    return scores_of(lambda batch: [torch.from_numpy(each) for each in states(batch.numpy())], layers, windows)

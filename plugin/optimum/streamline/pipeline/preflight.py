@@ -1,0 +1,148 @@
+"""Everything about a recipe that can be refused before a weight is loaded."""
+
+from __future__ import annotations
+
+import copy
+from typing import get_args
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from optimum.streamline.checkpoints.loading import (
+    check_checkpoint,
+    stored_dtype,
+)
+from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.healing.checks import check_heal_windows, check_healing
+from optimum.streamline.methods.registry import METHODS, method_of
+from optimum.streamline.models.architectures import architecture_of
+from optimum.streamline.models.bare_layers import BareKind
+from optimum.streamline.models.linear_modules import products_of, skeleton_of
+from optimum.streamline.models.module_patterns import chosen
+from optimum.streamline.models.quantization_config import (
+    check_writable,
+    float_config,
+    quantization_name,
+    renumber_quantization,
+)
+from optimum.streamline.models.quantized_weights import stays_packed
+from optimum.streamline.quantization.loading import check_quantizable
+from optimum.streamline.quantization.quantizers import NONE, QUANTIZERS
+from optimum.streamline.recipe.recipe import Recipe
+
+from .exporting import graph_quantizers
+
+
+def check_quantization(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Refuse a quantization that a recipe cannot have, and a recipe that a quantized model cannot take.
+
+    Raises:
+        StreamlineError: naming the field, the value and what would be right.
+    """
+    for field in ("quantize_exclude", "steps"):
+        value = getattr(recipe, field)
+        if value is not None and recipe.quantize == NONE:
+            raise StreamlineError(f"{field.replace('_', '-')} {value!r}: nothing is quantized; give quantize too")
+    name = quantization_name(config)
+    check_writable(config, recipe.device)
+    # Tried on a copy, to hear now whether the layers' new numbers could be written where it names them by the old.
+    renumber_quantization(copy.deepcopy(config), architecture_of(config).layers, range(config.num_hidden_layers))
+    if recipe.quantize in QUANTIZERS:
+        check_quantizable(config, recipe.quantize, recipe.excluded)
+        if recipe.format != "none":
+            raise StreamlineError(
+                f"format {recipe.format!r}: quantize {recipe.quantize!r} makes a checkpoint that torch runs; use a "
+                "quantizer of ONNX graphs, such as 'int4', or format 'none'"
+            )
+    elif recipe.quantize != NONE:
+        _check_graph_quantization(recipe)
+        chosen(products_of(skeleton_of(float_config(config))), recipe.excluded)
+    if name is not None or recipe.quantize_first:
+        _check_removal_alone(recipe, name or recipe.quantize)
+    if recipe.quantize in QUANTIZERS and recipe.stand_in in get_args(BareKind):
+        raise StreamlineError(
+            f"replacement {recipe.stand_in!r}: leaves bare layers, which quantize {recipe.quantize!r} cannot take; use "
+            "another replacement"
+        )
+    if recipe.dtype is not None and (name is not None or (recipe.quantize_first and recipe.quantize in QUANTIZERS)):
+        quantized = name or recipe.quantize
+        raise StreamlineError(
+            f"dtype {recipe.dtype!r}: the model is quantized ({quantized}) and stays so; leave it out"
+        )
+
+
+def refuse_unpacking(model: PreTrainedModel) -> None:
+    """Refuse to change a quantized model whose weights would be unpacked before they are saved.
+
+    Raises:
+        StreamlineError: they would.
+    """
+    name = quantization_name(model.config)
+    if name is not None and not stays_packed(model):
+        raise StreamlineError(
+            f"model: its weights are quantized ({name}), and are unpacked when it first computes, so they could not be "
+            "written back as they were; prune the float model and quantize then"
+        )
+
+
+def _check_graph_quantization(recipe: Recipe) -> None:
+    ways = graph_quantizers()
+    if recipe.quantize not in ways:
+        raise StreamlineError(f"quantize {recipe.quantize!r}: unknown; one of {', '.join((NONE, *QUANTIZERS, *ways))}")
+    if recipe.format != "onnx":
+        raise StreamlineError(f"quantize {recipe.quantize!r}: is made of an ONNX graph; give format 'onnx' to `run`")
+    if not recipe.quantize_first:
+        return
+    if ways[recipe.quantize]:
+        raise StreamlineError(
+            f"steps {recipe.steps!r}: {recipe.quantize} is calibrated on what the layers before give, which those that "
+            "go would change; use steps 'prune,quantize', or a quantizer without calibration, such as 'int4'"
+        )
+    if not METHODS[recipe.method_name].by_scores or recipe.iterative:
+        able = [name for name, method in METHODS.items() if method.by_scores]
+        raise StreamlineError(
+            f"method {recipe.method_name!r}: tries changes on the model, and a quantized graph is only scored; with "
+            f"steps {recipe.steps!r} use one of {', '.join(able)}, not iterative"
+        )
+
+
+def _check_removal_alone(recipe: Recipe, quantization: str) -> None:
+    """Refuse all that needs float weights."""
+    instead = "prune the float model and quantize then (steps 'prune,quantize')"
+    refused = f"needs float weights, and here they are quantized ({quantization})"
+    method = METHODS[recipe.method_name]
+    if method.needs_float:
+        able = [name for name, each in METHODS.items() if not each.needs_float]
+        raise StreamlineError(
+            f"method {recipe.method_name!r}: {method.needs_float}, so it {refused}; {instead}, or use one of "
+            f"{', '.join(able)}"
+        )
+    if recipe.stand_in != "none":
+        raise StreamlineError(f"replacement {recipe.stand_in!r}: {refused}; {instead}, or use replacement 'none'")
+    if recipe.healing:
+        raise StreamlineError(f"heal {'+'.join(recipe.healing)!r}: {refused}; {instead}, or use heal 'none'")
+
+
+def check_recipe(source: Source, recipe: Recipe) -> None:
+    """Everything about a recipe that can be refused without loading a weight.
+
+    Raises:
+        StreamlineError: the model, the method, a count or a length is wrong.
+    """
+    config = _checked_config(source, recipe)
+    if recipe.dtype is None and quantization_name(config) is None:
+        stored_dtype(source)  # refuses what a result could not be stored in
+    method_of(recipe, config)
+    check_quantization(recipe, config)
+    check_healing(recipe)
+    check_heal_windows(recipe, config.num_hidden_layers)
+
+
+def _checked_config(source: Source, recipe: Recipe) -> PreTrainedConfig:
+    config = check_checkpoint(source)
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and recipe.length > longest:
+        raise StreamlineError(
+            f"length {recipe.length}: the model reads at most {longest} tokens (max_position_embeddings)"
+        )
+    return config

@@ -1,0 +1,61 @@
+"""From a quantized checkpoint to a float one: every weight is the number that its quantized one stands for.
+
+For what reads float weights only, such as the tracing of a graph. Nothing is won back that quantizing lost.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from optimum.streamline.checkpoints.loading import load_stock, read_config
+from optimum.streamline.checkpoints.saving import save_weights
+from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.models.linear_modules import skeleton_of
+from optimum.streamline.models.quantization_config import float_config, quantization_name
+from optimum.streamline.models.quantized_weights import float_values, quantized_modules
+
+
+def write_dequantized(source: Source, folder: Path) -> None:
+    """Write the quantized checkpoint at `source` into `folder` with float weights, without a tokenizer.
+
+    Raises:
+        StreamlineError: its weights are in a form that cannot be read here.
+    """
+    model = load_stock(source)
+    names = quantized_modules(model)
+    if not names:
+        name = quantization_name(read_config(source))
+        raise StreamlineError(
+            f"model {source.model!r}: its weights are quantized ({name}), and can be made float "
+            "only of bitsandbytes and torchao; give the float weights"
+        )
+    skeleton = skeleton_of(float_config(model.config))
+    for name in names:
+        model.set_submodule(name, _float_module(model.get_submodule(name), skeleton.get_submodule(name)))
+    _forget_quantization(model)
+    save_weights(model, folder)
+
+
+def _float_module(module: nn.Module, like: nn.Module) -> nn.Module:
+    """A module of the class of `like` with the numbers that those of `module` stand for."""
+    weight: Any = module.weight
+    bias: Any = module.bias
+    values = float_values(module, weight).to(weight.device)
+    if isinstance(like, Conv1D):  # which has its weight the other way round
+        values = values.T.contiguous()
+    like.weight = nn.Parameter(values, requires_grad=False)
+    like.bias = bias
+    return like
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    loose: Any = model
+    loose.hf_quantizer, loose.is_quantized, loose.quantization_method = None, False, None
+    loose.is_loaded_in_4bit = loose.is_loaded_in_8bit = False
+    model.config = float_config(model.config)

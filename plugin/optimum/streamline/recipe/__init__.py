@@ -1,0 +1,5 @@
+"""What a user can ask for: every option of a run, with its type, range and default. Flags, YAML and Python all become
+a `Recipe` here.
+"""
+
+__all__ = ["layer_counts", "parsing", "recipe", "yaml12"]

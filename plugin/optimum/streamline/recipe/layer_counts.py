@@ -1,0 +1,51 @@
+"""Layer numbers and numbers of layers as a user writes them: `3,7,11-13`, `25%`."""
+
+from __future__ import annotations
+
+import re
+
+from optimum.streamline.errors import StreamlineError, shown
+
+
+def parse_layers(text: str, total: int) -> tuple[int, ...]:
+    """Layer numbers from `3,7,11-13`.
+
+    Raises:
+        StreamlineError: not of that form, or not below `total`.
+
+    >>> parse_layers("3,7,11-13", 16)
+    (3, 7, 11, 12, 13)
+    """
+    numbers: set[int] = set()
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(0*[0-9]{1,9})\s*(?:-\s*(0*[0-9]{1,9})\s*)?", item)
+        if not match:
+            raise StreamlineError(f"layers {shown(text)}: {shown(item)} is not a number or a range; write 3,7,11-13")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise StreamlineError(f"layers {shown(text)}: the range {shown(item)} runs backwards")
+        if last >= total:
+            raise StreamlineError(
+                f"layers {shown(text)}: there is no layer {last}; the model has layers 0 to {total - 1}"
+            )
+        numbers.update(range(first, last + 1))
+    return tuple(sorted(numbers))
+
+
+def parse_remove(value: int | str, total: int) -> int:
+    """The net number of layers to lose, of `total`: a number, or a share rounded to the nearest whole layer.
+
+    Raises:
+        StreamlineError: not such a number, or nothing or everything would go.
+
+    >>> parse_remove("25%", 12)
+    3
+    """
+    text = str(value).strip()
+    match = re.fullmatch(r"(0*[0-9]{1,9}(?:\.[0-9]+)?)(%?)", text)
+    if not match or (not match[2] and "." in match[1]):
+        raise StreamlineError(f"remove {shown(value)}: must be a number of layers or a share such as 25%")
+    count = int(float(match[1]) * total / 100 + 0.5) if match[2] else int(match[1])
+    if not 0 < count < total:
+        raise StreamlineError(f"remove {value!r}: that is {count} of {total} layers; at least 1 must go and 1 stay")
+    return count

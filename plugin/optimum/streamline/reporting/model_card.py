@@ -1,0 +1,172 @@
+"""The model card: what a stranger who finds the checkpoint has to know.
+
+Plain functions of a record; they know no weights.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.healing.stages import Healed
+from optimum.streamline.models.bare_layers import NEEDS_LOAD
+from optimum.streamline.quantization.quantizers import QUANTIZERS
+
+from .record import Record
+
+CARD_FILE = "README.md"
+CITATIONS = {
+    "average": "neighbours averaged, a baseline of CoMe (arXiv 2510.15304)",
+    "blockpruner": "BlockPruner (arXiv 2406.10594)",
+    "come": "CoMe (arXiv 2510.15304)",
+    "come-mp": "CoMe-mp (arXiv 2510.15304)",
+    "come-p": "CoMe-P (arXiv 2510.15304)",
+    "come-sp": "CoMe-sp (arXiv 2510.15304)",
+    "explicit": "layers chosen by hand",
+    "gromov": "the angle between a block's input and output (Gromov et al., arXiv 2403.17887)",
+    "layerchop": "LayerChop (arXiv 2305.14864)",
+    "llm-streamline": "LLM-Streamline (arXiv 2403.19135)",
+    "shortened-ppl": "Shortened LLaMA, by perplexity (arXiv 2402.02834)",
+    "shortened-taylor": "Shortened LLaMA, by Taylor expansion (arXiv 2402.02834)",
+    "shortgpt": "ShortGPT (arXiv 2403.03853)",
+    "sleb": "SLEB (ICML 2024)",
+}
+# What the number is that a training brings down.
+LOSSES = {
+    "hidden-mse": "hidden-state error",
+    "lm": "next-token loss",
+    "distill": "distillation loss",
+}
+
+_LOADING = """
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this folder")
+```
+"""
+_LOADING_BARE = f"""
+This model {NEEDS_LOAD}.
+
+```python
+from optimum.streamline import load  # pip install optimum-streamline
+
+model = load("this folder")
+```
+
+It needs no `trust_remote_code`, and its ONNX export needs neither.
+"""
+
+
+def model_card(record: Record) -> str:
+    """The text of the checkpoint's `README.md`."""
+    plan = record.plan
+    bare = any(place.kind in ("ffn", "swiglu") for place in record.change.places)
+    lines = [
+        "---",
+        f"library_name: {'optimum-streamline' if bare else 'transformers'}",
+        "pipeline_tag: text-generation",
+        "tags: [optimum-streamline, layer-pruning]",
+        *([] if record.source.is_local else [f"base_model: {record.source.model}"]),
+        "---",
+        "",
+        f"# {record.source.name.rpartition('/')[2]}, made shallower",
+        "",
+        f"Made by optimum-streamline from {_origin(record.source)}: {plan.describe()}.",
+        f"The choice: {_choice(record)}, on {_data(record, 'calibration')}.",
+    ]
+    lines += [_training(healed, record) for healed in record.healing]
+    if record.recipe.quantize in QUANTIZERS:
+        when = "before layers were chosen" if record.recipe.quantize_first else "afterwards"
+        lines.append(f"Quantized {when}: {QUANTIZERS[record.recipe.quantize].text}.")
+    elif record.quantized:
+        lines.append(
+            f"The original is quantized ({record.quantized}); the layers that stayed have its weights as they were."
+        )
+    lines += ["", "## Loading", *(_LOADING_BARE if bare else _LOADING).splitlines(), ""]
+    if record.change.dead:
+        named = "; ".join(f"layer {index}: {' and '.join(skip)}" for index, skip in record.change.dead.items())
+        lines += [
+            f"All zeros in this model, and named in `config.json`: {named}. Stock",
+            "transformers computes with the zeros; `optimum.streamline.load` drops them, with the same result.",
+            "",
+        ]
+    lines += ["## Layers", "", "| layer | original layers | kind |", "|---|---|---|"]
+    for index, place in enumerate(record.change.places):
+        originals = ", ".join(str(layer) for layer in place.originals)
+        lines.append(f"| {index} | {originals} | {place.kind} |")
+    lines += ["", "`streamline.json` holds the scores, the recipe, the seed and the versions.", ""]
+    return "\n".join(lines)
+
+
+def quantized_card(source: Source, how: str, card: str | None) -> str:
+    """The text of a quantized checkpoint's `README.md`.
+
+    Args:
+        source: The float checkpoint.
+        how: What its weights became.
+        card: The float checkpoint's own card, which is kept below.
+    """
+    head, body = _parts(
+        (card and _without_paths(card))
+        or f"---\nlibrary_name: transformers\n---\n\n# {source.name.rpartition('/')[2]}\n"
+    )
+    said = f"Quantized by optimum-streamline from {_origin(source)}: {how}."
+    return f"{head}{said}\n\n{body.lstrip()}"
+
+
+def _parts(card: str) -> tuple[str, str]:
+    """The metadata of a card, between lines of `---`, and the rest."""
+    match = re.match(r"---\n.*?\n---\n\s*", card, re.DOTALL)
+    return (match[0], card[match.end() :]) if match else ("", card)
+
+
+def _without_paths(card: str) -> str:
+    """A card without the base models that its metadata names by their paths."""
+    head, body = _parts(card)
+    return re.sub(r"(?m)^base_model: *['\"]?[/~.].*\n", "", head) + body
+
+
+def _origin(source: Source) -> str:
+    """A model as strangers may read it, and the base of an adapter."""
+    return _named(source) + (f", an adapter merged into {_named(source.base)}" if source.base else "")
+
+
+def _named(source: Source) -> str:
+    """A model without any path of the machine that it lay on, and the commit where there is one."""
+    return f"`{source.name}`" + (f" at commit {source.commit}" if source.commit else "")
+
+
+def _training(healed: Healed, record: Record) -> str:
+    trained = {"replacement": "The replacement", "model": "The whole model"}[healed.scope]
+    rank = healed.settings.lora_rank
+    adapters = f" by adapters of rank {rank}, merged into it," if rank else ""
+    times = "once" if healed.settings.epochs == 1 else f"up to {healed.settings.epochs} times"
+    within = f" within {healed.settings.minutes:g} minutes" if healed.settings.minutes else ""
+    return (
+        f"{trained} was trained{adapters} on {healed.windows} of {_data(record, 'heal')}, each {times}{within}: "
+        f"held-out {LOSSES[healed.stage]} "
+        f"{healed.log.before:.4g} before, {healed.log.best:.4g} after."
+    )
+
+
+def _choice(record: Record) -> str:
+    if record.plan.by:
+        method = record.plan.by.partition(" + ")[0]
+        return f"{CITATIONS[method]}, of the methods that `auto` tried the one of lowest loss on a part held out"
+    return CITATIONS.get(record.recipe.method_name, record.recipe.method_name)
+
+
+def _data(record: Record, purpose: str) -> str:
+    data = record.data[purpose]
+    return f"{data['windows']} windows of {data['length']} tokens of `{_public(data['spec'])}`"
+
+
+def _public(spec: str) -> str:
+    """A text SPEC without the path of a local file or folder, its column and the rest kept."""
+    kind, name, rest = re.fullmatch(r"(hub:)?([^,]*)(.*)", spec, re.DOTALL).groups(default="")  # type: ignore[union-attr]
+    if os.path.exists(spec):
+        return Path(spec).name
+    return f"{kind}{Path(name).name if os.path.exists(name) else name}{rest}"

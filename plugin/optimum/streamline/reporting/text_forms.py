@@ -1,0 +1,64 @@
+"""A report for the terminal and as Markdown. What it says is in `wording.py`; here is only its form."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from optimum.streamline.evaluation.results import Report
+
+from .interaction_wording import HEADINGS, MEANING, cells
+from .wording import headline, limit_sentence, lines_of, note, sentences, settings_lines, warnings
+
+
+def comparison_table(report: Report) -> RenderableType:
+    """The comparison for a terminal, one column a model, and the verdict below it."""
+    table = Table(title="Against the original, in one run")
+    table.add_column("")
+    for row in report.rows:
+        table.add_column(escape(row.label), style="" if row.role == "candidate" else "dim")
+    lines = lines_of(report)
+    for number, line in enumerate(lines):
+        last = number + 1 == len(lines) or lines[number + 1].group != line.group
+        table.add_row(line.title, *(escape(line.cell(row)) for row in report.rows), end_section=last)
+    limits = [
+        Text(limit_sentence(limit, report), "green" if limit.passed else "red") for limit in report.verdict.limits
+    ]
+    changes = [Text(each, "yellow") for each in warnings(report)]
+    return Group(table, *changes, *limits, Text(f"{headline(report)}.", "bold"))
+
+
+def interactions_table(report: Report) -> RenderableType:
+    """How pruning and quantizing meet, for a terminal."""
+    table = Table(title="Pruning and quantizing together, nats a token over the original")
+    for heading in HEADINGS:
+        table.add_column(heading, overflow="fold")
+    for each in report.interactions:
+        table.add_row(*(escape(cell) for cell in cells(each)))
+    return table
+
+
+def to_markdown(report: Report) -> str:
+    """The whole report."""
+    parts = [f"# {headline(report)}", *(f"**{each}**" for each in warnings(report)), *sentences(report)]
+    if report.verdict.limits:
+        parts.append("\n".join(f"- {limit_sentence(limit, report)}" for limit in report.verdict.limits))
+    if report.interactions:
+        rows = [HEADINGS, *(cells(each) for each in report.interactions)]
+        parts += ["## Pruning and quantizing together", MEANING, _rows(rows)]
+    parts += ["## Comparison", _comparison(report), note(report)]
+    parts += ["## What the lines say", "\n".join(f"- **{line.title}**: {line.meaning}" for line in lines_of(report))]
+    parts += ["## How it was measured", _rows([("", ""), *settings_lines(report)])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _comparison(report: Report) -> str:
+    labels = ["", *(row.label for row in report.rows)]
+    return _rows([labels, *([line.title, *(line.cell(row) for row in report.rows)] for line in lines_of(report))])
+
+
+def _rows(rows: list[list[str]] | list[tuple[str, str]]) -> str:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])

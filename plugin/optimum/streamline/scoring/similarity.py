@@ -1,0 +1,142 @@
+"""How much each layer, and each block of layers, changes the residual stream: one streaming pass.
+
+Scores say nothing of what to do about it; `methods/` does. Memory does not grow with the number of windows,
+nor with the square of their length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.models.architectures import architecture_of, decoder_layers, layer_output
+from optimum.streamline.system.progress import progress_bar
+from optimum.streamline.text.windows import BATCH, Windows
+
+CHUNK_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How alike the residual stream is at every two depths.
+
+    h_0 are the embeddings, h_i is the raw output of layer i - 1, before any final norm.
+
+    Args:
+        similarity: `[layers + 1][layers + 1]`; entry `[i][j]` is the mean over tokens of cos(h_i, h_j).
+        last_angle: `[layers + 1][layers + 1]`; entry `[i][j]` is the mean over windows of arccos(cos(h_i, h_j)) / pi
+            of the window's last token, 0 to 1; empty where it was not measured.
+    """
+
+    similarity: tuple[tuple[float, ...], ...]
+    last_angle: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def layers(self) -> int:
+        """How many layers the model has."""
+        return len(self.similarity) - 1
+
+    @property
+    def block_influence(self) -> tuple[float, ...]:
+        """BI of every layer: 1 - E[cos(h_i, h_{i+1})] (Block Influence, ShortGPT, arXiv 2403.03853)."""
+        return tuple(1.0 - self.similarity[layer][layer + 1] for layer in range(self.layers))
+
+    def block_similarity(self, length: int) -> tuple[float, ...]:
+        """E[cos(h_j, h_{j+length})] for every block of `length` layers, by its first layer j.
+
+        What LLM-Streamline (arXiv 2403.19135) prunes by.
+        """
+        return tuple(self.similarity[first][first + length] for first in range(self.layers - length + 1))
+
+    def block_angle(self, length: int) -> tuple[float, ...]:
+        """E[arccos(cos(h_j, h_{j+length})) / pi] on last tokens for every block of `length` layers, by its first, j.
+
+        What Gromov et al. (arXiv 2403.17887) prune by.
+        """
+        return tuple(self.last_angle[first][first + length] for first in range(self.layers - length + 1))
+
+
+@torch.inference_mode()
+def measure_scores(model: PreTrainedModel, windows: Windows) -> Scores:
+    """One forward pass of `model` over `windows`.
+
+    Raises:
+        StreamlineError: a layer's output is not finite.
+    """
+    layers = decoder_layers(model, architecture_of(model.config))
+    depths: list[torch.Tensor] = []
+
+    def states(batch: torch.Tensor) -> list[torch.Tensor]:
+        depths.clear()
+        # The whole model, whose own hooks some quantizers unpack their weights in; logits of one token are few.
+        model(batch.to(model.device), use_cache=False, logits_to_keep=1)
+        return depths
+
+    hooks = [layers[0].register_forward_pre_hook(lambda _, args, kwargs: _keep(depths, args, kwargs), with_kwargs=True)]
+    hooks += [
+        layer.register_forward_hook(lambda _, args, output: depths.append(layer_output(output))) for layer in layers
+    ]
+    try:
+        return scores_of(states, len(layers), windows)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def scores_of(states: Callable[[torch.Tensor], list[torch.Tensor]], layers: int, windows: Windows) -> Scores:
+    """Scores of a model in any runtime.
+
+    Args:
+        states: For tokens `[batch, length]`, the hidden states `[batch, length, width]` before and after each layer.
+        layers: How many layers there are.
+
+    Raises:
+        StreamlineError: a layer's output is not finite.
+    """
+    total = torch.zeros(layers + 1, layers + 1, dtype=torch.float64)
+    angle = torch.zeros_like(total)
+    with progress_bar("scoring layers", len(windows.ids)) as bar:
+        for batch in windows.ids.split(BATCH):
+            depths = states(batch)
+            total += _similarity_sum(depths)
+            angle += _last_angle_sum(depths)
+            bar.advance(len(batch))
+    mean = total / windows.ids.numel()
+    if not bool(mean.isfinite().all()):
+        first = int((~mean.diagonal().isfinite()).nonzero()[0])
+        raise StreamlineError(f"model: the output of layer {max(first - 1, 0)} is not finite on the calibration text")
+    return Scores(_rows(mean), _rows(angle / len(windows.ids)))
+
+
+def _keep(depths: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    depths.append(args[0] if args else kwargs["hidden_states"])
+
+
+def _similarity_sum(depths: list[torch.Tensor]) -> torch.Tensor:
+    # The sum over tokens of per-token cosines is one product of the normalised streams laid out as long rows:
+    # no matrix of tokens against tokens.
+    rows = torch.stack([depth.flatten(0, 1) for depth in depths])
+    total = torch.zeros(len(depths), len(depths), dtype=torch.float64, device=rows.device)
+    for chunk in rows.split(CHUNK_TOKENS, dim=1):
+        unit = nn.functional.normalize(chunk.double(), dim=-1).flatten(1)
+        total += unit @ unit.T
+    return total.cpu()
+
+
+def _last_angle_sum(depths: list[torch.Tensor]) -> torch.Tensor:
+    last = torch.stack([depth[:, -1] for depth in depths], dim=1)
+    unit = nn.functional.normalize(last.double(), dim=-1)
+    # Rounding puts the cosine of equal vectors beyond 1, where arccos is not a number.
+    cosine = (unit @ unit.mT).clamp(-1, 1)
+    return (cosine.arccos() / math.pi).sum(0).cpu()
+
+
+def _rows(matrix: torch.Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in matrix.tolist())

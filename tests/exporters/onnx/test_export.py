@@ -1,0 +1,233 @@
+"""`export_checkpoint` as a whole: the folder it writes, what it refuses, and that a wrong export leaves nothing."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from optimum.exporters.streamline import export_checkpoint, graph_files, open_artifact
+from optimum.exporters.streamline.onnx import export
+from optimum.exporters.streamline.parity import compare
+from optimum.exporters.streamline.parity.calls import one_by_one
+from optimum.streamline.checkpoints.artifact import Artifact
+from optimum.streamline.checkpoints.source import Source, fingerprint
+from optimum.streamline.errors import ParityError, StreamlineError
+from optimum.streamline.runtime.opening import open_runner
+from tiny import tiny_model
+from tokenizer_seen import seen
+
+pytestmark = pytest.mark.onnx
+
+CHECKS = ["prefill", "continuation", "decode", "left-padded prefill", "left-padded decode"]
+
+
+def test_the_folder_says_what_it_is(exported):
+    made = exported("llama")
+    assert Artifact.read(made.folder) == made.artifact
+    assert made.artifact.source_fingerprint == fingerprint(Source(str(made.checkpoint)))
+    assert list(made.artifact.parity) == CHECKS
+    assert all(0 <= difference < 1e-4 for difference in made.artifact.parity.values())
+    assert {file.name for file in made.folder.iterdir()} >= {
+        "artifact.json", "config.json", "export.log", "genai_config.json", "generation_config.json",
+        "model.onnx", "model.onnx.data", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    written = {file.name for file in made.folder.iterdir()} - {"artifact.json", "export.log"}
+    assert made.artifact.files.keys() == written
+    graph = hashlib.sha256((made.folder / "model.onnx").read_bytes()).hexdigest()
+    assert made.artifact.files["model.onnx"] == graph
+
+
+def test_what_lies_beside_the_graph_is_for_readers_of_transformers_4_too(exported):
+    folder = exported("llama").folder
+    config, tokenizer = (json.loads((folder / name).read_text()) for name in ("config.json", "tokenizer_config.json"))
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "is_local" not in tokenizer
+    assert seen(str(folder)) == seen(str(exported("llama").checkpoint))
+
+
+def test_what_libraries_say_goes_to_the_log_and_not_to_the_terminal(exported, tmp_path):
+    script = """
+import sys
+from pathlib import Path
+from optimum.exporters.streamline import export_checkpoint
+export_checkpoint(sys.argv[1], Path(sys.argv[2]))
+"""
+    command = [sys.executable, "-c", script, str(exported("gpt2").checkpoint), str(tmp_path / "onnx")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+    log = (tmp_path / "onnx" / "export.log").read_text()
+    assert "[torch.onnx]" in log
+    assert "OnnxExporter is experimental" in log
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"format": "gguf"}, "format 'gguf': unknown; one of onnx, tensorrt"),
+        ({"dtype": "bf16"}, "dtype 'bf16'"),
+        ({"dtype": "int3"}, "dtype 'int3'"),
+        ({"device": "tpu"}, "device 'tpu'"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(tmp_path, options, said):
+    with pytest.raises(StreamlineError, match=said) as refusal:
+        export_checkpoint("no such model", tmp_path / "onnx", **options)
+    assert refusal.value.exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "said"),
+    [
+        ("gpt2", {"n_positions": 15}, "max_position_embeddings 15: must be at least 16"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_type 'dynamic'",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_exported_is_refused_by_name(tmp_path, architecture, fields, said):
+    tiny_model(architecture, **fields).save_pretrained(tmp_path / "in")
+    with pytest.raises(StreamlineError, match=said):
+        export_checkpoint(str(tmp_path / "in"), tmp_path / "onnx")
+    assert [each.name for each in tmp_path.iterdir()] == ["in"]
+
+
+def test_an_output_that_exists_is_left_alone(exported):
+    made = exported("llama")
+    with pytest.raises(StreamlineError, match="exists already"):
+        export_checkpoint(str(made.checkpoint), made.folder)
+
+
+def test_a_graph_whose_weights_are_not_the_models_is_not_kept(exported, tmp_path, monkeypatch):
+    def write_and_corrupt(graph, model, folder):
+        write_graph(graph, model, folder)
+        file = folder / graph_files.WEIGHTS_FILE
+        weights = np.fromfile(file, np.float32)
+        weights[: len(weights) // 2] *= 1.01
+        weights.tofile(file)
+
+    write_graph = export.write_graph
+    monkeypatch.setattr(export, "write_graph", write_and_corrupt)
+    said = r"prefill differs from torch by [\d.e-]+ in a logit, allowed is .*; most at row 0, position \d+, token \d+$"
+    with pytest.raises(ParityError, match=said) as refusal:
+        export_checkpoint(str(exported("gpt2").checkpoint), tmp_path / "onnx")
+    assert refusal.value.exit_code == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+class Faulty:
+    """A real runner with one fault."""
+
+    def __init__(self, runner, scale=1.0, ignore_mask=False, forget_before=0):
+        self.runner, self.scale, self.ignore_mask, self.forget_before = runner, scale, ignore_mask, forget_before
+
+    def prefill(self, ids, mask=None):
+        logits, cache = self.runner.prefill(ids, None if self.ignore_mask else mask)
+        return logits * self.scale, cache
+
+    def decode(self, ids, cache):
+        return self.runner.prefill(ids) if ids.shape[1] == self.forget_before else self.runner.decode(ids, cache)
+
+
+class WrongInOneLogit:
+    """A real runner whose answer to one call is wrong in one number."""
+
+    def __init__(self, runner, call, place, error=50.0):
+        self.runner, self.call, self.place, self.error = runner, call, place, error
+        self.calls = 0
+
+    def prefill(self, ids, mask=None):
+        return self.spoil(*self.runner.prefill(ids, mask))
+
+    def decode(self, ids, cache):
+        return self.spoil(*self.runner.decode(ids, cache))
+
+    def spoil(self, logits, cache):
+        if self.calls == self.call:
+            logits[self.place] += self.error
+        self.calls += 1
+        return logits, cache
+
+
+@pytest.mark.parametrize(
+    ("check", "fault"),
+    [
+        ("prefill", {"scale": float("nan")}),
+        ("prefill", {"scale": 1.001}),
+        ("continuation", {"forget_before": 3}),
+        ("decode", {"forget_before": 1}),
+        ("left-padded prefill", {"ignore_mask": True}),
+    ],
+)
+def test_each_check_finds_its_fault(exported, check, fault):
+    made = exported("llama")
+    with pytest.raises(ParityError, match=f"parity: {check} differs"):
+        compare.check_parity(made.stock(), one_by_one(Faulty(made.runner(), **fault)), compare.TOLERANCES["fp32"])
+
+
+@pytest.mark.parametrize("error", [50.0, float("nan")])
+@pytest.mark.parametrize(
+    ("call", "place", "said"),
+    [
+        (0, (0, 5, 17), "row 0, position 5, token 17"),
+        (1, (0, 1, 2), "row 0, position 13, token 2"),
+        (2, (0, 0, 127), "row 0, position 15, token 127"),
+        (3, (1, 8, 17), "row 1, position 3, token 17"),  # a text of 7 tokens after 5 of padding
+        (3, (2, 11, 0), "row 2, position 3, token 0"),  # the last of 4
+        (4, (2, 0, 9), "row 2, position 4, token 9"),
+    ],
+)
+def test_the_refusal_says_where_it_diverged(exported, call, place, said, error):
+    made = exported("llama")
+    with pytest.raises(ParityError, match=f"parity: {CHECKS[call]} differs .*; most at {said}$"):
+        compare.check_parity(made.stock(), one_by_one(WrongInOneLogit(made.runner(), call, place, error)), 1e-4)
+
+
+def test_what_is_said_of_padding_is_of_no_consequence(exported):
+    made = exported("llama")
+    wrong_in_padding = WrongInOneLogit(made.runner(), CHECKS.index("left-padded prefill"), (1, 4, 17))
+    assert compare.check_parity(made.stock(), one_by_one(wrong_in_padding), 1e-4) == made.artifact.parity
+
+
+def test_the_runner_needs_neither_torch_nor_transformers(exported):
+    script = """
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = None
+import numpy as np
+from optimum.streamline.runtime.opening import open_runner
+runner = open_runner(sys.argv[1])
+logits, cache = runner.prefill(np.array([[5, 6, 7]]))
+logits, cache = runner.decode(np.array([[8]]), cache)
+print(runner.runtime, logits.shape, logits.dtype)
+"""
+    command = [sys.executable, "-c", script, str(exported("fp16").folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "onnxruntime (1, 1, 128) float32\n"
+
+
+def test_an_artifact_and_its_checkpoint_answer_alike_through_the_protocol(exported):
+    made = exported("dead first")
+    ids = np.random.default_rng(1).integers(2, 128, (3, 11))
+    runners = [open_artifact(made.artifact), open_runner(str(made.checkpoint))]
+    answers = []
+    for runner in runners:
+        prompt, cache = runner.prefill(ids[:, :6])
+        more, cache = runner.decode(ids[:, 6:10], cache)
+        last, _ = runner.decode(ids[:, 10:], cache)
+        answers.append(np.concatenate([prompt, more, last], axis=1))
+    assert answers[0].shape == (3, 11, 128)
+    np.testing.assert_allclose(*answers, atol=5e-5)
+
+
+def test_a_folder_without_its_graph_is_refused_in_one_line(exported, tmp_path):
+    artifact = exported("llama").artifact
+    artifact.write(tmp_path)
+    with pytest.raises(StreamlineError, match=r"model\.onnx: ONNX Runtime cannot open it"):
+        open_artifact(Artifact.read(Path(tmp_path)))

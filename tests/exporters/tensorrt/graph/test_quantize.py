@@ -1,0 +1,184 @@
+"""Quantized engines: what their graphs compute, what is held in how many bits, and what is refused before a build."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto
+
+from optimum.commands.streamline.options import ENGINE_QUANTIZATION_LINES
+from optimum.exporters.streamline import ENGINE_WAYS, EngineOptions, export_checkpoint
+from optimum.exporters.streamline.tensorrt.engine_record import EngineRecord
+from optimum.exporters.streamline.tensorrt.graph.reference_runner import StaticOnnxRunner
+from optimum.streamline.checkpoints.artifact import Artifact
+from optimum.streamline.checkpoints.loading import load_tokenizer
+from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.evaluation.contamination import refuse_seen_text
+from optimum.streamline.runtime.opening import open_runner
+from optimum.streamline.text.windows import Windows, read_windows
+from reference import REFERENCE, VOCABULARY
+from tiny import tiny_model, token_ids, wide_model
+
+pytestmark = [pytest.mark.onnx, pytest.mark.tensorrt]
+
+RTX = EngineOptions("tensorrt-rtx", (89, 120), max_length=128)
+KINDS = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN, "int4": TensorProto.INT4}
+# Perplexity over that of the float graph, at most; measured on 16 windows: 1.004, 1.006, 1.033.
+LIMITS = {"int8": 1.012, "fp8": 1.015, "int4": 1.05}
+PRODUCTS = 16 * 7  # of the reference model, beside its output projection, which is its embedding
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
+    """The reference model's engine, quantized one way or none."""
+
+    @cache
+    def make(how: str, *exclude: str) -> Artifact:
+        options: dict[str, Any] = {"engine": RTX, "quantize": how, "quantize_exclude": exclude}
+        options["windows"] = text("calibration", 8)
+        return export_checkpoint(REFERENCE, tmp_path_factory.mktemp(how) / "engine", "tensorrt", "fp32", **options)
+
+    return make
+
+
+def text(part: str, count: int) -> Windows:
+    return read_windows("stdlib", load_tokenizer(Source(REFERENCE)), count, 128, 0, VOCABULARY, part)
+
+
+def loss(artifact: Artifact) -> float:
+    runner, losses = StaticOnnxRunner(Path(artifact.path), EngineRecord.read(Path(artifact.path)).masks), []
+    for window in text("eval", 16).ids.numpy():
+        logits, _ = runner.prefill(window[None])
+        losses.append(torch.nn.functional.cross_entropy(torch.from_numpy(logits[0, :-1]), torch.from_numpy(window[1:])))
+    return float(torch.stack(losses).mean())
+
+
+def graph_of(artifact: Artifact) -> onnx.GraphProto:
+    return onnx.load(Path(artifact.path) / "model.onnx").graph
+
+
+@pytest.mark.parametrize("how", ENGINE_WAYS)
+def test_a_quantized_engine_keeps_the_function(engines: Callable[..., Artifact], how: str) -> None:
+    plain, small = engines("none"), engines(how)
+    assert 1e-4 < abs(loss(small) - loss(plain)) < math.log(LIMITS[how])
+    assert list(small.divergence) == list(small.parity)
+    assert all(0 < share < 0.3 for share in small.divergence.values())
+    assert all(difference < 1e-4 for difference in small.parity.values())  # of the graph before it was quantized
+    assert (small.quantize, Artifact.read(Path(small.path))) == (how, small)
+    graph = graph_of(small)
+    held = Counter(each.data_type for each in graph.initializer if math.prod(each.dims) > 1000)
+    assert held[KINDS[how]] == PRODUCTS
+    operators = Counter(node.op_type for node in graph.node)
+    # Queries, keys and values read the same, as do gate and up: each is quantized once.
+    assert operators["QuantizeLinear"] == (16 * 4 if ENGINE_WAYS[how].calibrated else 0)
+    assert {node.domain for node in graph.node} == {""}
+    bits = {"int8": 8, "fp8": 8, "int4": 4 + 32 / 64}[how]  # a scale in 32 bits for 64 weights
+    head = 4096 * 128 * 4
+    assert small.weight_bytes == pytest.approx((3.67e6 - 4096 * 128) * bits / 8 + head, rel=0.03)
+
+
+@pytest.mark.parametrize("how", ENGINE_WAYS)
+def test_every_weight_is_the_nearest_that_its_scale_allows(engines: Callable[..., Artifact], how: str) -> None:
+    arrays = {each.name: onnx.numpy_helper.to_array(each) for each in graph_of(engines(how)).initializer}
+    true = {each.name: onnx.numpy_helper.to_array(each) for each in graph_of(engines("none")).initializer}
+    checked = 0
+    for name in [name.removesuffix("_quantized") for name in arrays if name.endswith("_quantized")]:
+        numbers, scale = (arrays[f"{name}_{part}"].astype(np.float32) for part in ("quantized", "scale"))
+        steps = np.repeat(scale, len(numbers) // len(scale), axis=0) if scale.ndim == 2 else scale
+        # A float of 3 bits is off by a sixteenth of itself, or by half of the least step, 1/512.
+        allowed = np.maximum(abs(numbers) / 16, 1 / 1024) if how == "fp8" else 0.5
+        assert (abs(numbers * steps - true[name]) <= (allowed + 1e-3) * steps).all(), name
+        assert abs(numbers).max() == ENGINE_WAYS[how].most
+        checked += 1
+    assert checked == PRODUCTS
+
+
+def test_what_is_excluded_stays_float(engines: Callable[..., Artifact]) -> None:
+    graph = graph_of(engines("int4", "0", "15", "*.v_proj"))
+    held = Counter(each.data_type for each in graph.initializer if math.prod(each.dims) > 1000)
+    assert held[TensorProto.INT4] == PRODUCTS - 2 * 7 - 14
+
+
+@pytest.mark.parametrize("how", ["int8", "fp8"])
+def test_scales_are_of_the_text(engines: Callable[..., Artifact], how: str) -> None:
+    """The largest number that the text gives is the largest that an 8-bit one can say."""
+    plain = Path(engines("none").path)
+    graph = onnx.load(plain / "model.onnx")
+    read = next(node for node in graph.graph.node if node.name.startswith("model.layers.3.mlp.down_proj")).input[0]
+    graph.graph.output.append(onnx.helper.make_empty_tensor_value_info(read))
+    onnx.save(graph, plain / "with_inner.onnx")
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(plain / "with_inner.onnx"))
+    runner = StaticOnnxRunner(plain, EngineRecord.read(plain).masks)
+    windows = text("calibration", 8).ids.numpy()
+    largest = max(np.abs(session.run([read], runner.prompt_feeds(window[None]))[0]).max() for window in windows)
+    [scale] = [each for each in graph_of(engines(how)).initializer if each.name == f"{read}_scale"]
+    assert onnx.numpy_helper.to_array(scale) * ENGINE_WAYS[how].most == pytest.approx(largest, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("how", ENGINE_WAYS)
+def test_every_way_is_built_in_every_dtype(tmp_path: Path, how: str, dtype: str) -> None:
+    wide_model("gpt2" if how == "int8" else "llama").save_pretrained(tmp_path / "in")  # whose products have biases
+    options = EngineOptions("tensorrt-rtx", (89,), max_length=32)
+    windows = Windows(token_ids(2, 32), "random") if ENGINE_WAYS[how].calibrated else None
+    artifact = export_checkpoint(
+        str(tmp_path / "in"), tmp_path / "out", "tensorrt", dtype, engine=options, quantize=how, windows=windows
+    )
+    assert (tmp_path / "out" / "model.engine").stat().st_size > 10**6
+    assert max(artifact.divergence.values()) < 1
+    kinds = {each.data_type for each in graph_of(artifact).initializer}
+    assert KINDS[how] in kinds
+
+
+def test_blocks_that_are_not_whole_are_refused_before_a_build(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "in")
+    with pytest.raises(StreamlineError, match="multiplies 32 numbers, which are not whole blocks of 64"):
+        export_checkpoint(str(tmp_path / "in"), tmp_path / "out", "tensorrt", engine=RTX_SHORT, quantize="int4")
+    assert [each.name for each in tmp_path.iterdir()] == ["in"]
+
+
+RTX_SHORT = EngineOptions("tensorrt-rtx", (89,), max_length=32)
+
+
+def test_calibration_without_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StreamlineError, match="windows None: quantize 'int8' needs text to calibrate on"):
+        export_checkpoint(REFERENCE, tmp_path / "out", "tensorrt", engine=RTX_SHORT, quantize="int8")
+
+
+def test_what_it_was_calibrated_on_is_not_what_it_is_judged_on(engines: Callable[..., Artifact]) -> None:
+    with pytest.raises(StreamlineError, match="calibration|quantization|same text|stands in"):
+        refuse_seen_text(engines("int8").path, text("calibration", 8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("builder", ["tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("how", ENGINE_WAYS)
+def test_a_quantized_engine_computes_its_graph_on_a_gpu(tmp_path: Path, how: str, builder: str) -> None:
+    windows = text("calibration", 8)
+    options: dict[str, Any] = {"engine": EngineOptions(builder, max_length=128), "quantize": how, "windows": windows}
+    artifact = export_checkpoint(REFERENCE, tmp_path / "out", "tensorrt", "fp16", **options)
+    ids = text("eval", 1).ids[:, :64].numpy()
+    runner: Any = open_runner(artifact.path, device="cuda")
+    found, cache = runner.prefill(ids[:, :63])
+    last, _ = runner.decode(ids[:, 63:], cache)
+    masks = EngineRecord.read(tmp_path / "out").masks
+    expected, _ = StaticOnnxRunner(tmp_path / "out", masks).prefill(ids)
+    logits = np.concatenate([found, last], axis=1)
+    assert np.abs(logits - expected).max() < 0.1 * np.abs(expected).max()
+    assert (logits.argmax(-1) == expected.argmax(-1)).mean() > 0.9
+
+
+def test_the_help_repeats_the_table() -> None:
+    assert {name: each.text for name, each in ENGINE_WAYS.items()} == ENGINE_QUANTIZATION_LINES

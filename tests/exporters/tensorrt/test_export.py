@@ -1,0 +1,233 @@
+"""Real engines, built by TensorRT-RTX without a GPU; their graphs compared with torch on ONNX Runtime's CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from console import Outcome, optimum_cli
+from optimum.exporters.streamline import EngineOptions, export_checkpoint, open_artifact
+from optimum.exporters.streamline.tensorrt.engine_record import EngineRecord
+from optimum.exporters.streamline.tensorrt.graph.reference_runner import StaticOnnxRunner
+from optimum.streamline.checkpoints.artifact import Artifact
+from optimum.streamline.checkpoints.loading import load
+from optimum.streamline.editing.apply import apply_plan, build_replacement
+from optimum.streamline.editing.merging import average_layers, replace_pair
+from optimum.streamline.editing.plan import Plan
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.evaluation.theoretical_cost import disk_bytes
+from optimum.streamline.models.architectures import ARCHITECTURES
+from optimum.streamline.models.bare_layers import bare_layers, save_bare
+from optimum.streamline.text.windows import Windows
+from pages import check_part
+from reference import REFERENCE
+from tiny import LAYERS, tiny_model, token_ids
+
+pytestmark = [pytest.mark.onnx, pytest.mark.tensorrt]
+
+# Of the largest logit: the graph has the very operations of torch, in another order.
+CLOSE = {"fp32": 4e-6, "fp16": 2e-3}
+RTX = EngineOptions("tensorrt-rtx", (89, 120), max_batch=4, max_length=32, max_input=16)
+Cli = Callable[..., Outcome]
+
+
+def exported(model: PreTrainedModel, folder: Path, dtype: str) -> Artifact:
+    """Its engine of a dtype, or in fp16 quantized to `int8`."""
+    save = save_bare if bare_layers(model.config) else PreTrainedModel.save_pretrained
+    save(model, folder / "checkpoint")
+    options = {"engine": RTX, "quantize": "none", "windows": None}
+    if dtype == "int8":
+        dtype, options = "fp16", {"engine": RTX, "quantize": "int8", "windows": Windows(token_ids(4, 32), "random")}
+    return export_checkpoint(str(folder / "checkpoint"), folder / "engine", "tensorrt", dtype, **options)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Artifact | str]:
+    """What came of an architecture: its export, or the line that refuses it."""
+
+    @cache
+    def export(architecture: str) -> Artifact | str:
+        try:
+            return exported(tiny_model(architecture), tmp_path_factory.mktemp(architecture), "fp32")
+        except StreamlineError as error:
+            return str(error)
+
+    return export
+
+
+@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - {"mixtral", "qwen3_moe"}))
+def test_every_architecture_is_built_of_a_graph_that_is_what_torch_computes(found, architecture: str) -> None:
+    artifact = found(architecture)
+    assert isinstance(artifact, Artifact), artifact
+    folder = Path(artifact.path)
+    assert disk_bytes(folder) == (folder / "model.engine").stat().st_size > 10**6
+    assert artifact.whole_because == ""
+    record = EngineRecord.read(folder)
+    scale = largest_logit(folder.parent / "checkpoint")
+    assert len(artifact.parity) == 5
+    assert max(artifact.parity.values()) < CLOSE["fp32"] * scale
+    graph = onnx.load(folder / "model.onnx", load_external_data=False)
+    assert [(each.domain, each.version) for each in graph.opset_import] == [("", 24)]
+    assert sum(node.op_type == "TensorScatter" for node in graph.graph.node) == 2 * LAYERS
+    assert set(record.aliases.values()) == {each.name for each in graph.graph.input if "past_key" in each.name}
+    assert set(record.aliases) == {each.name for each in graph.graph.output} - {"logits"}
+
+
+def largest_logit(checkpoint: Path) -> float:
+    model = load(str(checkpoint), torch.float32)
+    with torch.inference_mode():
+        return model(token_ids()).logits.abs().max().item()
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+def test_experts_are_refused_before_any_builder(found, architecture: str) -> None:
+    assert found(architecture).startswith("cannot be built for TensorRT: ")
+    assert "is not among those that engines are built of" in found(architecture)
+
+
+def test_the_page_says_what_came_of_each(found, request: pytest.FixtureRequest) -> None:
+    lines = ["| architecture | engine | masks |", "|---|---|---|"]
+    for name in sorted(ARCHITECTURES):
+        came = found(name)
+        if isinstance(came, Artifact):
+            masks = ", ".join(f"`{each.name}`" for each in EngineRecord.read(Path(came.path)).masks)
+            lines.append(f"| `{name}` | built | {masks} |")
+        else:
+            lines.append(f"| `{name}` | refused: {came.rpartition(': ')[2]} |  |")
+    check_part("architectures.md", "tensorrt", "\n".join(lines), request)
+
+
+def pruned() -> PreTrainedModel:
+    model = tiny_model()
+    apply_plan(model, Plan(LAYERS, (2, 3)), None)
+    return model
+
+
+def replaced(kind: str = "ffn") -> PreTrainedModel:
+    model, plan = tiny_model(), Plan(LAYERS, (2, 3), kind)
+    apply_plan(model, plan, build_replacement(model, plan))
+    return model
+
+
+def replaced_by_mlp() -> PreTrainedModel:
+    return replaced("mlp")
+
+
+def merged() -> PreTrainedModel:
+    model = tiny_model()
+    replace_pair(model, 2, average_layers(model, 2, 0.5))
+    return model
+
+
+@pytest.fixture(scope="module")
+def of_a_dense_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], EngineRecord]:
+    @cache
+    def export(dtype: str) -> EngineRecord:
+        return EngineRecord.read(Path(exported(tiny_model(), tmp_path_factory.mktemp(dtype), dtype).path))
+
+    return export
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "int8"])
+@pytest.mark.parametrize(("make", "caches"), [(pruned, 3), (replaced, 3), (replaced_by_mlp, 3), (merged, 4)])
+def test_fewer_layers_make_a_smaller_engine(
+    of_a_dense_model, tmp_path: Path, make: Callable[[], PreTrainedModel], caches: int, dtype: str
+) -> None:
+    artifact = exported(make(), tmp_path, dtype)
+    folder = Path(artifact.path)
+    record = EngineRecord.read(folder)
+    assert len(record.aliases) == 2 * caches
+    assert record.layers < of_a_dense_model(dtype).layers
+    scale = largest_logit(tmp_path / "checkpoint")
+    # In bf16 torch and the graph are both computed in float, with the same rounded weights.
+    assert max(artifact.parity.values()) < CLOSE["fp16"] * scale
+    kind = onnx.TensorProto.BFLOAT16 if dtype == "bf16" else onnx.TensorProto.FLOAT16
+    assert artifact.precision == dtype
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    assert {each.type.tensor_type.elem_type for each in graph.input if "past" in each.name or "mask" in each.name} == {
+        kind
+    }
+
+
+def test_a_command_exports_the_reference_model_and_says_what_was_built(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ("--builder", "tensorrt-rtx", "--compute-capability", "86", "--dtype", "fp16", "--max-length", "64")
+    done = optimum_cli(
+        monkeypatch, capsys, "streamline", "export", "--format", "tensorrt", "-m", REFERENCE, tmp_path / "out", *words
+    )
+    assert (done.code, done.err) == (0, "")
+    assert "engine: tensorrt-rtx 1.7.1.116 for compute capability 86, " in done.out
+    artifact, record = Artifact.read(tmp_path / "out"), EngineRecord.read(tmp_path / "out")
+    assert (artifact.format, artifact.dtype) == ("tensorrt", "fp16")
+    assert (record.limits.batch, record.limits.input, record.limits.length) == (1, 64, 64)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "artifact.json",
+        "config.json",
+        "engine.json",
+        "export.json",
+        "export.log",
+        "generation_config.json",
+        "model.engine",
+        "model.onnx",
+        "model.onnx.data",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    runner = StaticOnnxRunner(tmp_path / "out", record.masks)
+    with pytest.raises(StreamlineError, match="length 65: beyond the 64 tokens that this export has room for"):
+        runner.prefill(np.ones((1, 65), np.int64))
+    with pytest.raises(StreamlineError, match="device 'cpu': an engine runs on a GPU"):
+        open_artifact(artifact)
+
+
+BUILDER = ("--builder", "tensorrt-rtx", "--compute-capability", "89")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--builder", "trt"), "builder 'trt': unknown; one of tensorrt, tensorrt-rtx"),
+        ((*BUILDER[:3], "90"), "compute-capability 90: tensorrt-rtx builds for 75, 80, 86, 89, 120, 121"),
+        ((*BUILDER[:3], "8.9"), "compute-capability '8.9': must be numbers by commas, as 89,120"),
+        (("--compute-capability", "89"), "compute-capability 89: builder 'tensorrt' builds for the GPU it is on"),
+        ((*BUILDER, "--max-length", "513"), "max-length 513: must be from 16 to 512, the model's positions"),
+        ((*BUILDER, "--quantize", "int4-gptq"), "quantize 'int4-gptq': not of an engine; one of none, int8, fp8, int4"),
+        (
+            (*BUILDER[:3], "86", "--quantize", "fp8"),
+            "quantize 'fp8': compute capability 86 has no such numbers; 89 is the first",
+        ),
+        ((*BUILDER, "--quantize", "int4", "--samples", "4"), "samples 4: quantize 'int4' is not calibrated; leave it"),
+        ((*BUILDER, "--quantize", "int8", "--max-length", "64", "--length", "65"), "length 65: must be from 8 to 64"),
+        ((*BUILDER, "--quantize", "int4", "--quantize-exclude", "*.typo"), "quantize-exclude '*.typo': no product has"),
+        ((*BUILDER, "--last-logits"), "last-logits True: format 'tensorrt' cannot do it; leave it out"),
+        ((*BUILDER, "--opset", "23"), "opset 23: must be 24"),
+        ((*BUILDER, "--dtype", "fp8"), "dtype 'fp8': unknown; one of fp32, fp16, bf16"),
+        ((*BUILDER, "--format", "onnx"), "builder tensorrt-rtx: format 'onnx' has no engine; leave it out"),
+    ],
+)
+def test_wrong_words_are_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    words: tuple[str, ...],
+    said: str,
+) -> None:
+    flags = ("--format", "tensorrt", *words)
+    done = optimum_cli(monkeypatch, capsys, "streamline", "export", "-m", REFERENCE, tmp_path / "out", *flags)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert said in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to build for")
+def test_without_a_gpu_a_builder_for_others_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StreamlineError, match="builder 'tensorrt': there is no GPU here to build for"):
+        export_checkpoint(str(REFERENCE), tmp_path / "out", "tensorrt")

@@ -1,0 +1,145 @@
+"""Checkpoints on disk: stock transformers reads them without us, and what is broken is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from optimum.streamline.checkpoints.loading import load, load_stock, read_config
+from optimum.streamline.checkpoints.saving import save_model
+from optimum.streamline.checkpoints.source import Source, fingerprint
+from optimum.streamline.editing.apply import apply_plan, build_replacement
+from optimum.streamline.editing.plan import Plan
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.healing.settings import HealSettings
+from optimum.streamline.healing.trainable_parts import train_replacement
+from optimum.streamline.text.windows import Windows
+from reference import REFERENCE
+from tiny import LAYERS, tiny_model, token_ids
+
+# A process that has never heard of this project: importing it fails there.
+STRANGER = """
+import sys
+sys.modules["optimum.streamline"] = None
+sys.modules["optimum.exporters.streamline"] = None
+try:
+    import optimum.streamline
+    raise SystemExit("optimum.streamline could be imported")
+except ImportError:
+    pass
+import torch
+from transformers import AutoModelForCausalLM
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, output_loading_info=True)
+assert not any(info.values()), info
+with torch.no_grad():
+    torch.save(model.eval()(torch.load(sys.argv[2])).logits, sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("kind", ["none", "layer", "mlp"])
+def test_a_stranger_gets_the_same_logits(kind: str, tmp_path: Path) -> None:
+    model = load_stock(Source(REFERENCE), torch.float32)
+    ids = token_ids(2, 40)
+    plan = Plan(16, (5, 6, 7, 8, 9) if kind != "none" else (4, 6, 9, 12), kind)
+    replacement = build_replacement(model, plan)
+    if replacement is not None:
+        text = Windows(token_ids(8, 32), "random")
+        train_replacement(model, plan, replacement.layer, text, HealSettings(lr=1e-3))
+    apply_plan(model, plan, replacement)
+    with torch.no_grad():
+        expected = model(ids).logits
+    save_model(model, AutoTokenizer.from_pretrained(REFERENCE), torch.float32, tmp_path / "saved")
+    torch.save(ids, tmp_path / "ids.pt")
+    command = [sys.executable, "-c", STRANGER, *(str(tmp_path / name) for name in ("saved", "ids.pt", "logits.pt"))]
+    subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert (torch.load(tmp_path / "logits.pt") - expected).abs().max() < 1e-5
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A saved model with a dead attention in layer 1."""
+    model, plan = tiny_model(), Plan(LAYERS, (1, 2), "mlp")
+    apply_plan(model, plan, build_replacement(model, plan))
+    model.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def poison(weights: dict[str, torch.Tensor]) -> None:
+    weights["model.layers.2.mlp.up_proj.weight"][3, 4] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (truncate, "not a whole safetensors file"),
+        (
+            lambda f: edit_weights(f, lambda w: w.pop("model.layers.2.mlp.up_proj.weight")),
+            "1 weights, first 'model.layers.2.mlp.up_proj.weight', are missing in its files",
+        ),
+        (
+            lambda f: edit_weights(f, lambda w: w.update(stray=torch.ones(1))),
+            "first 'stray', are in its files and not in",
+        ),
+        (lambda f: edit_weights(f, poison), "weight model.layers.2.mlp.up_proj.weight holds NaN"),
+        (lambda f: (f / "model.safetensors").unlink(), "has no weights, neither model.safetensors nor"),
+        (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "config.json").unlink(), "it has no config.json"),
+        (
+            lambda f: edit_weights(f, lambda w: w["model.layers.1.self_attn.o_proj.weight"].fill_(1.0)),
+            "layer 1 is said to have a dead attention, but its output is not zero",
+        ),
+    ],
+)
+def test_a_broken_checkpoint_is_refused(saved: Path, break_it: Callable[[Path], object], message: str) -> None:
+    load(str(saved))
+    break_it(saved)
+    with pytest.raises(StreamlineError, match=message) as caught:
+        load(str(saved))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "bert"}, "architecture 'bert' cannot be handled; those that can"),
+        ({"model_type": "t5"}, "architecture 't5' cannot be handled"),
+    ],
+)
+def test_models_of_another_kind_are_refused(tmp_path: Path, config: dict[str, object], message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StreamlineError, match=message):
+        read_config(Source(str(tmp_path)))
+
+
+def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StreamlineError, match="no such folder; give a checkpoint's folder or a Hub id"):
+        read_config(Source(str(tmp_path / "nowhere")))
+
+
+def test_the_fingerprint_follows_weights_and_config_only(saved: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    (copy / "README.md").write_text("other words")
+    assert fingerprint(Source(str(saved))) == fingerprint(Source(str(copy)))
+    edit_weights(copy, lambda weights: weights["model.norm.weight"].add_(1))
+    assert fingerprint(Source(str(saved))) != fingerprint(Source(str(copy)))

@@ -1,0 +1,194 @@
+"""Linear maps against the least-squares problem they solve, built literally: dense rows, a longer matrix, numpy."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from optimum.streamline.checkpoints.loading import load, load_stock, load_tokenizer
+from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.editing.apply import Replacement, apply_plan, build_replacement
+from optimum.streamline.editing.linear_map import STRENGTH, check_linear, fit_maps
+from optimum.streamline.editing.plan import Plan
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.methods.base import Evidence
+from optimum.streamline.methods.llm_streamline import LLMStreamline
+from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, decoder_layers
+from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.scoring.similarity import measure_scores
+from optimum.streamline.text.windows import Windows, read_windows
+from reference import REFERENCE, VOCABULARY
+from tiny import LAYERS, tiny_model, token_ids
+
+TEXT = Windows(token_ids(9, 20), "random")
+ONE_RUN = Plan(LAYERS, (2, 3), "linear")
+TWO_RUNS = Plan(LAYERS, (1, 3, 4), "linear")
+REFUSED = ["gemma2", "olmo2"]
+FOLDABLE = sorted(set(ARCHITECTURES) - set(REFUSED))
+# Where the stream is found that a layer's MLP is added to: the module whose input it is, or whose output it is.
+MLP_NORM = {"gpt2": "ln_2", "opt": "final_layer_norm"}
+
+Rows = npt.NDArray[np.float64]
+
+
+def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def rows_of(model: PreTrainedModel, layer: int, what: str, ids: torch.Tensor = TEXT.ids) -> Rows:
+    """Rows `[tokens, width]`: a layer's output, or what goes into a module of it."""
+    seen: list[torch.Tensor] = []
+    module: nn.Module = decoder_layers(model, architecture_of(model.config))[layer]
+    if what == "output":
+        hook = module.register_forward_hook(lambda _, args, out: seen.append(out))
+    else:
+        hook = module.get_submodule(what).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    logits(model, ids)
+    hook.remove()
+    return seen[0].flatten(0, -2).double().numpy()
+
+
+def added_by_mlp(model: PreTrainedModel, layer: int) -> Rows:
+    """M by subtraction: the stream after the layer less the stream its MLP's norm reads."""
+    if model.config.model_type == "gpt_neox":  # parallel: the stream after less the stream with the MLP silent
+        silent = copy.deepcopy(model)
+        last = decoder_layers(silent, architecture_of(silent.config))[layer].mlp.dense_4h_to_h
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        return rows_of(model, layer, "output") - rows_of(silent, layer, "output")
+    norm = MLP_NORM.get(model.config.model_type, "post_attention_layernorm")
+    return rows_of(model, layer, "output") - rows_of(model, layer, norm)
+
+
+def best_map(written: Rows, stream: Rows, target: Rows, strength: float) -> Rows:
+    """min_T |(x - M) + M T - h|^2 + lambda |T - I|^2, as rows of one longer least-squares problem."""
+    width = written.shape[1]
+    ridge = np.sqrt(strength * np.mean([written[:, i] @ written[:, i] for i in range(width)]))
+    longer = np.concatenate([written, ridge * np.eye(width)])
+    sought = np.concatenate([target - (stream - written), ridge * np.eye(width)])
+    solved: Rows = np.linalg.lstsq(longer, sought, rcond=None)[0]
+    return solved
+
+
+@pytest.mark.parametrize("architecture", FOLDABLE)
+def test_map_is_the_least_squares_solution_and_the_folded_stream_its_formula(architecture: str) -> None:
+    original = tiny_model(architecture)
+    written, stream, target = added_by_mlp(original, 1), rows_of(original, 1, "output"), rows_of(original, 3, "output")
+    expected = best_map(written, stream, target, STRENGTH)
+    replacement = build_replacement(original, ONE_RUN, TEXT)
+    assert list(replacement.maps) == [1]
+    np.testing.assert_allclose(replacement.maps[1], expected, atol=2e-4)
+
+    patched = copy.deepcopy(original)
+    apply_plan(patched, ONE_RUN, replacement)
+    cut = stream - written + written @ expected
+    np.testing.assert_allclose(rows_of(patched, 1, "output"), cut, atol=2e-4 * abs(cut).max())
+    assert ((cut - target) ** 2).sum() < ((stream - target) ** 2).sum()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "granite", "mixtral"])
+def test_second_gap_is_fitted_to_the_original_behind_the_first_patch(architecture: str) -> None:
+    original = tiny_model(architecture, **({"residual_multiplier": 0.4} if architecture == "granite" else {}))
+    maps = fit_maps(original, TWO_RUNS, TEXT)
+    assert list(maps) == [0, 2]
+    first = best_map(
+        added_by_mlp(original, 0), rows_of(original, 0, "output"), rows_of(original, 1, "output"), STRENGTH
+    )
+    np.testing.assert_allclose(maps[0], first, atol=2e-4)
+    # The first gap closed and patched by hand; original layer 2 is layer 1 then.
+    patched = copy.deepcopy(original)
+    apply_plan(patched, Plan(LAYERS, (1,)), None)
+    out = decoder_layers(patched, architecture_of(patched.config))[0]
+    with torch.no_grad():
+        if architecture == "gpt2":
+            out.mlp.c_proj.weight.copy_(torch.from_numpy(out.mlp.c_proj.weight.double().numpy() @ first))
+            out.mlp.c_proj.bias.copy_(torch.from_numpy(out.mlp.c_proj.bias.double().numpy() @ first))
+        elif architecture == "mixtral":
+            for expert in out.mlp.experts.down_proj:
+                expert.copy_(torch.from_numpy(first.T @ expert.double().numpy()))
+        else:
+            out.mlp.down_proj.weight.copy_(torch.from_numpy(first.T @ out.mlp.down_proj.weight.double().numpy()))
+    second = best_map(added_by_mlp(patched, 1), rows_of(patched, 1, "output"), rows_of(original, 4, "output"), STRENGTH)
+    np.testing.assert_allclose(maps[2], second, atol=5e-4)
+    naive = best_map(
+        added_by_mlp(original, 2), rows_of(original, 2, "output"), rows_of(original, 4, "output"), STRENGTH
+    )
+    assert abs(naive - second).max() > 1e-2
+
+
+@pytest.mark.parametrize("architecture", FOLDABLE)
+def test_patched_model_is_a_plain_checkpoint_and_the_original_is_left_alone(architecture: str, tmp_path: Path) -> None:
+    model, ids = tiny_model(architecture), token_ids()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    replacement = build_replacement(model, TWO_RUNS, TEXT)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    change = apply_plan(model, TWO_RUNS, replacement)
+    assert [(place.kind, place.originals) for place in change.places] == [("patched", (0, 1)), ("patched", (2, 3, 4))]
+    edited = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    stock, info = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] | info["unexpected_keys"]
+    torch.testing.assert_close(logits(stock.eval(), ids), edited, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(load(str(tmp_path)), ids), edited, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3_moe"])
+def test_endless_strength_is_plain_removal(architecture: str) -> None:
+    removed, patched, original = (tiny_model(architecture) for _ in range(3))
+    apply_plan(removed, Plan(LAYERS, TWO_RUNS.gone), None)
+    maps = fit_maps(original, TWO_RUNS, TEXT, strength=1e12)
+    for transform in maps.values():
+        np.testing.assert_allclose(transform, np.eye(32), atol=1e-9)
+    apply_plan(patched, TWO_RUNS, Replacement(maps=maps))
+    torch.testing.assert_close(logits(patched, TEXT.ids), logits(removed, TEXT.ids), atol=1e-5, rtol=0)
+    weak = fit_maps(original, TWO_RUNS, TEXT, strength=1e-6)[0]
+    assert (weak - torch.eye(32)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("architecture", REFUSED)
+def test_a_norm_behind_the_mlp_is_refused_by_name(architecture: str) -> None:
+    with pytest.raises(StreamlineError, match=f"architecture '{architecture}' has a norm between its MLP and"):
+        check_linear(tiny_model(architecture).config)
+    with pytest.raises(StreamlineError, match="use replacement none or layer"):
+        build_replacement(tiny_model(architecture), ONE_RUN, TEXT)
+
+
+def test_other_impossible_maps_are_refused() -> None:
+    with pytest.raises(StreamlineError, match="architecture 'opt' has a norm"):
+        check_linear(tiny_model("opt", do_layer_norm_before=False).config)
+    with pytest.raises(StreamlineError, match="leave layer 0"):
+        fit_maps(tiny_model(), Plan(LAYERS, (0, 1), "linear"), TEXT)
+    with pytest.raises(StreamlineError, match="calibration text; there is none"):
+        build_replacement(tiny_model(), ONE_RUN)
+    silent = tiny_model()
+    nn.init.zeros_(silent.model.layers[1].mlp.down_proj.weight)
+    with pytest.raises(StreamlineError, match="MLP of layer 1 writes nothing.*; remove other layers than those behind"):
+        fit_maps(silent, ONE_RUN, TEXT)
+
+
+def test_on_the_reference_model_it_beats_plain_removal_on_unseen_text() -> None:
+    source = Source(REFERENCE)
+    model, tokenizer = load_stock(source, torch.float32), load_tokenizer(source)
+    parts = ("stdlib:calibration", "stdlib:eval")
+    calibration, unseen = (read_windows(part, tokenizer, 32, 128, 0, VOCABULARY) for part in parts)
+    recipe = Recipe(method="llm-streamline", remove=4, replacement="linear")
+    plan = LLMStreamline().plan(recipe, Evidence(model, calibration, measure_scores(model, calibration)))
+    removed, patched = copy.deepcopy(model), copy.deepcopy(model)
+    apply_plan(removed, Plan(plan.total, plan.gone), None)
+    apply_plan(patched, plan, build_replacement(patched, plan, calibration))
+    assert len(decoder_layers(patched, architecture_of(patched.config))) == 12
+
+    def loss(candidate: PreTrainedModel) -> float:
+        with torch.no_grad():
+            return float(candidate(unseen.ids, labels=unseen.ids).loss)
+
+    dense, without, with_map = loss(model), loss(removed), loss(patched)
+    assert dense < with_map < without - 0.02

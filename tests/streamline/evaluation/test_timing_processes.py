@@ -1,0 +1,117 @@
+"""Workers for real: a process a model, its answers intact, its death told."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from optimum.streamline.errors import StreamlineError, WorkerError
+from optimum.streamline.evaluation.timing_processes import Job, Worker, time_alternating
+from tiny import tiny_model, token_ids
+
+TOKENS = token_ids(1, 14).numpy()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model().save_pretrained(folder)
+    return str(folder)
+
+
+def test_every_model_is_timed_in_every_round(checkpoint: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    jobs = [Job("a", checkpoint), Job("b", checkpoint, "bf16")]
+    results = time_alternating(jobs, TOKENS, 10, rounds=3, warmup=1, log=log)
+    assert len(results) == 2
+    for result in results:
+        assert len(result.timing.prefill_ms) == len(result.timing.decode_ms) == 3
+        assert min(*result.timing.prefill_ms, *result.timing.decode_ms) > 0
+        assert result.peak_bytes > 50e6  # Python and torch alone are more
+    assert log.is_file()
+
+
+def test_peak_memory_is_not_the_parents(checkpoint: str) -> None:
+    burden = np.ones(1 << 28)  # 2 GiB that the worker never holds
+    (result,) = time_alternating([Job("a", checkpoint)], TOKENS, 10, rounds=1, warmup=0)
+    assert result.peak_bytes < burden.nbytes / 2
+
+
+def test_chatter_on_stdout_does_not_reach_the_answers(checkpoint: str, tmp_path: Path) -> None:
+    # Whatever a worker imports may print, to Python's stream or to the file descriptor.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, numpy\n"
+        "real = numpy.array\n"
+        "def array(*a, **k):\n"
+        "    print('chatter in Python', flush=True)\n"
+        "    os.write(1, b'chatter below Python\\n')\n"
+        "    return real(*a, **k)\n"
+        "numpy.array = array\n"
+    )
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "optimum.streamline.evaluation.timing_worker",
+            json.dumps(Job("a", checkpoint).arguments()),
+        ],
+        input=json.dumps({"tokens": TOKENS[0].tolist(), "prompt_length": 10}) + "\n",
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        check=True,
+    )
+    ready, answer = (json.loads(line) for line in process.stdout.splitlines())
+    assert ready == {"runtime": "torch"}
+    assert set(answer) == {"prefill_ms", "decode_ms", "peak_bytes"}
+    assert "chatter in Python" in process.stderr
+    assert "chatter below Python" in process.stderr
+
+
+def test_a_model_that_cannot_be_opened_is_the_same_error_as_here(tmp_path: Path) -> None:
+    with (
+        pytest.raises(StreamlineError, match=r"no config\.json") as caught,
+        Worker(Job("empty", str(tmp_path))) as worker,
+    ):
+        worker.wait_ready()
+    assert caught.value.exit_code == 2
+
+
+def test_a_worker_that_crashes_says_its_last_words(checkpoint: str) -> None:
+    outside = np.full((1, 14), 10**6)  # an index error in the embedding
+    with Worker(Job("candidate", checkpoint)) as worker:
+        assert worker.wait_ready() == "torch"
+        with pytest.raises(WorkerError, match=r"candidate: .* ended with code 1 \(IndexError: index out of range"):
+            worker.time_round(outside, 10)
+        with pytest.raises(WorkerError, match="ended with code 1") as caught:
+            worker.time_round(TOKENS, 10)
+    assert caught.value.exit_code == 1  # not 2: what it was given is not to blame
+
+
+def test_a_worker_that_is_killed_is_told_from_one_that_hangs(checkpoint: str) -> None:
+    with Worker(Job("candidate", checkpoint)) as worker:
+        worker.wait_ready()
+        os.kill(worker.pid, signal.SIGKILL)
+        with pytest.raises(WorkerError, match="ended with code -9"):
+            worker.time_round(TOKENS, 10)
+
+
+def test_leaving_ends_the_process(checkpoint: str) -> None:
+    with Worker(Job("a", checkpoint)) as worker:
+        worker.wait_ready()
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker.pid, 0)
+
+
+def test_worker_code_imports_no_framework() -> None:
+    module = "optimum.streamline.evaluation.timing_worker"
+    code = f"import sys, {module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

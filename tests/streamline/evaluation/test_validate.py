@@ -1,0 +1,217 @@
+"""Validation end to end on tiny checkpoints, and who is compared with whom."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from optimum.streamline.checkpoints.artifact import Artifact
+from optimum.streamline.checkpoints.hub import fetch_checkpoint
+from optimum.streamline.checkpoints.source import Source, fingerprint
+from optimum.streamline.editing.apply import apply_plan, build_replacement
+from optimum.streamline.editing.plan import Plan
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.evaluation.results import Report
+from optimum.streamline.evaluation.validate import Subject, recognise, subjects_of, validate
+from optimum.streamline.recipe.recipe import Budget
+from optimum.streamline.text.windows import Windows
+from tiny import LAYERS, VOCABULARY, tiny_model, token_ids
+
+COMMIT = "0" * 40
+DATA = Windows(token_ids(6, 40), "random")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`original`, `candidate` with one dead attention, `broken` in fp16, and `other` of another vocabulary."""
+    root = tmp_path_factory.mktemp("models")
+    tiny_model().save_pretrained(root / "original")
+    model = tiny_model()
+    plan = Plan(LAYERS, (1, 2, 3), "mlp")
+    apply_plan(model, plan, build_replacement(model, plan))
+    model.save_pretrained(root / "candidate")
+    with torch.no_grad():
+        model.lm_head.weight[5] = 3e38  # finite, but not what it computes
+    model.save_pretrained(root / "broken")
+    tiny_model(vocab_size=VOCABULARY + 1).save_pretrained(root / "other")
+    return root
+
+
+@pytest.fixture(scope="module")
+def report(folder: Path) -> Report:
+    subjects = subjects_of(Source(str(folder / "original")), [str(folder / "candidate")])
+    return validate(
+        subjects, DATA, Budget(max_ppl_ratio=1000.0, max_kl=0.0), rounds=3, prompt_length=24, decode_tokens=4
+    )
+
+
+def test_every_figure_has_its_pair(report: Report) -> None:
+    original, candidate = report.rows
+    assert (original.label, original.role, original.baseline) == ("original", "original", "original")
+    assert (candidate.label, candidate.role, candidate.baseline) == ("candidate", "candidate", "original")
+    assert original.perplexity_ratio.low == original.perplexity_ratio.high == 1.0
+    assert original.kl.value == 0.0
+    assert original.decode_speedup.low == original.decode_speedup.high == 1.0
+    ratio = candidate.perplexity.value / original.perplexity.value
+    assert math.isclose(candidate.perplexity_ratio.value, ratio, rel_tol=1e-9)
+    assert candidate.kl.value > 0
+    assert (candidate.layers, candidate.attention_layers) == (LAYERS - 2, LAYERS - 3)
+    assert candidate.live_parameters < candidate.parameters < original.parameters
+    assert candidate.size_ratio == candidate.disk_bytes / original.disk_bytes < 1
+    assert candidate.ideal_decode_speedup > 1
+    assert candidate.ideal_prefill_speedup > 1
+    for row in report.rows:
+        assert row.prefill_ms.value > 0
+        assert row.decode_ms.value > 0
+        assert row.peak_bytes > 0
+
+
+def test_what_was_run_is_recorded(report: Report) -> None:
+    assert report.data["fingerprint"] == DATA.fingerprint
+    assert report.settings["prompt_length"] == 24
+    assert report.settings["rounds"] == 3
+    assert report.machine["torch"] == torch.__version__
+    assert Report.from_json(report.to_json()) == report
+
+
+def test_the_budget_decides(report: Report) -> None:
+    assert [(limit.name, limit.passed) for limit in report.verdict.limits] == [
+        ("max_ppl_ratio", True),
+        ("max_kl", False),
+    ]
+    assert report.exit_code == 3
+
+
+def test_logits_that_are_not_numbers_fail_and_do_not_crash(folder: Path) -> None:
+    subjects = subjects_of(Source(str(folder / "original")), [str(folder / "broken")])
+    result = validate(subjects, DATA, Budget(), rounds=2, prompt_length=8, decode_tokens=2)
+    assert not result.rows[1].finite
+    assert result.exit_code == 3
+    assert Report.from_json(result.to_json()).exit_code == 3
+
+
+def test_prompt_is_clipped_to_what_the_models_take(folder: Path) -> None:
+    subjects = [Subject("only", str(folder / "original"), "original")]
+    result = validate(subjects, DATA, Budget(), rounds=2, prompt_length=900, decode_tokens=10)
+    # 64 positions, and 240 tokens of text.
+    assert (result.settings["prompt_length"], result.settings["decode_tokens"]) == (54, 10)
+    assert (result.settings["prompt_length_asked"], result.settings["decode_tokens_asked"]) == (900, 10)
+
+
+def test_bad_input_is_one_line(folder: Path) -> None:
+    original = Subject("original", str(folder / "original"), "original")
+    other = Subject("other", str(folder / "other"))
+
+    def attempt(*subjects: Subject, data: Windows = DATA, rounds: int = 2) -> None:
+        validate(subjects, data, Budget(), rounds=rounds, prompt_length=8, decode_tokens=2)
+
+    with pytest.raises(StreamlineError, match="other: a vocabulary of 129 tokens, original has 128"):
+        attempt(original, other)
+    with pytest.raises(StreamlineError, match="the first model must be the original"):
+        attempt(other, original)
+    with pytest.raises(StreamlineError, match="two models have one label"):
+        attempt(original, replace(other, label="original"))
+    with pytest.raises(StreamlineError, match="length 65: the models take windows of at most 64"):
+        attempt(original, data=replace(DATA, ids=token_ids(3, 65)))
+    with pytest.raises(StreamlineError, match="eval-samples 1"):
+        attempt(original, data=replace(DATA, ids=token_ids(1, 40)))
+    with pytest.raises(StreamlineError, match="rounds 1"):
+        attempt(original, rounds=1)
+    with pytest.raises(StreamlineError, match="no such folder"):
+        attempt(original, Subject("gone", str(folder / "gone")))
+
+
+def test_an_export_of_the_original_is_recognised(folder: Path, tmp_path: Path) -> None:
+    def export(name: str, source: str) -> str:
+        (tmp_path / name).mkdir()
+        source_fingerprint = fingerprint(Source(str(folder / source)))
+        Artifact(str(tmp_path / name), "onnx", "fp32", "gone", source_fingerprint, {}, (0,)).write(tmp_path / name)
+        return str(tmp_path / name)
+
+    paths = [str(folder / "candidate"), export("a", "original"), export("b", "candidate")]
+    subjects = recognise(subjects_of(Source(str(folder / "original")), paths))
+    assert [subject.role for subject in subjects] == ["original", "candidate", "original", "candidate"]
+    assert json.loads((tmp_path / "a" / "artifact.json").read_text())["source"] == "gone"
+    both_exported = recognise(subjects_of(Source(paths[1]), [paths[2]]))
+    assert [subject.role for subject in both_exported] == ["original", "candidate"]
+
+
+def test_an_export_of_the_original_that_was_edited_is_a_candidate(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_text("graph")
+    source_fingerprint = fingerprint(Source(str(folder / "original")))
+    artifact = Artifact(str(tmp_path), "onnx", "fp32", "gone", source_fingerprint, {}, (0,))
+    artifact.with_files(tmp_path).write(tmp_path)
+    subjects = subjects_of(Source(str(folder / "original")), [str(tmp_path)])
+    assert recognise(subjects)[1].role == "original"
+    (tmp_path / "model.onnx").write_text("edited")
+    assert recognise(subjects)[1].role == "candidate"
+
+
+def hub_cache(root: Path) -> str:
+    """A cache folder in the Hub client's layout that holds `org/small`."""
+    repository = root / "models--org--small"
+    tiny_model().save_pretrained(repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    return str(root)
+
+
+def test_a_model_of_the_hub_is_read_from_the_cache_it_was_put_in(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for the workers
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    fetch_checkpoint.cache_clear()  # other tests know a model of this name, too
+    cache = hub_cache(tmp_path / "cache")
+    subjects = subjects_of(Source("org/small", cache), [str(folder / "candidate")])
+    result = validate(subjects, DATA, Budget(), rounds=2, prompt_length=8, decode_tokens=2)
+    assert [row.label for row in result.rows] == ["small", "candidate"]
+    assert result.rows[0].disk_bytes >= result.rows[0].parameters * 4
+    with pytest.raises(StreamlineError, match="model 'org/small': cannot be fetched"):
+        validate(subjects_of(Source("org/small"), []), DATA, Budget())
+
+    source_fingerprint = fingerprint(Source("org/small", cache))
+    Artifact(str(tmp_path), "onnx", "fp32", "org/small", source_fingerprint, {}, (0,)).write(tmp_path)
+    export = recognise(subjects_of(Source("org/small", cache), [str(tmp_path)]))[1]
+    assert export.role == "original"
+
+
+CODE = """
+import os
+from pathlib import Path
+from transformers import LlamaForCausalLM
+
+class Own(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        (Path(os.environ["OWN_CODE_RAN"]) / str(os.getpid())).touch()
+"""
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_code_of_a_checkpoint_runs_where_it_is_trusted(
+    trusted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))  # for the worker
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    processes = tmp_path / "processes"
+    processes.mkdir()
+    monkeypatch.setenv("OWN_CODE_RAN", str(processes))
+    model = tiny_model()
+    model.config.auto_map = {"AutoModelForCausalLM": "modeling_own.Own"}
+    model.save_pretrained(tmp_path / "own")
+    (tmp_path / "own" / "modeling_own.py").write_text(CODE)
+    subjects = subjects_of(Source(str(tmp_path / "own"), trust_remote_code=trusted), [])
+    validate(subjects, DATA, Budget(), rounds=2, prompt_length=8, decode_tokens=2)
+    # This process, for accuracy, and the one that was timed.
+    assert len(list(processes.iterdir())) == (2 if trusted else 0)
+
+
+def test_labels_tell_models_apart() -> None:
+    assert [s.label for s in subjects_of(Source("/a/model"), ["/b/pruned"])] == ["model", "pruned"]
+    assert [s.label for s in subjects_of(Source("/a/model"), ["/b/model", "/c"])] == ["/a/model", "/b/model", "c"]

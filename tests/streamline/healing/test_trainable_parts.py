@@ -1,0 +1,386 @@
+"""Training a whole model, or a part of it through the rest: the losses and the loop by hand, what is left alone."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.editing.apply import Materials, apply_plan, build_replacement
+from optimum.streamline.editing.plan import Plan
+from optimum.streamline.healing import trainer
+from optimum.streamline.healing.losses import Distillation, NextToken
+from optimum.streamline.healing.settings import (
+    HealSettings,
+    default_lora_lr,
+    default_lr,
+    model_settings,
+    replacement_settings,
+    scope_of,
+)
+from optimum.streamline.healing.stages import Healer
+from optimum.streamline.healing.trainable_parts import train_model
+from optimum.streamline.methods.base import Evidence
+from optimum.streamline.methods.registry import method_of
+from optimum.streamline.models.architectures import ARCHITECTURES
+from optimum.streamline.pipeline.prune import prepare, prune
+from optimum.streamline.recipe.parsing import make_recipe
+from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.scoring.similarity import measure_scores
+from optimum.streamline.text.windows import Windows
+from reference import REFERENCE
+from tiny import LAYERS, tiny_model, token_ids
+
+WINDOWS = Windows(token_ids(40, 24), "random")
+HELD_OUT = WINDOWS.ids[-2:]  # 5% of 40
+# A text with something to learn: every token follows from the one before.
+COUNTING = Windows((torch.arange(40)[:, None] + torch.arange(24)) % 50 + 2, "counting")
+ONE_PASS = HealSettings(lr=1e-3, epochs=1)
+# LayerChop's: see `model_settings`.
+ALL_WEIGHTS = {"betas": (0.9, 0.95), "weight_decay": 0.1, "decay_vectors": False, "clip": 1.0, "min_lr_share": 0.1}
+
+
+def edited(kind: str = "none", gone: tuple[int, ...] = (1, 3)) -> tuple[PreTrainedModel, PreTrainedModel, Plan]:
+    """A model edited by a plan, the original, and the plan."""
+    original, plan = tiny_model(), Plan(LAYERS, gone, kind)
+    model = copy.deepcopy(original)
+    apply_plan(model, plan, build_replacement(model, plan))
+    return model, original, plan
+
+
+def raw_states(model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits, and the raw output of every layer, in float64."""
+    model = copy.deepcopy(model).double()
+    states: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, args, out: states.append(out[0] if isinstance(out, tuple) else out))
+    with torch.no_grad():
+        return model(ids).logits, states
+
+
+def literal_cross_entropy(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    logits, _ = raw_states(model, ids)
+    losses = []
+    for row, tokens in zip(logits, ids, strict=True):
+        for here, following in zip(row[:-1], tokens[1:], strict=True):
+            losses.append(-float(here[following] - torch.logsumexp(here, 0)))
+    return math.fsum(losses) / len(losses)
+
+
+def literal_kl(teacher: PreTrainedModel, model: PreTrainedModel, ids: torch.Tensor) -> float:
+    theirs, ours = (raw_states(each, ids)[0].flatten(0, 1) for each in (teacher, model))
+    sums = []
+    for there, here in zip(theirs, ours, strict=True):
+        p, q = torch.exp(there) / torch.exp(there).sum(), torch.exp(here) / torch.exp(here).sum()
+        sums.append(float(sum(p[i] * math.log(p[i] / q[i]) for i in range(len(p)))))
+    return math.fsum(sums) / len(sums)
+
+
+def literal_hidden(
+    teacher: PreTrainedModel, model: PreTrainedModel, depths: tuple[int, ...], ids: torch.Tensor
+) -> float:
+    theirs, ours = (raw_states(each, ids)[1] for each in (teacher, model))
+    layers = []
+    for k, depth in enumerate(depths):
+        s, t = ours[k].flatten(0, 1), theirs[depth - 1].flatten(0, 1)
+        layers.append(sum(float((a - b) @ (a - b) / (b @ b)) for a, b in zip(s, t, strict=True)) / len(s))
+    return sum(layers) / len(layers)
+
+
+@pytest.mark.parametrize(("kl", "hidden"), [(1.0, 0.0), (0.3, 0.0), (0.0, 0.0), (0.6, 2.0)])
+def test_distillation_is_its_three_parts(kl: float, hidden: float) -> None:
+    model, original, plan = edited()
+    expected = kl * literal_kl(original, model, HELD_OUT) + (1 - kl) * literal_cross_entropy(model, HELD_OUT)
+    expected += hidden * literal_hidden(original, model, (2, 4, 5), HELD_OUT)
+    goal = Distillation(original, plan.depths, kl, hidden)
+    assert goal.loss(model, HELD_OUT).item() == pytest.approx(expected, rel=1e-5)
+    log = train_model(model, goal, WINDOWS, ONE_PASS)
+    assert log.before == pytest.approx(expected, rel=1e-5)
+    assert log.best < log.before
+
+
+def test_next_token_is_cross_entropy() -> None:
+    model, _, _ = edited()
+    before = literal_cross_entropy(model, COUNTING.ids[-2:])
+    log = train_model(model, NextToken(), COUNTING, HealSettings(lr=3e-3, epochs=2))
+    assert log.before == pytest.approx(before, rel=1e-5)
+    assert log.best == pytest.approx(literal_cross_entropy(model, COUNTING.ids[-2:]), rel=1e-5)
+    assert log.best < log.before
+
+
+def test_the_loop_is_adamw_with_clipping_a_cosine_and_decay_on_matrices() -> None:
+    model, _, _ = edited()
+    text = Windows(token_ids(8, 16)[[*range(8), 0]], "random")  # judged on one it is trained on: every update helps
+    ours = copy.deepcopy(model)
+    settings = HealSettings(lr=2e-2, epochs=6, batch=8, warmup_share=0.34, **{**ALL_WEIGHTS, "clip": 0.5})
+    log = train_model(ours, NextToken(), text, settings)
+    assert log.best_step == 6
+
+    theirs = model.double()  # every update sees all eight windows: their order is of no account
+    state = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in theirs.named_parameters()}
+    for step in range(1, 7):
+        progress = (step - 2) / 4
+        rate = 2e-2 * (step / 2 if step <= 2 else 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
+        assert log.steps[step - 1].lr == pytest.approx(rate)
+        logits = theirs(text.ids[:8]).logits[:, :-1]
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), text.ids[:8, 1:].flatten())
+        theirs.zero_grad()
+        loss.backward()
+        assert log.steps[step - 1].loss == pytest.approx(loss.item(), rel=1e-4)
+        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in theirs.parameters()))
+        assert norm > 0.5
+        for name, p in theirs.named_parameters():
+            gradient, (first, second) = 0.5 * p.grad / norm, state[name]
+            first.mul_(0.9).add_(0.1 * gradient)
+            second.mul_(0.95).add_(0.05 * gradient**2)
+            decay = 0.1 if p.ndim == 2 else 0.0
+            step_size = (first / (1 - 0.9**step)) / ((second / (1 - 0.95**step)).sqrt() + 1e-8)
+            p.data -= rate * (decay * p.data + step_size)
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.double(), other, rtol=0, atol=3e-4, msg=name)
+
+
+def test_a_part_is_trained_through_the_rest() -> None:
+    model, _, _ = edited("layer", (1, 2, 3))
+    before = copy.deepcopy(model.state_dict())
+    log = train_model(model, NextToken(), COUNTING, HealSettings(lr=1e-3, epochs=1), part=model.model.layers[1])
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if name.startswith("model.layers.1.")}
+    assert log.best < log.before
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rank"), [*((name, None) for name in sorted(ARCHITECTURES)), ("qwen2", 4), ("gpt2", 4)]
+)
+def test_dead_sublayers_stay_as_they_were_and_the_model_a_plain_one(architecture: str, rank: int | None) -> None:
+    model = tiny_model(architecture)
+    plan = Plan(LAYERS, (), dead=((1, "attention"), (2, "mlp")))
+    teacher = copy.deepcopy(model)
+    apply_plan(model, plan, None)
+    before, config, modules = copy.deepcopy(model.state_dict()), model.config.to_dict(), repr(model)
+    numbers = [getattr(module, "layer_idx", None) for module in model.modules()]
+    with torch.no_grad():
+        loss = float(Distillation(teacher, plan.depths, 0.5, 1.0).loss(model, HELD_OUT))
+    settings = HealSettings(lr=3e-3, epochs=1, lora_rank=rank, weight_decay=0.1)
+    log = train_model(model, Distillation(teacher, plan.depths, 0.5, 1.0), WINDOWS, settings)
+    assert log.before == pytest.approx(loss, rel=1e-5)
+    assert log.best < log.before
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert (model.config.to_dict(), repr(model), type(model)) == (config, modules, type(teacher))
+    assert [getattr(module, "layer_idx", None) for module in model.modules()] == numbers
+    row = ARCHITECTURES[architecture]
+    prefixes = [f"{row.layers}.1.{row.attention}.", *(f"{row.layers}.2.{path}." for path in row.mlp)]
+    dead = [name for name in before if name.startswith(tuple(prefixes))]
+    assert dead
+    assert all(torch.equal(after[name], before[name]) for name in dead)
+    assert any(not torch.equal(after[name], before[name]) for name in before if name.startswith(f"{row.layers}.0."))
+    with torch.no_grad():
+        assert float(Distillation(teacher, plan.depths, 0.5, 1.0).loss(model, HELD_OUT)) == pytest.approx(
+            log.best, rel=1e-4
+        )
+
+
+def test_adapters_change_linear_layers_by_a_low_rank() -> None:
+    model, _, _ = edited()
+    before = copy.deepcopy(model.state_dict())
+    train_model(model, NextToken(), COUNTING, HealSettings(lr=1e-2, epochs=1, lora_rank=2))
+    changed = set()
+    for name, value in model.state_dict().items():
+        if not torch.equal(value, before[name]):
+            changed.add(name)
+            assert torch.linalg.matrix_rank((value - before[name]).double(), rtol=1e-4) <= 2
+    assert changed == {name for name in before if "layers" in name and name.endswith("proj.weight")}
+
+
+def test_dropout_is_off() -> None:
+    model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
+    teacher = tiny_model("gpt2", seed=1, resid_pdrop=0.5).train()
+    text = Windows(token_ids(9, 16), "random")
+    goal = Distillation(teacher, Plan(LAYERS, ()).depths, 0.5, 1.0)
+    model.eval(), teacher.eval()
+    with torch.no_grad():
+        expected = float(goal.loss(model, text.ids[:8]))
+    model.train(), teacher.train()
+    log = train_model(model, Distillation(teacher, goal.depths, 0.5, 1.0), text, ONE_PASS)
+    assert log.steps[0].loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_teacher_is_left_alone() -> None:
+    model, original, plan = edited()
+    before = copy.deepcopy(original.state_dict())
+    train_model(model, Distillation(original, plan.depths, 1.0, 1.0), WINDOWS, ONE_PASS)
+    assert all(torch.equal(value, before[name]) for name, value in original.state_dict().items())
+    assert all(parameter.grad is None for parameter in original.parameters())
+
+
+@pytest.mark.parametrize(
+    ("fields", "trained", "scopes"),
+    [
+        ({"heal": "hidden-mse+lm", "replacement": "layer"}, True, ["replacement", "model"]),
+        ({"heal": "lm+distill", "replacement": "layer"}, True, ["replacement", "model"]),
+        ({"heal": "distill", "replacement": "layer"}, True, ["model"]),
+        ({"heal": "lm", "replacement": "layer", "lora": True}, True, ["model"]),
+        ({"heal": "lm+lm", "replacement": "layer", "lora": True}, True, ["replacement", "model"]),
+        ({"heal": "lm+distill", "replacement": "ffn", "lora": True}, True, ["replacement", "model"]),
+        ({"heal": "hidden-mse+lm", "replacement": "layer", "lora": True}, True, ["replacement", "model"]),
+        ({"heal": "lm+lm", "lora": True}, False, ["model", "model"]),
+        ({"heal": "lm", "replacement": "layer", "heal_scope": "model"}, True, ["model"]),
+        ({"heal": "distill", "replacement": "layer", "heal_scope": "replacement"}, True, ["replacement"]),
+        ({"heal": "lm"}, False, ["model"]),
+    ],
+)
+def test_what_is_trained_by_default(fields: dict[str, object], trained: bool, scopes: list[str]) -> None:
+    recipe = make_recipe(fields)
+    assert [scope_of(recipe, number, trained) for number in range(len(recipe.healing))] == scopes
+
+
+def test_an_lm_before_adapters_trains_the_replacements_own_weights() -> None:
+    model, _, plan = edited("layer", (1, 2, 3))
+    fields = {"heal": "lm+lm", "lora": True, "lora_rank": 2, "heal_epochs": 1, "heal_lr": 1e-2}
+    recipe = make_recipe({"remove": 2, "replacement": "layer", **fields})
+    states: list[dict[str, torch.Tensor]] = []  # before each training, and at the end
+    healer = Healer(recipe, model, plan, COUNTING, lambda _: states.append(copy.deepcopy(model.state_dict())))
+    healer.before_edit(None)
+    healer.after_edit(plan.places)
+    states.append(model.state_dict())
+    trained = [(healed.scope, healed.settings.lora_rank) for healed in healer.done]
+    assert trained == [("replacement", None), ("model", 2)]
+    alone, whole = (
+        {name for name in before if not torch.equal(before[name], after[name])}
+        for before, after in itertools.pairwise(states)
+    )
+    assert alone == {name for name in states[0] if name.startswith("model.layers.1.")}
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.linalg.matrix_rank((states[1][name] - states[0][name]).double(), rtol=1e-4) > 2
+    assert whole == {name for name in states[0] if "layers" in name and name.endswith("proj.weight")}
+
+
+def test_what_adapters_healed_is_saved_as_a_plain_checkpoint(tmp_path: Path) -> None:
+    source, text, out = tmp_path / "model", tmp_path / "text.txt", tmp_path / "out"
+    tiny_model(vocab_size=4096).save_pretrained(source)
+    AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(source)
+    text.write_text(" ".join(f"{number} {'abc'[number % 3] * 4}" for number in range(1000)))
+    fields = {"remove": 2, "replacement": "layer", "heal": "hidden-mse+lm", "lora": True, "heal_tokens": 640}
+    texts = {"calibration": str(text), "heal_data": str(text), "samples": 2, "length": 32}
+    recipe = make_recipe({**fields, **texts})
+    windows = prepare(Source(str(source)), recipe, [].append).heal_text
+    record = prune(Source(str(source)), recipe, out, overwrite=False, verbose=False, say=[].append)
+    trained = [(healed.stage, healed.settings.lora_rank) for healed in record.healing]
+    assert trained == [("hidden-mse", None), ("lm", 16)]
+    assert all(healed.log.best < healed.log.before for healed in record.healing)
+    stock, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert stock.config.num_hidden_layers == LAYERS - 2
+    assert not [file.name for file in out.iterdir() if "adapter" in file.name]
+    assert not [name for name in load_file(out / "model.safetensors") if "lora" in name or "base_layer" in name]
+    # What the adapters learned is in the weights.
+    assert literal_cross_entropy(stock, windows.ids[-1:]) == pytest.approx(record.healing[-1].log.best, rel=1e-5)
+
+
+def test_settings_are_the_recipes_over_the_papers() -> None:
+    recipe = Recipe(heal_epochs=3, heal_batch=2, heal_minutes=1.5, seed=5)
+    alone, whole = replacement_settings(recipe, 128, "lm"), model_settings(recipe, 128, "lm")
+    assert (alone.lr, alone.clip, alone.min_lr_share, alone.betas) == (default_lr(128), 5.0, 0.25, (0.9, 0.95))
+    assert (whole.lr, whole.clip, whole.weight_decay, whole.decay_vectors) == (3e-4, 1.0, 0.1, False)
+    assert (whole.min_lr_share, whole.betas) == (0.1, (0.9, 0.95))
+    distilled = model_settings(recipe, 128, "distill")
+    assert (distilled.lr, distilled.clip, distilled.weight_decay) == (3e-4 * 32**0.5, 1.0, 0.0)
+    assert (distilled.min_lr_share, distilled.betas) == (0.0, (0.9, 0.999))
+    for settings in (alone, whole, distilled):
+        assert (settings.epochs, settings.batch, settings.minutes, settings.seed) == (3, 2, 1.5, 5)
+    adapted = model_settings(Recipe(lora=True, lora_rank=3), 128, "lm")
+    assert (adapted.lr, adapted.lora_rank, adapted.weight_decay) == (default_lora_lr(128, "lm"), 3, 0.0)
+    given = Recipe(heal_lr=0.5)
+    assert model_settings(given, 128, "lm").lr == replacement_settings(given, 128, "lm").lr == 0.5
+
+
+def test_come_mp_distils_after_every_merge_each_time_on_other_windows() -> None:
+    original = tiny_model()
+    model, calibration = copy.deepcopy(original), Windows(token_ids(4, 24, seed=3), "random")
+    recipe = make_recipe({"method": "come-mp", "remove": 2, "heal_epochs": 1, "heal_batch": 19, "heal_lr": 1e-3})
+    method = method_of(recipe, model.config)
+    plan = method.plan(recipe, Evidence(model, calibration, measure_scores(model, calibration)))
+    said: list[str] = []
+    healer = Healer(recipe, model, plan, WINDOWS, said.append)
+    healer.before_edit(None)
+    stages: list[tuple[PreTrainedModel, tuple[int, ...]]] = []
+
+    def after_merge(places: tuple[object, ...]) -> None:
+        stages.append((copy.deepcopy(model), tuple(place.originals[-1] + 1 for place in places)))
+        healer.after_merge(places)
+
+    change = method.apply(model, plan, Materials(calibration, None, after_merge))
+    stages.append((copy.deepcopy(model), plan.depths))
+    healer.after_edit(change.places)
+
+    assert [(healed.stage, healed.scope) for healed in healer.done] == [("distill", "model")] * 2
+    assert said == ["training the model (distill) on 19 windows, 1 times"] * 2
+    assert [len(depths) for _, depths in stages] == [4, 3]
+    # Of the 38 windows that are not held out, the first half after the first merge, the other after the second.
+    for (before, depths), healed, ids in zip(stages, healer.done, WINDOWS.ids[:38].split(19), strict=True):
+        expected = literal_kl(original, before, ids) + 10 * literal_hidden(original, before, depths, ids)
+        assert [step.loss for step in healed.log.steps] == [pytest.approx(expected, rel=1e-4)]
+
+
+@pytest.mark.parametrize(("method", "trainings"), [("come-sp", 1), ("come-mp", 3)])
+def test_all_trainings_between_merges_take_the_time_of_one(
+    method: str, trainings: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter(range(10**6))
+    monkeypatch.setattr(trainer, "monotonic", lambda: float(next(now)))  # a second a look: one an update, or so
+    model, calibration = tiny_model(), Windows(token_ids(4, 24, seed=3), "random")
+    recipe = make_recipe({"method": method, "remove": 3, "heal_epochs": 100, "heal_lr": 1e-3, "heal_minutes": 1})
+    chosen = method_of(recipe, model.config)
+    plan = chosen.plan(recipe, Evidence(model, calibration, measure_scores(model, calibration)))
+    healer = Healer(recipe, model, plan, WINDOWS, [].append)
+    healer.before_edit(None)
+    healer.after_edit(chosen.apply(model, plan, Materials(calibration, None, healer.after_merge)).places)
+    assert len(healer.done) == trainings
+    assert 55 <= sum(len(healed.log.steps) for healed in healer.done) <= 62
+    assert {healed.settings.minutes for healed in healer.done} == {1 / trainings}
+
+
+def test_come_sp_distils_once() -> None:
+    model, calibration = tiny_model(), Windows(token_ids(4, 24, seed=3), "random")
+    recipe = make_recipe({"method": "come-sp", "remove": 2, "heal_epochs": 1, "heal_batch": 4, "heal_lr": 1e-3})
+    method = method_of(recipe, model.config)
+    plan = method.plan(recipe, Evidence(model, calibration, measure_scores(model, calibration)))
+    healer = Healer(recipe, model, plan, WINDOWS, [].append)
+    healer.before_edit(None)
+    assert healer.after_merge is None
+    healer.after_edit(method.apply(model, plan, Materials(calibration)).places)
+    [healed] = healer.done
+    assert len(healed.log.steps) == 38 // 4
+
+
+def test_an_update_begins_with_four_times_the_weights_in_memory() -> None:
+    # The weights, AdamW's two moments and the best weights so far; the gradient, to come, is the fifth.
+    model = tiny_model(hidden_size=128, intermediate_size=512)
+    shapes = {parameter.shape for parameter in model.parameters() if parameter.ndim > 1}
+    size = sum(parameter.nbytes for parameter in model.parameters() if parameter.ndim > 1)
+    held: list[float] = []
+
+    class Looking:
+        def loss(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+            """The next token's, after a look at what is there."""
+            if torch.is_grad_enabled():
+                tensors = [each for each in gc.get_objects() if type(each) in (torch.Tensor, nn.Parameter)]
+                storages = [each.untyped_storage() for each in tensors if each.shape in shapes]
+                held.append(sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) / size)
+            return NextToken().loss(model, ids)
+
+    train_model(model, Looking(), WINDOWS, HealSettings(lr=1e-3, epochs=1, batch=16))
+    assert len(held) == 2
+    assert held[1] == pytest.approx(4, abs=0.2)

@@ -1,0 +1,80 @@
+"""Every method on every architecture: it chooses and edits, and leaves a plain checkpoint, or it says why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from behaviour import greedy, logits
+from optimum.streamline.checkpoints.loading import load
+from optimum.streamline.editing.apply import Materials, build_replacement, planned_config
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.methods.base import Evidence
+from optimum.streamline.methods.registry import METHODS, method_of
+from optimum.streamline.models.architectures import ARCHITECTURES
+from optimum.streamline.recipe.parsing import make_recipe
+from optimum.streamline.scoring.similarity import measure_scores
+from optimum.streamline.text.windows import Windows
+from tiny import LAYERS, tiny_model, token_ids
+
+CALIBRATION, HELD_OUT = Windows(token_ids(3, 12, seed=5), "random"), Windows(token_ids(3, 12, seed=6), "random")
+RECIPES: dict[str, dict[str, Any]] = {
+    name: {"method": name, "remove": 2} for name in METHODS if name not in ("explicit", "shortened-taylor")
+}
+RECIPES["explicit"] = {"layers": "1,3"}
+# The paper's four first and two last layers are more than there are.
+RECIPES["shortened-taylor"] = {"method": "shortened-taylor", "remove": 2, "protect": "1,1"}
+RECIPES["shortgpt iterative"] = {"method": "shortgpt", "remove": 2, "iterative": True}
+RECIPES["linear"] = {"layers": "1,3", "replacement": "linear"}
+MERGING = {"average", "come", "come-mp", "come-p", "come-sp"}
+MIXTURES, POST_NORM = {"mixtral", "qwen3_moe"}, {"gemma2", "olmo2"}
+# Only neighbours of one kind are merged; where kinds alternate in `tiny.py`, there are none.
+NEIGHBOURS: dict[str, dict[str, Any]] = {
+    "qwen2": {"layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 3},
+    "smollm3": {"no_rope_layers": [1, 1, 0, 0, 0]},
+}
+
+
+def refused(architecture: str, name: str) -> bool:
+    """Whether the method has no meaning there."""
+    if name in MERGING:
+        return architecture in MIXTURES | POST_NORM
+    return name == "linear" and architecture in POST_NORM
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_what_a_method_leaves_is_a_plain_checkpoint(architecture: str, name: str, tmp_path: Path) -> None:
+    fields = NEIGHBOURS.get(architecture, {}) if name in MERGING else {}
+    model, recipe, ids = tiny_model(architecture, **fields), make_recipe(RECIPES[name]), token_ids()
+    if refused(architecture, name):
+        with pytest.raises(StreamlineError, match=architecture):
+            method_of(recipe, model.config)
+        return
+    method, before = method_of(recipe, model.config), logits(model, ids)
+    untouched = {key: value.clone() for key, value in model.state_dict().items()}
+    plan = method.plan(recipe, Evidence(model, CALIBRATION, measure_scores(model, CALIBRATION), HELD_OUT))
+    assert all(torch.equal(value, untouched[key]) for key, value in model.state_dict().items())
+    assert torch.equal(logits(model, ids), before)
+    expected = planned_config(model.config, plan).to_dict()
+    change = method.apply(model, plan, Materials(CALIBRATION, build_replacement(model, plan, CALIBRATION, 0)))
+    edited = logits(model, ids)
+    assert edited.isfinite().all()
+    assert (edited - before).abs().max() > 1e-3
+    assert model.config.to_dict() == expected
+    assert model.config.num_hidden_layers == len(change.places) == LAYERS - plan.net
+    if name not in ("auto", "blockpruner"):  # theirs is the weight of two layers
+        assert plan.net == 2
+
+    model.save_pretrained(tmp_path)
+    stock, info = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    torch.testing.assert_close(logits(stock.eval(), ids), edited, atol=1e-5, rtol=0)
+    ours = load(str(tmp_path))
+    torch.testing.assert_close(logits(ours, ids), edited, atol=1e-5, rtol=0)
+    assert greedy(ours, use_cache=True) == greedy(stock, use_cache=False)
