@@ -166,7 +166,7 @@ def measure_ideal(scratch: Path) -> dict[str, Any]:
 
 
 def measure_compaction(scratch: Path) -> dict[str, Any]:
-    """The same for checkpoints with dead sublayers, beside graphs that compute with their zeros, by checkpoint."""
+    """The same for checkpoints with skipped sublayers, beside graphs that compute with their zeros, by checkpoint."""
     return {name: _compaction_of(folder, scratch / f"{name}-out") for name, folder in _checkpoints(scratch).items()}
 
 

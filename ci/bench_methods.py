@@ -37,7 +37,7 @@ from transformers import PreTrainedModel
 from methods_cases import EVALUATION, LENGTH, MODELS, Case, Row, cases
 from methods_page import write_page
 from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer, read_config
-from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.editing.apply import apply_plan
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.evaluation.intervals import Samples, mean_interval
@@ -45,7 +45,7 @@ from optimum.streamline.healing.losses import NextToken
 from optimum.streamline.healing.settings import model_settings
 from optimum.streamline.healing.trainable_parts import train_model
 from optimum.streamline.models.architectures import architecture_of
-from optimum.streamline.models.skipped_sublayers import drop_dead_sublayers
+from optimum.streamline.models.skipped_sublayers import drop_skipped_sublayers
 from optimum.streamline.pipeline.prune import change, prepare
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.system.atomic_output import write_file
@@ -169,14 +169,14 @@ def measure(case: Case) -> Row:
 
 
 def make(case: Case) -> tuple[PreTrainedModel, str]:
-    """The model of a case, of several draws the first, its dead sublayers dropped, and what was done in words."""
+    """The model of a case, of several draws the first, its skipped sublayers dropped, and what was done in words."""
     if case.dense:
         return dense(case), ""
     if case.random:
         return without(case.model, case.draws()[0]), ""
     prepared = prepare(source_of(case.model), make_recipe(case.fields, case.name), print_nothing)
     change(prepared, print_nothing)
-    model = drop_dead_sublayers(prepared.model, architecture_of(prepared.model.config))
+    model = drop_skipped_sublayers(prepared.model, architecture_of(prepared.model.config))
     return model, prepared.plan.describe().rpartition(":")[0]
 
 
@@ -204,13 +204,13 @@ def without(name: str, gone: tuple[int, ...]) -> PreTrainedModel:
     return model
 
 
-def source_of(name: str) -> Source:
+def source_of(name: str) -> ModelSource:
     """The model's folder; one of the two that are not in the repository is trained when it is first asked for."""
     folder = MODELS[name]
     if not (folder / "config.json").is_file():
         script = [sys.executable, "examples/train_reference_model.py", "train", str(folder), "--architecture", name]
         subprocess.run(script, check=True)
-    return Source(str(folder))
+    return ModelSource(str(folder))
 
 
 @cache

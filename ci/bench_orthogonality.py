@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from export_cases import REFERENCE, ROOT, SMALL, graph_bytes, make_checkpoint, run_measured, streamline
 from export_speed import Timed, measure_in_turns
 from measured_parts import measure_parts
-from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.models.architectures import head_size, key_value_heads
 from optimum.streamline.pipeline.orthogonality import orthogonality
 from optimum.streamline.recipe.parsing import make_recipe
@@ -59,7 +59,9 @@ def measure_table(scratch: Path) -> list[dict[str, Any]]:
         for seed in SEEDS:
             print(name, "seed", seed, flush=True)
             recipe = make_recipe({**COMMON, **own, "seed": seed})
-            report = orthogonality(Source(str(REFERENCE)), recipe, QUANTIZERS, scratch / f"{name}-{seed}", say=print)
+            report = orthogonality(
+                ModelSource(str(REFERENCE)), recipe, QUANTIZERS, scratch / f"{name}-{seed}", notify=print
+            )
             rows = [_row(asdict(row)) for row in report.rows]
             interactions = [asdict(each) for each in report.interactions]
             runs.append({"recipe": name, "seed": seed, "rows": rows, "interactions": interactions})

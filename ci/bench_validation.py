@@ -31,12 +31,12 @@ from transformers import (
 from export_cases import REFERENCE, ROOT
 from measured_parts import measure_parts
 from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer
-from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.evaluation.accuracy import Accuracy
 from optimum.streamline.evaluation.intervals import Interval
 from optimum.streamline.pipeline.prune import change, prepare
 from optimum.streamline.recipe.parsing import make_recipe
-from optimum.streamline.text.sampling import Writer
+from optimum.streamline.text.sampling import WindowEncoder
 from optimum.streamline.text.sources import open_text
 from optimum.streamline.text.windows import Windows
 from validation_page import write_page
@@ -84,7 +84,7 @@ def _timed(part: Callable[[], dict[str, Any]]) -> Callable[[Path], dict[str, Any
 
 def population(tokenizer: PreTrainedTokenizerBase, part: str, length: int = LENGTH) -> Windows:
     """A part of the library cut into windows, end to end, with the document that each begins in."""
-    writer, stream, documents = Writer(tokenizer), list[int](), list[int]()
+    writer, stream, documents = WindowEncoder(tokenizer), list[int](), list[int]()
     for number, tokens in enumerate(writer.encode(list(open_text(f"stdlib:{part}").documents))):
         stream += tokens + writer.ending
         documents += [number] * (len(tokens) + len(writer.ending))
@@ -95,7 +95,7 @@ def population(tokenizer: PreTrainedTokenizerBase, part: str, length: int = LENG
 
 def measure_coverage() -> dict[str, Any]:
     """The share of draws whose 95% interval holds the whole text's value, by size, way of drawing and figure."""
-    source = Source(str(REFERENCE))
+    source = ModelSource(str(REFERENCE))
     windows = population(load_tokenizer(source), "eval")
     prepared = prepare(source, make_recipe(PRUNING), lambda _: None)
     change(prepared, lambda _: None)
@@ -104,7 +104,7 @@ def measure_coverage() -> dict[str, Any]:
     characters = np.array([len(text) for text in load_tokenizer(source).batch_decode(windows.ids)], np.float64)
     rows = [
         {"way": name, "windows": size, "share": _held(original, pruned, way, size, grouped)}
-        for name, (way, grouped) in WAYS.items()
+        for name, (way, grouped) in GRAPH_QUANTIZERS.items()
         for size in SIZES
     ]
     whole = {name: interval.value for name, interval in _figures(original, pruned, 0).items()}
@@ -141,10 +141,10 @@ def _held(
     whole = {name: interval.value for name, interval in _figures(original, pruned, 0).items()}
     held = dict.fromkeys(whole, 0)
     chance = np.random.default_rng(0)
-    for draw in range(DRAWS):
-        places = way(chance, len(original.loss), size)
-        one, other = (_some(each, places, by) for each in (original, pruned))
-        for name, interval in _figures(one, other, draw).items():
+    for sample_windows in range(DRAWS):
+        new_layers = way(chance, len(original.loss), size)
+        one, other = (_some(each, new_layers, by) for each in (original, pruned))
+        for name, interval in _figures(one, other, sample_windows).items():
             held[name] += interval.low <= whole[name] <= interval.high
     return {name: count / DRAWS for name, count in held.items()}
 
@@ -158,10 +158,10 @@ def _figures(original: Accuracy, pruned: Accuracy, seed: int) -> dict[str, Inter
     }
 
 
-def _some(accuracy: Accuracy, places: Places, by_document: bool) -> Accuracy:
+def _some(accuracy: Accuracy, new_layers: Places, by_document: bool) -> Accuracy:
     """What was measured on some of the windows only."""
-    sums = {name: getattr(accuracy, name)[places] for name in SUMS}
-    documents = tuple(accuracy.documents[place] for place in places) if by_document else ()
+    sums = {name: getattr(accuracy, name)[new_layers] for name in SUMS}
+    documents = tuple(accuracy.documents[place] for place in new_layers) if by_document else ()
     return replace(accuracy, **sums, documents=documents)
 
 
@@ -185,7 +185,7 @@ def in_a_row(chance: np.random.Generator, count: int, size: int) -> Places:
     return int(chance.integers(count - size + 1)) + np.arange(size)
 
 
-WAYS: dict[str, tuple[Callable[[np.random.Generator, int, int], Places], bool]] = {
+GRAPH_QUANTIZERS: dict[str, tuple[Callable[[np.random.Generator, int, int], Places], bool]] = {
     "at random, by document": (anywhere, True),
     "at random, by window": (anywhere, False),
     "one after another, by document": (in_a_row, True),
@@ -196,7 +196,7 @@ WAYS: dict[str, tuple[Callable[[np.random.Generator, int, int], Places], bool]] 
 def measure_prefix() -> dict[str, Any]:
     """Perplexity of the same tokens with and without the token that all windows of the training began with."""
     torch.manual_seed(0)
-    tokenizer = load_tokenizer(Source(str(REFERENCE)))
+    tokenizer = load_tokenizer(ModelSource(str(REFERENCE)))
     training = population(tokenizer, "train").ids.flatten()
     beginning = len(tokenizer)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=beginning + 1, **SHAPE))

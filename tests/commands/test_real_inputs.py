@@ -124,11 +124,11 @@ def is_stored_in_bf16(folder: Path) -> None:
 def foreign_weights(folder: Path) -> Words:
     from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer
     from optimum.streamline.checkpoints.saving import save_model
-    from optimum.streamline.checkpoints.source import Source
+    from optimum.streamline.checkpoints.source import ModelSource
     from optimum.streamline.editing.apply import apply_plan
     from optimum.streamline.editing.plan import Plan
 
-    source = Source(str(make(folder / "model")))
+    source = ModelSource(str(make(folder / "model")))
     model = load_stock(source)
     apply_plan(model, Plan(8, (3, 4)), None)
     save_model(model, load_tokenizer(source), None, folder / "pruned")

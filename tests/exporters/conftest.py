@@ -19,16 +19,16 @@ from optimum.exporters.streamline.onnx.runner import OnnxRunner
 from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer
 from optimum.streamline.checkpoints.saving import save_model
-from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.editing.apply import apply_plan
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
-from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP, mark_dead, silence
+from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP, mark_skipped, zero_output
 from reference import REFERENCE
 from tiny import tiny_model
 
 GEMMA2_KINDS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 6}
-# Architecture, dead sublayers, dtype, and config fields.
+# Architecture, skipped sublayers, dtype, and config fields.
 CASES = {
     "llama": ("llama", (), "fp32", {"num_hidden_layers": 2, "tie_word_embeddings": True}),
     "dead first": ("llama", ((0, ATTENTION),), "fp32", {"num_hidden_layers": 3}),
@@ -64,19 +64,19 @@ class Exported:
         return OnnxRunner(self.folder)
 
     def stock(self) -> PreTrainedModel:
-        """What stock transformers makes of the checkpoint: dead sublayers computed with their zeros."""
+        """What stock transformers makes of the checkpoint: skipped sublayers computed with their zeros."""
         return AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32).eval()
 
 
 def save_tiny(folder: Path, case: str) -> Path:
-    architecture, dead, _, fields = CASES[case]
+    architecture, skipped, _, fields = CASES[case]
     model = tiny_model(architecture, **fields)
     row = architecture_of(model.config)
     marks: dict[int, list[str]] = {}
-    for index, sublayer in dead:
-        silence(decoder_layers(model, row)[index], row, sublayer)
+    for index, sublayer in skipped:
+        zero_output(decoder_layers(model, row)[index], row, sublayer)
         marks.setdefault(index, []).append(sublayer)
-    mark_dead(model.config, marks)
+    mark_skipped(model.config, marks)
     model.save_pretrained(folder)
     return folder
 
@@ -100,9 +100,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
 def pruned_reference(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """The export of the trained reference model less three of its layers."""
     folder = tmp_path_factory.mktemp("pruned-reference")
-    model = load_stock(Source(REFERENCE), torch.float32)
+    model = load_stock(ModelSource(REFERENCE), torch.float32)
     apply_plan(model, Plan(16, (3, 5, 11)), None)
-    save_model(model, load_tokenizer(Source(REFERENCE)), torch.float32, folder / "checkpoint")
+    save_model(model, load_tokenizer(ModelSource(REFERENCE)), torch.float32, folder / "checkpoint")
     return Exported(folder / "checkpoint", export_checkpoint(str(folder / "checkpoint"), folder / "onnx"))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from optimum.configuration_utils import BaseConfig
 
 from optimum.streamline.checkpoints.loading import read_config
-from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.evaluation.results import Report
 from optimum.streamline.pipeline.run import run
 from optimum.streamline.recipe.parsing import make_recipe
@@ -44,7 +44,7 @@ class StreamlineConfig(BaseConfig):
 class Streamliner:
     """Makes a causal language model shallower, repairs it, exports it and proves what it cost."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ModelSource) -> None:
         self._source = source
 
     @classmethod
@@ -61,7 +61,7 @@ class Streamliner:
         Raises:
             StreamlineError: it is not a model, or one that cannot be handled.
         """
-        source = Source(str(model), cache_dir, trust_remote_code, revision)
+        source = ModelSource(str(model), cache_dir, trust_remote_code, revision)
         read_config(source)
         return cls(source)
 
@@ -75,7 +75,7 @@ class Streamliner:
             StreamlineError: bad input; nothing is written then.
         """
         out = Path(save_dir)
-        report = run(self._source, config.recipe, out, overwrite=overwrite, verbose=False, say=_silent)
+        report = run(self._source, config.recipe, out, overwrite=overwrite, verbose=False, notify=_silent)
         config.save_pretrained(out)
         return report
 

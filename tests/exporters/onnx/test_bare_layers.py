@@ -9,7 +9,7 @@ import pytest
 
 from optimum.exporters.streamline import export_checkpoint
 from optimum.streamline.checkpoints.loading import read_config
-from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.editing.apply import apply_plan, build_replacement
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.evaluation.theoretical_cost import cost_of
@@ -41,6 +41,6 @@ def test_export_has_parity_and_a_cache_for_real_attentions_only(
     assert keys == ["past_key_values.0.key", "past_key_values.1.key"]
     assert sum(node.op_type == "Attention" for node in graph.node) == 2
     # The export's own config says what it costs, in the host's form: no runtime has to know of bare layers.
-    config = read_config(Source(str(tmp_path / "onnx")), of_export=True)
+    config = read_config(ModelSource(str(tmp_path / "onnx")), of_export=True)
     assert config.model_type == architecture
     assert cost_of(config, "fp32").attention_layers == 2

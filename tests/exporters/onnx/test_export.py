@@ -14,7 +14,7 @@ from optimum.exporters.streamline.onnx import export
 from optimum.exporters.streamline.parity import compare
 from optimum.exporters.streamline.parity.calls import one_by_one
 from optimum.streamline.checkpoints.artifact import Artifact
-from optimum.streamline.checkpoints.source import Source, fingerprint
+from optimum.streamline.checkpoints.source import ModelSource, fingerprint
 from optimum.streamline.errors import ParityError, StreamlineError
 from optimum.streamline.runtime.opening import open_runner
 from tiny import tiny_model
@@ -28,7 +28,7 @@ CHECKS = ["prefill", "continuation", "decode", "left-padded prefill", "left-padd
 def test_the_folder_says_what_it_is(exported):
     made = exported("llama")
     assert Artifact.read(made.folder) == made.artifact
-    assert made.artifact.source_fingerprint == fingerprint(Source(str(made.checkpoint)))
+    assert made.artifact.source_fingerprint == fingerprint(ModelSource(str(made.checkpoint)))
     assert list(made.artifact.parity) == CHECKS
     assert all(0 <= difference < 1e-4 for difference in made.artifact.parity.values())
     assert {file.name for file in made.folder.iterdir()} >= {

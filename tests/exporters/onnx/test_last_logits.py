@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 
 from console import optimum_cli
-from optimum.exporters.streamline import WAYS, export_checkpoint
+from optimum.exporters.streamline import GRAPH_QUANTIZERS, export_checkpoint
 from optimum.exporters.streamline.onnx import last_logits
 from optimum.exporters.streamline.onnx.quantization.settings import Quantization
 from optimum.exporters.streamline.onnx.runner import OnnxRunner, token_feeds
@@ -85,7 +85,9 @@ def test_our_runner_is_given_all_logits_of_any_graph(exported, tmp_path, how):
     ids, every = token_ids(2, 6).numpy(), exported("llama").folder
     if how != "none":
         (tmp_path / "every").mkdir()
-        WAYS[how].run(every, tmp_path / "every", Quantization(how, windows=Windows(token_ids(2, 16), "some text")))
+        GRAPH_QUANTIZERS[how].run(
+            every, tmp_path / "every", Quantization(how, windows=Windows(token_ids(2, 16), "some text"))
+        )
         every = tmp_path / "every"
     shutil.copytree(every, tmp_path / "last")
     last_logits.keep_last_logits(tmp_path / "last", WIDTH)

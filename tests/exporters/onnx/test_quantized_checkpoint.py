@@ -14,7 +14,7 @@ from console import optimum_cli
 from optimum.exporters.streamline import export_checkpoint, open_hidden_states
 from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.checkpoints.loading import load, load_stock, load_tokenizer
-from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.pipeline.quantize import quantize
 from optimum.streamline.runtime.opening import open_runner
@@ -30,7 +30,7 @@ def save_quantized(folder: Path, how: str, architecture: str = "llama") -> str:
     depth = {"gpt2": "n_layer"}.get(architecture, "num_hidden_layers")
     wide_model(architecture, vocab_size=4096, **{depth: 2}).save_pretrained(folder / "float")
     AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(folder / "float")
-    quantize(Source(str(folder / "float")), folder / "quantized", how, say=lambda _: None)
+    quantize(ModelSource(str(folder / "float")), folder / "quantized", how, notify=lambda _: None)
     return str(folder / "quantized")
 
 
@@ -127,8 +127,8 @@ def test_hidden_states_of_a_graph_are_those_of_torch(tmp_path: Path, architectur
 
 @pytest.mark.parametrize(("how", "least", "most"), [("int8", 1e-6, 0.01), ("int4", 1e-4, 0.05)])
 def test_layers_are_scored_in_a_quantized_graph(tmp_path: Path, how: str, least: float, most: float) -> None:
-    windows = read_windows("stdlib", load_tokenizer(Source(REFERENCE)), 4, 64, 0, VOCABULARY, "calibration")
-    float_scores = measure_scores(load_stock(Source(REFERENCE), torch.float32), windows).block_influence
+    windows = read_windows("stdlib", load_tokenizer(ModelSource(REFERENCE)), 4, 64, 0, VOCABULARY, "calibration")
+    float_scores = measure_scores(load_stock(ModelSource(REFERENCE), torch.float32), windows).block_influence
     states = open_hidden_states(export_checkpoint(REFERENCE, tmp_path / how, quantize=how))
     scores = scores_of(lambda batch: list(map(torch.from_numpy, states(batch.numpy()))), 16, windows)
     difference = max(map(abs, np.subtract(scores.block_influence, float_scores)))

@@ -24,20 +24,22 @@ from optimum.exporters.streamline.tracing.stamp_layers import CannotStampError, 
 from optimum.streamline.checkpoints.loading import load
 from optimum.streamline.errors import ParityError, StreamlineError
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
-from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP, mark_dead, silence
+from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP, mark_skipped, zero_output
 from optimum.streamline.runtime.runner import Logits
 from tiny import LAYERS, tiny_model, token_ids
 
 pytestmark = pytest.mark.onnx
 
 
-def saved(folder: Path, architecture: str = "llama", dead: tuple[tuple[int, str], ...] = (), **fields: object) -> str:
+def saved(
+    folder: Path, architecture: str = "llama", skipped: tuple[tuple[int, str], ...] = (), **fields: object
+) -> str:
     model = tiny_model(architecture, **fields)
     row, marks = architecture_of(model.config), {}
-    for index, sublayer in dead:
-        silence(decoder_layers(model, row)[index], row, sublayer)
+    for index, sublayer in skipped:
+        zero_output(decoder_layers(model, row)[index], row, sublayer)
         marks.setdefault(index, []).append(sublayer)
-    mark_dead(model.config, marks)
+    mark_skipped(model.config, marks)
     model.save_pretrained(folder)
     return str(folder)
 
@@ -47,7 +49,7 @@ def operators(folder: Path) -> Counter[str]:
 
 
 @pytest.mark.parametrize(
-    ("dead", "traced"),
+    ("skipped", "traced"),
     [
         ([(3, ATTENTION), (5, ATTENTION)], (0, 1, 3)),
         ([(0, ATTENTION), (4, ATTENTION), (2, MLP), (6, MLP)], (0, 1, 2, 4)),
@@ -55,12 +57,12 @@ def operators(folder: Path) -> Counter[str]:
     ],
 )
 def test_layers_with_dead_sublayers_are_kinds_of_their_own(
-    dead: list[tuple[int, str]], traced: tuple[int, ...], tmp_path: Path
+    skipped: list[tuple[int, str]], traced: tuple[int, ...], tmp_path: Path
 ) -> None:
-    checkpoint = saved(tmp_path / "checkpoint", dead=tuple(dead), num_hidden_layers=8)
+    checkpoint = saved(tmp_path / "checkpoint", skipped=tuple(skipped), num_hidden_layers=8)
     artifact = export_checkpoint(checkpoint, tmp_path / "onnx")
     assert (artifact.traced_layers, artifact.whole_because) == (traced, "")
-    attentions, mlps = (8 - sum(sublayer == which for _, sublayer in dead) for which in (ATTENTION, MLP))
+    attentions, mlps = (8 - sum(sublayer == which for _, sublayer in skipped) for which in (ATTENTION, MLP))
     found = operators(tmp_path / "onnx")
     assert found["Attention"] == attentions
     assert found["MatMul"] == 4 * attentions + 3 * mlps + 1
@@ -168,7 +170,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("dtype", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_an_export_in_little_memory_is_judged_alike(dtype: str, tmp_path: Path, opened: list[int]) -> None:
-    checkpoint = saved(tmp_path / "checkpoint", dead=((1, ATTENTION),), num_hidden_layers=6)
+    checkpoint = saved(tmp_path / "checkpoint", skipped=((1, ATTENTION),), num_hidden_layers=6)
     plenty = export_checkpoint(checkpoint, tmp_path / "plenty", dtype=dtype)
     assert opened == []
     little = export_checkpoint(checkpoint, tmp_path / "little", dtype=dtype, max_memory=1)
@@ -180,7 +182,7 @@ def test_an_export_in_little_memory_is_judged_alike(dtype: str, tmp_path: Path, 
 
 
 def test_in_little_memory_a_layer_may_be_wholly_dead(tmp_path: Path, opened: list[int]) -> None:
-    checkpoint = saved(tmp_path / "checkpoint", dead=((2, ATTENTION), (2, MLP)))
+    checkpoint = saved(tmp_path / "checkpoint", skipped=((2, ATTENTION), (2, MLP)))
     export_checkpoint(checkpoint, tmp_path / "onnx", max_memory=1)
     assert opened == [LAYERS - 1 + 1]
 
@@ -191,7 +193,7 @@ def test_in_little_memory_a_model_that_is_traced_whole_is_run_in_parts_too(tmp_p
 
 
 def test_what_has_no_parts_is_refused_in_little_memory(tmp_path: Path) -> None:
-    checkpoint = saved(tmp_path / "in", dead=((0, ATTENTION), (0, MLP)), num_hidden_layers=3)
+    checkpoint = saved(tmp_path / "in", skipped=((0, ATTENTION), (0, MLP)), num_hidden_layers=3)
     with pytest.raises(StreamlineError, match=r"max-memory 1: the layers of this model are not parts that can be run"):
         export_checkpoint(checkpoint, tmp_path / "out", max_memory=1)
     assert [each.name for each in tmp_path.iterdir()] == ["in"]

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from optimum.streamline.checkpoints.loading import load, load_stock, read_config
 from optimum.streamline.checkpoints.saving import save_model
-from optimum.streamline.checkpoints.source import Source, fingerprint
+from optimum.streamline.checkpoints.source import ModelSource, fingerprint
 from optimum.streamline.editing.apply import apply_plan, build_replacement
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
@@ -47,7 +47,7 @@ with torch.no_grad():
 
 @pytest.mark.parametrize("kind", ["none", "layer", "mlp"])
 def test_a_stranger_gets_the_same_logits(kind: str, tmp_path: Path) -> None:
-    model = load_stock(Source(REFERENCE), torch.float32)
+    model = load_stock(ModelSource(REFERENCE), torch.float32)
     ids = token_ids(2, 40)
     plan = Plan(16, (5, 6, 7, 8, 9) if kind != "none" else (4, 6, 9, 12), kind)
     replacement = build_replacement(model, plan)
@@ -66,7 +66,7 @@ def test_a_stranger_gets_the_same_logits(kind: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A saved model with a dead attention in layer 1."""
+    """A saved model with a skipped attention in layer 1."""
     model, plan = tiny_model(), Plan(LAYERS, (1, 2), "mlp")
     apply_plan(model, plan, build_replacement(model, plan))
     model.save_pretrained(tmp_path / "saved")
@@ -107,7 +107,7 @@ def poison(weights: dict[str, torch.Tensor]) -> None:
         (lambda f: (f / "config.json").unlink(), "it has no config.json"),
         (
             lambda f: edit_weights(f, lambda w: w["model.layers.1.self_attn.o_proj.weight"].fill_(1.0)),
-            "layer 1 is said to have a dead attention, but its output is not zero",
+            "layer 1 is said to have a skipped attention, but its output is not zero",
         ),
     ],
 )
@@ -129,17 +129,17 @@ def test_a_broken_checkpoint_is_refused(saved: Path, break_it: Callable[[Path], 
 def test_models_of_another_kind_are_refused(tmp_path: Path, config: dict[str, object], message: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(StreamlineError, match=message):
-        read_config(Source(str(tmp_path)))
+        read_config(ModelSource(str(tmp_path)))
 
 
 def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StreamlineError, match="no such folder; give a checkpoint's folder or a Hub id"):
-        read_config(Source(str(tmp_path / "nowhere")))
+        read_config(ModelSource(str(tmp_path / "nowhere")))
 
 
 def test_the_fingerprint_follows_weights_and_config_only(saved: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(saved, tmp_path / "copy")
     (copy / "README.md").write_text("other words")
-    assert fingerprint(Source(str(saved))) == fingerprint(Source(str(copy)))
+    assert fingerprint(ModelSource(str(saved))) == fingerprint(ModelSource(str(copy)))
     edit_weights(copy, lambda weights: weights["model.norm.weight"].add_(1))
-    assert fingerprint(Source(str(saved))) != fingerprint(Source(str(copy)))
+    assert fingerprint(ModelSource(str(saved))) != fingerprint(ModelSource(str(copy)))

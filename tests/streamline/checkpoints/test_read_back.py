@@ -17,7 +17,7 @@ from optimum.streamline.checkpoints import saving, transformers4_tokenizer
 from optimum.streamline.checkpoints.loading import DTYPES, load_stock, load_tokenizer
 from optimum.streamline.checkpoints.read_back import read_back
 from optimum.streamline.checkpoints.saving import save_model
-from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.editing.apply import apply_plan, build_replacement
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import ParityError
@@ -50,7 +50,7 @@ def test_what_was_saved_is_read_back(architecture: str, dtype: str, tmp_path: Pa
     model = tiny_model(architecture, vocab_size=VOCABULARY)
     model.config.save_pretrained(tmp_path / "source")
     tokenizer().save_pretrained(tmp_path / "source")
-    own = load_tokenizer(Source(str(tmp_path / "source")))  # some architectures have a class of their own for it
+    own = load_tokenizer(ModelSource(str(tmp_path / "source")))  # some architectures have a class of their own for it
     apply_plan(model, Plan(LAYERS, (1, 3)), None)
     save_model(model, own, DTYPES[dtype], tmp_path / "out")
     found = read_back(tmp_path / "out", model, own, token_ids(3, 40))
@@ -59,8 +59,8 @@ def test_what_was_saved_is_read_back(architecture: str, dtype: str, tmp_path: Pa
 
 
 def test_reading_back_holds_one_model_at_a_time(tmp_path: Path) -> None:
-    model = load_stock(Source(REFERENCE), torch.float32)
-    own = load_tokenizer(Source(REFERENCE))
+    model = load_stock(ModelSource(REFERENCE), torch.float32)
+    own = load_tokenizer(ModelSource(REFERENCE))
     save_model(model, own, torch.bfloat16, tmp_path)
     read_back(tmp_path, model, own, None)
     assert list(model.parameters()) == []
@@ -68,10 +68,10 @@ def test_reading_back_holds_one_model_at_a_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["layer", "mlp", "ffn", "swiglu", "linear"])
 def test_every_replacement_is_read_back(kind: str, tmp_path: Path) -> None:
-    model = load_stock(Source(REFERENCE), torch.float32)
+    model = load_stock(ModelSource(REFERENCE), torch.float32)
     plan = Plan(16, (5, 6, 7), kind)
     apply_plan(model, plan, build_replacement(model, plan, Windows(token_ids(4, 64), "random")))
-    own = load_tokenizer(Source(REFERENCE))
+    own = load_tokenizer(ModelSource(REFERENCE))
     save_model(model, own, torch.bfloat16, tmp_path)
     found = read_back(tmp_path, model, own, token_ids(3, 40))
     assert found["largest_difference"] <= found["allowed"]
@@ -89,7 +89,7 @@ def test_every_edit_is_read_back(method: str, source: Path, cli: Cli, tmp_path: 
 @pytest.mark.quantizers
 @pytest.mark.parametrize("how", sorted(QUANTIZERS))
 def test_every_quantizer_is_read_back(how: str, cli: Cli, tmp_path: Path) -> None:
-    quantize(Source(REFERENCE), tmp_path / "q", how, say=lambda line: None)
+    quantize(ModelSource(REFERENCE), tmp_path / "q", how, notify=lambda line: None)
     pruned = cli("prune", "-m", tmp_path / "q", "--layers", "3,5", *QUICK, tmp_path / "out")
     assert pruned.code == 0, pruned.err
     found = json.loads((tmp_path / "out" / "streamline.json").read_text())["read_back"]

@@ -15,7 +15,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 import tokenizer_seen
 from console import optimum_cli
 from optimum.streamline.checkpoints.loading import load_tokenizer
-from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.checkpoints.transformers4_tokenizer import save_tokenizer
 from optimum.streamline.models.architectures import ARCHITECTURES
 from small_tokenizers import MAKERS, NOT_OLDER, byte_level, write_tokenizer
@@ -34,7 +34,7 @@ CLASSES = {
 
 def saved_as_we_do(source: Path, folder: Path) -> Path:
     folder.mkdir(parents=True)
-    save_tokenizer(load_tokenizer(Source(str(source))), folder)
+    save_tokenizer(load_tokenizer(ModelSource(str(source))), folder)
     shutil.copy(source / "config.json", folder)
     return folder
 
@@ -70,7 +70,7 @@ def test_special_tokens_have_their_older_names(tmp_path: Path) -> None:
 
 def test_what_its_class_does_not_add_is_left_to_the_file(tmp_path: Path) -> None:
     source = write_tokenizer("gpt2", tmp_path / "source")
-    tokenizer = load_tokenizer(Source(str(source)))
+    tokenizer = load_tokenizer(ModelSource(str(source)))
     tokens = [("!", tokenizer.convert_tokens_to_ids("!"))]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("! $A", "! $A $B", tokens)
     save_tokenizer(tokenizer, tmp_path)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from cases import make
 from optimum.streamline.checkpoints import hub as hub_file
 from optimum.streamline.checkpoints.loading import load_stock, stored_dtype
-from optimum.streamline.checkpoints.source import Source, fingerprint
+from optimum.streamline.checkpoints.source import ModelSource, fingerprint
 from optimum.streamline.checkpoints.weight_files import checkpoint_files, find_weights
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation.theoretical_cost import disk_bytes
@@ -33,7 +33,7 @@ def sharded(tmp_path: Path) -> Path:
 
 def test_only_files_that_the_index_names_are_the_checkpoint(sharded: Path) -> None:
     shards = sorted(sharded.glob("model-*.safetensors"))
-    size, before = disk_bytes(sharded), fingerprint(Source(str(sharded)))
+    size, before = disk_bytes(sharded), fingerprint(ModelSource(str(sharded)))
     assert size == sum(shard.stat().st_size for shard in shards)
     assert [file.name for file in checkpoint_files(sharded)] == [
         "config.json", "model.safetensors.index.json", *(shard.name for shard in shards),
@@ -41,16 +41,16 @@ def test_only_files_that_the_index_names_are_the_checkpoint(sharded: Path) -> No
     for stray in ("consolidated.safetensors", "model-old.safetensors", "pytorch_model.bin"):
         shutil.copy(shards[0], sharded / stray)
     assert disk_bytes(sharded) == size
-    assert fingerprint(Source(str(sharded))) == before
+    assert fingerprint(ModelSource(str(sharded))) == before
 
 
 def test_weights_of_equal_size_are_another_model(sharded: Path) -> None:
-    before = fingerprint(Source(str(sharded)))
+    before = fingerprint(ModelSource(str(sharded)))
     shard = max(sharded.glob("model-*.safetensors"))
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(bytes(content))
-    assert fingerprint(Source(str(sharded))) != before
+    assert fingerprint(ModelSource(str(sharded))) != before
 
 
 def test_a_single_file_goes_before_an_index_as_in_transformers(sharded: Path) -> None:
@@ -60,13 +60,13 @@ def test_a_single_file_goes_before_an_index_as_in_transformers(sharded: Path) ->
 
 def test_weights_in_bin_files_are_read_as_tensors_alone(tmp_path: Path) -> None:
     folder = make(tmp_path / "model", dtype=torch.bfloat16)
-    safe = load_stock(Source(str(folder)), torch.float32).state_dict()
+    safe = load_stock(ModelSource(str(folder)), torch.float32).state_dict()
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
     assert find_weights(folder).pickled
-    assert stored_dtype(Source(str(folder))) == "bf16"
-    for name, value in load_stock(Source(str(folder)), torch.float32).state_dict().items():
+    assert stored_dtype(ModelSource(str(folder))) == "bf16"
+    for name, value in load_stock(ModelSource(str(folder)), torch.float32).state_dict().items():
         assert torch.equal(value, safe[name]), name
 
 
@@ -77,7 +77,7 @@ def test_the_stored_type_is_that_of_the_tensors_whatever_the_config_says(dtype: 
     names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
     for said in ("float32", None):
         (folder / "config.json").write_text(json.dumps({**fields, "dtype": said}))
-        assert stored_dtype(Source(str(folder))) == names[dtype]
+        assert stored_dtype(ModelSource(str(folder))) == names[dtype]
 
 
 class Hub:
@@ -110,14 +110,14 @@ def hub(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 def test_of_the_hub_only_the_files_of_the_model_are_fetched_all_of_one_commit(hub: Hub) -> None:
     for stray in ("consolidated.safetensors", "pytorch_model.bin", "original.pth", "model.gguf"):
         (hub.repository / stray).write_bytes(b"0" * 10)
-    source = Source("org/small@v1.0")
+    source = ModelSource("org/small@v1.0")
     assert (source.model, source.revision) == ("org/small", "v1.0")
     assert {file.name for file in source.folder.iterdir()} == {
         file.name for file in hub.repository.iterdir() if file.suffix == ".json" or file.name.startswith("model-")
     }
     assert hub.asked == ["v1.0", COMMIT]  # what was pushed to the branch in between is not mixed in
     assert source.commit == COMMIT
-    assert fingerprint(source) == fingerprint(Source(str(hub.repository)))
+    assert fingerprint(source) == fingerprint(ModelSource(str(hub.repository)))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
@@ -125,22 +125,22 @@ def test_a_single_file_is_fetched_too(name: str, hub: Hub) -> None:
     for file in hub.repository.glob("model*"):
         file.unlink()
     (hub.repository / name).write_bytes(b"0" * 2048)
-    assert [file.name for file in find_weights(Source("org/small").folder).files] == [name]
+    assert [file.name for file in find_weights(ModelSource("org/small").folder).files] == [name]
 
 
 def test_two_revisions_or_one_of_a_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StreamlineError, match="revision 'v2': the model says 'v1'; give one of them"):
-        Source("org/small@v1", revision="v2")
+        ModelSource("org/small@v1", revision="v2")
     with pytest.raises(StreamlineError, match="is a local folder, which has none; leave it out"):
-        Source(str(tmp_path), revision="v2")
+        ModelSource(str(tmp_path), revision="v2")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small").mkdir()
     with pytest.raises(StreamlineError, match="'small' is a local folder, which has none"):
-        Source("small@v1")
+        ModelSource("small@v1")
     for nothing in ("", "@v1"):
         with pytest.raises(StreamlineError, match="model '': is empty"):
-            Source(nothing)
-    assert Source(str(tmp_path / "me@home" / "model")).model.endswith("me@home/model")
-    assert not Source("x" * 300).is_local
+            ModelSource(nothing)
+    assert ModelSource(str(tmp_path / "me@home" / "model")).model.endswith("me@home/model")
+    assert not ModelSource("x" * 300).is_local
     (tmp_path / "a@b").mkdir()
-    assert Source(str(tmp_path / "a@b")).model == str(tmp_path / "a@b")
+    assert ModelSource(str(tmp_path / "a@b")).model == str(tmp_path / "a@b")

@@ -13,12 +13,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum.streamline.checkpoints.loading import load, load_stock, load_tokenizer
-from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.editing.apply import Replacement, apply_plan, build_replacement
 from optimum.streamline.editing.linear_map import STRENGTH, check_linear, fit_maps
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
-from optimum.streamline.methods.base import Evidence
+from optimum.streamline.methods.base import MethodInputs
 from optimum.streamline.methods.llm_streamline import LLMStreamline
 from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, decoder_layers
 from optimum.streamline.recipe.recipe import Recipe
@@ -131,7 +131,10 @@ def test_patched_model_is_a_plain_checkpoint_and_the_original_is_left_alone(arch
     replacement = build_replacement(model, TWO_RUNS, TEXT)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     change = apply_plan(model, TWO_RUNS, replacement)
-    assert [(place.kind, place.originals) for place in change.places] == [("patched", (0, 1)), ("patched", (2, 3, 4))]
+    assert [(place.kind, place.originals) for place in change.new_layers] == [
+        ("patched", (0, 1)),
+        ("patched", (2, 3, 4)),
+    ]
     edited = logits(model, ids)
     model.save_pretrained(tmp_path)
     stock, info = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
@@ -175,12 +178,12 @@ def test_other_impossible_maps_are_refused() -> None:
 
 
 def test_on_the_reference_model_it_beats_plain_removal_on_unseen_text() -> None:
-    source = Source(REFERENCE)
+    source = ModelSource(REFERENCE)
     model, tokenizer = load_stock(source, torch.float32), load_tokenizer(source)
     parts = ("stdlib:calibration", "stdlib:eval")
     calibration, unseen = (read_windows(part, tokenizer, 32, 128, 0, VOCABULARY) for part in parts)
     recipe = Recipe(method="llm-streamline", remove=4, replacement="linear")
-    plan = LLMStreamline().plan(recipe, Evidence(model, calibration, measure_scores(model, calibration)))
+    plan = LLMStreamline().plan(recipe, MethodInputs(model, calibration, measure_scores(model, calibration)))
     removed, patched = copy.deepcopy(model), copy.deepcopy(model)
     apply_plan(removed, Plan(plan.total, plan.gone), None)
     apply_plan(patched, plan, build_replacement(patched, plan, calibration))

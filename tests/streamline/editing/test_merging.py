@@ -303,10 +303,10 @@ def test_sensitivities_are_the_papers(architecture: str) -> None:
         width = inputs["attention"].shape[1] // heads
         for group in range(groups):
             served = [head for head in range(heads) if head // (heads // groups) == group]
-            places = [head * width + dim for head in served for dim in range(width)]
+            new_layers = [head * width + dim for head in served for dim in range(width)]
             each = [
                 float(inputs["attention"][:, c].abs().mean()) * float(weights["attention"][:, c].abs().sum())
-                for c in places
+                for c in new_layers
             ]
             assert float(channels[index]["attention"][group]) == pytest.approx(sum(each) / len(each), rel=1e-5)
 

@@ -17,13 +17,13 @@ from transformers import AutoTokenizer
 
 from console import optimum_cli
 from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer
-from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.editing.apply import apply_plan
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation.intervals import mean_interval, softmax_mean_interval
 from optimum.streamline.evaluation.multiple_choice import Answers, Question, Questions, ask, option_loss, read_questions
-from optimum.streamline.evaluation.validate import subjects_of, validate
+from optimum.streamline.evaluation.validate import compared_models_of, validate
 from optimum.streamline.recipe.recipe import Budget
 from optimum.streamline.runtime.torch_runner import TorchRunner
 from optimum.streamline.text.sources import open_text
@@ -31,7 +31,7 @@ from optimum.streamline.text.windows import Windows
 from reference import LIBRARY, REFERENCE
 from tiny import VOCABULARY, tiny_model, token_ids
 
-TOKENIZER = load_tokenizer(Source(REFERENCE))
+TOKENIZER = load_tokenizer(ModelSource(REFERENCE))
 
 
 def random_questions(count: int, seed: int = 0) -> Questions:
@@ -211,11 +211,11 @@ def test_a_bad_file_is_named(tmp_path: Path) -> None:
 
 def test_questions_that_no_model_can_read_are_refused(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
-    data, subjects = Windows(token_ids(2, 8), "random"), subjects_of(Source(str(tmp_path)), [])
+    data, compared_models = Windows(token_ids(2, 8), "random"), compared_models_of(ModelSource(str(tmp_path)), [])
 
     def attempt(*options: tuple[int, ...]) -> None:
         items = (Question(4, (5, 6), options, 0), Question(9, (5,), ((2,), (3,)), 0))
-        validate(subjects, data, Budget(), questions=Questions("q", items), rounds=2)
+        validate(compared_models, data, Budget(), questions=Questions("q", items), rounds=2)
 
     with pytest.raises(StreamlineError, match="questions q, line 4: 65 tokens with its longest option, at most 64 fit"):
         attempt((5,), (5,) * 63)
@@ -241,7 +241,7 @@ def continuations(count: int) -> list[dict[str, object]]:
 def test_the_command_reports_them_beside_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = load_stock(Source(REFERENCE), torch.float32)
+    model = load_stock(ModelSource(REFERENCE), torch.float32)
     asked = continuations(8)
     file = written(tmp_path, *asked)
     questions = read_questions(file, TOKENIZER)

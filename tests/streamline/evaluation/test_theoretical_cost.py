@@ -68,7 +68,7 @@ def test_dead_parameters_by_hand() -> None:
 def test_a_dead_mlp_costs_nothing_and_keeps_its_cache(architecture: str) -> None:
     model: PreTrainedModel = tiny_model(architecture)
     before, row = cost_of(model.config, "fp32"), ARCHITECTURES[architecture]
-    apply_plan(model, Plan(LAYERS, (), dead=((1, "mlp"), (3, "mlp"))), None)
+    apply_plan(model, Plan(LAYERS, (), skipped=((1, "mlp"), (3, "mlp"))), None)
     after = cost_of(model.config, "fp32")
     gone = [decoder_layers(model, row)[layer].get_submodule(name).parameters() for layer in (1, 3) for name in row.mlp]
     assert before.live_parameters - after.live_parameters == sum(p.numel() for part in gone for p in part)
@@ -81,7 +81,7 @@ def test_a_dead_mlp_costs_nothing_and_keeps_its_cache(architecture: str) -> None
 def test_dead_mlp_by_hand() -> None:
     model = tiny_model()
     before = cost_of(model.config, "fp32")
-    apply_plan(model, Plan(LAYERS, (), dead=((0, "mlp"), (2, "attention"), (2, "mlp"))), None)
+    apply_plan(model, Plan(LAYERS, (), skipped=((0, "mlp"), (2, "attention"), (2, "mlp"))), None)
     after = cost_of(model.config, "fp32")
     assert after.parameters - after.live_parameters == 2 * MLP + ATTENTION
     assert before.read_parameters - after.read_parameters == 2 * MLP + ATTENTION

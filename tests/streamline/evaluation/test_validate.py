@@ -12,12 +12,12 @@ import torch
 
 from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.checkpoints.hub import fetch_checkpoint
-from optimum.streamline.checkpoints.source import Source, fingerprint
+from optimum.streamline.checkpoints.source import ModelSource, fingerprint
 from optimum.streamline.editing.apply import apply_plan, build_replacement
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation.results import Report
-from optimum.streamline.evaluation.validate import Subject, recognise, subjects_of, validate
+from optimum.streamline.evaluation.validate import ComparedModel, compared_models_of, recognise, validate
 from optimum.streamline.recipe.recipe import Budget
 from optimum.streamline.text.windows import Windows
 from tiny import LAYERS, VOCABULARY, tiny_model, token_ids
@@ -28,7 +28,7 @@ DATA = Windows(token_ids(6, 40), "random")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`original`, `candidate` with one dead attention, `broken` in fp16, and `other` of another vocabulary."""
+    """`original`, `candidate` with one skipped attention, `broken` in fp16, and `other` of another vocabulary."""
     root = tmp_path_factory.mktemp("models")
     tiny_model().save_pretrained(root / "original")
     model = tiny_model()
@@ -44,9 +44,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(folder: Path) -> Report:
-    subjects = subjects_of(Source(str(folder / "original")), [str(folder / "candidate")])
+    compared_models = compared_models_of(ModelSource(str(folder / "original")), [str(folder / "candidate")])
     return validate(
-        subjects, DATA, Budget(max_ppl_ratio=1000.0, max_kl=0.0), rounds=3, prompt_length=24, decode_tokens=4
+        compared_models, DATA, Budget(max_ppl_ratio=1000.0, max_kl=0.0), rounds=3, prompt_length=24, decode_tokens=4
     )
 
 
@@ -88,27 +88,27 @@ def test_the_budget_decides(report: Report) -> None:
 
 
 def test_logits_that_are_not_numbers_fail_and_do_not_crash(folder: Path) -> None:
-    subjects = subjects_of(Source(str(folder / "original")), [str(folder / "broken")])
-    result = validate(subjects, DATA, Budget(), rounds=2, prompt_length=8, decode_tokens=2)
+    compared_models = compared_models_of(ModelSource(str(folder / "original")), [str(folder / "broken")])
+    result = validate(compared_models, DATA, Budget(), rounds=2, prompt_length=8, decode_tokens=2)
     assert not result.rows[1].finite
     assert result.exit_code == 3
     assert Report.from_json(result.to_json()).exit_code == 3
 
 
 def test_prompt_is_clipped_to_what_the_models_take(folder: Path) -> None:
-    subjects = [Subject("only", str(folder / "original"), "original")]
-    result = validate(subjects, DATA, Budget(), rounds=2, prompt_length=900, decode_tokens=10)
+    compared_models = [ComparedModel("only", str(folder / "original"), "original")]
+    result = validate(compared_models, DATA, Budget(), rounds=2, prompt_length=900, decode_tokens=10)
     # 64 positions, and 240 tokens of text.
     assert (result.settings["prompt_length"], result.settings["decode_tokens"]) == (54, 10)
     assert (result.settings["prompt_length_asked"], result.settings["decode_tokens_asked"]) == (900, 10)
 
 
 def test_bad_input_is_one_line(folder: Path) -> None:
-    original = Subject("original", str(folder / "original"), "original")
-    other = Subject("other", str(folder / "other"))
+    original = ComparedModel("original", str(folder / "original"), "original")
+    other = ComparedModel("other", str(folder / "other"))
 
-    def attempt(*subjects: Subject, data: Windows = DATA, rounds: int = 2) -> None:
-        validate(subjects, data, Budget(), rounds=rounds, prompt_length=8, decode_tokens=2)
+    def attempt(*compared_models: ComparedModel, data: Windows = DATA, rounds: int = 2) -> None:
+        validate(compared_models, data, Budget(), rounds=rounds, prompt_length=8, decode_tokens=2)
 
     with pytest.raises(StreamlineError, match="other: a vocabulary of 129 tokens, original has 128"):
         attempt(original, other)
@@ -123,33 +123,33 @@ def test_bad_input_is_one_line(folder: Path) -> None:
     with pytest.raises(StreamlineError, match="rounds 1"):
         attempt(original, rounds=1)
     with pytest.raises(StreamlineError, match="no such folder"):
-        attempt(original, Subject("gone", str(folder / "gone")))
+        attempt(original, ComparedModel("gone", str(folder / "gone")))
 
 
 def test_an_export_of_the_original_is_recognised(folder: Path, tmp_path: Path) -> None:
     def export(name: str, source: str) -> str:
         (tmp_path / name).mkdir()
-        source_fingerprint = fingerprint(Source(str(folder / source)))
+        source_fingerprint = fingerprint(ModelSource(str(folder / source)))
         Artifact(str(tmp_path / name), "onnx", "fp32", "gone", source_fingerprint, {}, (0,)).write(tmp_path / name)
         return str(tmp_path / name)
 
     paths = [str(folder / "candidate"), export("a", "original"), export("b", "candidate")]
-    subjects = recognise(subjects_of(Source(str(folder / "original")), paths))
-    assert [subject.role for subject in subjects] == ["original", "candidate", "original", "candidate"]
+    compared_models = recognise(compared_models_of(ModelSource(str(folder / "original")), paths))
+    assert [compared.role for compared in compared_models] == ["original", "candidate", "original", "candidate"]
     assert json.loads((tmp_path / "a" / "artifact.json").read_text())["source"] == "gone"
-    both_exported = recognise(subjects_of(Source(paths[1]), [paths[2]]))
-    assert [subject.role for subject in both_exported] == ["original", "candidate"]
+    both_exported = recognise(compared_models_of(ModelSource(paths[1]), [paths[2]]))
+    assert [compared.role for compared in both_exported] == ["original", "candidate"]
 
 
 def test_an_export_of_the_original_that_was_edited_is_a_candidate(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_text("graph")
-    source_fingerprint = fingerprint(Source(str(folder / "original")))
+    source_fingerprint = fingerprint(ModelSource(str(folder / "original")))
     artifact = Artifact(str(tmp_path), "onnx", "fp32", "gone", source_fingerprint, {}, (0,))
     artifact.with_files(tmp_path).write(tmp_path)
-    subjects = subjects_of(Source(str(folder / "original")), [str(tmp_path)])
-    assert recognise(subjects)[1].role == "original"
+    compared_models = compared_models_of(ModelSource(str(folder / "original")), [str(tmp_path)])
+    assert recognise(compared_models)[1].role == "original"
     (tmp_path / "model.onnx").write_text("edited")
-    assert recognise(subjects)[1].role == "candidate"
+    assert recognise(compared_models)[1].role == "candidate"
 
 
 def hub_cache(root: Path) -> str:
@@ -168,16 +168,16 @@ def test_a_model_of_the_hub_is_read_from_the_cache_it_was_put_in(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     fetch_checkpoint.cache_clear()  # other tests know a model of this name, too
     cache = hub_cache(tmp_path / "cache")
-    subjects = subjects_of(Source("org/small", cache), [str(folder / "candidate")])
-    result = validate(subjects, DATA, Budget(), rounds=2, prompt_length=8, decode_tokens=2)
+    compared_models = compared_models_of(ModelSource("org/small", cache), [str(folder / "candidate")])
+    result = validate(compared_models, DATA, Budget(), rounds=2, prompt_length=8, decode_tokens=2)
     assert [row.label for row in result.rows] == ["small", "candidate"]
     assert result.rows[0].disk_bytes >= result.rows[0].parameters * 4
     with pytest.raises(StreamlineError, match="model 'org/small': cannot be fetched"):
-        validate(subjects_of(Source("org/small"), []), DATA, Budget())
+        validate(compared_models_of(ModelSource("org/small"), []), DATA, Budget())
 
-    source_fingerprint = fingerprint(Source("org/small", cache))
+    source_fingerprint = fingerprint(ModelSource("org/small", cache))
     Artifact(str(tmp_path), "onnx", "fp32", "org/small", source_fingerprint, {}, (0,)).write(tmp_path)
-    export = recognise(subjects_of(Source("org/small", cache), [str(tmp_path)]))[1]
+    export = recognise(compared_models_of(ModelSource("org/small", cache), [str(tmp_path)]))[1]
     assert export.role == "original"
 
 
@@ -206,12 +206,16 @@ def test_code_of_a_checkpoint_runs_where_it_is_trusted(
     model.config.auto_map = {"AutoModelForCausalLM": "modeling_own.Own"}
     model.save_pretrained(tmp_path / "own")
     (tmp_path / "own" / "modeling_own.py").write_text(CODE)
-    subjects = subjects_of(Source(str(tmp_path / "own"), trust_remote_code=trusted), [])
-    validate(subjects, DATA, Budget(), rounds=2, prompt_length=8, decode_tokens=2)
+    compared_models = compared_models_of(ModelSource(str(tmp_path / "own"), trust_remote_code=trusted), [])
+    validate(compared_models, DATA, Budget(), rounds=2, prompt_length=8, decode_tokens=2)
     # This process, for accuracy, and the one that was timed.
     assert len(list(processes.iterdir())) == (2 if trusted else 0)
 
 
 def test_labels_tell_models_apart() -> None:
-    assert [s.label for s in subjects_of(Source("/a/model"), ["/b/pruned"])] == ["model", "pruned"]
-    assert [s.label for s in subjects_of(Source("/a/model"), ["/b/model", "/c"])] == ["/a/model", "/b/model", "c"]
+    assert [s.label for s in compared_models_of(ModelSource("/a/model"), ["/b/pruned"])] == ["model", "pruned"]
+    assert [s.label for s in compared_models_of(ModelSource("/a/model"), ["/b/model", "/c"])] == [
+        "/a/model",
+        "/b/model",
+        "c",
+    ]

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from optimum.streamline.checkpoints.source import Source
-from optimum.streamline.editing.apply import Materials, apply_plan, build_replacement
+from optimum.streamline.checkpoints.source import ModelSource
+from optimum.streamline.editing.apply import EditInputs, apply_plan, build_replacement
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.healing import trainer
 from optimum.streamline.healing.losses import Distillation, NextToken
@@ -29,7 +29,7 @@ from optimum.streamline.healing.settings import (
 )
 from optimum.streamline.healing.stages import Healer
 from optimum.streamline.healing.trainable_parts import train_model
-from optimum.streamline.methods.base import Evidence
+from optimum.streamline.methods.base import MethodInputs
 from optimum.streamline.methods.registry import method_of
 from optimum.streamline.models.architectures import ARCHITECTURES
 from optimum.streamline.pipeline.prune import prepare, prune
@@ -164,7 +164,7 @@ def test_a_part_is_trained_through_the_rest() -> None:
 )
 def test_dead_sublayers_stay_as_they_were_and_the_model_a_plain_one(architecture: str, rank: int | None) -> None:
     model = tiny_model(architecture)
-    plan = Plan(LAYERS, (), dead=((1, "attention"), (2, "mlp")))
+    plan = Plan(LAYERS, (), skipped=((1, "attention"), (2, "mlp")))
     teacher = copy.deepcopy(model)
     apply_plan(model, plan, None)
     before, config, modules = copy.deepcopy(model.state_dict()), model.config.to_dict(), repr(model)
@@ -181,9 +181,9 @@ def test_dead_sublayers_stay_as_they_were_and_the_model_a_plain_one(architecture
     assert [getattr(module, "layer_idx", None) for module in model.modules()] == numbers
     row = ARCHITECTURES[architecture]
     prefixes = [f"{row.layers}.1.{row.attention}.", *(f"{row.layers}.2.{path}." for path in row.mlp)]
-    dead = [name for name in before if name.startswith(tuple(prefixes))]
-    assert dead
-    assert all(torch.equal(after[name], before[name]) for name in dead)
+    skipped = [name for name in before if name.startswith(tuple(prefixes))]
+    assert skipped
+    assert all(torch.equal(after[name], before[name]) for name in skipped)
     assert any(not torch.equal(after[name], before[name]) for name in before if name.startswith(f"{row.layers}.0."))
     with torch.no_grad():
         assert float(Distillation(teacher, plan.depths, 0.5, 1.0).loss(model, HELD_OUT)) == pytest.approx(
@@ -252,7 +252,7 @@ def test_an_lm_before_adapters_trains_the_replacements_own_weights() -> None:
     states: list[dict[str, torch.Tensor]] = []  # before each training, and at the end
     healer = Healer(recipe, model, plan, COUNTING, lambda _: states.append(copy.deepcopy(model.state_dict())))
     healer.before_edit(None)
-    healer.after_edit(plan.places)
+    healer.after_edit(plan.new_layers)
     states.append(model.state_dict())
     trained = [(healed.scope, healed.settings.lora_rank) for healed in healer.done]
     assert trained == [("replacement", None), ("model", 2)]
@@ -274,8 +274,8 @@ def test_what_adapters_healed_is_saved_as_a_plain_checkpoint(tmp_path: Path) -> 
     fields = {"remove": 2, "replacement": "layer", "heal": "hidden-mse+lm", "lora": True, "heal_tokens": 640}
     texts = {"calibration": str(text), "heal_data": str(text), "samples": 2, "length": 32}
     recipe = make_recipe({**fields, **texts})
-    windows = prepare(Source(str(source)), recipe, [].append).heal_text
-    record = prune(Source(str(source)), recipe, out, overwrite=False, verbose=False, say=[].append)
+    windows = prepare(ModelSource(str(source)), recipe, [].append).heal_text
+    record = prune(ModelSource(str(source)), recipe, out, overwrite=False, verbose=False, notify=[].append)
     trained = [(healed.stage, healed.settings.lora_rank) for healed in record.healing]
     assert trained == [("hidden-mse", None), ("lm", 16)]
     assert all(healed.log.best < healed.log.before for healed in record.healing)
@@ -311,19 +311,19 @@ def test_come_mp_distils_after_every_merge_each_time_on_other_windows() -> None:
     model, calibration = copy.deepcopy(original), Windows(token_ids(4, 24, seed=3), "random")
     recipe = make_recipe({"method": "come-mp", "remove": 2, "heal_epochs": 1, "heal_batch": 19, "heal_lr": 1e-3})
     method = method_of(recipe, model.config)
-    plan = method.plan(recipe, Evidence(model, calibration, measure_scores(model, calibration)))
+    plan = method.plan(recipe, MethodInputs(model, calibration, measure_scores(model, calibration)))
     said: list[str] = []
     healer = Healer(recipe, model, plan, WINDOWS, said.append)
     healer.before_edit(None)
     stages: list[tuple[PreTrainedModel, tuple[int, ...]]] = []
 
-    def after_merge(places: tuple[object, ...]) -> None:
-        stages.append((copy.deepcopy(model), tuple(place.originals[-1] + 1 for place in places)))
-        healer.after_merge(places)
+    def after_merge(new_layers: tuple[object, ...]) -> None:
+        stages.append((copy.deepcopy(model), tuple(place.originals[-1] + 1 for place in new_layers)))
+        healer.after_merge(new_layers)
 
-    change = method.apply(model, plan, Materials(calibration, None, after_merge))
+    change = method.apply(model, plan, EditInputs(calibration, None, after_merge))
     stages.append((copy.deepcopy(model), plan.depths))
-    healer.after_edit(change.places)
+    healer.after_edit(change.new_layers)
 
     assert [(healed.stage, healed.scope) for healed in healer.done] == [("distill", "model")] * 2
     assert said == ["training the model (distill) on 19 windows, 1 times"] * 2
@@ -343,10 +343,10 @@ def test_all_trainings_between_merges_take_the_time_of_one(
     model, calibration = tiny_model(), Windows(token_ids(4, 24, seed=3), "random")
     recipe = make_recipe({"method": method, "remove": 3, "heal_epochs": 100, "heal_lr": 1e-3, "heal_minutes": 1})
     chosen = method_of(recipe, model.config)
-    plan = chosen.plan(recipe, Evidence(model, calibration, measure_scores(model, calibration)))
+    plan = chosen.plan(recipe, MethodInputs(model, calibration, measure_scores(model, calibration)))
     healer = Healer(recipe, model, plan, WINDOWS, [].append)
     healer.before_edit(None)
-    healer.after_edit(chosen.apply(model, plan, Materials(calibration, None, healer.after_merge)).places)
+    healer.after_edit(chosen.apply(model, plan, EditInputs(calibration, None, healer.after_merge)).new_layers)
     assert len(healer.done) == trainings
     assert 55 <= sum(len(healed.log.steps) for healed in healer.done) <= 62
     assert {healed.settings.minutes for healed in healer.done} == {1 / trainings}
@@ -356,11 +356,11 @@ def test_come_sp_distils_once() -> None:
     model, calibration = tiny_model(), Windows(token_ids(4, 24, seed=3), "random")
     recipe = make_recipe({"method": "come-sp", "remove": 2, "heal_epochs": 1, "heal_batch": 4, "heal_lr": 1e-3})
     method = method_of(recipe, model.config)
-    plan = method.plan(recipe, Evidence(model, calibration, measure_scores(model, calibration)))
+    plan = method.plan(recipe, MethodInputs(model, calibration, measure_scores(model, calibration)))
     healer = Healer(recipe, model, plan, WINDOWS, [].append)
     healer.before_edit(None)
     assert healer.after_merge is None
-    healer.after_edit(method.apply(model, plan, Materials(calibration)).places)
+    healer.after_edit(method.apply(model, plan, EditInputs(calibration)).new_layers)
     [healed] = healer.done
     assert len(healed.log.steps) == 38 // 4
 

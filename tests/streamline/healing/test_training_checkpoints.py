@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel
 
 from console import optimum_cli
-from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing import trainer
@@ -264,7 +264,7 @@ def test_checkpoints_of_another_plan_are_not_gone_on_from(words: list[str], tmp_
     recipe = make_recipe({**fields, "calibration": text, "heal_data": text})
     told: list[bool] = []
     for layer in (1, 1, 2):
-        prepared = prepare(Source(words[words.index("-m") + 1]), recipe, lambda _: None)
+        prepared = prepare(ModelSource(words[words.index("-m") + 1]), recipe, lambda _: None)
         prepared.plan = Plan(prepared.plan.total, (layer,))
         said: list[str] = []
         change(prepared, said.append, tmp_path / "workspace")

@@ -11,12 +11,12 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from optimum.streamline.checkpoints.source import Source
-from optimum.streamline.editing.apply import Materials, apply_plan, build_replacement
+from optimum.streamline.checkpoints.source import ModelSource
+from optimum.streamline.editing.apply import EditInputs, apply_plan, build_replacement
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.methods.auto import Auto
-from optimum.streamline.methods.base import Evidence
+from optimum.streamline.methods.base import MethodInputs
 from optimum.streamline.methods.registry import METHODS
 from optimum.streamline.pipeline.prune import prepare, prune
 from optimum.streamline.pipeline.texts import read_texts
@@ -32,13 +32,13 @@ FEW = {"samples": 3, "length": 32, "heal": "none", "calibration": "stdlib", "eva
 RECIPE = make_recipe({"method": "auto", "remove": 2, "heal": "none"})
 
 
-def evidence_of(model: PreTrainedModel) -> Evidence:
-    return Evidence(model, CALIBRATION, measure_scores(model, CALIBRATION), HELD_OUT)
+def evidence_of(model: PreTrainedModel) -> MethodInputs:
+    return MethodInputs(model, CALIBRATION, measure_scores(model, CALIBRATION), HELD_OUT)
 
 
 def literal_loss(model: PreTrainedModel, plan: Plan, method: str) -> float:
     edited = copy.deepcopy(model)
-    METHODS[method].apply(edited, plan, Materials(CALIBRATION, build_replacement(edited, plan, CALIBRATION)))
+    METHODS[method].apply(edited, plan, EditInputs(CALIBRATION, build_replacement(edited, plan, CALIBRATION)))
     with torch.no_grad():
         logits = edited(HELD_OUT.ids).logits.double()
     return float(functional.cross_entropy(logits[:, :-1].flatten(0, 1), HELD_OUT.ids[:, 1:].flatten()))
@@ -50,13 +50,13 @@ def literal_loss(model: PreTrainedModel, plan: Plan, method: str) -> float:
 def test_it_follows_the_plan_of_lowest_held_out_loss(seed: int, best: str) -> None:
     model = tiny_model("llama", seed)
     before = copy.deepcopy(model.state_dict())
-    evidence = evidence_of(model)
+    inputs = evidence_of(model)
     losses: dict[str, float] = {}
     for name in ("blockpruner", "come-p", "sleb + linear", "shortgpt + linear"):
         method, _, replacement = name.partition(" + ")
         recipe = make_recipe({"method": method, "remove": 2, "replacement": replacement or "none", "heal": "none"})
-        losses[name] = literal_loss(model, METHODS[method].plan(recipe, evidence), method)
-    plan = METHODS["auto"].plan(RECIPE, evidence)
+        losses[name] = literal_loss(model, METHODS[method].plan(recipe, inputs), method)
+    plan = METHODS["auto"].plan(RECIPE, inputs)
     assert plan.by == min(losses, key=losses.__getitem__) == best
     assert dict(plan.tried) == pytest.approx(losses, rel=1e-4)
     assert plan.describe().startswith(f"by {plan.by}: ")
@@ -84,12 +84,12 @@ def test_what_the_architecture_cannot_have_is_no_candidate(architecture: str, na
 
 def test_a_candidate_that_the_weights_refuse_is_left_out() -> None:
     model = tiny_model("llama", 1)  # the one where shortgpt + linear is best
-    apply_plan(model, Plan(LAYERS, (), dead=tuple((layer, "mlp") for layer in range(LAYERS - 1))), None)
-    evidence = evidence_of(model)
+    apply_plan(model, Plan(LAYERS, (), skipped=tuple((layer, "mlp") for layer in range(LAYERS - 1))), None)
+    inputs = evidence_of(model)
     sleb = make_recipe({"method": "sleb", "remove": 2, "replacement": "linear"})
     with pytest.raises(StreamlineError, match="writes nothing"):
-        build_replacement(model, METHODS["sleb"].plan(sleb, evidence), CALIBRATION)
-    plan = METHODS["auto"].plan(RECIPE, evidence)
+        build_replacement(model, METHODS["sleb"].plan(sleb, inputs), CALIBRATION)
+    plan = METHODS["auto"].plan(RECIPE, inputs)
     assert "linear" not in plan.by
     assert dict(plan.tried)["sleb + linear"] is None
 
@@ -98,14 +98,14 @@ def test_a_choice_that_none_can_make_is_refused() -> None:
     model = tiny_model("gemma2")  # it cannot be merged, so blockpruner is the only candidate
     attentions = [(layer, "attention") for layer in range(LAYERS - 1)]
     mlps = [(layer, "mlp") for layer in range(LAYERS)]
-    apply_plan(model, Plan(LAYERS, (), dead=tuple(sorted(attentions + mlps))), None)
+    apply_plan(model, Plan(LAYERS, (), skipped=tuple(sorted(attentions + mlps))), None)
     recipe = make_recipe({"method": "auto", "remove": 4})
     with pytest.raises(StreamlineError, match="the last attention has to stay"):
         METHODS["auto"].plan(recipe, evidence_of(model))
 
 
 def test_the_text_that_plans_are_compared_on_is_text_that_was_chosen_on() -> None:
-    source = Source(REFERENCE)
+    source = ModelSource(REFERENCE)
     recipe = make_recipe({"method": "auto", "remove": 1, **FEW})
     prepared = prepare(source, recipe, lambda message: None)
     both = read_windows("stdlib:calibration", AutoTokenizer.from_pretrained(REFERENCE), 15, 32, 0, VOCABULARY)
@@ -123,7 +123,14 @@ def test_a_large_calibration_text_asks_for_no_more_than_it_takes_to_compare() ->
 def test_what_is_followed_is_printed_and_on_record(tmp_path: Path) -> None:
     fields = {"method": "auto", "remove": 1, **FEW, "samples": 2}
     said: list[str] = []
-    prune(Source(REFERENCE), make_recipe(fields), tmp_path / "out", overwrite=False, verbose=False, say=said.append)
+    prune(
+        ModelSource(REFERENCE),
+        make_recipe(fields),
+        tmp_path / "out",
+        overwrite=False,
+        verbose=False,
+        notify=said.append,
+    )
     record = json.loads((tmp_path / "out" / "streamline.json").read_text())
     tried = record["tried"]
     assert list(tried) == ["blockpruner", "come-p", "sleb + linear", "shortgpt + linear"]
@@ -140,4 +147,4 @@ def test_too_little_text_is_an_error_that_says_why_it_is_so_much(tmp_path: Path)
     fields = {"method": "auto", "remove": 1, "samples": 6, "length": 32, "heal": "none"}
     recipe = make_recipe({**fields, "calibration": str(tmp_path / "text.txt")})
     with pytest.raises(StreamlineError, match=r"too short for 30 windows of 32; .*; samples are 6, and .* 24 more"):
-        prepare(Source(REFERENCE), recipe, lambda message: None)
+        prepare(ModelSource(REFERENCE), recipe, lambda message: None)

@@ -10,7 +10,7 @@ import pytest
 from optimum.commands.streamline.options import METHOD_LINES
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
-from optimum.streamline.methods.base import Evidence
+from optimum.streamline.methods.base import MethodInputs
 from optimum.streamline.methods.registry import METHODS, method_of
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.scoring.similarity import Scores
@@ -21,7 +21,7 @@ LAYERS = 7
 
 def planned(method: str, scores: Scores, **fields: object) -> Plan:
     """What a method that goes by scores alone plans."""
-    return METHODS[method].plan(make_recipe({"method": method, **fields}), Evidence(None, None, scores))
+    return METHODS[method].plan(make_recipe({"method": method, **fields}), MethodInputs(None, None, scores))
 
 
 @pytest.fixture(params=range(5))
@@ -49,7 +49,7 @@ def test_llm_streamline_takes_the_most_similar_block(scores: Scores, count: int,
     best = max((scores.similarity[j][j + length], -j) for j in range(LAYERS - length + 1))
     assert plan.gone == tuple(range(-best[1], -best[1] + length))
     assert plan.net == count
-    assert len(plan.places) == LAYERS - count
+    assert len(plan.new_layers) == LAYERS - count
 
 
 @pytest.mark.parametrize("replacement", ["mlp", "ffn", "swiglu"])
@@ -94,7 +94,7 @@ def test_explicit_takes_what_it_is_told(scores: Scores) -> None:
 
 def test_places_name_the_originals() -> None:
     plan = Plan(6, (2, 3, 4), "mlp")
-    assert [(place.kind, place.originals) for place in plan.places] == [
+    assert [(place.kind, place.originals) for place in plan.new_layers] == [
         ("kept", (0,)),
         ("kept", (1,)),
         ("mlp", (2, 3, 4)),

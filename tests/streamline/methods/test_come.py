@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from optimum.streamline.editing.apply import Materials, apply_plan, planned_config
+from optimum.streamline.editing.apply import EditInputs, apply_plan, planned_config
 from optimum.streamline.editing.merging import merge_layers, replace_pair
-from optimum.streamline.editing.plan import Merge, Place, Plan
+from optimum.streamline.editing.plan import Merge, Plan, PlannedLayer
 from optimum.streamline.errors import StreamlineError
-from optimum.streamline.methods.base import Evidence
+from optimum.streamline.methods.base import MethodInputs
 from optimum.streamline.methods.come import CoMe
 from optimum.streamline.methods.come_p import CoMeP
 from optimum.streamline.methods.registry import METHODS
@@ -61,7 +61,7 @@ def recipe_of(method: str, remove: int) -> Recipe:
 def planned(method: str, model: PreTrainedModel, remove: int) -> Plan:
     recipe = recipe_of(method, remove)
     METHODS[method].check(recipe, model.config)
-    return METHODS[method].plan(recipe, Evidence(model, WINDOWS, measure_scores(model, WINDOWS)))
+    return METHODS[method].plan(recipe, MethodInputs(model, WINDOWS, measure_scores(model, WINDOWS)))
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -105,10 +105,10 @@ class Watched(CoMe):
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
 def test_what_is_planned_is_what_is_made(architecture: str) -> None:
     model, method = model_of(architecture), Watched()
-    plan = method.plan(recipe_of("come", 3), Evidence(model, WINDOWS, measure_scores(model, WINDOWS)))
+    plan = method.plan(recipe_of("come", 3), MethodInputs(model, WINDOWS, measure_scores(model, WINDOWS)))
     expected = planned_config(model.config, plan).to_dict()
-    change = method.apply(model, plan, Materials(WINDOWS))
-    assert (change.places, change.dead) == (plan.places, {})
+    change = method.apply(model, plan, EditInputs(WINDOWS))
+    assert (change.new_layers, change.skipped) == (plan.new_layers, {})
     assert model.config.to_dict() == expected
     assert len(method.made) == 6
     for ours, theirs in zip(method.made[:3], method.made[3:], strict=True):
@@ -135,16 +135,16 @@ def test_planning_leaves_the_model(method: str) -> None:
 def test_merges_see_what_was_healed_in_between() -> None:
     model = model_of("llama")
     plan = Plan(LAYERS, (2, 3), merges=(Merge(1, 0.5, 0.5), Merge(1, 0.5, 0.5)))
-    seen: list[tuple[Place, ...]] = []
+    seen: list[tuple[PlannedLayer, ...]] = []
 
-    def heal(places: tuple[Place, ...]) -> None:
-        seen.append(places)
+    def heal(new_layers: tuple[PlannedLayer, ...]) -> None:
+        seen.append(new_layers)
         with torch.no_grad():
             layers_of(model)[1].mlp.down_proj.weight[:, :24] = 0
 
-    CoMe().apply(model, plan, Materials(WINDOWS, after_merge=heal))
-    kept, merged = Place("kept", (0,)), Place("merged", (1, 2))
-    assert seen == [(kept, merged, Place("kept", (3,)), Place("kept", (4,)))]
+    CoMe().apply(model, plan, EditInputs(WINDOWS, after_merge=heal))
+    kept, merged = PlannedLayer("kept", (0,)), PlannedLayer("merged", (1, 2))
+    assert seen == [(kept, merged, PlannedLayer("kept", (3,)), PlannedLayer("kept", (4,)))]
     # The second merge takes the 24 neurons that healing left alive, and none that it silenced.
     assert bool((layers_of(model)[1].mlp.down_proj.weight[:, :24].abs().sum(0) > 0).all())
 
@@ -169,7 +169,7 @@ def test_come_p_takes_the_ratio_of_lowest_loss(architecture: str, seed: int) -> 
         losses[tried.attention, tried.mlp] = loss(trial)
     assert losses[merge.attention, merge.mlp] == pytest.approx(min(losses.values()), abs=1e-7)
     applied = copy.deepcopy(model)
-    CoMeP().apply(applied, Plan(LAYERS, (merge.first + 1,), merges=(merge,)), Materials(WINDOWS))
+    CoMeP().apply(applied, Plan(LAYERS, (merge.first + 1,), merges=(merge,)), EditInputs(WINDOWS))
     for gone in (merge.first, merge.first + 1):
         removed = copy.deepcopy(model)
         apply_plan(removed, Plan(LAYERS, (gone,)), None)
@@ -187,7 +187,7 @@ def test_average_weighs_by_influence() -> None:
     expected = [
         layer.mlp.down_proj.weight.detach().clone() for layer in layers_of(model)[merge.first : merge.first + 2]
     ]
-    METHODS["average"].apply(model, Plan(LAYERS, (merge.first + 1,), merges=(merge,)), Materials(WINDOWS))
+    METHODS["average"].apply(model, Plan(LAYERS, (merge.first + 1,), merges=(merge,)), EditInputs(WINDOWS))
     found = layers_of(model)[merge.first].mlp.down_proj.weight
     torch.testing.assert_close(found, share * expected[0] + (1 - share) * expected[1], atol=1e-6, rtol=0)
 
@@ -197,7 +197,7 @@ def test_average_weighs_by_influence() -> None:
 def test_a_merged_model_is_one_that_stock_transformers_loads(architecture: str, method: str, tmp_path: Path) -> None:
     model = model_of(architecture)
     plan = planned(method, model, 1)
-    METHODS[method].apply(model, plan, Materials(WINDOWS))
+    METHODS[method].apply(model, plan, EditInputs(WINDOWS))
     model.save_pretrained(tmp_path)
     stock, info = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"]
@@ -211,7 +211,7 @@ def test_a_merged_model_is_one_that_stock_transformers_loads(architecture: str, 
 
 def test_a_merged_model_can_be_trained() -> None:
     model = model_of("llama")
-    METHODS["come"].apply(model, planned("come", model, 2), Materials(WINDOWS))
+    METHODS["come"].apply(model, planned("come", model, 2), EditInputs(WINDOWS))
     model(WINDOWS.ids, labels=WINDOWS.ids).loss.backward()
     assert all(parameter.requires_grad and parameter.grad is not None for parameter in model.parameters())
 
@@ -266,8 +266,8 @@ def test_nothing_stands_in_for_a_merged_layer(method: str) -> None:
 def test_kinds_of_attention_stay_with_their_layers() -> None:
     model = tiny_model("smollm3", no_rope_layers=[1, 1, 0, 0, 0])
     plan = planned("come", model, 3)
-    METHODS["come"].apply(model, plan, Materials(WINDOWS))
-    assert [place.originals for place in plan.places] == [(0, 1), (2, 3, 4)]
+    METHODS["come"].apply(model, plan, EditInputs(WINDOWS))
+    assert [place.originals for place in plan.new_layers] == [(0, 1), (2, 3, 4)]
     assert model.config.no_rope_layers == [1, 0]
     assert [bool(layer.self_attn.use_rope) for layer in layers_of(model)] == [True, False]
 

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from behaviour import greedy, logits
 from optimum.streamline.checkpoints.loading import load
-from optimum.streamline.editing.apply import Materials, build_replacement, planned_config
+from optimum.streamline.editing.apply import EditInputs, build_replacement, planned_config
 from optimum.streamline.errors import StreamlineError
-from optimum.streamline.methods.base import Evidence
+from optimum.streamline.methods.base import MethodInputs
 from optimum.streamline.methods.registry import METHODS, method_of
 from optimum.streamline.models.architectures import ARCHITECTURES
 from optimum.streamline.recipe.parsing import make_recipe
@@ -57,16 +57,16 @@ def test_what_a_method_leaves_is_a_plain_checkpoint(architecture: str, name: str
         return
     method, before = method_of(recipe, model.config), logits(model, ids)
     untouched = {key: value.clone() for key, value in model.state_dict().items()}
-    plan = method.plan(recipe, Evidence(model, CALIBRATION, measure_scores(model, CALIBRATION), HELD_OUT))
+    plan = method.plan(recipe, MethodInputs(model, CALIBRATION, measure_scores(model, CALIBRATION), HELD_OUT))
     assert all(torch.equal(value, untouched[key]) for key, value in model.state_dict().items())
     assert torch.equal(logits(model, ids), before)
     expected = planned_config(model.config, plan).to_dict()
-    change = method.apply(model, plan, Materials(CALIBRATION, build_replacement(model, plan, CALIBRATION, 0)))
+    change = method.apply(model, plan, EditInputs(CALIBRATION, build_replacement(model, plan, CALIBRATION, 0)))
     edited = logits(model, ids)
     assert edited.isfinite().all()
     assert (edited - before).abs().max() > 1e-3
     assert model.config.to_dict() == expected
-    assert model.config.num_hidden_layers == len(change.places) == LAYERS - plan.net
+    assert model.config.num_hidden_layers == len(change.new_layers) == LAYERS - plan.net
     if name not in ("auto", "blockpruner"):  # theirs is the weight of two layers
         assert plan.net == 2
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from optimum.streamline.editing.apply import apply_plan
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
-from optimum.streamline.methods.base import Evidence
+from optimum.streamline.methods.base import MethodInputs
 from optimum.streamline.methods.blockpruner import sublayer_sizes
 from optimum.streamline.methods.registry import METHODS, method_of
 from optimum.streamline.models.architectures import ARCHITECTURES, decoder_layers
@@ -28,12 +28,12 @@ FLAT = Scores(tuple((0.5,) * (LAYERS + 1) for _ in range(LAYERS + 1)))
 
 def planned(model: PreTrainedModel, method: str, **fields: object) -> Plan:
     recipe = make_recipe({"method": method, **fields})
-    return method_of(recipe, model.config).plan(recipe, Evidence(model, Windows(IDS, "random"), FLAT))
+    return method_of(recipe, model.config).plan(recipe, MethodInputs(model, Windows(IDS, "random"), FLAT))
 
 
-def loss_after(model: PreTrainedModel, gone: set[int], dead: set[tuple[int, str]] = frozenset()) -> float:
+def loss_after(model: PreTrainedModel, gone: set[int], skipped: set[tuple[int, str]] = frozenset()) -> float:
     edited = copy.deepcopy(model)
-    apply_plan(edited, Plan(LAYERS, tuple(sorted(gone)), dead=tuple(sorted(dead))), None)
+    apply_plan(edited, Plan(LAYERS, tuple(sorted(gone)), skipped=tuple(sorted(skipped))), None)
     with torch.no_grad():
         logits = edited(IDS).logits.double()
     return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()))
@@ -97,7 +97,7 @@ def test_shortened_taylor_takes_the_lowest_that_are_not_protected() -> None:
     importance = taylor_importance(model, Windows(IDS, "random"))
     recipe = make_recipe({"method": "shortened-taylor", "remove": 2})
     scores = Scores(tuple((0.5,) * 10 for _ in range(10)))
-    gone = METHODS["shortened-taylor"].plan(recipe, Evidence(model, Windows(IDS, "random"), scores)).gone
+    gone = METHODS["shortened-taylor"].plan(recipe, MethodInputs(model, Windows(IDS, "random"), scores)).gone
     assert gone == tuple(sorted(sorted(range(4, 7), key=lambda layer: importance[layer])[:2]))
     everywhere = planned(tiny_model(), "shortened-taylor", remove=2, protect="0,0").gone
     ours = taylor_importance(tiny_model(), Windows(IDS, "random"))
@@ -110,7 +110,7 @@ def test_a_gradient_that_is_not_a_number_is_never_ranked() -> None:
         model.model.layers[2].mlp.down_proj.weight[0, 0] = torch.nan
     recipe = make_recipe({"method": "shortened-taylor", "remove": 1, "protect": "0,0"})
     with pytest.raises(StreamlineError, match=r"the gradient of layer \d is not finite on the calibration text"):
-        METHODS["shortened-taylor"].plan(recipe, Evidence(model, Windows(IDS, "random"), FLAT))
+        METHODS["shortened-taylor"].plan(recipe, MethodInputs(model, Windows(IDS, "random"), FLAT))
     assert all(value.grad is None and value.requires_grad for value in model.parameters())
 
 
@@ -146,17 +146,19 @@ def brute_blocks(model: PreTrainedModel, count: int) -> tuple[set[int], set[tupl
 @pytest.mark.parametrize(("architecture", "count"), [*((name, 1) for name in SOME), ("qwen3", 3), ("gpt2", 3)])
 def test_blockpruner_takes_at_each_step_what_is_missed_least(architecture: str, count: int) -> None:
     model = tiny_model(architecture)
-    gone, dead = brute_blocks(model, count)
-    assert planned(model, "blockpruner", remove=count) == Plan(LAYERS, tuple(sorted(gone)), dead=tuple(sorted(dead)))
+    gone, skipped = brute_blocks(model, count)
+    assert planned(model, "blockpruner", remove=count) == Plan(
+        LAYERS, tuple(sorted(gone)), skipped=tuple(sorted(skipped))
+    )
 
 
 def test_blockpruner_stops_at_the_weight_of_so_many_layers() -> None:
     model = tiny_model("qwen3_moe")  # its layer 3 has a dense MLP, smaller than the experts of the others
-    sizes, dead = sublayer_sizes(model)
-    assert not dead
+    sizes, skipped = sublayer_sizes(model)
+    assert not skipped
     assert sizes[3, "mlp"] != sizes[2, "mlp"]
     plan = planned(model, "blockpruner", remove=2)
-    taken = [sizes[part] for part in plan.dead]
+    taken = [sizes[part] for part in plan.skipped]
     taken += [sizes[layer, "attention"] + sizes[layer, "mlp"] for layer in plan.gone]
     assert sum(taken) >= 2 * sum(sizes.values()) / LAYERS
     assert sum(taken) - max(sizes.values()) < 2 * sum(sizes.values()) / LAYERS
@@ -164,25 +166,25 @@ def test_blockpruner_stops_at_the_weight_of_so_many_layers() -> None:
 
 def test_blockpruner_keeps_an_attention() -> None:
     plan = planned(tiny_model("opt"), "blockpruner", remove=LAYERS - 1)
-    dead = {layer for layer, sublayer in plan.dead if sublayer == "attention"}
-    assert len(dead | set(plan.gone)) < LAYERS
+    skipped = {layer for layer, sublayer in plan.skipped if sublayer == "attention"}
+    assert len(skipped | set(plan.gone)) < LAYERS
 
 
 def test_blockpruner_goes_on_where_an_earlier_run_stopped() -> None:
     model = tiny_model()
-    apply_plan(model, Plan(LAYERS, (), dead=((1, "attention"), (2, "mlp"))), None)
-    sizes, dead = sublayer_sizes(model)
-    assert dead == {(1, "attention"), (2, "mlp")}
+    apply_plan(model, Plan(LAYERS, (), skipped=((1, "attention"), (2, "mlp"))), None)
+    sizes, skipped = sublayer_sizes(model)
+    assert skipped == {(1, "attention"), (2, "mlp")}
     assert sizes[1, "attention"] == sizes[2, "mlp"] == 0
     plan = planned(model, "blockpruner", remove=3)
-    assert not dead & set(plan.dead)
+    assert not skipped & set(plan.skipped)
     change = apply_plan(model, plan, None)
     kept = [layer for layer in range(LAYERS) if layer not in plan.gone]
     expected = {
-        index: sorted(sublayer for at, sublayer in {*plan.dead, *dead} if at == layer)
+        index: sorted(sublayer for at, sublayer in {*plan.skipped, *skipped} if at == layer)
         for index, layer in enumerate(kept)
     }
-    assert change.dead == {index: skip for index, skip in expected.items() if skip}
+    assert change.skipped == {index: skip for index, skip in expected.items() if skip}
 
 
 @pytest.mark.parametrize("method", ["sleb", "shortened-ppl", "shortened-taylor"])

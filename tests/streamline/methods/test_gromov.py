@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum.streamline.editing.plan import TRAINED
-from optimum.streamline.methods.base import Evidence
+from optimum.streamline.methods.base import MethodInputs
 from optimum.streamline.methods.registry import METHODS, method_of
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.scoring.similarity import Scores, measure_scores
@@ -50,7 +50,7 @@ def test_the_block_is_the_one_of_least_distance(architecture: str, seed: int) ->
         assert scores.block_angle(length) == pytest.approx(expected, abs=1e-7)
         first = expected.index(min(expected))
         plan = METHODS["gromov"].plan(
-            make_recipe({"method": "gromov", "remove": length}), Evidence(model, DATA, scores)
+            make_recipe({"method": "gromov", "remove": length}), MethodInputs(model, DATA, scores)
         )
         assert plan.gone == tuple(range(first, first + length))
 
@@ -60,18 +60,18 @@ def test_it_is_not_llm_streamlines_measure() -> None:
     choices = set()
     for seed in range(6):
         model = tiny_model(seed=seed)
-        evidence = Evidence(model, DATA, measure_scores(model, DATA))
+        inputs = MethodInputs(model, DATA, measure_scores(model, DATA))
         for count in (1, 2, 3):
             recipe = make_recipe({"remove": count})
-            choices.add(tuple(METHODS[name].plan(recipe, evidence).gone for name in ("gromov", "llm-streamline")))
+            choices.add(tuple(METHODS[name].plan(recipe, inputs).gone for name in ("gromov", "llm-streamline")))
     assert any(mine != theirs for mine, theirs in choices)
 
 
 def angles(*steps: float) -> Scores:
     """A stream that turns by `steps`, all in one direction."""
-    places = [sum(steps[:depth]) for depth in range(len(steps) + 1)]
-    angle = tuple(tuple(abs(a - b) for b in places) for a in places)
-    return Scores(tuple((0.0,) * len(places) for _ in places), angle)
+    new_layers = [sum(steps[:depth]) for depth in range(len(steps) + 1)]
+    angle = tuple(tuple(abs(a - b) for b in new_layers) for a in new_layers)
+    return Scores(tuple((0.0,) * len(new_layers) for _ in new_layers), angle)
 
 
 @pytest.mark.parametrize(
@@ -81,14 +81,14 @@ def test_a_replacement_has_its_place(replacement: str, gone: tuple[int, ...]) ->
     scores = angles(0.01, 0.01, 0.015, 0.02, 0.02, 0.2, 0.01, 0.3)
     recipe = make_recipe({"method": "gromov", "remove": 2, "replacement": replacement})
     method_of(recipe, tiny_model(num_hidden_layers=8).config)
-    plan = METHODS["gromov"].plan(recipe, Evidence(None, None, scores))
+    plan = METHODS["gromov"].plan(recipe, MethodInputs(None, None, scores))
     assert plan.gone == gone
     assert plan.net == 2
 
 
 def test_ties_go_to_the_first_block() -> None:
     recipe = make_recipe({"method": "gromov", "remove": 2})
-    assert METHODS["gromov"].plan(recipe, Evidence(None, None, angles(*[0.0] * 6))).gone == (0, 1)
+    assert METHODS["gromov"].plan(recipe, MethodInputs(None, None, angles(*[0.0] * 6))).gone == (0, 1)
 
 
 def test_layers_that_change_nothing_are_at_distance_zero() -> None:

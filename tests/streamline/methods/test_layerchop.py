@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from optimum.streamline.errors import StreamlineError
-from optimum.streamline.methods.base import Evidence
+from optimum.streamline.methods.base import MethodInputs
 from optimum.streamline.methods.layerchop import PATTERNS
 from optimum.streamline.methods.registry import METHODS, method_of
 from optimum.streamline.recipe.parsing import make_recipe
@@ -56,7 +56,7 @@ CASES = [(total, pattern, kept) for total, table in TABLES for pattern, kept in 
 def kept_of(total: int, remove: int | str, pattern: str | None) -> list[int]:
     recipe = make_recipe({"method": "layerchop", "remove": remove, "pattern": pattern})
     blank = tuple((0.0,) * (total + 1) for _ in range(total + 1))
-    plan = METHODS["layerchop"].plan(recipe, Evidence(None, None, Scores(blank)))
+    plan = METHODS["layerchop"].plan(recipe, MethodInputs(None, None, Scores(blank)))
     return [layer for layer in range(total) if layer not in plan.gone]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum.streamline.errors import StreamlineError
-from optimum.streamline.methods.base import Evidence
+from optimum.streamline.methods.base import MethodInputs
 from optimum.streamline.methods.registry import METHODS, method_of
 from optimum.streamline.models.architectures import ARCHITECTURES, decoder_layers
 from optimum.streamline.recipe.parsing import make_recipe
@@ -23,13 +23,13 @@ DATA = Windows(token_ids(3, 12), "random")
 MODELS = [("llama", 1), ("llama", 2), ("qwen2", 0), ("qwen3", 0)]
 
 
-def evidence_of(model: PreTrainedModel) -> Evidence:
-    return Evidence(model, DATA, measure_scores(model, DATA))
+def evidence_of(model: PreTrainedModel) -> MethodInputs:
+    return MethodInputs(model, DATA, measure_scores(model, DATA))
 
 
-def chosen(evidence: Evidence, count: int, **fields: object) -> tuple[int, ...]:
+def chosen(inputs: MethodInputs, count: int, **fields: object) -> tuple[int, ...]:
     recipe = make_recipe({"method": "shortgpt", "remove": count, **fields})
-    return METHODS["shortgpt"].plan(recipe, evidence).gone
+    return METHODS["shortgpt"].plan(recipe, inputs).gone
 
 
 def influence_of(model: PreTrainedModel) -> list[float]:
@@ -65,15 +65,15 @@ def by_hand(original: PreTrainedModel, count: int) -> tuple[int, ...]:
 @pytest.mark.parametrize(("architecture", "seed"), MODELS)
 def test_one_by_one_is_what_one_does_by_hand(architecture: str, seed: int) -> None:
     model = tiny_model(architecture, seed)
-    evidence = evidence_of(model)
+    inputs = evidence_of(model)
     for count in range(1, LAYERS):
-        assert chosen(evidence, count, iterative=True) == by_hand(model, count)
+        assert chosen(inputs, count, iterative=True) == by_hand(model, count)
 
 
 def test_one_by_one_is_another_choice_than_at_once() -> None:
-    evidence = [evidence_of(tiny_model(*each)) for each in MODELS]
-    assert any(chosen(each, n) != chosen(each, n, iterative=True) for each in evidence for n in range(2, LAYERS))
-    assert all(chosen(each, 1) == chosen(each, 1, iterative=True) for each in evidence)
+    inputs = [evidence_of(tiny_model(*each)) for each in MODELS]
+    assert any(chosen(each, n) != chosen(each, n, iterative=True) for each in inputs for n in range(2, LAYERS))
+    assert all(chosen(each, 1) == chosen(each, 1, iterative=True) for each in inputs)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "opt", "qwen2", "qwen3_moe", "smollm3"])
@@ -90,7 +90,7 @@ def test_the_model_is_left_as_it_was(architecture: str) -> None:
 
 def test_the_model_is_left_as_it_was_when_measuring_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("qwen2")
-    evidence, untouched, numbers = evidence_of(model), copy.deepcopy(model), layer_numbers(model)
+    inputs, untouched, numbers = evidence_of(model), copy.deepcopy(model), layer_numbers(model)
     seen: list[PreTrainedModel] = []
 
     def fail(shortened: PreTrainedModel, _: Windows) -> None:
@@ -99,7 +99,7 @@ def test_the_model_is_left_as_it_was_when_measuring_fails(monkeypatch: pytest.Mo
 
     monkeypatch.setattr("optimum.streamline.methods.shortgpt.measure_scores", fail)
     with pytest.raises(StreamlineError, match="no"):
-        chosen(evidence, 3, iterative=True)
+        chosen(inputs, 3, iterative=True)
     assert seen == [model]
     assert_same(model, untouched)
     assert layer_numbers(model) == numbers

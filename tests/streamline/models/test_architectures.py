@@ -15,10 +15,10 @@ from optimum.streamline.checkpoints.loading import load
 from optimum.streamline.editing.apply import apply_plan, build_replacement, planned_config
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
-from optimum.streamline.methods.base import Evidence
+from optimum.streamline.methods.base import MethodInputs
 from optimum.streamline.methods.registry import method_of
 from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, decoder_layers
-from optimum.streamline.models.skipped_sublayers import DeadAttention, DeadMLP, dead_sublayers
+from optimum.streamline.models.skipped_sublayers import SkippedAttention, SkippedMLP, skipped_sublayers
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.scoring.similarity import measure_scores
 from optimum.streamline.text.windows import Windows
@@ -31,8 +31,8 @@ PLANS = {
     "layer": Plan(LAYERS, (1, 2, 3), "layer"),
     "mlp": Plan(LAYERS, (1, 2, 3), "mlp"),
     "mlp-first": Plan(LAYERS, (0, 1), "mlp"),
-    "dead": Plan(LAYERS, (), dead=((0, "attention"), (2, "mlp"), (3, "attention"), (3, "mlp"))),
-    "dead-and-gone": Plan(LAYERS, (1,), dead=((0, "mlp"), (2, "attention"), (4, "mlp"))),
+    "skipped": Plan(LAYERS, (), skipped=((0, "attention"), (2, "mlp"), (3, "attention"), (3, "mlp"))),
+    "dead-and-gone": Plan(LAYERS, (1,), skipped=((0, "mlp"), (2, "attention"), (4, "mlp"))),
 }
 
 
@@ -74,13 +74,16 @@ def test_scores_are_those_of_the_raw_residual_stream(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", ALL)
 def test_llm_streamline_takes_the_block_of_most_alike_input_and_output(architecture: str, replacement: str) -> None:
     model, windows = tiny_model(architecture), Windows(token_ids(3, 20), "random")
-    literal, evidence = literal_similarity(model, windows.ids), Evidence(model, windows, measure_scores(model, windows))
+    literal, inputs = (
+        literal_similarity(model, windows.ids),
+        MethodInputs(model, windows, measure_scores(model, windows)),
+    )
     for remove in range(1, LAYERS):
         length = remove + (replacement == "layer")
         alike = [literal[first, first + length] for first in range(LAYERS - length + 1)]
         best = alike.index(max(alike))
         recipe = make_recipe({"method": "llm-streamline", "remove": remove, "replacement": replacement})
-        plan = method_of(recipe, model.config).plan(recipe, evidence)
+        plan = method_of(recipe, model.config).plan(recipe, inputs)
         assert plan == Plan(LAYERS, tuple(range(best, best + length)), replacement)
 
 
@@ -107,12 +110,12 @@ def test_edit_survives_disk_stock_transformers_and_the_cache(architecture: str, 
     ours = load(str(tmp_path))
     torch.testing.assert_close(logits(ours, ids), edited, atol=1e-5, rtol=0)
     assert greedy(ours, use_cache=True) == greedy(stock, use_cache=True)
-    for stand_in, sublayer in ((DeadAttention, "attention"), (DeadMLP, "mlp")):
-        dead = {layer for layer, skip in dead_sublayers(ours.config).items() if sublayer in skip}
+    for stand_in, sublayer in ((SkippedAttention, "attention"), (SkippedMLP, "mlp")):
+        skipped = {layer for layer, skip in skipped_sublayers(ours.config).items() if sublayer in skip}
         layers = decoder_layers(ours, ARCHITECTURES[architecture])
-        assert dead == {index for index, layer in enumerate(layers) if has(layer, stand_in)}
-        planned = sum(kind == sublayer for _, kind in plan.dead)
-        assert len(dead) == planned + (sublayer == "attention" and plan.replacement == "mlp")
+        assert skipped == {index for index, layer in enumerate(layers) if has(layer, stand_in)}
+        planned = sum(kind == sublayer for _, kind in plan.skipped)
+        assert len(skipped) == planned + (sublayer == "attention" and plan.replacement == "mlp")
 
 
 @pytest.mark.parametrize("replacement", ["layer", "mlp"])
@@ -127,28 +130,28 @@ def test_a_replacement_layer_follows_the_models_config(replacement: str) -> None
 
 
 @pytest.mark.parametrize("gone", [(0, 1), (1, 2, 3), (3, 4)])
-@pytest.mark.parametrize(("replacement", "dead"), [("layer", ()), ("mlp", ("attention",))])
+@pytest.mark.parametrize(("replacement", "skipped"), [("layer", ()), ("mlp", ("attention",))])
 @pytest.mark.parametrize("architecture", ALL)
 def test_a_replacement_begins_as_its_blocks_first_layer(
-    architecture: str, replacement: str, dead: tuple[str, ...], gone: tuple[int, ...]
+    architecture: str, replacement: str, skipped: tuple[str, ...], gone: tuple[int, ...]
 ) -> None:
     model, ids = tiny_model(architecture), token_ids()
     plan = Plan(LAYERS, gone, replacement)
     apply_plan(model, plan, build_replacement(model, plan))
     first_alone = tiny_model(architecture)
-    apply_plan(first_alone, Plan(LAYERS, gone[1:], dead=tuple((gone[0], sublayer) for sublayer in dead)), None)
+    apply_plan(first_alone, Plan(LAYERS, gone[1:], skipped=tuple((gone[0], sublayer) for sublayer in skipped)), None)
     assert model.config.to_dict() == first_alone.config.to_dict()
     torch.testing.assert_close(logits(model, ids), logits(first_alone, ids), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("replacement", "dead"), [("layer", {}), ("mlp", {1: ["attention"]}), ("ffn", {})])
-def test_a_replacement_is_not_dead_where_its_block_was(replacement: str, dead: dict[int, list[str]]) -> None:
+@pytest.mark.parametrize(("replacement", "skipped"), [("layer", {}), ("mlp", {1: ["attention"]}), ("ffn", {})])
+def test_a_replacement_is_not_dead_where_its_block_was(replacement: str, skipped: dict[int, list[str]]) -> None:
     model = tiny_model()
-    apply_plan(model, Plan(LAYERS, (), dead=((1, "mlp"), (4, "mlp"))), None)
+    apply_plan(model, Plan(LAYERS, (), skipped=((1, "mlp"), (4, "mlp"))), None)
     plan = Plan(LAYERS, (1, 2), replacement)
     change = apply_plan(model, plan, build_replacement(model, plan))
     # Layer 4 is layer 3 now, and as dead as it was.
-    assert change.dead == dead_sublayers(model.config) == {**dead, 3: ["mlp"]}
+    assert change.skipped == skipped_sublayers(model.config) == {**skipped, 3: ["mlp"]}
 
 
 @pytest.mark.parametrize("replacement", ["layer", "mlp", "linear", "ffn"])
@@ -167,22 +170,22 @@ def has(layer: nn.Module, kind: type[nn.Module]) -> bool:
 @pytest.mark.parametrize("architecture", ALL)
 def test_a_dead_sublayer_adds_nothing(architecture: str, sublayer: str) -> None:
     model, ids, row = tiny_model(architecture), token_ids(), ARCHITECTURES[architecture]
-    dead = tiny_model(architecture)
-    apply_plan(dead, Plan(LAYERS, (), dead=((2, sublayer),)), None)  # type: ignore[arg-type]
+    skipped = tiny_model(architecture)
+    apply_plan(skipped, Plan(LAYERS, (), skipped=((2, sublayer),)), None)  # type: ignore[arg-type]
 
     def nothing(_: object, __: object, out: object) -> object:
         return (torch.zeros_like(out[0]), *out[1:]) if isinstance(out, tuple) else torch.zeros_like(out)
 
     layer = decoder_layers(model, row)[2]
     layer.get_submodule(row.attention if sublayer == "attention" else row.mlp[-1]).register_forward_hook(nothing)
-    torch.testing.assert_close(logits(dead, ids), logits(model, ids), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(skipped, ids), logits(model, ids), atol=1e-5, rtol=0)
 
 
 def test_marks_stay_with_their_layers_and_add_up() -> None:
     model = tiny_model()
-    apply_plan(model, Plan(LAYERS, (), dead=((1, "mlp"), (3, "attention"), (4, "mlp"))), None)
-    change = apply_plan(model, Plan(LAYERS, (0, 4), dead=((1, "attention"), (2, "mlp"), (3, "attention"))), None)
-    assert change.dead == dead_sublayers(model.config) == {0: ["attention", "mlp"], 1: ["mlp"], 2: ["attention"]}
+    apply_plan(model, Plan(LAYERS, (), skipped=((1, "mlp"), (3, "attention"), (4, "mlp"))), None)
+    change = apply_plan(model, Plan(LAYERS, (0, 4), skipped=((1, "attention"), (2, "mlp"), (3, "attention"))), None)
+    assert change.skipped == skipped_sublayers(model.config) == {0: ["attention", "mlp"], 1: ["mlp"], 2: ["attention"]}
 
 
 @pytest.mark.parametrize("architecture", ALL)

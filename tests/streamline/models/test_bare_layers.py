@@ -12,15 +12,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from behaviour import greedy, logits
 from console import optimum_cli
 from optimum.streamline.checkpoints.loading import load, load_stock, load_tokenizer, read_config
-from optimum.streamline.checkpoints.source import Source, fingerprint
+from optimum.streamline.checkpoints.source import ModelSource, fingerprint
 from optimum.streamline.editing.apply import apply_plan, build_replacement, planned_config
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation.theoretical_cost import cost_of
-from optimum.streamline.evaluation.validate import subjects_of, validate
+from optimum.streamline.evaluation.validate import compared_models_of, validate
 from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, decoder_layers
 from optimum.streamline.models.bare_layers import bare_layers, save_bare
-from optimum.streamline.models.skipped_sublayers import ATTENTION, mark_dead, silence
+from optimum.streamline.models.skipped_sublayers import ATTENTION, mark_skipped, zero_output
 from optimum.streamline.pipeline.preflight import check_recipe
 from optimum.streamline.pipeline.prune import prune
 from optimum.streamline.recipe.recipe import Budget, Recipe
@@ -85,7 +85,7 @@ def test_structure_disk_and_cache(architecture: str, kind: str, tmp_path: Path) 
     edited = logits(model, ids)
     save_bare(model, tmp_path)
 
-    again = load_stock(Source(str(tmp_path)))
+    again = load_stock(ModelSource(str(tmp_path)))
     torch.testing.assert_close(logits(again, ids), edited, atol=1e-6, rtol=0)
     ours = load(str(tmp_path))
     torch.testing.assert_close(logits(ours, ids), edited, atol=1e-6, rtol=0)
@@ -94,7 +94,7 @@ def test_structure_disk_and_cache(architecture: str, kind: str, tmp_path: Path) 
     attentions = [layer.get_submodule(architecture_of(ours.config).attention) for layer in live]
     assert len({attention.layer_idx for attention in attentions}) == len(live)
 
-    cost = cost_of(read_config(Source(str(tmp_path))), "fp32")
+    cost = cost_of(read_config(ModelSource(str(tmp_path))), "fp32")
     assert cost.parameters == cost.live_parameters == model.num_parameters()
     assert (cost.layers, cost.attention_layers) == (LAYERS - len(gone) + 1, LAYERS - len(gone))
 
@@ -115,8 +115,8 @@ def test_a_loaded_model_is_saved_as_it_was_and_needs_no_remote_code(tmp_path: Pa
     save_bare(model, tmp_path / "first")
     load(str(tmp_path / "first"), trust_remote_code=False).save_pretrained(tmp_path / "second", max_shard_size="50KB")
     load(str(tmp_path / "second")).save_pretrained(tmp_path / "third")
-    assert fingerprint(Source(str(tmp_path / "first"))) == fingerprint(Source(str(tmp_path / "third")))
-    assert fingerprint(Source(str(tmp_path / "first"))) != fingerprint(Source(str(tmp_path / "second")))
+    assert fingerprint(ModelSource(str(tmp_path / "first"))) == fingerprint(ModelSource(str(tmp_path / "third")))
+    assert fingerprint(ModelSource(str(tmp_path / "first"))) != fingerprint(ModelSource(str(tmp_path / "second")))
     assert (tmp_path / "second" / "model.safetensors.index.streamline.json").is_file()
     fields = json.loads((tmp_path / "third" / "config.json").read_text())
     assert fields["model_type"] == "streamline"
@@ -128,8 +128,8 @@ def test_a_loaded_model_is_saved_as_it_was_and_needs_no_remote_code(tmp_path: Pa
 def test_dead_attentions_and_bare_layers_stand_side_by_side(tmp_path: Path) -> None:
     model = tiny_model("qwen2")
     row = architecture_of(model.config)
-    silence(decoder_layers(model, row)[0], row, ATTENTION)
-    mark_dead(model.config, {0: [ATTENTION]})
+    zero_output(decoder_layers(model, row)[0], row, ATTENTION)
+    mark_skipped(model.config, {0: [ATTENTION]})
     plan = Plan(LAYERS, (1, 2), "ffn")
     apply_plan(model, plan, build_replacement(model, plan))
     edited = logits(model, token_ids())
@@ -137,7 +137,7 @@ def test_dead_attentions_and_bare_layers_stand_side_by_side(tmp_path: Path) -> N
     ours = load(str(tmp_path))
     torch.testing.assert_close(logits(ours, token_ids()), edited, atol=1e-5, rtol=0)
     assert greedy(ours, use_cache=True) == greedy(ours, use_cache=False)
-    cost = cost_of(read_config(Source(str(tmp_path))), "fp32")
+    cost = cost_of(read_config(ModelSource(str(tmp_path))), "fp32")
     assert (cost.layers, cost.attention_layers) == (4, 2)
 
 
@@ -147,7 +147,7 @@ def test_a_config_that_names_what_is_not_there_is_refused(named: dict[str, str],
     fields = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**fields, "bare_layers": named}))
     with pytest.raises(StreamlineError, match=r"bare_layers\[\d\] is '\w+': must be 'ffn' or 'swiglu', of layer 0 to"):
-        read_config(Source(str(tmp_path)))
+        read_config(ModelSource(str(tmp_path)))
     (tmp_path / "config.json").write_text(json.dumps({**fields, "bare_layers": {"0": "ffn"}}))
     with pytest.raises(StreamlineError, match="are missing in its files"):
         load(str(tmp_path))
@@ -159,15 +159,15 @@ def test_such_a_model_is_not_pruned_again(tmp_path: Path) -> None:
         apply_plan(model, Plan(3, (1,)), None)
     save_bare(model, tmp_path)
     with pytest.raises(StreamlineError, match="prune its original"):
-        check_recipe(Source(str(tmp_path)), Recipe(remove=1, length=16))
+        check_recipe(ModelSource(str(tmp_path)), Recipe(remove=1, length=16))
 
 
 def test_validation_measures_it(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "original")
     save_bare(bare_model(), tmp_path / "candidate")
-    subjects = subjects_of(Source(str(tmp_path / "original")), [str(tmp_path / "candidate")])
+    compared_models = compared_models_of(ModelSource(str(tmp_path / "original")), [str(tmp_path / "candidate")])
     text = Windows(token_ids(6, 40), "random")
-    report = validate(subjects, text, Budget(), rounds=2, prompt_length=16, decode_tokens=4)
+    report = validate(compared_models, text, Budget(), rounds=2, prompt_length=16, decode_tokens=4)
     assert report.rows[1].kl.value > 0
     assert (report.rows[1].layers, report.rows[1].attention_layers) == (3, 2)
     assert report.rows[1].parameters == report.rows[1].live_parameters == bare_model().num_parameters()
@@ -177,7 +177,7 @@ def test_validation_measures_it(tmp_path: Path) -> None:
 def test_commands_and_the_card_say_what_loads_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, said = Source(REFERENCE), []
+    source, said = ModelSource(REFERENCE), []
     recipe = Recipe(
         remove=2,
         replacement="ffn",
@@ -190,15 +190,15 @@ def test_commands_and_the_card_say_what_loads_it(
         heal_data="stdlib",
     )
     out = tmp_path / "out"
-    record = prune(source, recipe, out, overwrite=False, verbose=False, say=said.append)
+    record = prune(source, recipe, out, overwrite=False, verbose=False, notify=said.append)
     assert any("needs optimum.streamline.load" in line for line in said)
-    assert "ffn" in [place.kind for place in record.change.places]
+    assert "ffn" in [place.kind for place in record.change.new_layers]
     card = (out / "README.md").read_text()
     assert "from optimum.streamline import load" in card
     assert "AutoModelForCausalLM" not in card
     assert "needs optimum.streamline.load" in card
     assert load(str(out)).config.num_hidden_layers == 14
-    assert AutoTokenizer.from_pretrained(out).vocab_size == load_tokenizer(Source(str(out))).vocab_size
+    assert AutoTokenizer.from_pretrained(out).vocab_size == load_tokenizer(ModelSource(str(out))).vocab_size
     few = (*LIBRARY["score"], "--samples", 4, "--length", 64)
     scored = optimum_cli(monkeypatch, capsys, "streamline", "score", "-m", out, *few)
     assert scored.code == 0

@@ -19,14 +19,14 @@ from optimum.commands.streamline.options import CHECKPOINT_QUANTIZATION_LINES
 from optimum.streamline.checkpoints.loading import load, load_stock, load_tokenizer
 from optimum.streamline.checkpoints.provenance import changed_files
 from optimum.streamline.checkpoints.saving import save_model
-from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, decoder_layers, submodule
 from optimum.streamline.models.layer_list import set_decoder_layers
 from optimum.streamline.models.offloaded_weights import read_parameter
 from optimum.streamline.models.quantization_config import quantization_name
 from optimum.streamline.models.quantized_weights import quantized_modules, use_cpu_kernel
-from optimum.streamline.models.skipped_sublayers import ATTENTION, mark_dead, silence
+from optimum.streamline.models.skipped_sublayers import ATTENTION, mark_skipped, zero_output
 from optimum.streamline.pipeline.quantize import quantize
 from optimum.streamline.quantization.quantizers import QUANTIZERS
 from optimum.streamline.runtime.opening import open_runner
@@ -55,7 +55,7 @@ def saved(tmp_path: Path) -> Save:
 
 
 def quietly(source: str, out: Path, how: str, *exclude: str) -> str:
-    quantize(Source(source), out, how, exclude, say=lambda _: None)
+    quantize(ModelSource(source), out, how, exclude, notify=lambda _: None)
     return str(out)
 
 
@@ -75,7 +75,7 @@ def test_layers_are_removed_from_a_quantized_model_as_from_any(
         with pytest.raises(StreamlineError, match="nothing of this model would be quantized"):
             quietly(source, tmp_path / "q", how)
         return
-    model = load_stock(Source(quietly(source, tmp_path / "q", how, "3")))
+    model = load_stock(ModelSource(quietly(source, tmp_path / "q", how, "3")))
     assert quantization_name(model.config) == how
     row, kept = architecture_of(model.config), [0, 2, 3]
     layers = decoder_layers(model, row)
@@ -83,7 +83,7 @@ def test_layers_are_removed_from_a_quantized_model_as_from_any(
     assert not torch.equal(logits(model), logits(load(source)))  # and it has run before it is saved
     set_decoder_layers(model, row, [layers[index] for index in kept], kept)
     expected = logits(model)
-    save_model(model, load_tokenizer(Source(source)), None, tmp_path / "p")
+    save_model(model, load_tokenizer(ModelSource(source)), None, tmp_path / "p")
     again = load(str(tmp_path / "p"))
     assert torch.equal(logits(again), expected)
     numbers = {int(part) for name in quantized_modules(again) for part in name.split(".") if part.isdecimal()}
@@ -139,8 +139,8 @@ def test_a_quantized_weight_is_read_as_the_numbers_it_stands_for(saved: Save, tm
 def test_dead_sublayers_stay_dead(saved: Save, tmp_path: Path, how: str) -> None:
     model = wide_model(vocab_size=4096)
     row = architecture_of(model.config)
-    silence(decoder_layers(model, row)[1], row, ATTENTION)
-    mark_dead(model.config, {1: [ATTENTION]})
+    zero_output(decoder_layers(model, row)[1], row, ATTENTION)
+    mark_skipped(model.config, {1: [ATTENTION]})
     model.save_pretrained(folder := saved())
     assert set(names := quantized_modules(load(quietly(folder, tmp_path / "q", how))))
     assert not [name for name in names if name.startswith("model.layers.1.self_attn")]
@@ -324,7 +324,7 @@ def test_the_command_quantizes_what_was_pruned_and_keeps_its_record(
     words_edited = ("quantize", "-m", edited, tmp_path / "of_edited", "--quantize", "bnb-nf4")
     assert optimum_cli(monkeypatch, capsys, "streamline", *words_edited).code == 0
     said = "before it was quantized, config.json is not what streamline.json says was written"
-    assert changed_files(Source(str(tmp_path / "of_edited"))) == [said]
+    assert changed_files(ModelSource(str(tmp_path / "of_edited"))) == [said]
     assert "exists already" in optimum_cli(monkeypatch, capsys, "streamline", *words).err
     assert optimum_cli(monkeypatch, capsys, "streamline", *words, "--overwrite").code == 0
     wrong = ("quantize", "-m", pruned, tmp_path / "x", "--quantize", "bnb-nf4", "--quantize-exclude", "3")
@@ -453,8 +453,8 @@ def test_on_a_gpu_layers_are_removed_and_what_is_saved_is_what_ran(tmp_path: Pat
     model.to(torch.bfloat16).save_pretrained(source)
     AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(source)
     ids = token_ids().cuda()
-    quantize(Source(str(source)), tmp_path / "q", how, device="cuda", say=lambda _: None)
-    quantized = load_stock(Source(str(tmp_path / "q")), device="cuda")
+    quantize(ModelSource(str(source)), tmp_path / "q", how, device="cuda", notify=lambda _: None)
+    quantized = load_stock(ModelSource(str(tmp_path / "q")), device="cuda")
     assert len(quantized_modules(quantized)) == LAYERS * 7
     row, kept = architecture_of(quantized.config), [0, 2, 4]
     layers = decoder_layers(quantized, row)
@@ -464,7 +464,7 @@ def test_on_a_gpu_layers_are_removed_and_what_is_saved_is_what_ran(tmp_path: Pat
         set_decoder_layers(quantized, row, [layers[index] for index in kept], kept)
         expected = quantized(ids).logits
     assert 0 < (before - true).abs().max() < 0.5 * true.abs().max()
-    save_model(quantized, load_tokenizer(Source(str(source))), None, tmp_path / "p")
+    save_model(quantized, load_tokenizer(ModelSource(str(source))), None, tmp_path / "p")
     with torch.inference_mode():
         found = load(str(tmp_path / "p"), device="cuda")(ids).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-2 * expected.abs().max().item())

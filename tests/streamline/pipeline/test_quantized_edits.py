@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from console import optimum_cli
 from optimum.streamline.checkpoints.loading import load
-from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.models.quantized_weights import quantized_modules, use_cpu_kernel
 from optimum.streamline.pipeline.quantize import quantize
 from optimum.streamline.quantization.quantizers import QUANTIZERS
@@ -52,7 +52,7 @@ def test_an_edited_model_is_quantized_as_any(
         words = ("prune", "-m", source, tmp_path / name, *EDITS[edit], *_COMMON, *flags)
         done = optimum_cli(monkeypatch, capsys, "streamline", *words)
         assert (done.code, done.err) == (0, "")
-    quantize(Source(str(tmp_path / "edited")), tmp_path / "after", how, ["0"], say=lambda _: None)
+    quantize(ModelSource(str(tmp_path / "edited")), tmp_path / "after", how, ["0"], notify=lambda _: None)
     together, after, edited = (load(str(tmp_path / name)) for name in ("together", "after", "edited"))
     assert quantized_modules(together) == quantized_modules(after)
     assert not [name for name in quantized_modules(together) if ".layers.0." in name]

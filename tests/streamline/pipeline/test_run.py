@@ -14,7 +14,7 @@ import pytest
 from console import Outcome, optimum_cli
 from optimum.streamline import StreamlineConfig, StreamlineError, Streamliner
 from optimum.streamline.checkpoints.loading import load
-from optimum.streamline.checkpoints.source import Source, fingerprint
+from optimum.streamline.checkpoints.source import ModelSource, fingerprint
 from optimum.streamline.evaluation.results import Report
 from optimum.streamline.text.sources import open_text
 from reference import LIBRARY, REFERENCE
@@ -167,11 +167,11 @@ def test_another_budget_judges_the_same_figures_anew(cli: Cli, folder: Path) -> 
 
 
 def test_another_recipe_is_refused(cli: Cli, folder: Path) -> None:
-    before = fingerprint(Source(str(folder / "out")))
+    before = fingerprint(ModelSource(str(folder / "out")))
     outcome = cli(folder / "recipe.yaml", folder / "out", "--remove", 5)
     assert outcome.code == 2
     assert "made from another recipe; choose another folder, or pass --overwrite" in outcome.err
-    assert fingerprint(Source(str(folder / "out"))) == before
+    assert fingerprint(ModelSource(str(folder / "out"))) == before
 
 
 @pytest.mark.parametrize(("limit", "code"), [pytest.param(100, 0, marks=pytest.mark.slow), (1.0001, 3)])

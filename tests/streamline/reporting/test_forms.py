@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from optimum.streamline.editing.plan import Place
+from optimum.streamline.editing.plan import PlannedLayer
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation.intervals import Interval, mean_interval
 from optimum.streamline.evaluation.results import Limit, Measurement, Report
@@ -23,7 +23,7 @@ from optimum.streamline.reporting.files import write_report
 from optimum.streamline.reporting.html import fates, to_html
 from optimum.streamline.reporting.plots import FATES, KEPT, comparison_svg, layer_importance_svg
 from optimum.streamline.reporting.text_forms import comparison_table, to_markdown
-from optimum.streamline.reporting.wording import headline, limit_sentence, lines_of, note, sentences
+from optimum.streamline.reporting.wording import headline, limit_sentence, note, sentences, table_rows
 
 ONE = Interval(1.0, 1.0, 1.0)
 NAN = Interval(math.nan, math.nan, math.nan)
@@ -92,8 +92,8 @@ def report(*rows: Measurement, budget: Budget | None = None, by: Judge = "bound"
 
 
 def with_layers(origin: Report) -> Report:
-    places = [Place("kept", (0,)), Place("mlp", (1, 2)), Place("kept", (4,))]
-    return replace(origin, scores=(0.4, 0.1, 0.05, 0.06, 0.3), layers=tuple(places), steps={"heal": 101.2})
+    new_layers = [PlannedLayer("kept", (0,)), PlannedLayer("mlp", (1, 2)), PlannedLayer("kept", (4,))]
+    return replace(origin, scores=(0.4, 0.1, 0.05, 0.06, 0.3), layers=tuple(new_layers), steps={"heal": 101.2})
 
 
 class TestVerdict:
@@ -309,7 +309,7 @@ class TestForms:
 
     def test_every_figure_stands_beside_the_originals(self) -> None:
         cells = [cell for cell in Page(to_html(report())).cells if cell]
-        assert cells == [line.cell(row) for line in lines_of(report()) for row in (ORIGINAL, CANDIDATE)]
+        assert cells == [line.cell(row) for line in table_rows(report()) for row in (ORIGINAL, CANDIDATE)]
 
     def test_questions_are_shown_where_there_were_some(self) -> None:
         asked = replace(
@@ -350,7 +350,7 @@ class TestForms:
         text = to_markdown(with_layers(report(budget=Budget(max_kl=0.1))))
         assert text.startswith("# Over budget\n")
         rows = [line for line in text.splitlines() if line.startswith("| ") or line.startswith("| --- ")]
-        table = rows[: len(lines_of(report())) + 1]
+        table = rows[: len(table_rows(report())) + 1]
         assert {line.count("|") for line in table} == {4}
         assert "| Decode speed-up | 1.00x | 1.30x [1.27, 1.33] |" in text
         assert "| Ideal decode speed-up | 1.00x | 1.32x (98% reached) |" in text

@@ -49,7 +49,7 @@ def zeroed(model: PreTrainedModel, parts: Parts) -> PreTrainedModel:
 def edited(model: PreTrainedModel, parts: Parts) -> PreTrainedModel:
     """A copy that has lost `parts` for good, as it would be saved."""
     model, gone = copy.deepcopy(model), gone_layers(parts)
-    apply_plan(model, Plan(LAYERS, gone, dead=tuple(sorted(part for part in parts if part[0] not in gone))), None)
+    apply_plan(model, Plan(LAYERS, gone, skipped=tuple(sorted(part for part in parts if part[0] not in gone))), None)
     return model
 
 

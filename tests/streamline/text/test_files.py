@@ -18,7 +18,7 @@ from optimum.streamline.errors import StreamlineError
 from optimum.streamline.text.sources import open_text
 
 ROWS = [{"text": "first\nrow", "source": "a", "n": 1}, {"text": "second", "source": "b", "n": 2}]
-LINES = "\n".join(json.dumps(row) for row in ROWS)
+TABLE_ROWS = "\n".join(json.dumps(row) for row in ROWS)
 
 
 def read(spec: object) -> list[str]:
@@ -31,13 +31,13 @@ def write_parquet(file: Path) -> None:
 
 WRITERS: dict[str, Callable[[Path], object]] = {
     "x.parquet": write_parquet,
-    "x.jsonl": lambda file: file.write_text(LINES),
+    "x.jsonl": lambda file: file.write_text(TABLE_ROWS),
     "x.json": lambda file: file.write_text(json.dumps(ROWS)),
     "x.csv": lambda file: file.write_text('text,source,n\n"first\nrow",a,1\nsecond,b,2\n'),
     "x.tsv": lambda file: file.write_text('text\tsource\tn\n"first\nrow"\ta\t1\nsecond\tb\t2\n'),
-    "x.jsonl.gz": lambda file: file.write_bytes(gzip.compress(LINES.encode())),
-    "x.jsonl.bz2": lambda file: file.write_bytes(bz2.compress(LINES.encode())),
-    "x.jsonl.xz": lambda file: file.write_bytes(lzma.compress(LINES.encode())),
+    "x.jsonl.gz": lambda file: file.write_bytes(gzip.compress(TABLE_ROWS.encode())),
+    "x.jsonl.bz2": lambda file: file.write_bytes(bz2.compress(TABLE_ROWS.encode())),
+    "x.jsonl.xz": lambda file: file.write_bytes(lzma.compress(TABLE_ROWS.encode())),
 }
 
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from console import Outcome, optimum_cli
 from optimum.streamline.checkpoints.loading import load_tokenizer
-from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.text.tokenizer_checks import compare_tokenizers
 from optimum.streamline.text.windows import read_windows
@@ -38,7 +38,7 @@ def test_a_class_without_its_files_reads_nothing_and_is_refused(tmp_path: Path) 
     # Row 9: transformers makes a tokenizer of three tokens of this.
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    tokenizer = load_tokenizer(Source(str(tmp_path)))
+    tokenizer = load_tokenizer(ModelSource(str(tmp_path)))
     message = r"LlamaTokenizer of 3 tokens: makes \d+ tokens of \d+ characters of 'stdlib:eval'; it cannot read this"
     with pytest.raises(StreamlineError, match=message):
         read(tokenizer)
@@ -66,7 +66,9 @@ def test_a_candidate_that_reads_otherwise_is_refused_with_the_first_difference(t
     difference = rf"token 0 is \d+ \('def'\), the original's is {first} \('def'\)"
     message = rf"rolled: its tokenizer reads .* otherwise than the original's: {difference}"
     with pytest.raises(StreamlineError, match=message):
-        compare_tokenizers(Source(REFERENCE), [("same", Source(REFERENCE)), ("rolled", Source(str(tmp_path)))], TEXTS)
+        compare_tokenizers(
+            ModelSource(REFERENCE), [("same", ModelSource(REFERENCE)), ("rolled", ModelSource(str(tmp_path)))], TEXTS
+        )
 
 
 def test_a_candidate_that_begins_or_ends_otherwise_is_refused(tmp_path: Path) -> None:
@@ -84,11 +86,13 @@ def test_a_candidate_that_begins_or_ends_otherwise_is_refused(tmp_path: Path) ->
     with pytest.raises(
         StreamlineError, match=r"ends: its tokenizer .*: token \d+ is 0 \(.*\), the original's is not there"
     ):
-        compare_tokenizers(Source(REFERENCE), [("ends", Source(str(tmp_path)))], TEXTS)
+        compare_tokenizers(ModelSource(REFERENCE), [("ends", ModelSource(str(tmp_path)))], TEXTS)
 
 
 def test_a_candidate_without_a_tokenizer_is_said(tmp_path: Path) -> None:
-    said = compare_tokenizers(Source(REFERENCE), [("bare", Source(str(tmp_path))), ("same", Source(REFERENCE))], TEXTS)
+    said = compare_tokenizers(
+        ModelSource(REFERENCE), [("bare", ModelSource(str(tmp_path))), ("same", ModelSource(REFERENCE))], TEXTS
+    )
     assert said == ["bare: holds no tokenizer; it is taken to use the original's"]
 
 

@@ -6,14 +6,14 @@ Importing this package is cheap: an export imports torch and transformers, openi
 """
 
 from .api import check_export, export_checkpoint, open_artifact, open_hidden_states
-from .onnx.quantization.quantizers import WAYS
+from .onnx.quantization.quantizers import GRAPH_QUANTIZERS
 from .tensorrt.engine_options import EngineOptions
-from .tensorrt.graph.quantizers import ENGINE_WAYS
+from .tensorrt.graph.quantizers import ENGINE_QUANTIZERS
 from .tensorrt.registration import register_when_needed
 
 __all__ = [
-    "ENGINE_WAYS",
-    "WAYS",
+    "ENGINE_QUANTIZERS",
+    "GRAPH_QUANTIZERS",
     "EngineOptions",
     "check_export",
     "export_checkpoint",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimum.exporters.streamline.onnx.quantization.settings import NONE, Quantization
 from optimum.exporters.streamline.tensorrt.engine_options import EngineOptions
-from optimum.exporters.streamline.tensorrt.graph.quantizers import check_way
+from optimum.exporters.streamline.tensorrt.graph.quantizers import check_engine_quantizer
 from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.runtime.runner import Logits, Runner, TokenIds
@@ -55,8 +55,8 @@ def export_checkpoint(
         max_memory: Bytes of memory to make do with, though never with less than two layers take, or about five times
             the largest weight: the weights stay on disk, and the graph is compared with torch a few layers at a time.
             By default what is free.
-        quantize: A key of `WAYS`, or for `tensorrt` of `ENGINE_WAYS`: what the graph becomes when it has been proved
-            equal to torch.
+        quantize: How to quantize the graph once it has been compared with torch: a key of `GRAPH_QUANTIZERS`, or for
+            `tensorrt` of `ENGINE_QUANTIZERS`.
         quantize_exclude: What to leave in float: numbers of the checkpoint's layers, and names of modules in which `*`
             stands for anything.
         windows: Text to calibrate on, for a way to quantize that does.
@@ -110,7 +110,7 @@ def check_export(
     if format == TENSORRT:
         _refuse_for_tensorrt(device=device)
         if quantize != NONE:
-            check_way(quantize, engine.capabilities if engine else ())
+            check_engine_quantizer(quantize, engine.capabilities if engine else ())
         return
     from optimum.exporters.streamline.onnx.export import check_options
 

@@ -12,7 +12,7 @@ from optimum.streamline.errors import ParityError, StreamlineError, require_extr
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from optimum.streamline.checkpoints.source import Source
+    from optimum.streamline.checkpoints.source import ModelSource
 
 T = TypeVar("T")
 
@@ -71,7 +71,7 @@ def from_few_layers(model: PreTrainedModel, attempt: Callable[[list[int]], T]) -
     return attempt(every), whole_because
 
 
-def write_companions(model: PreTrainedModel, source: Source, folder: Path) -> None:
+def write_companions(model: PreTrainedModel, source: ModelSource, folder: Path) -> None:
     """Write what clients read beside a graph: the model's config, how it generates, its tokenizer.
 
     Raises:

@@ -19,12 +19,12 @@ def interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def speak_on(console: Console) -> Callable[[str], None]:
+def notifier(console: Console) -> Callable[[str], None]:
     """A function that prints one message, and ends the command if a signal asked for that."""
 
-    def say(message: str) -> None:
+    def notify(message: str) -> None:
         if asked_to_end.is_set():
             raise KeyboardInterrupt
         console.print(message, markup=False)
 
-    return say
+    return notify

@@ -12,14 +12,14 @@ from optimum.streamline.evaluation.theoretical_cost import cost_of
 from optimum.streamline.pipeline.prune import prepare
 from optimum.streamline.recipe.recipe import Recipe
 
-from .console import speak_on
+from .console import notifier
 
 
 def dry_run(source: Any, recipe: Recipe, console: Console) -> int:
     """Print the plan of a recipe and the ideal speed-up; returns the exit code 0."""
     if recipe.quantize_first and recipe.format != "none":
         raise StreamlineError(f"dry-run: with steps {recipe.steps!r} layers are scored in an export, which is not made")
-    prepared = prepare(source, recipe, speak_on(console))
+    prepared = prepare(source, recipe, notifier(console))
     before = cost_of(prepared.model.config, "fp32")
     after = cost_of(planned_config(prepared.model.config, prepared.plan), "fp32")
     context = recipe.length

@@ -151,7 +151,7 @@ def _engine(args: Namespace) -> EngineOptions | None:
 
 def _calibration(args: Namespace, console: Console) -> Windows | None:
     """The windows that a way to quantize asks for; none where it asks for none."""
-    from optimum.exporters.streamline import ENGINE_WAYS, WAYS
+    from optimum.exporters.streamline import ENGINE_QUANTIZERS, GRAPH_QUANTIZERS
     from optimum.streamline.checkpoints.loading import load_tokenizer, read_config
     from optimum.streamline.errors import StreamlineError
     from optimum.streamline.text.windows import read_windows
@@ -159,7 +159,7 @@ def _calibration(args: Namespace, console: Console) -> Windows | None:
     from .inputs import model_source
 
     given = {name: getattr(args, name) for name in CALIBRATION_DEFAULTS if getattr(args, name) is not None}
-    ways: Any = ENGINE_WAYS if args.format == "tensorrt" else WAYS
+    ways: Any = ENGINE_QUANTIZERS if args.format == "tensorrt" else GRAPH_QUANTIZERS
     if args.quantize not in ways or not ways[args.quantize].calibrated:
         for name, value in given.items():
             raise StreamlineError(f"{name} {value}: quantize {args.quantize!r} is not calibrated; leave it out")

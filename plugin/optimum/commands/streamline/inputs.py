@@ -13,7 +13,7 @@ from rich.console import Console
 
 from optimum.streamline.checkpoints.artifact import is_artifact
 from optimum.streamline.checkpoints.loading import read_config
-from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.bare_layers import NEEDS_LOAD, bare_layers
 from optimum.streamline.recipe.parsing import make_recipe, read_recipe, write_recipe
@@ -39,12 +39,12 @@ def recipe_of(args: Namespace) -> Recipe:
     return make_recipe({**given, **flags}, f"recipe {file}" if file else "flags")
 
 
-def model_source(args: Namespace, model: str) -> Source:
+def model_source(args: Namespace, model: str) -> ModelSource:
     """The model that a command was given, with the flags that say how it may be read."""
-    return Source(model, args.cache_dir, args.trust_remote_code, args.revision)
+    return ModelSource(model, args.cache_dir, args.trust_remote_code, args.revision)
 
 
-def note_bare_layers(console: Console, *sources: Source) -> None:
+def note_bare_layers(console: Console, *sources: ModelSource) -> None:
     """Say of each model with a bare feed-forward layer that stock transformers cannot load it."""
     for source in sources:
         if not is_artifact(source.folder) and bare_layers(read_config(source)):

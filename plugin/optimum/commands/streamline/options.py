@@ -199,7 +199,8 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-# What `optimum.exporters.streamline.quantize.WAYS` says of each, which importing would take seconds; a test compares.
+# The descriptions in `optimum.exporters.streamline.GRAPH_QUANTIZERS`, which would take seconds to import; a test
+# compares them.
 QUANTIZATION_LINES = {
     "int8": "weights in 8 bits, activations too, scaled as they come",
     "int8-static": "the same, activations scaled by what text gave (QDQ)",
@@ -209,7 +210,7 @@ QUANTIZATION_LINES = {
 }
 
 
-# What the exporters' `ENGINE_WAYS` say of each; the same test.
+# What the exporters' `ENGINE_QUANTIZERS` say of each; the same test.
 ENGINE_QUANTIZATION_LINES = {
     "int8": "weights and activations in 8 bits, scaled by what text gave",
     "fp8": "the same in 8-bit floats, which begin with compute capability 8.9",

@@ -56,7 +56,7 @@ class OrthogonalityCommand(Command):
         from optimum.streamline.pipeline.orthogonality import orthogonality
         from optimum.streamline.reporting.text_forms import interactions_table
 
-        from .console import speak_on
+        from .console import notifier
         from .inputs import model_source, recipe_of
 
         quantizers = [each.strip() for each in args.quantizers.split(",") if each.strip()]
@@ -69,7 +69,7 @@ class OrthogonalityCommand(Command):
             args.output,
             overwrite=args.overwrite,
             verbose=args.verbose,
-            say=speak_on(console),
+            notify=notifier(console),
         )
         console.print(interactions_table(report))
         console.print(f"report: {args.output / 'report.html'}", markup=False)

@@ -35,7 +35,7 @@ class PruneCommand(Command):
         from optimum.streamline.pipeline.preflight import check_recipe
         from optimum.streamline.pipeline.prune import prune
 
-        from .console import speak_on
+        from .console import notifier
         from .dry_run import dry_run
         from .inputs import model_source, recipe_of, saved_recipe
 
@@ -44,5 +44,5 @@ class PruneCommand(Command):
         with saved_recipe(args, recipe, console):
             if args.dry_run:
                 return dry_run(source, recipe, console)
-            prune(source, recipe, args.output, overwrite=args.overwrite, verbose=args.verbose, say=speak_on(console))
+            prune(source, recipe, args.output, overwrite=args.overwrite, verbose=args.verbose, notify=notifier(console))
         return 0

@@ -37,7 +37,7 @@ class QuantizeCommand(Command):
         from optimum.streamline.pipeline.quantize import quantize
         from optimum.streamline.quantization.quantizers import check_quantizer
 
-        from .console import speak_on
+        from .console import notifier
         from .inputs import excluded_modules, model_source
 
         check_quantizer(args.quantize)
@@ -49,6 +49,6 @@ class QuantizeCommand(Command):
             device=args.device,
             overwrite=args.overwrite,
             verbose=args.verbose,
-            say=speak_on(console),
+            notify=notifier(console),
         )
         return 0

@@ -50,7 +50,7 @@ class RunCommand(Command):
         from optimum.streamline.reporting.text_forms import comparison_table
         from optimum.streamline.system.atomic_output import refuse_own_input
 
-        from .console import speak_on
+        from .console import notifier
         from .dry_run import dry_run
         from .inputs import model_source, recipe_of, saved_recipe
 
@@ -61,7 +61,7 @@ class RunCommand(Command):
             if args.dry_run:
                 return dry_run(source, recipe, console)
             report = run(
-                source, recipe, args.output, overwrite=args.overwrite, verbose=args.verbose, say=speak_on(console)
+                source, recipe, args.output, overwrite=args.overwrite, verbose=args.verbose, notify=notifier(console)
             )
         console.print(comparison_table(report))
         console.print(f"checkpoint: {args.output}", markup=False)

@@ -39,13 +39,13 @@ class ScoreCommand(Command):
         from optimum.streamline.reporting.record import scores_to_dict
         from optimum.streamline.system.atomic_output import check_output, write_file
 
-        from .console import speak_on
+        from .console import notifier
         from .inputs import model_source, note_bare_layers, recipe_of
 
         recipe = recipe_of(args)
         if args.output is not None:
             check_output(args.output, args.overwrite)
-        scores, windows = score(model_source(args, args.model), recipe, speak_on(console))
+        scores, windows = score(model_source(args, args.model), recipe, notifier(console))
         note_bare_layers(console, model_source(args, args.model))
         console.print(_score_table(scores.block_influence))
         if args.output is not None:

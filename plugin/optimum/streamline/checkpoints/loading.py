@@ -29,12 +29,12 @@ from optimum.streamline.models.bare_layers import bare_layers, host_config, is_b
 from optimum.streamline.models.offloaded_weights import offload_options
 from optimum.streamline.models.quantization_config import check_readable, quantization_name
 from optimum.streamline.models.quantized_weights import keep_as_read, save_as_read
-from optimum.streamline.models.skipped_sublayers import drop_dead_sublayers
+from optimum.streamline.models.skipped_sublayers import drop_skipped_sublayers
 
 from .artifact import is_artifact
 from .remote_code import code_note
 from .saving import _check_finite
-from .source import Source
+from .source import ModelSource
 from .weight_files import CONFIG_FILE, FLOAT_TYPES, StoredTensor, WeightFiles, find_weights
 from .wrong_folders import refuse_export, seems_to_be
 
@@ -43,7 +43,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _TYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
 
-def read_config(source: Source, of_export: bool = False) -> PreTrainedConfig:
+def read_config(source: ModelSource, of_export: bool = False) -> PreTrainedConfig:
     """The config of a checkpoint that can be handled.
 
     Args:
@@ -68,7 +68,7 @@ def read_config(source: Source, of_export: bool = False) -> PreTrainedConfig:
     return config
 
 
-def check_checkpoint(source: Source, of_export: bool = False) -> PreTrainedConfig:
+def check_checkpoint(source: ModelSource, of_export: bool = False) -> PreTrainedConfig:
     """The config of a checkpoint, whose files are looked at and whose weights are not read: for before any work.
 
     Args:
@@ -86,7 +86,7 @@ def check_checkpoint(source: Source, of_export: bool = False) -> PreTrainedConfi
     return config
 
 
-def _config_of(source: Source) -> PreTrainedConfig:
+def _config_of(source: ModelSource) -> PreTrainedConfig:
     fields, _ = PreTrainedConfig.get_config_dict(source.folder)
     if is_bare_checkpoint(fields):
         return host_config(fields)
@@ -95,13 +95,13 @@ def _config_of(source: Source) -> PreTrainedConfig:
 
 
 def load_stock(
-    source: Source,
+    source: ModelSource,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     offload: Path | None = None,
     quantization: Any = None,
 ) -> PreTrainedModel:
-    """Load a checkpoint as stock transformers does, dead sublayers computed with their zeros; bare layers besides.
+    """Load a checkpoint as stock transformers does, skipped sublayers computed with their zeros; bare layers besides.
 
     Args:
         dtype: What to load in; the checkpoint's own by default, and always of one that is quantized.
@@ -138,7 +138,7 @@ def load_stock(
     return model
 
 
-def source_notes(source: Source, config: PreTrainedConfig) -> list[str]:
+def source_notes(source: ModelSource, config: PreTrainedConfig) -> list[str]:
     """What a user must know of how a model is read, in lines: whose code runs, and what its files were made into."""
     used: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[config.model_type]]
     notes = [code_note(source, used.__name__)]
@@ -172,7 +172,7 @@ def check_device(device: str) -> None:
         raise StreamlineError("device 'cuda': this machine or this build of torch has none; use 'cpu'")
 
 
-def _read_model(source: Source, config: PreTrainedConfig, options: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
+def _read_model(source: ModelSource, config: PreTrainedConfig, options: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
     """A model, and what transformers says of the weights it found."""
     # Weights of another shape are named by us, in one line.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -199,7 +199,7 @@ _FAULTS = {
 }
 
 
-def _check_keys(source: Source, info: dict[str, Any]) -> None:
+def _check_keys(source: ModelSource, info: dict[str, Any]) -> None:
     for fault, meaning in _FAULTS.items():
         names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in info[fault])
         # A constant that GPT-2's files once held: no weight, and no model has it any more.
@@ -207,7 +207,7 @@ def _check_keys(source: Source, info: dict[str, Any]) -> None:
             raise StreamlineError(f"model {source.model!r}: {len(names)} weights, first {names[0]!r}, {meaning}")
 
 
-def _check_types(source: Source, tensors: Iterable[StoredTensor]) -> None:
+def _check_types(source: ModelSource, tensors: Iterable[StoredTensor]) -> None:
     for tensor in tensors:
         # Masks and positions that old checkpoints keep beside their weights are of other types: those have four
         # dimensions, or a name of their own.
@@ -222,7 +222,7 @@ def _check_types(source: Source, tensors: Iterable[StoredTensor]) -> None:
 def load(
     path: str, dtype: torch.dtype | None = None, device: str = "cpu", offload: Path | None = None, **options: Any
 ) -> PreTrainedModel:
-    """Load a checkpoint with its dead sublayers dropped: no matrix product, no cache entry.
+    """Load a checkpoint with its skipped sublayers dropped: no matrix product, no cache entry.
 
     The only way to load one that has a bare feed-forward network for a layer, which stock transformers refuses.
 
@@ -238,11 +238,11 @@ def load(
     Raises:
         StreamlineError: the checkpoint cannot be handled, or a weight is missing or not finite.
     """
-    model = load_stock(Source(path, **options), dtype, device, offload)
-    return drop_dead_sublayers(model, architecture_of(model.config))
+    model = load_stock(ModelSource(path, **options), dtype, device, offload)
+    return drop_skipped_sublayers(model, architecture_of(model.config))
 
 
-def stored_dtype(source: Source) -> str:
+def stored_dtype(source: ModelSource) -> str:
     """The name in `DTYPES` of what most of a checkpoint's float weights are stored in, whatever its config says.
 
     Raises:
@@ -262,7 +262,7 @@ def _float_sizes(weights: WeightFiles) -> dict[str, int]:
     return dict(sizes.most_common())
 
 
-def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer.
 
     Raises:

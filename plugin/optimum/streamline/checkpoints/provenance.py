@@ -13,7 +13,7 @@ from optimum.streamline.system.content_hashes import folder_hashes
 
 from .artifact import ARTIFACT_FILE, Artifact, is_artifact
 from .record_file import RECORD_FILE, read_record
-from .source import Source
+from .source import ModelSource
 from .weight_files import CONFIG_FILE
 from .weight_files import checkpoint_files as weight_and_config_files
 
@@ -41,7 +41,7 @@ def checkpoint_files(folder: Path) -> list[str]:
     return sorted(named)
 
 
-def model_hashes(source: Source) -> dict[str, str]:
+def model_hashes(source: ModelSource) -> dict[str, str]:
     """SHA-256 of each file that a model is, by name: of a checkpoint, or of an export with its description.
 
     Raises:
@@ -64,7 +64,7 @@ def write_record(fields: dict[str, Any], folder: Path) -> None:
     (folder / RECORD_FILE).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 
-def changed_files(source: Source) -> list[str] | None:
+def changed_files(source: ModelSource) -> list[str] | None:
     """How the files of a model made here differ from what its record says was written, one phrase a file.
 
     What was edited before it was quantized counts too: its record is that of the float model.
@@ -82,7 +82,7 @@ def changed_files(source: Source) -> list[str] | None:
     return [*fields.get("edited", ()), *_differences(name, written, model_hashes(source))]
 
 
-def _record(source: Source) -> tuple[str, dict[str, Any]]:
+def _record(source: ModelSource) -> tuple[str, dict[str, Any]]:
     """The name of a model's record, and what it says; nothing where there is none."""
     if is_artifact(source.folder):
         return ARTIFACT_FILE, {"files": Artifact.read(source.folder).files}

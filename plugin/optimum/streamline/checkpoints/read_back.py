@@ -27,7 +27,7 @@ from optimum.streamline.models.bare_layers import bare_layers
 from optimum.streamline.models.quantized_weights import keep_as_read, quantized_modules
 
 from .loading import load_stock, read_config
-from .source import Source
+from .source import ModelSource
 
 # Words, code, numbers, spaces, other scripts and a sign beyond the basic plane: where tokenizers are known to differ.
 SAMPLE = (
@@ -258,7 +258,7 @@ def _load(folder: Path, device: str, trust_remote_code: bool) -> PreTrainedModel
     loaded: Any
     try:
         if _has_bare_layers(folder):
-            return load_stock(Source(str(folder)), device=device)
+            return load_stock(ModelSource(str(folder)), device=device)
         loaded = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="auto",
@@ -292,7 +292,7 @@ def _load(folder: Path, device: str, trust_remote_code: bool) -> PreTrainedModel
 
 def _has_bare_layers(folder: Path) -> bool:
     """Whether the checkpoint in `folder` is one that stock transformers refuses, having bare layers."""
-    return bool(bare_layers(read_config(Source(str(folder)))))
+    return bool(bare_layers(read_config(ModelSource(str(folder)))))
 
 
 @torch.inference_mode()

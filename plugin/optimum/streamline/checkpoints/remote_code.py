@@ -16,13 +16,13 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from optimum.streamline.errors import StreamlineError
 
-from .source import Source
+from .source import ModelSource
 from .weight_files import CONFIG_FILE
 
 _NAMED_IN = (CONFIG_FILE, "tokenizer_config.json")
 
 
-def code_note(source: Source, class_name: str) -> str:
+def code_note(source: ModelSource, class_name: str) -> str:
     """What a user must know of code that a checkpoint has: whether it runs, and if not, what is used instead.
 
     Args:
@@ -48,7 +48,7 @@ def code_note(source: Source, class_name: str) -> str:
     )
 
 
-def carry_code(source: Source, folder: Path) -> None:
+def carry_code(source: ModelSource, folder: Path) -> None:
     """Give the checkpoint in `folder` the code files of the one it was made from, and the fields that name them."""
     for file in _NAMED_IN:
         named = _fields(source.folder / file).get("auto_map")

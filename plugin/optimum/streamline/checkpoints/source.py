@@ -26,7 +26,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """Where a model is read from, and with what leave.
 
     Args:
@@ -66,7 +66,7 @@ class Source:
             "revision": self.revision,
         }
 
-    def of(self, model: str) -> Source:
+    def of(self, model: str) -> ModelSource:
         """Another model, read with the same leave; this one itself where it is the same."""
         return self if model == self.model else replace(self, model=model, revision=None)
 
@@ -91,7 +91,7 @@ class Source:
         return _merged(own, self.cache_dir, self.trust_remote_code)[0] if is_adapter(own) else own
 
     @property
-    def base(self) -> Source | None:
+    def base(self) -> ModelSource | None:
         """The model that an adapter was merged into; none for a model that is no adapter."""
         own = self.own_folder
         return _merged(own, self.cache_dir, self.trust_remote_code)[1] if is_adapter(own) else None
@@ -125,7 +125,7 @@ def _is_path(name: str) -> bool:
     return name.startswith(("/", ".", "~")) or name.partition("@")[0].count("/") > 1
 
 
-def fingerprint(source: Source) -> str:
+def fingerprint(source: ModelSource) -> str:
     """SHA-256 over a checkpoint's config and weights: two checkpoints with one fingerprint are one model."""
     digest = hashlib.sha256()
     for file in checkpoint_files(source.folder):
@@ -135,10 +135,10 @@ def fingerprint(source: Source) -> str:
 
 
 @cache  # one process merges an adapter once; what it merged goes when the process ends
-def _merged(folder: Path, cache_dir: str | None, trust_remote_code: bool) -> tuple[Path, Source]:
+def _merged(folder: Path, cache_dir: str | None, trust_remote_code: bool) -> tuple[Path, ModelSource]:
     from .adapters import merged_adapter
 
     into = Path(tempfile.mkdtemp(prefix="streamline-merged-"))
     atexit.register(shutil.rmtree, into, ignore_errors=True)
     name, revision = merged_adapter(folder, into, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
-    return into, Source(name, cache_dir, trust_remote_code, revision)
+    return into, ModelSource(name, cache_dir, trust_remote_code, revision)

@@ -10,11 +10,11 @@ from pathlib import Path
 from optimum.streamline.errors import StreamlineError
 
 from .artifact import Artifact, is_artifact
-from .source import Source
+from .source import ModelSource
 from .weight_files import CONFIG_FILE
 
 
-def refuse_export(source: Source) -> None:
+def refuse_export(source: ModelSource) -> None:
     """Refuse the folder of an export, where a checkpoint is needed.
 
     Raises:

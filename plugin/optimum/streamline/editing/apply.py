@@ -18,12 +18,12 @@ from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.models.bare_layers import BareKind, bare_layer, mark_bare, refuse_bare
 from optimum.streamline.models.layer_list import renumber_config, set_decoder_layers
-from optimum.streamline.models.skipped_sublayers import ATTENTION, dead_sublayers, drop, mark_dead, silence
+from optimum.streamline.models.skipped_sublayers import ATTENTION, drop, mark_skipped, skipped_sublayers, zero_output
 from optimum.streamline.text.windows import Windows
 
 from .linear_map import fit_maps, fold
 from .merging import copy_layer
-from .plan import TRAINED, Place, Plan
+from .plan import TRAINED, Plan, PlannedLayer
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Replacement:
 
 
 @dataclass(frozen=True)
-class Materials:
+class EditInputs:
     """What an edit needs beside the plan.
 
     Args:
@@ -53,7 +53,7 @@ class Materials:
 
     calibration: Windows
     replacement: Replacement | None = None
-    after_merge: Callable[[tuple[Place, ...]], None] | None = None
+    after_merge: Callable[[tuple[PlannedLayer, ...]], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Change:
         dead: Sublayers that compute nothing, by new layer number.
     """
 
-    places: tuple[Place, ...]
-    dead: dict[int, list[str]]
+    new_layers: tuple[PlannedLayer, ...]
+    skipped: dict[int, list[str]]
 
 
 def build_replacement(
@@ -103,7 +103,7 @@ def build_replacement(
 def apply_plan(model: PreTrainedModel, plan: Plan, replacement: Replacement | None) -> Change:
     """Give `model` the layers of `plan`, in place, with every count and index in its config kept true.
 
-    A dead sublayer stays in, or goes back into, its layer with a zero output projection, so that the model stays
+    A skipped sublayer stays in, or goes back into, its layer with a zero output projection, so that the model stays
     one that stock transformers computes, and is named in `config.per_layer_config`.
 
     Raises:
@@ -116,20 +116,20 @@ def apply_plan(model: PreTrainedModel, plan: Plan, replacement: Replacement | No
     layers = decoder_layers(model, architecture)
     for layer, transform in (replacement.maps if replacement else {}).items():
         fold(layers[layer], architecture, transform)
-    for layer, sublayer in plan.dead:
-        silence(layers[layer], architecture, sublayer)
+    for layer, sublayer in plan.skipped:
+        zero_output(layers[layer], architecture, sublayer)
     new: list[nn.Module] = []
-    for place in plan.places:
+    for place in plan.new_layers:
         if replacement is None or replacement.layer is None or place.kind not in TRAINED:
             new.append(layers[place.originals[0]])
             continue
         if replacement.attention is not None:
             setattr(replacement.layer, architecture.attention, replacement.attention)
-            silence(replacement.layer, architecture, ATTENTION)
+            zero_output(replacement.layer, architecture, ATTENTION)
         new.append(replacement.layer)
     set_decoder_layers(model, architecture, new, _origins(plan))
     mark_bare(model.config, _bare_places(plan))
-    return Change(plan.places, _mark_dead(model.config, plan))
+    return Change(plan.new_layers, _mark_dead(model.config, plan))
 
 
 def planned_config(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
@@ -149,23 +149,23 @@ def _seeded_bare_layer(kind: BareKind, model: PreTrainedModel, seed: int) -> nn.
 
 
 def _bare_places(plan: Plan) -> dict[int, BareKind]:
-    kinds = {index: place.kind for index, place in enumerate(plan.places)}
+    kinds = {index: place.kind for index, place in enumerate(plan.new_layers)}
     return {index: kind for index, kind in kinds.items() if kind == "ffn" or kind == "swiglu"}
 
 
 def _origins(plan: Plan) -> list[int]:
-    return [place.originals[0] for place in plan.places]
+    return [place.originals[0] for place in plan.new_layers]
 
 
 def _mark_dead(config: PreTrainedConfig, plan: Plan) -> dict[int, list[str]]:
-    dead = dead_sublayers(config)  # of the original's, those whose layers stay
-    for index, place in enumerate(plan.places):
+    skipped = skipped_sublayers(config)  # of the original's, those whose layers stay
+    for index, place in enumerate(plan.new_layers):
         if place.kind == "mlp":
-            dead[index] = [ATTENTION]
+            skipped[index] = [ATTENTION]
         elif place.kind in TRAINED:
-            dead.pop(index, None)
-        newly = {sublayer for layer, sublayer in plan.dead if layer == place.originals[0]}
+            skipped.pop(index, None)
+        newly = {sublayer for layer, sublayer in plan.skipped if layer == place.originals[0]}
         if newly:
-            dead[index] = sorted({*dead.get(index, []), *newly})
-    mark_dead(config, dead)
-    return dead
+            skipped[index] = sorted({*skipped.get(index, []), *newly})
+    mark_skipped(config, skipped)
+    return skipped

@@ -25,7 +25,7 @@ from optimum.streamline.models.architectures import (
     submodule,
 )
 from optimum.streamline.models.bare_layers import refuse_bare
-from optimum.streamline.models.channels import Channels, halves, rows_of
+from optimum.streamline.models.channels import Channels, rows_of, sublayer_weights
 from optimum.streamline.models.layer_list import set_decoder_layers
 
 from .plan import Merge
@@ -75,7 +75,7 @@ def fold_norms(layer: nn.Module, architecture: Architecture) -> None:
 
     W (g * x + b) + c = (W diag(g)) x + (W b + c): the function stays, and every norm's gain becomes 1.
     """
-    for half in halves(architecture).values():
+    for half in sublayer_weights(architecture).values():
         norm = submodule(layer, half.norm)
         if getattr(norm, "weight", None) is None:  # OPT's layer_norm_elementwise_affine
             continue
@@ -106,7 +106,7 @@ def merge_layers(model: PreTrainedModel, merge: Merge, channels: Sequence[Channe
     """
     architecture = architecture_of(model.config)
     new, other = (_folded(model, layer) for layer in (merge.first, merge.first + 1))
-    for name, half in halves(architecture).items():
+    for name, half in sublayer_weights(architecture).items():
         share = merge.attention if name == "attention" else merge.mlp
         sensitivity = [channels[layer][name] for layer in (merge.first, merge.first + 1)]
         count = len(sensitivity[0])

@@ -9,7 +9,7 @@ from typing import Literal
 from optimum.streamline.models.architectures import Sublayer
 
 Kind = Literal["kept", "thinned", "layer", "mlp", "ffn", "swiglu", "patched", "merged"]
-Standing = Literal["none", "layer", "mlp", "ffn", "swiglu", "linear"]
+ReplacementKind = Literal["none", "layer", "mlp", "ffn", "swiglu", "linear"]
 
 
 # Replacements that are a layer of their own, which training makes useful.
@@ -17,7 +17,7 @@ TRAINED = ("layer", "mlp", "ffn", "swiglu")
 
 
 @dataclass(frozen=True)
-class Place:
+class PlannedLayer:
     """One layer of the new model.
 
     Args:
@@ -63,8 +63,8 @@ class Plan:
 
     total: int
     gone: tuple[int, ...]
-    replacement: Standing = "none"
-    dead: tuple[tuple[int, Sublayer], ...] = ()
+    replacement: ReplacementKind = "none"
+    skipped: tuple[tuple[int, Sublayer], ...] = ()
     merges: tuple[Merge, ...] = ()
     by: str = ""
     tried: tuple[tuple[str, float | None], ...] = ()
@@ -75,21 +75,21 @@ class Plan:
         return len(self.gone) - (self.replacement in TRAINED)
 
     @property
-    def places(self) -> tuple[Place, ...]:
+    def new_layers(self) -> tuple[PlannedLayer, ...]:
         """The new model's layers, first to last."""
         if self.merges:
             groups = merged_groups(self.total, self.merges)
-            return tuple(Place("merged" if len(group) > 1 else "kept", group) for group in groups)
-        thinned = {layer for layer, _ in self.dead}
-        places: list[Place] = []
+            return tuple(PlannedLayer("merged" if len(group) > 1 else "kept", group) for group in groups)
+        thinned = {layer for layer, _ in self.skipped}
+        new_layers: list[PlannedLayer] = []
         for layer in range(self.total):
             if layer not in self.gone:
                 behind = self._run_behind(layer) if self.replacement == "linear" else ()
                 kind: Kind = "patched" if behind else "thinned" if layer in thinned else "kept"
-                places.append(Place(kind, (layer, *behind)))
+                new_layers.append(PlannedLayer(kind, (layer, *behind)))
             elif self.replacement in TRAINED and layer == self.gone[0]:
-                places.append(Place(self.replacement, self.gone))  # type: ignore[arg-type]
-        return tuple(places)
+                new_layers.append(PlannedLayer(self.replacement, self.gone))  # type: ignore[arg-type]
+        return tuple(new_layers)
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -97,14 +97,14 @@ class Plan:
 
         The layers removed behind a layer are its own to make up for, up to the next layer that stays.
         """
-        return depths_of(self.places, self.total)
+        return depths_of(self.new_layers, self.total)
 
     def describe(self) -> str:
         """One line for a person."""
         return f"by {self.by}: {self._what()}" if self.by else self._what()
 
     def _what(self) -> str:
-        counts = f"{self.total} layers become {len(self.places)}"
+        counts = f"{self.total} layers become {len(self.new_layers)}"
         if self.merges:
             groups = [group for group in merged_groups(self.total, self.merges) if len(group) > 1]
             return f"merge layers {' and '.join(layer_ranges(group) for group in groups)}: {counts}"
@@ -112,7 +112,7 @@ class Plan:
             return f"replace layers {layer_ranges(self.gone)} by one {self.replacement}: {counts}"
         parts = [f"remove layers {layer_ranges(self.gone)}"] if self.gone else []
         for sublayer in ("attention", "mlp"):
-            layers = tuple(layer for layer, kind in self.dead if kind == sublayer)
+            layers = tuple(layer for layer, kind in self.skipped if kind == sublayer)
             if layers:
                 parts.append(f"remove the {sublayer} of layers {layer_ranges(layers)}")
         patched = ", a linear map folded in before each gap" if self.replacement == "linear" else ""
@@ -125,9 +125,9 @@ class Plan:
         return tuple(range(layer + 1, end))
 
 
-def depths_of(places: Sequence[Place], total: int) -> tuple[int, ...]:
+def depths_of(new_layers: Sequence[PlannedLayer], total: int) -> tuple[int, ...]:
     """`Plan.depths` of layers that are these places of an original of `total` layers."""
-    return (*(place.originals[0] for place in places[1:]), total)
+    return (*(place.originals[0] for place in new_layers[1:]), total)
 
 
 def merged_groups(total: int, merges: Sequence[Merge]) -> tuple[tuple[int, ...], ...]:

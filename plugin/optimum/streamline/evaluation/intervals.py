@@ -53,9 +53,9 @@ def mean_interval(totals: Samples, counts: Samples, seed: int, groups: Sequence[
             empty where that is not known. See `grouped` for when they are.
     """
     if grouped(groups):
-        _, places = np.unique(groups, return_inverse=True)
-        totals = np.bincount(places, weights=totals).astype(np.float64)
-        counts = np.bincount(places, weights=counts).astype(np.float64)
+        _, new_layers = np.unique(groups, return_inverse=True)
+        totals = np.bincount(new_layers, weights=totals).astype(np.float64)
+        counts = np.bincount(new_layers, weights=counts).astype(np.float64)
     times = _drawn_times(len(totals), seed)
     with np.errstate(invalid="ignore"):  # a window left out of a resample times an infinite sum is NaN, and is said so
         return _interval(float(totals.sum() / counts.sum()), (times @ totals) / (times @ counts))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from optimum.streamline.editing.plan import Place
+from optimum.streamline.editing.plan import PlannedLayer
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.recipe.recipe import Judge
 
@@ -35,7 +35,7 @@ class Measurement:
         dtype: What it was computed in.
         baseline: Label of the model that its speed and size are held against.
         parameters: Weights in the file.
-        live_parameters: Weights left when dead sublayers are dropped.
+        live_parameters: Weights left when skipped sublayers are dropped.
         layers: Decoder layers.
         attention_layers: Decoder layers that attend.
         kv_bytes_per_token: Growth of the cache per token, bytes.
@@ -214,7 +214,7 @@ class Report:
     data: dict[str, Any]
     seed: int
     scores: tuple[float, ...] | None = None
-    layers: tuple[Place, ...] | None = None
+    layers: tuple[PlannedLayer, ...] | None = None
     steps: dict[str, float] | None = None
     recipe: dict[str, Any] | None = None
     questions: dict[str, str | int | float] | None = None

@@ -19,9 +19,9 @@ from optimum.streamline.checkpoints.loading import DTYPES
 from optimum.streamline.checkpoints.weight_files import find_weights
 from optimum.streamline.models.architectures import active_share, architecture_of, head_size, key_value_heads
 from optimum.streamline.models.bare_layers import place_bare_layers
-from optimum.streamline.models.linear_modules import skeleton_of
+from optimum.streamline.models.linear_modules import meta_model
 from optimum.streamline.models.quantization_config import float_config
-from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP, dead_layers, layers_without_attention
+from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP, layers_without_attention, skipped_layers
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Cost:
 
     Args:
         parameters: All weights in the file, shared ones once.
-        live_parameters: Those left when the dead sublayers are dropped.
+        live_parameters: Those left when the skipped sublayers are dropped.
         read_parameters: Those that one token multiplies by: no embedding rows, of experts only the active share;
             a head tied to the embeddings counts.
         layers: Decoder layers.
@@ -81,10 +81,10 @@ class Cost:
 def cost_of(config: PreTrainedConfig, dtype: str) -> Cost:
     """The cost of a model of this config computed in `dtype`."""
     with torch.device("meta"):
-        model = place_bare_layers(skeleton_of(float_config(config)))
-    dead = _dead_prefixes(config)
+        model = place_bare_layers(meta_model(float_config(config)))
+    skipped = _skipped_prefixes(config)
     # Weights shared under two names come once.
-    live = [(name, value) for name, value in model.named_parameters() if not name.startswith(dead)]
+    live = [(name, value) for name, value in model.named_parameters() if not name.startswith(skipped)]
     return Cost(
         parameters=model.num_parameters(),
         live_parameters=sum(value.numel() for _, value in live),
@@ -104,14 +104,14 @@ def stored_weight_bytes(folder: Path, config: PreTrainedConfig) -> int:
         folder: The checkpoint's.
         config: Its config.
     """
-    model: Any = skeleton_of(float_config(config))
+    model: Any = meta_model(float_config(config))
     head = model.get_output_embeddings().weight
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} - {id(head)}
     not_read = {name for name, value in model.named_parameters() if id(value) in embeddings}
-    dead, share = _dead_prefixes(config), active_share(config)
+    skipped, share = _skipped_prefixes(config), active_share(config)
     read = 0.0
     for tensor in find_weights(folder).tensors():
-        if tensor.name not in not_read and not tensor.name.startswith(dead):
+        if tensor.name not in not_read and not tensor.name.startswith(skipped):
             read += tensor.bytes * (share if ".experts." in tensor.name else 1.0)
     return round(read)
 
@@ -126,10 +126,10 @@ def disk_bytes(folder: Path) -> int:
     return find_weights(folder).bytes
 
 
-def _dead_prefixes(config: PreTrainedConfig) -> tuple[str, ...]:
+def _skipped_prefixes(config: PreTrainedConfig) -> tuple[str, ...]:
     architecture = architecture_of(config)
-    modules = [(layer, architecture.attention) for layer in dead_layers(config, ATTENTION)]
-    modules += [(layer, name) for layer in dead_layers(config, MLP) for name in architecture.mlp]
+    modules = [(layer, architecture.attention) for layer in skipped_layers(config, ATTENTION)]
+    modules += [(layer, name) for layer in skipped_layers(config, MLP) for name in architecture.mlp]
     return tuple(f"{architecture.layers}.{layer}.{name}." for layer, name in modules)
 
 
@@ -148,9 +148,9 @@ def _windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
     window = getattr(config, "sliding_window", None)
     every = "sliding_attention" if window else "full_attention"
     kinds = getattr(config, "layer_types", None) or [every] * config.num_hidden_layers
-    dead = layers_without_attention(config)
+    skipped = layers_without_attention(config)
     return tuple(
-        window if kind == "sliding_attention" else None for layer, kind in enumerate(kinds) if layer not in dead
+        window if kind == "sliding_attention" else None for layer, kind in enumerate(kinds) if layer not in skipped
     )
 
 

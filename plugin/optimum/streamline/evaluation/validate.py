@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from optimum.streamline.checkpoints.artifact import Artifact, is_artifact
 from optimum.streamline.checkpoints.loading import check_checkpoint, stored_dtype
 from optimum.streamline.checkpoints.provenance import changed_files, model_hashes
-from optimum.streamline.checkpoints.source import Source, fingerprint
+from optimum.streamline.checkpoints.source import ModelSource, fingerprint
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.quantization_config import quantization_name
 from optimum.streamline.recipe.recipe import Budget, Judge
@@ -39,7 +39,7 @@ WARMUP_ROUNDS = 2
 
 
 @dataclass(frozen=True)
-class Subject:
+class ComparedModel:
     """A model to measure.
 
     Args:
@@ -48,7 +48,7 @@ class Subject:
         role: Whether it is the original, in whatever runtime, or made from it.
         cache_dir: Where Hub downloads are kept; transformers' own place by default.
         trust_remote_code: Whether code from the checkpoint may run.
-        revision: Of a Hub id, as `Source` has it.
+        revision: Of a Hub id, as `ModelSource` has it.
     """
 
     label: str
@@ -59,9 +59,9 @@ class Subject:
     revision: str | None = None
 
     @property
-    def source(self) -> Source:
+    def source(self) -> ModelSource:
         """Where its files are read from; an artifact's folder holds its checkpoint's config."""
-        return Source(self.path, self.cache_dir, self.trust_remote_code, self.revision)
+        return ModelSource(self.path, self.cache_dir, self.trust_remote_code, self.revision)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Prompt:
 class Facts:
     """What is known of a subject before and after it was run."""
 
-    subject: Subject
+    compared: ComparedModel
     dtype: str
     cost: Cost
     disk_bytes: int
@@ -88,7 +88,7 @@ class Facts:
     timed: Timed
 
 
-def subjects_of(original: Source, candidates: Sequence[str]) -> list[Subject]:
+def compared_models_of(original: ModelSource, candidates: Sequence[str]) -> list[ComparedModel]:
     """Subjects named after their folders, or by their whole paths where two folders have one name.
 
     Args:
@@ -99,28 +99,28 @@ def subjects_of(original: Source, candidates: Sequence[str]) -> list[Subject]:
     paths = [source.model + (f"@{source.revision}" if source.revision else "") for source in sources]
     names = [Path(path).name or path for path in paths]
     labels = [name if names.count(name) == 1 else path for name, path in zip(names, paths, strict=True)]
-    subjects = [
-        Subject(label, source.model, "candidate", source.cache_dir, source.trust_remote_code, source.revision)
+    compared_models = [
+        ComparedModel(label, source.model, "candidate", source.cache_dir, source.trust_remote_code, source.revision)
         for label, source in zip(labels, sources, strict=True)
     ]
-    return [replace(subjects[0], role="original"), *subjects[1:]]
+    return [replace(compared_models[0], role="original"), *compared_models[1:]]
 
 
-def recognise(subjects: Sequence[Subject]) -> list[Subject]:
+def recognise(compared_models: Sequence[ComparedModel]) -> list[ComparedModel]:
     """The subjects, with the role `original` for every float export of the first one's very weights."""
-    exports = [subject for subject in subjects[1:] if _is_float_export(subject)]
+    exports = [compared for compared in compared_models[1:] if _is_float_export(compared)]
     if not exports:
-        return list(subjects)
-    original = _source_fingerprint(subjects[0])
-    same = [subject for subject in exports if _source_fingerprint(subject) == original]
-    return [replace(subject, role="original") if subject in same else subject for subject in subjects]
+        return list(compared_models)
+    original = _source_fingerprint(compared_models[0])
+    same = [compared for compared in exports if _source_fingerprint(compared) == original]
+    return [replace(compared, role="original") if compared in same else compared for compared in compared_models]
 
 
-def _is_float_export(subject: Subject) -> bool:
+def _is_float_export(compared: ComparedModel) -> bool:
     """Whether it is an export as it was written, which nothing made less than its checkpoint."""
-    if not is_artifact(subject.source.folder):
+    if not is_artifact(compared.source.folder):
         return False
-    return Artifact.read(subject.source.folder).quantize == "none" and not changed_files(subject.source)
+    return Artifact.read(compared.source.folder).quantize == "none" and not changed_files(compared.source)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Measured:
 
 
 def validate(
-    subjects: Sequence[Subject], windows: Windows, budget: Budget, judged_by: Judge = "bound", **how: Any
+    compared_models: Sequence[ComparedModel], windows: Windows, budget: Budget, judged_by: Judge = "bound", **how: Any
 ) -> Report:
     """Measure every subject against the original, all in this run, and judge the candidates.
 
@@ -156,7 +156,7 @@ def validate(
         StreamlineError: as `measure`.
         WorkerError: as `measure`.
     """
-    measured = measure(subjects, windows, **how)
+    measured = measure(compared_models, windows, **how)
     machine = describe_machine(how.get("device", "cpu"))
     verdict, seed = judge(measured.rows, budget, judged_by), how.get("seed", 0)
     return Report(
@@ -165,7 +165,7 @@ def validate(
 
 
 def measure(
-    subjects: Sequence[Subject],
+    compared_models: Sequence[ComparedModel],
     windows: Windows,
     *,
     questions: Questions | None = None,
@@ -176,7 +176,7 @@ def measure(
     decode_tokens: int = 32,
     rounds: int = 10,
     log: Path | None = None,
-    say: Callable[[str], None] = print,
+    notify: Callable[[str], None] = print,
 ) -> Measured:
     """Measure every subject against the original, all in this run.
 
@@ -200,29 +200,29 @@ def measure(
             cannot be run.
         WorkerError: a process that timed a model died.
     """
-    subjects = recognise(subjects)
-    _check(subjects, windows, prompt_length, decode_tokens, rounds)
-    configs = [check_checkpoint(subject.source, of_export=True) for subject in subjects]
-    named = [(subject.label, subject.source) for subject in subjects[1:]]
-    for line in compare_tokenizers(subjects[0].source, named, windows.texts):
-        say(line)
+    compared_models = recognise(compared_models)
+    _check(compared_models, windows, prompt_length, decode_tokens, rounds)
+    configs = [check_checkpoint(compared.source, of_export=True) for compared in compared_models]
+    named = [(compared.label, compared.source) for compared in compared_models[1:]]
+    for line in compare_tokenizers(compared_models[0].source, named, windows.texts):
+        notify(line)
     positions = min(config.max_position_embeddings for config in configs)
     if windows.ids.shape[1] > positions:
         raise StreamlineError(f"length {windows.ids.shape[1]}: the models take windows of at most {positions} tokens")
     if questions is not None:
         questions.check(positions, min(config.vocab_size for config in configs))
     prompt = _clip(prompt_length, decode_tokens, min(positions, windows.ids.numel()))
-    computed = [_computed(subject, config, dtype) for subject, config in zip(subjects, configs, strict=True)]
+    computed = [_computed(compared, config, dtype) for compared, config in zip(compared_models, configs, strict=True)]
     dtypes, costs = zip(*computed, strict=True)
-    files = [model_hashes(subject.source) for subject in subjects]
-    changed = [tuple(changed_files(subject.source) or ()) for subject in subjects]
-    runtimes, accuracies, answers = _judged(subjects, windows, questions, dtype, device)
+    files = [model_hashes(compared.source) for compared in compared_models]
+    changed = [tuple(changed_files(compared.source) or ()) for compared in compared_models]
+    runtimes, accuracies, answers = _judged(compared_models, windows, questions, dtype, device)
     tokens = windows.ids.flatten()[None, : prompt.length + prompt.decoded].numpy()
-    jobs = [Job(each.label, str(each.source.folder), dtype, device, each.trust_remote_code) for each in subjects]
+    jobs = [Job(each.label, str(each.source.folder), dtype, device, each.trust_remote_code) for each in compared_models]
     timed = time_alternating(jobs, tokens, prompt.length, rounds, WARMUP_ROUNDS, log)
-    sizes = [disk_bytes(subject.source.folder) for subject in subjects]
-    _refuse_other_files(subjects, files)
-    columns = (subjects, dtypes, costs, sizes, runtimes, files, changed, accuracies, answers, timed)
+    sizes = [disk_bytes(compared.source.folder) for compared in compared_models]
+    _refuse_other_files(compared_models, files)
+    columns = (compared_models, dtypes, costs, sizes, runtimes, files, changed, accuracies, answers, timed)
     facts = [Facts(*each) for each in zip(*columns, strict=True)]
     rows = tuple(_measurement(own, facts[0], _baseline(own, facts), prompt, seed) for own in facts)
     settings: dict[str, str | int] = {
@@ -239,9 +239,11 @@ def measure(
     return Measured(rows, tuple(accuracies), settings, _asked(questions, facts[0].answers))
 
 
-def _check(subjects: Sequence[Subject], windows: Windows, prompt_length: int, decode_tokens: int, rounds: int) -> None:
-    labels = [subject.label for subject in subjects]
-    if not subjects or subjects[0].role != "original":
+def _check(
+    compared_models: Sequence[ComparedModel], windows: Windows, prompt_length: int, decode_tokens: int, rounds: int
+) -> None:
+    labels = [compared.label for compared in compared_models]
+    if not compared_models or compared_models[0].role != "original":
         raise StreamlineError("validate: the first model must be the original")
     if len(set(labels)) < len(labels):
         raise StreamlineError(f"validate: two models have one label: {', '.join(labels)}")
@@ -256,29 +258,29 @@ def _check(subjects: Sequence[Subject], windows: Windows, prompt_length: int, de
             raise StreamlineError(f"{name} {value}: must be at least {least}")
 
 
-def _refuse_other_files(subjects: Sequence[Subject], files: Sequence[dict[str, str]]) -> None:
-    for subject, before in zip(subjects, files, strict=True):
-        after = model_hashes(subject.source)
+def _refuse_other_files(compared_models: Sequence[ComparedModel], files: Sequence[dict[str, str]]) -> None:
+    for compared, before in zip(compared_models, files, strict=True):
+        after = model_hashes(compared.source)
         for name in sorted({*before, *after}):
             if before.get(name) != after.get(name):
-                raise StreamlineError(f"{subject.label}: {name} was changed while it was measured; measure it again")
+                raise StreamlineError(f"{compared.label}: {name} was changed while it was measured; measure it again")
 
 
-def _source_fingerprint(subject: Subject) -> str:
-    if is_artifact(subject.source.folder):
-        return Artifact.read(subject.source.folder).source_fingerprint
-    return fingerprint(subject.source)
+def _source_fingerprint(compared: ComparedModel) -> str:
+    if is_artifact(compared.source.folder):
+        return Artifact.read(compared.source.folder).source_fingerprint
+    return fingerprint(compared.source)
 
 
-def _computed(subject: Subject, config: PreTrainedConfig, dtype: str) -> tuple[str, Cost]:
+def _computed(compared: ComparedModel, config: PreTrainedConfig, dtype: str) -> tuple[str, Cost]:
     """What a subject is computed in, in a word, and its cost; `dtype` is that of checkpoints in float."""
-    if not is_artifact(subject.source.folder):
+    if not is_artifact(compared.source.folder):
         quantized = quantization_name(config)
         if quantized is None:
             return dtype, cost_of(config, dtype)
-        read = stored_weight_bytes(subject.source.folder, config)
-        return quantized, replace(cost_of(config, stored_dtype(subject.source)), weight_bytes=read)
-    artifact = Artifact.read(subject.source.folder)
+        read = stored_weight_bytes(compared.source.folder, config)
+        return quantized, replace(cost_of(config, stored_dtype(compared.source)), weight_bytes=read)
+    artifact = Artifact.read(compared.source.folder)
     return artifact.precision, replace(cost_of(config, artifact.dtype), weight_bytes=artifact.weight_bytes)
 
 
@@ -289,14 +291,14 @@ def _clip(length: int, decoded: int, room: int) -> Prompt:
 
 
 def _judged(
-    subjects: Sequence[Subject], windows: Windows, questions: Questions | None, dtype: str, device: str
+    compared_models: Sequence[ComparedModel], windows: Windows, questions: Questions | None, dtype: str, device: str
 ) -> tuple[list[str], list[Accuracy], list[Answers] | list[None]]:
     runners = [
         open_runner(str(each.source.folder), dtype, device, trust_remote_code=each.trust_remote_code)
-        for each in subjects
+        for each in compared_models
     ]
     runtimes = [runner.runtime for runner in runners]
-    labels = [subject.label for subject in subjects]
+    labels = [compared.label for compared in compared_models]
     accuracies = measure_accuracy(runners, labels, windows)
     answers = [None] * len(runners) if questions is None else ask(runners, labels, questions)
     # The models are timed next, in processes of their own: this one's copies must not crowd them.
@@ -317,7 +319,7 @@ def _asked(questions: Questions | None, original: Answers | None) -> dict[str, s
 
 
 def _baseline(own: Facts, facts: Sequence[Facts]) -> Facts:
-    same = [each for each in facts if each.subject.role == "original" and each.runtime == own.runtime]
+    same = [each for each in facts if each.compared.role == "original" and each.runtime == own.runtime]
     return same[0] if same else facts[0]
 
 
@@ -327,13 +329,13 @@ def _measurement(own: Facts, original: Facts, baseline: Facts, prompt: Prompt, s
     # The middle of the decoded tokens sees the mean context.
     context = prompt.length + (prompt.decoded + 1) / 2
     return Measurement(
-        label=own.subject.label,
-        path=own.subject.path,
-        commit=own.subject.source.commit,
-        role=own.subject.role,
+        label=own.compared.label,
+        path=own.compared.path,
+        commit=own.compared.source.commit,
+        role=own.compared.role,
         runtime=own.runtime,
         dtype=own.dtype,
-        baseline=baseline.subject.label,
+        baseline=baseline.compared.label,
         parameters=own.cost.parameters,
         live_parameters=own.cost.live_parameters,
         layers=own.cost.layers,

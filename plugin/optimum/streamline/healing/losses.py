@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from optimum.streamline.models.architectures import architecture_of, decoder_layers, layer_output
 
 
-class Goal(Protocol):
+class HealingLoss(Protocol):
     """What a model is trained to."""
 
     def loss(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

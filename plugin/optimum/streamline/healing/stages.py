@@ -11,13 +11,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from optimum.streamline.editing.plan import TRAINED, Place, Plan, depths_of
+from optimum.streamline.editing.plan import TRAINED, Plan, PlannedLayer, depths_of
 from optimum.streamline.methods.registry import METHODS
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.text.windows import Windows
 
-from .losses import Distillation, Goal, NextToken
+from .losses import Distillation, HealingLoss, NextToken
 from .settings import HealLog, HealSettings, Scope, model_settings, replacement_settings, scope_of
 from .trainable_parts import train_model, train_replacement
 from .trainer import split_windows
@@ -31,7 +31,7 @@ _KL = 1.0
 
 
 @dataclass(frozen=True)
-class Healed:
+class HealingResult:
     """One training of a run.
 
     Args:
@@ -76,13 +76,13 @@ class Healer:
         model: PreTrainedModel,
         plan: Plan,
         text: Windows,
-        say: Callable[[str], None],
+        notify: Callable[[str], None],
         workspace: Path | None = None,
     ) -> None:
         self._recipe, self._model, self._plan, self._text = recipe, model, plan, text
-        self._say, self._workspace = say, workspace
+        self._notify, self._workspace = notify, workspace
         self._teacher: PreTrainedModel | None = None
-        self.done: list[Healed] = []
+        self.done: list[HealingResult] = []
 
     def before_edit(self, student: nn.Module | None) -> None:
         """Train `student`, the replacement's layer, on its own, if the recipe says so; keep the original to distil.
@@ -108,23 +108,23 @@ class Healer:
         self._note("hidden-mse", "replacement", settings, log)
 
     @property
-    def after_merge(self) -> Callable[[tuple[Place, ...]], None] | None:
-        """What `Materials.after_merge` is to be: a `stepwise` method trains the model, as it then is, at each merge."""
+    def after_merge(self) -> Callable[[tuple[PlannedLayer, ...]], None] | None:
+        """The `EditInputs.after_merge` of a `stepwise` method: it trains the model after each merge."""
         stepwise = METHODS[self._recipe.method_name].stepwise
         return self._train_places if stepwise and self._recipe.healing else None
 
-    def after_edit(self, places: tuple[Place, ...]) -> None:
+    def after_edit(self, new_layers: tuple[PlannedLayer, ...]) -> None:
         """Train the edited model, whose layers are `places`; with `after_merge` before it, on the last share."""
-        self._train_places(places)
+        self._train_places(new_layers)
 
-    def _train_places(self, places: tuple[Place, ...]) -> None:
+    def _train_places(self, new_layers: tuple[PlannedLayer, ...]) -> None:
         merges = len(self._plan.merges) if self.after_merge else 1
-        made = sum(len(place.originals) - 1 for place in places) if self.after_merge else 1
+        made = sum(len(place.originals) - 1 for place in new_layers) if self.after_merge else 1
         for number, stage in enumerate(self._recipe.healing):
             if stage != "hidden-mse":
-                self._train(number, stage, places, (made - 1, merges))
+                self._train(number, stage, new_layers, (made - 1, merges))
 
-    def _train(self, number: int, stage: str, places: tuple[Place, ...], share: tuple[int, int]) -> None:
+    def _train(self, number: int, stage: str, new_layers: tuple[PlannedLayer, ...], share: tuple[int, int]) -> None:
         recipe, width = self._recipe, self._model.config.hidden_size
         scope = scope_of(recipe, number, self._plan.replacement in TRAINED)
         alone = scope == "replacement"
@@ -134,10 +134,10 @@ class Healer:
         self._announce(stage, scope, settings, share)
         log = train_model(
             self._model,
-            self._goal(stage, places),
+            self._goal(stage, new_layers),
             self._text,
             settings,
-            part=self._replacement(places) if alone else None,
+            part=self._replacement(new_layers) if alone else None,
             share=share,
             workspace=self._place(),
         )
@@ -146,22 +146,22 @@ class Healer:
     def _note(
         self, stage: str, scope: Scope, settings: HealSettings, log: HealLog, share: tuple[int, int] = (0, 1)
     ) -> None:
-        self.done.append(Healed(stage, scope, self._windows(share), settings, log))
+        self.done.append(HealingResult(stage, scope, self._windows(share), settings, log))
 
-    def _goal(self, stage: str, places: tuple[Place, ...]) -> Goal:
+    def _goal(self, stage: str, new_layers: tuple[PlannedLayer, ...]) -> HealingLoss:
         if stage == "lm":
             return NextToken()
         assert self._teacher is not None, "before_edit keeps the original"
         kl, hidden = self._recipe.heal_kl, self._recipe.heal_hidden
         return Distillation(
             self._teacher,
-            depths_of(places, self._plan.total),
+            depths_of(new_layers, self._plan.total),
             kl=_KL if kl is None else kl,
             hidden=_HIDDEN if hidden is None else hidden,
         )
 
-    def _replacement(self, places: tuple[Place, ...]) -> nn.Module:
-        [index] = [index for index, place in enumerate(places) if place.kind in TRAINED]
+    def _replacement(self, new_layers: tuple[PlannedLayer, ...]) -> nn.Module:
+        [index] = [index for index, place in enumerate(new_layers) if place.kind in TRAINED]
         return decoder_layers(self._model, architecture_of(self._model.config))[index]
 
     def _place(self) -> Path | None:
@@ -171,7 +171,7 @@ class Healer:
     def _announce(self, stage: str, scope: Scope, settings: HealSettings, share: tuple[int, int] = (0, 1)) -> None:
         what = "the replacement" if scope == "replacement" else "the model"
         by = "" if settings.lora_rank is None else f" by adapters of rank {settings.lora_rank}"
-        self._say(f"training {what}{by} ({stage}) on {self._windows(share)} windows, {settings.epochs} times")
+        self._notify(f"training {what}{by} ({stage}) on {self._windows(share)} windows, {settings.epochs} times")
 
     def _windows(self, share: tuple[int, int]) -> int:
         return len(split_windows(self._text, share)[0])

@@ -14,11 +14,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum.streamline.editing.plan import Plan
-from optimum.streamline.models.skipped_sublayers import without_dead_sublayers
+from optimum.streamline.models.skipped_sublayers import skipped_sublayers_dropped
 from optimum.streamline.text.windows import Windows
 
 from .lora import adapters
-from .losses import BlockOutput, Goal
+from .losses import BlockOutput, HealingLoss
 from .settings import HealLog, HealSettings
 from .trainer import train
 
@@ -58,7 +58,7 @@ def train_replacement(
 
 def train_model(
     model: PreTrainedModel,
-    goal: Goal,
+    goal: HealingLoss,
     windows: Windows,
     settings: HealSettings,
     *,
@@ -68,7 +68,7 @@ def train_model(
 ) -> HealLog:
     """Train `model`, in place, to `goal`, without dropout; a model with adapters comes out as a plain one.
 
-    Dead sublayers are neither computed nor trained: their zeros stay zeros. The last windows are held out; the
+    Skipped sublayers are neither computed nor trained: their zeros stay zeros. The last windows are held out; the
     weights that do best on them are the ones kept.
 
     Args:
@@ -82,7 +82,7 @@ def train_model(
     """
     model.eval()
     with ExitStack() as stack:
-        stack.enter_context(without_dead_sublayers(model))
+        stack.enter_context(skipped_sublayers_dropped(model))
         stack.enter_context(_gradients_as_before(model))
         model.requires_grad_(False)
         if settings.lora_rank is None:

@@ -364,7 +364,7 @@ def _arguments(folder: Path, batch: int, settings: HealSettings, device: torch.d
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
         use_cpu=device.type == "cpu",
-        ddp_find_unused_parameters=True,  # the norm before a dead attention is of no use
+        ddp_find_unused_parameters=True,  # the norm before a skipped attention is of no use
         ddp_broadcast_buffers=False,
     )
     # Several GPUs and one process: the Trainer would copy the weights to all, but the models stay on one.

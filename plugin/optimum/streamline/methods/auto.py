@@ -12,14 +12,14 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from optimum.streamline.editing.apply import Change, Materials, build_replacement
+from optimum.streamline.editing.apply import Change, EditInputs, build_replacement
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.scoring.loss import cross_entropy_sum, mean_losses
 from optimum.streamline.text.windows import BATCH, Windows
 
-from .base import Evidence, Method
+from .base import Method, MethodInputs
 from .blockpruner import BlockPruner
 from .come_p import CoMeP
 from .shortgpt import ShortGPT
@@ -38,7 +38,7 @@ HELD_OUT_TOKENS = 24_576
 
 
 class Auto(Method):
-    """The plan of lowest next-token loss on `Evidence.held_out` among those of `CANDIDATES`, all in `Plan.tried`.
+    """The plan of lowest next-token loss on `MethodInputs.held_out` among those of `CANDIDATES`, all in `Plan.tried`.
 
     The candidates choose on the calibration text, and are compared on text that none of them has seen: a search by
     loss, or a fitted map, is better on its own text than elsewhere. Where something is trained afterwards, those with
@@ -56,27 +56,27 @@ class Auto(Method):
         """Windows of about `HELD_OUT_TOKENS` tokens in all, but no more than four times the calibration windows."""
         return min(4 * recipe.samples, math.ceil(HELD_OUT_TOKENS / recipe.length))
 
-    def plan(self, recipe: Recipe, evidence: Evidence) -> Plan:
+    def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
         """The best of the candidates' plans, with the candidate's name in `Plan.by`."""
-        assert evidence.held_out is not None  # it asks for some
+        assert inputs.held_out is not None  # it asks for some
         plans, losses, refusals = list[Plan](), list[torch.Tensor](), dict[str, StreamlineError]()
-        for name in self.candidates(recipe, evidence.model.config):
+        for name in self.candidates(recipe, inputs.model.config):
             try:
-                plan = replace(CANDIDATES[name].plan(_recipe_of(recipe, name), evidence), by=name)
-                losses.append(self._loss_sum(plan, evidence, evidence.held_out))
+                plan = replace(CANDIDATES[name].plan(_recipe_of(recipe, name), inputs), by=name)
+                losses.append(self._loss_sum(plan, inputs, inputs.held_out))
                 plans.append(plan)
             except StreamlineError as error:  # some things only the weights show, such as an MLP that writes nothing
                 refusals[name] = error
         if not plans:
             raise next(iter(refusals.values()))
-        means = mean_losses(torch.stack(losses), evidence.held_out, "whichever method chooses")
+        means = mean_losses(torch.stack(losses), inputs.held_out, "whichever method chooses")
         tried = [(plan.by, mean if math.isfinite(mean) else None) for plan, mean in zip(plans, means, strict=True)]
         best = plans[means.index(min(means))]
         return replace(best, tried=(*tried, *((name, None) for name in refusals)))
 
-    def apply(self, model: PreTrainedModel, plan: Plan, materials: Materials) -> Change:
+    def apply(self, model: PreTrainedModel, plan: Plan, edit_inputs: EditInputs) -> Change:
         """As the candidate that made the plan does."""
-        return CANDIDATES[plan.by].apply(model, plan, materials)
+        return CANDIDATES[plan.by].apply(model, plan, edit_inputs)
 
     def candidates(self, recipe: Recipe, config: PreTrainedConfig) -> list[str]:
         """Those that are of use before this healing, and can be followed on a model of this config."""
@@ -84,10 +84,10 @@ class Auto(Method):
         useful = [name for name in CANDIDATES if maps or _recipe_of(recipe, name).stand_in == "none"]
         return [name for name in useful if _possible(recipe, name, config)]
 
-    def _loss_sum(self, plan: Plan, evidence: Evidence, windows: Windows) -> torch.Tensor:
-        model = copy.deepcopy(evidence.model)
-        replacement = build_replacement(model, plan, evidence.calibration)
-        self.apply(model, plan, Materials(evidence.calibration, replacement))
+    def _loss_sum(self, plan: Plan, inputs: MethodInputs, windows: Windows) -> torch.Tensor:
+        model = copy.deepcopy(inputs.model)
+        replacement = build_replacement(model, plan, inputs.calibration)
+        self.apply(model, plan, EditInputs(inputs.calibration, replacement))
         with torch.inference_mode():
             sums = [cross_entropy_sum(model, ids.to(model.device)).cpu() for ids in windows.ids.split(BATCH)]
         return torch.stack(sums).sum()

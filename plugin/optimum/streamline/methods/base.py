@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from optimum.streamline.editing.apply import Change, Materials, apply_plan
+from optimum.streamline.editing.apply import Change, EditInputs, apply_plan
 from optimum.streamline.editing.linear_map import check_linear
 from optimum.streamline.editing.plan import TRAINED, Plan
 from optimum.streamline.errors import StreamlineError
@@ -19,7 +19,7 @@ from optimum.streamline.text.windows import Windows
 
 
 @dataclass(frozen=True)
-class Evidence:
+class MethodInputs:
     """What a choice is made from; a method that changes `model` to try something changes it back.
 
     Args:
@@ -95,16 +95,16 @@ class Method(ABC):
         return parse_remove(recipe.remove, total)
 
     def held_out(self, recipe: Recipe) -> int:
-        """How many windows it needs beside the calibration windows, to compare plans on: `Evidence.held_out`."""
+        """How many windows it needs beside the calibration windows, to compare plans on: `MethodInputs.held_out`."""
         return 0
 
     @abstractmethod
-    def plan(self, recipe: Recipe, evidence: Evidence) -> Plan:
+    def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
         """Choose the layers."""
 
-    def apply(self, model: PreTrainedModel, plan: Plan, materials: Materials) -> Change:
+    def apply(self, model: PreTrainedModel, plan: Plan, edit_inputs: EditInputs) -> Change:
         """Change `model`, in place, into what `plan` says; returns what was done."""
-        return apply_plan(model, plan, materials.replacement)
+        return apply_plan(model, plan, edit_inputs.replacement)
 
 
 def first_choice(recipe: Recipe) -> int:

@@ -8,11 +8,11 @@ from transformers import PreTrainedModel
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.architectures import Sublayer, architecture_of, decoder_layers, submodule
-from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP, dead_layers
+from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP, skipped_layers
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.scoring.ablation import Parts, gone_layers, removal_losses
 
-from .base import Evidence, Method
+from .base import Method, MethodInputs
 
 
 class BlockPruner(Method):
@@ -28,30 +28,34 @@ class BlockPruner(Method):
     needs_float = "zeroes attentions and MLPs"
     replacements = ("none",)
 
-    def plan(self, recipe: Recipe, evidence: Evidence) -> Plan:
+    def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
         """The sublayers that greedy steps take, until they amount to `remove` layers."""
-        sizes, dead = sublayer_sizes(evidence.model)
-        target = self.count(recipe, evidence.layers) * sum(sizes.values()) / evidence.layers
-        removed = dead
-        while sum(sizes[part] for part in removed - dead) < target:
+        sizes, skipped = sublayer_sizes(inputs.model)
+        target = self.count(recipe, inputs.layers) * sum(sizes.values()) / inputs.layers
+        removed = skipped
+        while sum(sizes[part] for part in removed - skipped) < target:
             left = _candidates(sizes, removed)
             if not left:
                 raise StreamlineError(f"remove {recipe.remove!r}: the last attention has to stay; remove fewer")
-            losses = removal_losses(evidence.model, evidence.calibration, [frozenset({part}) for part in left], removed)
+            losses = removal_losses(inputs.model, inputs.calibration, [frozenset({part}) for part in left], removed)
             removed |= {left[losses.index(min(losses))]}
         gone = gone_layers(removed)
-        return Plan(evidence.layers, gone, dead=tuple(sorted(part for part in removed - dead if part[0] not in gone)))
+        return Plan(
+            inputs.layers, gone, skipped=tuple(sorted(part for part in removed - skipped if part[0] not in gone))
+        )
 
 
 def sublayer_sizes(model: PreTrainedModel) -> tuple[dict[tuple[int, Sublayer], int], Parts]:
     """The weights of every sublayer, 0 for one that is dead already, and which those are."""
     architecture = architecture_of(model.config)
-    dead: Parts = frozenset((layer, kind) for kind in (ATTENTION, MLP) for layer in dead_layers(model.config, kind))
+    skipped: Parts = frozenset(
+        (layer, kind) for kind in (ATTENTION, MLP) for layer in skipped_layers(model.config, kind)
+    )
     sizes: dict[tuple[int, Sublayer], int] = {}
     for index, layer in enumerate(decoder_layers(model, architecture)):
         sizes[index, ATTENTION] = _weights(layer, (architecture.attention,))
         sizes[index, MLP] = _weights(layer, architecture.mlp)
-    return {part: 0 if part in dead else size for part, size in sizes.items()}, dead
+    return {part: 0 if part in skipped else size for part, size in sizes.items()}, skipped
 
 
 def _weights(layer: nn.Module, names: tuple[str, ...]) -> int:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from optimum.streamline.editing.apply import Change, Materials
+from optimum.streamline.editing.apply import Change, EditInputs
 from optimum.streamline.editing.merging import check_mergeable, merge_layers, replace_pair, share_of_first, shared_copy
 from optimum.streamline.editing.plan import Merge, Plan, merge_plan
 from optimum.streamline.errors import StreamlineError
@@ -20,7 +20,7 @@ from optimum.streamline.scoring.channel_sensitivity import closest_pair, measure
 from optimum.streamline.scoring.similarity import Scores
 from optimum.streamline.text.windows import Windows
 
-from .base import Evidence, Method
+from .base import Method, MethodInputs
 
 
 class CoMe(Method):
@@ -57,25 +57,25 @@ class CoMe(Method):
                 f"that way this model can lose at most {possible}; remove fewer, or use a method that removes layers"
             )
 
-    def plan(self, recipe: Recipe, evidence: Evidence) -> Plan:
+    def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
         """The merges, each found on the model that the ones before it leave; `evidence.model` is left alone."""
-        model = shared_copy(evidence.model)
+        model = shared_copy(inputs.model)
         merges: list[Merge] = []
-        for _ in range(self.count(recipe, evidence.layers)):
-            scores, channels = measure_channels(model, evidence.calibration)
-            merge = self.choose(model, scores, channels, evidence.calibration)
+        for _ in range(self.count(recipe, inputs.layers)):
+            scores, channels = measure_channels(model, inputs.calibration)
+            merge = self.choose(model, scores, channels, inputs.calibration)
             replace_pair(model, merge.first, self.merged(model, merge, channels))
             merges.append(merge)
-        return merge_plan(evidence.layers, merges)
+        return merge_plan(inputs.layers, merges)
 
-    def apply(self, model: PreTrainedModel, plan: Plan, materials: Materials) -> Change:
+    def apply(self, model: PreTrainedModel, plan: Plan, edit_inputs: EditInputs) -> Change:
         """Make the merges one by one, the channels measured anew before each: healing in between counts."""
         for step, merge in enumerate(plan.merges, start=1):
-            channels = measure_channels(model, materials.calibration)[1] if self.by_channel else ()
+            channels = measure_channels(model, edit_inputs.calibration)[1] if self.by_channel else ()
             replace_pair(model, merge.first, self.merged(model, merge, channels))
-            if materials.after_merge is not None and step < len(plan.merges):
-                materials.after_merge(merge_plan(plan.total, plan.merges[:step]).places)
-        return Change(plan.places, {})
+            if edit_inputs.after_merge is not None and step < len(plan.merges):
+                edit_inputs.after_merge(merge_plan(plan.total, plan.merges[:step]).new_layers)
+        return Change(plan.new_layers, {})
 
     def choose(
         self, model: PreTrainedModel, scores: Scores, channels: Sequence[Channels], calibration: Windows

@@ -11,7 +11,7 @@ from optimum.streamline.editing.plan import TRAINED, Plan
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.scoring.similarity import Scores
 
-from .base import Evidence, Method, check_attention_stays, first_choice
+from .base import Method, MethodInputs, check_attention_stays, first_choice
 
 
 class OneBlock(Method):
@@ -37,9 +37,9 @@ class OneBlock(Method):
     def distances(self, scores: Scores, length: int) -> Sequence[float]:
         """How far apart input and output are of each block of `length` layers, by its first layer."""
 
-    def plan(self, recipe: Recipe, evidence: Evidence) -> Plan:
+    def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
         """The best block of the length asked for."""
-        length = self.length(recipe, evidence.layers)
-        distances = self.distances(evidence.scores, length)
+        length = self.length(recipe, inputs.layers)
+        distances = self.distances(inputs.scores, length)
         first = min(range(first_choice(recipe), len(distances)), key=lambda start: (distances[start], start))
-        return Plan(evidence.layers, tuple(range(first, first + length)), recipe.stand_in)
+        return Plan(inputs.layers, tuple(range(first, first + length)), recipe.stand_in)

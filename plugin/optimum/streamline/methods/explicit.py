@@ -9,7 +9,7 @@ from optimum.streamline.errors import StreamlineError
 from optimum.streamline.recipe.layer_counts import parse_layers
 from optimum.streamline.recipe.recipe import Recipe
 
-from .base import Evidence, Method, check_attention_stays
+from .base import Method, MethodInputs, check_attention_stays
 
 
 class Explicit(Method):
@@ -38,6 +38,6 @@ class Explicit(Method):
         if recipe.stand_in == "linear" and 0 in layers:
             raise StreamlineError(f"layers {recipe.layers!r}: a linear map needs a layer before it; leave layer 0")
 
-    def plan(self, recipe: Recipe, evidence: Evidence) -> Plan:
+    def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
         """The layers named."""
-        return Plan(evidence.layers, parse_layers(recipe.layers or "", evidence.layers), recipe.stand_in)
+        return Plan(inputs.layers, parse_layers(recipe.layers or "", inputs.layers), recipe.stand_in)

@@ -10,7 +10,7 @@ from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.recipe.recipe import Recipe
 
-from .base import Evidence, Method
+from .base import Method, MethodInputs
 
 
 def _max_gap(total: int, kept: int) -> list[int]:
@@ -84,8 +84,8 @@ class LayerChop(Method):
                 f"at most {total - 2} can go"
             )
 
-    def plan(self, recipe: Recipe, evidence: Evidence) -> Plan:
+    def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
         """All layers but those the pattern keeps."""
-        total = evidence.layers
+        total = inputs.layers
         kept = PATTERNS[recipe.pattern or "max-gap"](total, total - self.count(recipe, total))
         return Plan(total, tuple(layer for layer in range(total) if layer not in kept), recipe.stand_in)

@@ -6,7 +6,7 @@ from optimum.streamline.editing.plan import Plan
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.scoring.ablation import removal_losses, whole_layer
 
-from .base import Evidence
+from .base import MethodInputs
 from .protected_ends import Protecting
 
 
@@ -20,9 +20,9 @@ class ShortenedPPL(Protecting):
     summary = "the layers without each of which perplexity is lowest, all at once (2402.02834)"
     default_protect = "0,0"
 
-    def plan(self, recipe: Recipe, evidence: Evidence) -> Plan:
+    def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
         """The `remove` layers of lowest loss when each is out alone."""
-        layers = self.removable(recipe, evidence.layers)
-        losses = removal_losses(evidence.model, evidence.calibration, [whole_layer(layer) for layer in layers])
-        lowest = sorted(zip(losses, layers, strict=True))[: self.count(recipe, evidence.layers)]
-        return Plan(evidence.layers, tuple(sorted(layer for _, layer in lowest)), recipe.stand_in)
+        layers = self.removable(recipe, inputs.layers)
+        losses = removal_losses(inputs.model, inputs.calibration, [whole_layer(layer) for layer in layers])
+        lowest = sorted(zip(losses, layers, strict=True))[: self.count(recipe, inputs.layers)]
+        return Plan(inputs.layers, tuple(sorted(layer for _, layer in lowest)), recipe.stand_in)

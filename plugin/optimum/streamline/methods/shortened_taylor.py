@@ -6,7 +6,7 @@ from optimum.streamline.editing.plan import Plan
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.scoring.taylor import taylor_importance
 
-from .base import Evidence
+from .base import MethodInputs
 from .protected_ends import Protecting
 
 
@@ -24,9 +24,9 @@ class ShortenedTaylor(Protecting):
     needs_float = "takes gradients"
     default_protect = "4,2"
 
-    def plan(self, recipe: Recipe, evidence: Evidence) -> Plan:
+    def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
         """The `remove` layers of lowest Taylor importance."""
-        importance = taylor_importance(evidence.model, evidence.calibration)
-        layers = self.removable(recipe, evidence.layers)
-        lowest = sorted(layers, key=lambda layer: (importance[layer], layer))[: self.count(recipe, evidence.layers)]
-        return Plan(evidence.layers, tuple(sorted(lowest)), recipe.stand_in)
+        importance = taylor_importance(inputs.model, inputs.calibration)
+        layers = self.removable(recipe, inputs.layers)
+        lowest = sorted(layers, key=lambda layer: (importance[layer], layer))[: self.count(recipe, inputs.layers)]
+        return Plan(inputs.layers, tuple(sorted(lowest)), recipe.stand_in)

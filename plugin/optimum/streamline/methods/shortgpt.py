@@ -9,7 +9,7 @@ from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.scoring.ablation import whole_layer, without
 from optimum.streamline.scoring.similarity import measure_scores
 
-from .base import Evidence, Method, first_choice
+from .base import Method, MethodInputs, first_choice
 
 
 class ShortGPT(Method):
@@ -27,15 +27,15 @@ class ShortGPT(Method):
     by_scores = True
     options = ("iterative",)
 
-    def plan(self, recipe: Recipe, evidence: Evidence) -> Plan:
+    def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
         """The `remove` layers of lowest Block Influence."""
-        count = self.count(recipe, evidence.layers)
+        count = self.count(recipe, inputs.layers)
         spared = first_choice(recipe)
         if recipe.iterative:
-            gone = _one_by_one(evidence, count, spared)
+            gone = _one_by_one(inputs, count, spared)
         else:
-            gone = _by_influence(range(evidence.layers), evidence.scores.block_influence, spared)[:count]
-        return Plan(evidence.layers, tuple(sorted(gone)), recipe.stand_in)
+            gone = _by_influence(range(inputs.layers), inputs.scores.block_influence, spared)[:count]
+        return Plan(inputs.layers, tuple(sorted(gone)), recipe.stand_in)
 
 
 def _by_influence(layers: Sequence[int], influence: Sequence[float], spared: int) -> list[int]:
@@ -44,13 +44,13 @@ def _by_influence(layers: Sequence[int], influence: Sequence[float], spared: int
     return [layer for _, layer in ranked if layer >= spared]
 
 
-def _one_by_one(evidence: Evidence, count: int, spared: int) -> list[int]:
-    kept, gone = list(range(evidence.layers)), list[int]()
-    influence: Sequence[float] = evidence.scores.block_influence
+def _one_by_one(inputs: MethodInputs, count: int, spared: int) -> list[int]:
+    kept, gone = list(range(inputs.layers)), list[int]()
+    influence: Sequence[float] = inputs.scores.block_influence
     for step in range(count):
         if step:
-            with without(evidence.model, frozenset().union(*map(whole_layer, gone))):
-                measured = measure_scores(evidence.model, evidence.calibration).block_influence
+            with without(inputs.model, frozenset().union(*map(whole_layer, gone))):
+                measured = measure_scores(inputs.model, inputs.calibration).block_influence
             influence = [measured[layer] for layer in kept]
         lowest = _by_influence(kept, influence, spared)[0]
         kept.remove(lowest)

@@ -6,7 +6,7 @@ from optimum.streamline.editing.plan import Plan
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.scoring.ablation import Parts, gone_layers, removal_losses, whole_layer
 
-from .base import Evidence
+from .base import MethodInputs
 from .protected_ends import Protecting
 
 
@@ -20,12 +20,12 @@ class SLEB(Protecting):
     summary = "one layer at a time, each time the one whose loss hurts least (2402.09025)"
     default_protect = "1,1"
 
-    def plan(self, recipe: Recipe, evidence: Evidence) -> Plan:
+    def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
         """The `remove` layers that greedy steps take."""
         removed: Parts = frozenset()
-        for _ in range(self.count(recipe, evidence.layers)):
+        for _ in range(self.count(recipe, inputs.layers)):
             gone = gone_layers(removed)
-            left = [layer for layer in self.removable(recipe, evidence.layers) if layer not in gone]
-            losses = removal_losses(evidence.model, evidence.calibration, [whole_layer(i) for i in left], removed)
+            left = [layer for layer in self.removable(recipe, inputs.layers) if layer not in gone]
+            losses = removal_losses(inputs.model, inputs.calibration, [whole_layer(i) for i in left], removed)
             removed |= whole_layer(left[losses.index(min(losses))])
-        return Plan(evidence.layers, gone_layers(removed), recipe.stand_in)
+        return Plan(inputs.layers, gone_layers(removed), recipe.stand_in)

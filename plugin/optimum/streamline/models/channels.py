@@ -15,7 +15,7 @@ Channels = dict[Sublayer, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Half:
+class SublayerWeights:
     """Where the weights of one sublayer are, as paths from its layer.
 
     Args:
@@ -29,11 +29,13 @@ class Half:
     output: str
 
 
-def halves(architecture: Architecture) -> dict[Sublayer, Half]:
+def sublayer_weights(architecture: Architecture) -> dict[Sublayer, SublayerWeights]:
     """Both sublayers of a layer."""
     return {
-        "attention": Half(architecture.attention_norm, architecture.attention_in, architecture.attention_out),
-        "mlp": Half(architecture.mlp_norm, architecture.mlp_in, architecture.mlp_out[0]),
+        "attention": SublayerWeights(
+            architecture.attention_norm, architecture.attention_in, architecture.attention_out
+        ),
+        "mlp": SublayerWeights(architecture.mlp_norm, architecture.mlp_in, architecture.mlp_out[0]),
     }
 
 

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 @dataclass(frozen=True)
-class Product:
+class LinearModule:
     """One module that multiplies by weights.
 
     Args:
@@ -23,14 +23,14 @@ class Product:
     depth: int = 0
 
 
-def skeleton_of(config: PreTrainedConfig) -> PreTrainedModel:
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of this config without numbers; `config` must not be that of a quantized one."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
 
 
-def products_of(model: nn.Module) -> dict[str, Product]:
+def linear_modules_of(model: nn.Module) -> dict[str, LinearModule]:
     """By module name, in the model's order: linear layers, and experts whose weights are stacked in one module.
 
     Args:
@@ -40,8 +40,8 @@ def products_of(model: nn.Module) -> dict[str, Product]:
     return {name: product for name, product in found.items() if product is not None}
 
 
-def _product(module: nn.Module) -> Product | None:
+def _product(module: nn.Module) -> LinearModule | None:
     if isinstance(module, nn.Linear):
-        return Product(module.weight.numel(), module.in_features)
+        return LinearModule(module.weight.numel(), module.in_features)
     own = [each for each in module.parameters(recurse=False) if each.dim() == (2 if isinstance(module, Conv1D) else 3)]
-    return Product(sum(each.numel() for each in own)) if own else None
+    return LinearModule(sum(each.numel() for each in own)) if own else None

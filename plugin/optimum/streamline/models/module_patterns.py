@@ -65,8 +65,8 @@ def followed(names: Iterable[str], originals: Sequence[Sequence[int]]) -> list[t
     pairs: list[tuple[str, str]] = []
     for name in names:
         if layer := _LAYER.match(name):
-            places = [place for place, group in enumerate(originals) if int(layer[2]) in group]
-            pairs += [(f"{layer[1]}{place}{name[layer.end() :]}", name) for place in places]
+            new_layers = [place for place, group in enumerate(originals) if int(layer[2]) in group]
+            pairs += [(f"{layer[1]}{place}{name[layer.end() :]}", name) for place in new_layers]
         else:
             pairs.append((name, name))
     return pairs

@@ -16,7 +16,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from optimum.streamline.errors import StreamlineError, first_line
 
-from .linear_modules import products_of, skeleton_of
+from .linear_modules import linear_modules_of, meta_model
 from .module_patterns import followed
 
 # Where a library's config names the modules that stay in float, by patterns that `should_convert_module` reads.
@@ -131,7 +131,7 @@ def renumber_quantization(config: PreTrainedConfig, layers: str, origins: Sequen
     for field, value in fields.items():
         strings = isinstance(value, list) and all(isinstance(each, str) for each in value)
         if strings and field in _LISTS_OF_PATTERNS:
-            fields[field] = _patterns_of_same(value, list(products_of(skeleton_of(float_config(config)))), origins)
+            fields[field] = _patterns_of_same(value, list(linear_modules_of(meta_model(float_config(config)))), origins)
         elif strings:
             fields[field] = [new for each in value for new in _renumbered(field, each, path, origins)]
         elif re.search(rf"{path}[\[(]?\d", str(value)):
@@ -160,8 +160,8 @@ def _renumbered(field: str, name: str, path: str, origins: Sequence[int]) -> lis
     if len(literal) != 1:
         raise _cannot_follow(field)
     [match] = literal
-    places = [place for place, origin in enumerate(origins) if origin == int(match[2])]
-    return [f"{name[: match.start()]}{match[1]}{place}{name[match.end() :]}" for place in places]
+    new_layers = [place for place, origin in enumerate(origins) if origin == int(match[2])]
+    return [f"{name[: match.start()]}{match[1]}{place}{name[match.end() :]}" for place in new_layers]
 
 
 def _cannot_follow(field: str) -> StreamlineError:

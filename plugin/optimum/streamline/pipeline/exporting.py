@@ -33,9 +33,9 @@ def has_graph(artifact: Artifact) -> bool:
 
 def graph_quantizers() -> dict[str, bool]:
     """The ways to quantize an export, and of each whether it is calibrated on text."""
-    from optimum.exporters.streamline import WAYS
+    from optimum.exporters.streamline import GRAPH_QUANTIZERS
 
-    return {name: way.calibrated for name, way in WAYS.items()}
+    return {name: way.calibrated for name, way in GRAPH_QUANTIZERS.items()}
 
 
 def check_exportable(recipe: Recipe) -> None:

@@ -13,12 +13,12 @@ from tempfile import TemporaryDirectory
 
 from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.checkpoints.loading import read_config
-from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation.accuracy import Accuracy
 from optimum.streamline.evaluation.interaction import interaction
 from optimum.streamline.evaluation.results import Interaction, Report
-from optimum.streamline.evaluation.validate import Subject, measure
+from optimum.streamline.evaluation.validate import ComparedModel, measure
 from optimum.streamline.evaluation.verdict import judge
 from optimum.streamline.models.quantization_config import quantization_name
 from optimum.streamline.quantization.quantizers import NONE, QUANTIZERS
@@ -30,7 +30,7 @@ from optimum.streamline.system.library_logs import captured_logs
 
 from .exporting import CALIBRATION_WINDOWS, check_exportable, export, graph_quantizers, score_graph
 from .preflight import check_quantization, check_recipe
-from .prune import Say, prune
+from .prune import Notify, prune
 from .quantize import quantize
 from .texts import Texts, inputs_of, read_texts
 
@@ -39,20 +39,20 @@ FIRST, LAST = "quantize,prune", "prune,quantize"
 
 
 def orthogonality(
-    source: Source,
+    source: ModelSource,
     recipe: Recipe,
     quantizers: Sequence[str],
     out: Path,
     *,
     overwrite: bool = False,
     verbose: bool = False,
-    say: Say = print,
+    notify: Notify = print,
 ) -> Report:
     """Measure how the removal of layers that a recipe describes meets each quantizer; writes the report into `out`.
 
     Args:
         recipe: What is removed and how it is healed; it says nothing of quantizing.
-        quantizers: Keys of `quantizers.QUANTIZERS`, or of the exporters' `WAYS`, which are measured in ONNX Runtime.
+        quantizers: Keys of `quantizers.QUANTIZERS`, or of the exporters' `GRAPH_QUANTIZERS`; those run in ONNX Runtime.
 
     Raises:
         StreamlineError: bad input, or a model that cannot be made.
@@ -64,21 +64,21 @@ def orthogonality(
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as scratch:
         for purpose, windows in texts.chosen_on.items():
-            say(windows.line("healing" if purpose == "heal" else purpose))
-        models = _Models(source, recipe, Path(scratch), texts, verbose, say)
+            notify(windows.line("healing" if purpose == "heal" else purpose))
+        models = _Models(source, recipe, Path(scratch), texts, verbose, notify)
         interactions = [each for how in quantizers for each in models.make(how)]
-        say(texts.judged_on.line("evaluation"))
-        say(f"measuring {len(models.subjects)} models")
+        notify(texts.judged_on.line("evaluation"))
+        notify(f"measuring {len(models.compared_models)} models")
         with captured_logs(None, verbose):
             measured = measure(
-                list(models.subjects.values()),
+                list(models.compared_models.values()),
                 texts.judged_on,
                 dtype=recipe.dtype or "fp32",
                 device=recipe.device,
                 seed=recipe.seed,
-                say=say,
+                notify=notify,
             )
-        found = dict(zip(models.subjects, measured.accuracies, strict=True))
+        found = dict(zip(models.compared_models, measured.accuracies, strict=True))
     # What the others were is gone with the scratch folder.
     rows = tuple(row if row.label == DENSE else replace(row, path="") for row in measured.rows)
     report = Report(
@@ -95,7 +95,7 @@ def orthogonality(
     return report
 
 
-def _check(source: Source, recipe: Recipe, quantizers: Sequence[str]) -> None:
+def _check(source: ModelSource, recipe: Recipe, quantizers: Sequence[str]) -> None:
     """Refuse what cannot be made, before anything is."""
     for field in ("quantize", "quantize_exclude", "steps", "format"):
         value = getattr(recipe, field)
@@ -127,11 +127,13 @@ def _unheard(_: str) -> None:
 class _Models:
     """The models of one run on disk, made when they are first asked for, by the labels that the report gives them."""
 
-    def __init__(self, source: Source, recipe: Recipe, scratch: Path, texts: Texts, verbose: bool, say: Say) -> None:
+    def __init__(
+        self, source: ModelSource, recipe: Recipe, scratch: Path, texts: Texts, verbose: bool, notify: Notify
+    ) -> None:
         self._source, self._recipe, self._scratch = source, recipe, scratch
-        self._texts, self._verbose, self._say = texts, verbose, say
+        self._texts, self._verbose, self._notify = texts, verbose, notify
         self._graphs: dict[str, Artifact] = {}
-        self.subjects: dict[str, Subject] = {}
+        self.compared_models: dict[str, ComparedModel] = {}
         self._add(DENSE, source.model)
         self._add(PRUNED, self._prune(PRUNED, recipe))
 
@@ -142,8 +144,8 @@ class _Models:
     def _of_checkpoints(self, how: str) -> list[Interaction]:
         for label, source in ((how, self._source), (f"{PRUNED}, {how}", self._subject_source(PRUNED))):
             folder = self._scratch / label
-            self._say(f"making {label}")
-            quantize(source, folder, how, device=self._recipe.device, verbose=self._verbose, say=_unheard)
+            self._notify(f"making {label}")
+            quantize(source, folder, how, device=self._recipe.device, verbose=self._verbose, notify=_unheard)
             self._add(label, str(folder))
         interactions = [Interaction(how, LAST, DENSE, PRUNED, how, f"{PRUNED}, {how}")]
         recipe = replace(self._recipe, quantize=how, steps=FIRST)  # type: ignore[arg-type]
@@ -156,10 +158,10 @@ class _Models:
     def _of_graphs(self, how: str) -> list[Interaction]:
         dense, pruned = f"{DENSE}, onnx", f"{PRUNED}, onnx"
         for label, plain in ((dense, DENSE), (pruned, PRUNED)):
-            if label not in self.subjects:
-                self._export(label, self.subjects[plain].path, NONE)
-        self._export(how, self.subjects[DENSE].path, how)
-        self._export(f"{PRUNED}, {how}", self.subjects[PRUNED].path, how)
+            if label not in self.compared_models:
+                self._export(label, self.compared_models[plain].path, NONE)
+        self._export(how, self.compared_models[DENSE].path, how)
+        self._export(f"{PRUNED}, {how}", self.compared_models[PRUNED].path, how)
         interactions = [Interaction(how, LAST, dense, pruned, how, f"{PRUNED}, {how}")]
         recipe = replace(self._recipe, quantize=how, steps=FIRST, format="onnx")  # type: ignore[arg-type]
         missing = self._refused(recipe)
@@ -184,17 +186,17 @@ class _Models:
     def _prune(self, label: str, recipe: Recipe, graph: Artifact | None = None) -> str:
         folder = self._scratch / label
         scored = None if graph is None else lambda windows: score_graph(graph, windows)
-        self._say(f"making {label}")
+        self._notify(f"making {label}")
         record = prune(
-            self._source, recipe, folder, overwrite=False, verbose=self._verbose, say=_unheard, scored=scored
+            self._source, recipe, folder, overwrite=False, verbose=self._verbose, notify=_unheard, scored=scored
         )
-        self._say(f"{label}: {record.plan.describe()}")
+        self._notify(f"{label}: {record.plan.describe()}")
         return str(folder)
 
     def _export(self, label: str, checkpoint: str, how: str) -> None:
         windows = self._texts.chosen_on["calibration"]
         needed = graph_quantizers().get(how, False)
-        self._say(f"making {label}")
+        self._notify(f"making {label}")
         self._graphs[label] = export(
             checkpoint,
             self._scratch / label,
@@ -206,10 +208,10 @@ class _Models:
         )
         self._add(label, self._graphs[label].path)
 
-    def _subject_source(self, label: str) -> Source:
-        return self.subjects[label].source
+    def _subject_source(self, label: str) -> ModelSource:
+        return self.compared_models[label].source
 
     def _add(self, label: str, path: str) -> None:
         role = "original" if label.startswith(DENSE) else "candidate"
         source = self._source.of(path)
-        self.subjects[label] = Subject(label, path, role, **source.options())  # type: ignore[arg-type]
+        self.compared_models[label] = ComparedModel(label, path, role, **source.options())  # type: ignore[arg-type]

@@ -11,13 +11,13 @@ from optimum.streamline.checkpoints.loading import (
     check_checkpoint,
     stored_dtype,
 )
-from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing.checks import check_heal_windows, check_healing
 from optimum.streamline.methods.registry import METHODS, method_of
 from optimum.streamline.models.architectures import architecture_of
 from optimum.streamline.models.bare_layers import BareKind
-from optimum.streamline.models.linear_modules import products_of, skeleton_of
+from optimum.streamline.models.linear_modules import linear_modules_of, meta_model
 from optimum.streamline.models.module_patterns import chosen
 from optimum.streamline.models.quantization_config import (
     check_writable,
@@ -56,7 +56,7 @@ def check_quantization(recipe: Recipe, config: PreTrainedConfig) -> None:
             )
     elif recipe.quantize != NONE:
         _check_graph_quantization(recipe)
-        chosen(products_of(skeleton_of(float_config(config))), recipe.excluded)
+        chosen(linear_modules_of(meta_model(float_config(config))), recipe.excluded)
     if name is not None or recipe.quantize_first:
         _check_removal_alone(recipe, name or recipe.quantize)
     if recipe.quantize in QUANTIZERS and recipe.stand_in in get_args(BareKind):
@@ -123,7 +123,7 @@ def _check_removal_alone(recipe: Recipe, quantization: str) -> None:
         raise StreamlineError(f"heal {'+'.join(recipe.healing)!r}: {refused}; {instead}, or use heal 'none'")
 
 
-def check_recipe(source: Source, recipe: Recipe) -> None:
+def check_recipe(source: ModelSource, recipe: Recipe) -> None:
     """Everything about a recipe that can be refused without loading a weight.
 
     Raises:
@@ -138,7 +138,7 @@ def check_recipe(source: Source, recipe: Recipe) -> None:
     check_heal_windows(recipe, config.num_hidden_layers)
 
 
-def _checked_config(source: Source, recipe: Recipe) -> PreTrainedConfig:
+def _checked_config(source: ModelSource, recipe: Recipe) -> PreTrainedConfig:
     config = check_checkpoint(source)
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and recipe.length > longest:

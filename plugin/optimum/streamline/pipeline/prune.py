@@ -28,13 +28,13 @@ from optimum.streamline.checkpoints.provenance import write_record
 from optimum.streamline.checkpoints.read_back import read_back, release
 from optimum.streamline.checkpoints.remote_code import carry_code
 from optimum.streamline.checkpoints.saving import save_model
-from optimum.streamline.checkpoints.source import Source, fingerprint
-from optimum.streamline.editing.apply import Materials, build_replacement, planned_config
+from optimum.streamline.checkpoints.source import ModelSource, fingerprint
+from optimum.streamline.editing.apply import EditInputs, build_replacement, planned_config
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
-from optimum.streamline.healing.stages import Healed, Healer
+from optimum.streamline.healing.stages import Healer, HealingResult
 from optimum.streamline.healing.training_checkpoints import healing_workspace, open_workspace
-from optimum.streamline.methods.base import Evidence
+from optimum.streamline.methods.base import MethodInputs
 from optimum.streamline.methods.registry import method_of
 from optimum.streamline.models.bare_layers import NEEDS_LOAD, bare_layers
 from optimum.streamline.models.module_patterns import followed
@@ -44,7 +44,7 @@ from optimum.streamline.quantization.loading import check_quantizable, load_quan
 from optimum.streamline.quantization.quantizers import QUANTIZERS
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.reporting.model_card import CARD_FILE, model_card
-from optimum.streamline.reporting.record import Record
+from optimum.streamline.reporting.record import PruningRecord
 from optimum.streamline.scoring.similarity import Scores, measure_scores
 from optimum.streamline.system.atomic_output import claimed_by_main, staged_by_main
 from optimum.streamline.system.distributed import from_main, is_main, join_processes
@@ -56,7 +56,7 @@ from .preflight import _checked_config, check_recipe, refuse_unpacking
 from .quantize import write_quantization
 from .texts import _heal_text, _text_of_choice, _windows, inputs_of
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 Score = Callable[[Windows], Scores]
 
 
@@ -70,7 +70,7 @@ class Prepared:
         heal_text: What is trained on, where something is.
     """
 
-    source: Source
+    source: ModelSource
     recipe: Recipe
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -87,7 +87,7 @@ class Prepared:
         return self.chosen_on.part(0, self.recipe.samples)
 
 
-def score(source: Source, recipe: Recipe, say: Say) -> tuple[Scores, Windows]:
+def score(source: ModelSource, recipe: Recipe, notify: Notify) -> tuple[Scores, Windows]:
     """Layer importances of a model on the calibration text.
 
     Raises:
@@ -95,13 +95,13 @@ def score(source: Source, recipe: Recipe, say: Say) -> tuple[Scores, Windows]:
     """
     config = _checked_config(source, recipe)
     for line in source_notes(source, config):
-        say(line)
+        notify(line)
     windows = _windows(recipe, load_tokenizer(source), config, recipe.calibration, recipe.samples, "calibration")
-    say(windows.line("calibration"))
+    notify(windows.line("calibration"))
     return measure_scores(load_stock(source, torch.float32, recipe.device), windows), windows
 
 
-def prepare(source: Source, recipe: Recipe, say: Say, scored: Score | None = None) -> Prepared:
+def prepare(source: ModelSource, recipe: Recipe, notify: Notify, scored: Score | None = None) -> Prepared:
     """Load a model, score its layers and plan what becomes of them.
 
     Computation is in fp32 whatever the checkpoint is stored in: a score is a difference of nearly equal numbers.
@@ -110,20 +110,20 @@ def prepare(source: Source, recipe: Recipe, say: Say, scored: Score | None = Non
         scored: Scores the layers, if that is not to be done in the model as it is loaded.
     """
     check_recipe(source, recipe)
-    say(f"loading {source.model}")
+    notify(f"loading {source.model}")
     start = time.monotonic()
     config = read_config(source)
     for line in source_notes(source, config):
-        say(line)
+        notify(line)
     tokenizer = load_tokenizer(source)
     chosen_on = _text_of_choice(recipe, tokenizer, config)
     calibration = chosen_on.part(0, recipe.samples)
     held_out = chosen_on.part(recipe.samples, len(chosen_on.ids)) if len(chosen_on.ids) > recipe.samples else None
     # Not needed yet, but a text that cannot be read is better found now than after hours of a greedy search.
     heal_text = _heal_text(recipe, tokenizer, config) if recipe.healing else None
-    say(chosen_on.line("calibration"))
+    notify(chosen_on.line("calibration"))
     if heal_text is not None:
-        say(heal_text.line("healing"))
+        notify(heal_text.line("healing"))
     # Before the model is loaded: there may not be room for what else is loaded to score them.
     begun = time.monotonic()
     scored_elsewhere = scored(calibration) if scored else None
@@ -137,15 +137,15 @@ def prepare(source: Source, recipe: Recipe, say: Say, scored: Score | None = Non
         refuse_unpacking(model)
     loaded = time.monotonic()
     if scored_elsewhere is None:
-        say(f"scoring {config.num_hidden_layers} layers on {len(calibration.ids)} windows of {recipe.length} tokens")
+        notify(f"scoring {config.num_hidden_layers} layers on {len(calibration.ids)} windows of {recipe.length} tokens")
     scores = scored_elsewhere or measure_scores(model, calibration)
-    plan = method_of(recipe, config).plan(recipe, Evidence(model, calibration, scores, held_out))
+    plan = method_of(recipe, config).plan(recipe, MethodInputs(model, calibration, scores, held_out))
     planned = planned_config(model.config, plan)
     if len(layers_without_attention(planned)) == planned.num_hidden_layers:
         raise StreamlineError("model: no layer with attention would be left; remove fewer, or other layers")
     if plan.tried:
-        say(f"loss on held-out text, nats per token: {_losses(plan)}")
-    say(plan.describe())
+        notify(f"loss on held-out text, nats per token: {_losses(plan)}")
+    notify(plan.describe())
     seconds = {"load": loaded - start - scoring, "score": time.monotonic() - loaded + scoring}
     kept = quantizes or quantization_name(config) is not None
     stored = None if kept else DTYPES[recipe.dtype or stored_dtype(source)]
@@ -157,15 +157,15 @@ def _losses(plan: Plan) -> str:
 
 
 def prune(
-    source: Source,
+    source: ModelSource,
     recipe: Recipe,
     out: Path,
     *,
     overwrite: bool,
     verbose: bool,
-    say: Say,
+    notify: Notify,
     scored: Score | None = None,
-) -> Record:
+) -> PruningRecord:
     """Make the checkpoint `out`: whole, or not at all.
 
     Args:
@@ -177,27 +177,27 @@ def prune(
     """
     join_processes(recipe.device)
     if not is_main():
-        say = _say_nothing
+        notify = _notify_nobody
     with (
         claimed_by_main(out, inputs_of(source, recipe), overwrite),
         healing_workspace(out, recipe.fingerprint) as workspace,
         staged_by_main(out, overwrite) as staging,
         captured_logs(staging and staging / LOG_FILE, verbose),
     ):
-        prepared = prepare(source, recipe, say, scored)
+        prepared = prepare(source, recipe, notify, scored)
         # Nearly equal numbers may fall either way on another processor: all train one model.
         prepared.plan = from_main(prepared.plan)
-        record = change(prepared, say, workspace)
+        record = change(prepared, notify, workspace)
         if staging is not None:
-            record = replace(record, read_back=_save(prepared, record, staging, say))
+            record = replace(record, read_back=_save(prepared, record, staging, notify))
             write_record(record.to_dict(), staging)
             (staging / CARD_FILE).write_text(model_card(record), encoding="utf-8")
     note = f", which {NEEDS_LOAD}" if bare_layers(prepared.model.config) else ""
-    say(f"saved {out}{note}")
+    notify(f"saved {out}{note}")
     return record
 
 
-def _save(prepared: Prepared, record: Record, folder: Path, say: Say) -> dict[str, Any]:
+def _save(prepared: Prepared, record: PruningRecord, folder: Path, notify: Notify) -> dict[str, Any]:
     """Write the checkpoint, quantized if that comes last, and read it back; the model is of no use afterwards.
 
     Returns:
@@ -210,7 +210,7 @@ def _save(prepared: Prepared, record: Record, folder: Path, say: Say) -> dict[st
     quantizes = recipe.quantize in QUANTIZERS
     if quantizes and not recipe.quantize_first:
         in_float = check_quantizable(read_config(source), recipe.quantize, recipe.excluded)
-        now = [new for new, _ in followed(in_float, [place.originals for place in record.change.places])]
+        now = [new for new, _ in followed(in_float, [place.originals for place in record.change.new_layers])]
         with TemporaryDirectory(dir=folder) as scratch:
             save_model(model, prepared.tokenizer, prepared.stored, Path(scratch))
             release(model)
@@ -218,18 +218,18 @@ def _save(prepared: Prepared, record: Record, folder: Path, say: Say) -> dict[st
     save_model(model, prepared.tokenizer, None if quantizes else prepared.stored, folder)
     carry_code(source, folder)
     if quantizes:
-        say(write_quantization(model, source, recipe.quantize, recipe.excluded, folder))
+        notify(write_quantization(model, source, recipe.quantize, recipe.excluded, folder))
     start = time.monotonic()
     found = read_back(folder, model, prepared.tokenizer, prepared.calibration.ids, source.trust_remote_code)
     prepared.seconds["read back"] = time.monotonic() - start
     return found
 
 
-def _say_nothing(message: str) -> None:
+def _notify_nobody(message: str) -> None:
     """One process speaks for all."""
 
 
-def change(prepared: Prepared, say: Say, workspace: Path | None = None) -> Record:
+def change(prepared: Prepared, notify: Notify, workspace: Path | None = None) -> PruningRecord:
     """Heal and edit the prepared model, in place; returns what was done.
 
     Args:
@@ -246,19 +246,19 @@ def change(prepared: Prepared, say: Say, workspace: Path | None = None) -> Recor
     if prepared.heal_text is not None:
         data["heal"] = seen_text(prepared.heal_text)
         if workspace is not None and open_workspace(workspace, _workspace_key(prepared, source, prepared.heal_text)):
-            say(f"going on from the checkpoints in {workspace}")
-        healer = Healer(recipe, model, plan, prepared.heal_text, say, workspace)
+            notify(f"going on from the checkpoints in {workspace}")
+        healer = Healer(recipe, model, plan, prepared.heal_text, notify, workspace)
     start = time.monotonic()
     if healer is not None:
         healer.before_edit(replacement.layer if replacement else None)
-    materials = Materials(prepared.calibration, replacement, healer.after_merge if healer else None)
-    changed = method_of(recipe, model.config).apply(model, plan, materials)
-    healed: tuple[Healed, ...] = ()
+    edit_inputs = EditInputs(prepared.calibration, replacement, healer.after_merge if healer else None)
+    changed = method_of(recipe, model.config).apply(model, plan, edit_inputs)
+    healed: tuple[HealingResult, ...] = ()
     if healer is not None:
-        healer.after_edit(changed.places)
+        healer.after_edit(changed.new_layers)
         healed = tuple(healer.done)
         prepared.seconds["heal"] = time.monotonic() - start
-    return Record(
+    return PruningRecord(
         source=prepared.source,
         source_fingerprint=source,
         recipe=recipe,

@@ -26,9 +26,9 @@ from optimum.streamline.checkpoints.read_back import read_back
 from optimum.streamline.checkpoints.record_file import read_record
 from optimum.streamline.checkpoints.remote_code import carry_code
 from optimum.streamline.checkpoints.saving import save_model
-from optimum.streamline.checkpoints.source import Source, fingerprint
+from optimum.streamline.checkpoints.source import ModelSource, fingerprint
 from optimum.streamline.checkpoints.weight_files import find_weights
-from optimum.streamline.models.linear_modules import products_of, skeleton_of
+from optimum.streamline.models.linear_modules import linear_modules_of, meta_model
 from optimum.streamline.models.quantization_config import float_config
 from optimum.streamline.models.quantized_weights import quantized_modules
 from optimum.streamline.quantization.loading import check_quantizable, load_quantizing
@@ -40,11 +40,11 @@ from optimum.streamline.system.library_logs import LOG_FILE, captured_logs
 
 QUANTIZATION_FILE = "quantization.json"
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 def quantize(
-    source: Source,
+    source: ModelSource,
     out: Path,
     how: str,
     exclude: Sequence[str] = (),
@@ -52,7 +52,7 @@ def quantize(
     device: str = "cpu",
     overwrite: bool = False,
     verbose: bool = False,
-    say: Say = print,
+    notify: Notify = print,
 ) -> None:
     """Make the quantized checkpoint `out`: whole, or not at all.
 
@@ -67,7 +67,7 @@ def quantize(
     check_device(device)
     config = check_checkpoint(source)
     for line in source_notes(source, config):
-        say(line)
+        notify(line)
     kept = check_quantizable(config, how, exclude)
     with staged_folder(out, (source.model,), overwrite) as folder, captured_logs(folder / LOG_FILE, verbose):
         tokenizer = load_tokenizer(source)
@@ -78,12 +78,14 @@ def quantize(
         _write_companions(source, how, folder)
         read_back(folder, model, tokenizer, None, source.trust_remote_code)
         before, after = (find_weights(each).bytes / 1e6 for each in (source.folder, folder))
-    say(f"quantized ({how}): {before:.1f} MB became {after:.1f} MB")
-    say(in_float)
-    say(f"saved {out}")
+    notify(f"quantized ({how}): {before:.1f} MB became {after:.1f} MB")
+    notify(in_float)
+    notify(f"saved {out}")
 
 
-def write_quantization(model: PreTrainedModel, source: Source, how: str, exclude: Sequence[str], folder: Path) -> str:
+def write_quantization(
+    model: PreTrainedModel, source: ModelSource, how: str, exclude: Sequence[str], folder: Path
+) -> str:
     """Write `quantization.json`: what was quantized, by what, and what was not.
 
     Args:
@@ -93,7 +95,7 @@ def write_quantization(model: PreTrainedModel, source: Source, how: str, exclude
         A line on what stayed in float.
     """
     quantized = set(quantized_modules(model))
-    products = products_of(skeleton_of(float_config(model.config)))
+    products = linear_modules_of(meta_model(float_config(model.config)))
     in_float = [name for name in products if name not in quantized]
     share = sum(products[name].weights for name in in_float) / sum(each.weights for each in products.values())
     fields = {
@@ -123,7 +125,7 @@ def _listed(names: Iterable[str], every: Iterable[str]) -> str:
     return ", ".join(counted) or "nothing"
 
 
-def _write_companions(source: Source, how: str, folder: Path) -> None:
+def _write_companions(source: ModelSource, how: str, folder: Path) -> None:
     """Write the card of a quantized checkpoint, and keep the record of its making if there is one."""
     made = source.folder
     record = read_record(str(made))

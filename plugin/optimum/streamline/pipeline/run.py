@@ -19,13 +19,13 @@ from optimum.streamline.checkpoints.artifact import Artifact, is_artifact
 from optimum.streamline.checkpoints.loading import read_config
 from optimum.streamline.checkpoints.provenance import changed_files, model_hashes
 from optimum.streamline.checkpoints.record_file import RECORD_FILE, read_record
-from optimum.streamline.checkpoints.source import Source, fingerprint
-from optimum.streamline.editing.plan import Place
+from optimum.streamline.checkpoints.source import ModelSource, fingerprint
+from optimum.streamline.editing.plan import PlannedLayer
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation.results import Report
-from optimum.streamline.evaluation.validate import Subject, validate
+from optimum.streamline.evaluation.validate import ComparedModel, validate
 from optimum.streamline.evaluation.verdict import judge
-from optimum.streamline.models.linear_modules import products_of, skeleton_of
+from optimum.streamline.models.linear_modules import linear_modules_of, meta_model
 from optimum.streamline.models.module_patterns import chosen, followed
 from optimum.streamline.models.quantization_config import float_config
 from optimum.streamline.quantization.quantizers import NONE, QUANTIZERS
@@ -40,7 +40,7 @@ from optimum.streamline.text.windows import Windows
 
 from .exporting import CALIBRATION_WINDOWS, check_exportable, export, graph_quantization, has_graph, score_graph
 from .preflight import check_recipe
-from .prune import Say, prune
+from .prune import Notify, prune
 from .quantize import QUANTIZATION_FILE
 from .texts import Texts, inputs_of, read_texts
 
@@ -48,7 +48,7 @@ STEPS_FILE = "steps.json"
 EXPORT, ORIGINAL_EXPORT = "onnx", "onnx-original"
 
 
-def run(source: Source, recipe: Recipe, out: Path, *, overwrite: bool, verbose: bool, say: Say) -> Report:
+def run(source: ModelSource, recipe: Recipe, out: Path, *, overwrite: bool, verbose: bool, notify: Notify) -> Report:
     """Everything the recipe asks for, into `out`; called again, what is done is not done again.
 
     `out` is the checkpoint itself; beside its files stand `onnx`, `onnx-original` and the report.
@@ -62,7 +62,7 @@ def run(source: Source, recipe: Recipe, out: Path, *, overwrite: bool, verbose: 
     refuse_own_input(out, inputs_of(source, recipe))
     check_exportable(recipe)
     texts = read_texts(source, recipe)
-    chain = _Chain(source, recipe, out, verbose, say)
+    chain = _Chain(source, recipe, out, verbose, notify)
     if overwrite or not chain.resumes(texts):
         chain.step("prune", lambda: chain.prune(overwrite))
     if recipe.format != "none":
@@ -74,8 +74,8 @@ def run(source: Source, recipe: Recipe, out: Path, *, overwrite: bool, verbose: 
 class _Chain:
     """One run's place on disk, and how far it has come."""
 
-    def __init__(self, source: Source, recipe: Recipe, out: Path, verbose: bool, say: Say) -> None:
-        self._source, self._recipe, self._out, self._verbose, self._say = source, recipe, out, verbose, say
+    def __init__(self, source: ModelSource, recipe: Recipe, out: Path, verbose: bool, notify: Notify) -> None:
+        self._source, self._recipe, self._out, self._verbose, self._notify = source, recipe, out, verbose, notify
 
     def resumes(self, texts: Texts) -> bool:
         """Whether `out` is the checkpoint this very run makes; refuses an `out` that is something else."""
@@ -86,7 +86,7 @@ class _Chain:
         other = self._difference(record, texts)
         if other is not None:
             raise StreamlineError(f"output {self._out}: {other}; choose another folder, or pass --overwrite")
-        self._say(f"{self._out} is there already: going on from it")
+        self._notify(f"{self._out} is there already: going on from it")
         return True
 
     def _difference(self, record: dict[str, Any], texts: Texts) -> str | None:
@@ -99,7 +99,7 @@ class _Chain:
                 return f"made from another {purpose} text, though of the same name"
         if (self._out / QUANTIZATION_FILE).is_file() and self._recipe.quantize not in QUANTIZERS:
             return "quantized since it was made"
-        changed = changed_files(Source(str(self._out)))
+        changed = changed_files(ModelSource(str(self._out)))
         if changed is None:
             return f"{RECORD_FILE} has no hashes of the files, so they cannot be told from others"
         return changed[0] if changed else None
@@ -114,13 +114,13 @@ class _Chain:
     def prune(self, overwrite: bool) -> None:
         """Make the checkpoint; its layers are scored in the quantized graph of the original where that comes first."""
         source, recipe, how = self._source, self._recipe, graph_quantization(self._recipe)
-        options: dict[str, Any] = {"overwrite": overwrite, "verbose": self._verbose, "say": self._say}
+        options: dict[str, Any] = {"overwrite": overwrite, "verbose": self._verbose, "say": self._notify}
         if not recipe.quantize_first or how == NONE:
             prune(source, recipe, self._out, **options)
             return
 
         def scored(windows: Windows) -> Scores:
-            self._say(f"quantizing the graph of {source.model} ({how}), to score its layers in it")
+            self._notify(f"quantizing the graph of {source.model} ({how}), to score its layers in it")
             with TemporaryDirectory(dir=self._out.absolute().parent, prefix=f".{self._out.name}.") as scratch:
                 graph = self._export(source.model, Path(scratch) / EXPORT, how, recipe.excluded, None)
                 return score_graph(graph, windows)
@@ -142,25 +142,25 @@ class _Chain:
             shutil.rmtree(folder)
         # A report of what is made anew is a report no longer.
         (self._out / REPORT_FILE).unlink(missing_ok=True)
-        self._say(f"exporting {checkpoint} to {folder}")
+        self._notify(f"exporting {checkpoint} to {folder}")
         windows = texts.chosen_on["calibration"] if texts else None
         self.step(f"export {name}", lambda: self._tell(self._export(checkpoint, folder, how, exclude, windows)))
 
     def _excluded(self) -> list[str]:
         """The modules of the checkpoint that an export leaves in float, by their new names."""
         record = read_record(str(self._out)) or {}
-        both = (read_config(each) for each in (self._source, Source(str(self._out))))
-        asked, there = (products_of(skeleton_of(float_config(config))) for config in both)
+        both = (read_config(each) for each in (self._source, ModelSource(str(self._out))))
+        asked, there = (linear_modules_of(meta_model(float_config(config))) for config in both)
         kept = followed(sorted(chosen(asked, self._recipe.excluded)), [each["originals"] for each in record["layers"]])
         return [new for new, _ in kept if new in there]
 
     def _tell(self, artifact: Artifact) -> None:
         for line in artifact.findings():
-            self._say(line)
+            self._notify(line)
 
     def _is_whole_export(self, folder: Path, checkpoint: str, how: str, exclude: list[str]) -> bool:
         artifact = Artifact.read(folder)
-        whole = has_graph(artifact) and changed_files(Source(str(folder))) == []
+        whole = has_graph(artifact) and changed_files(ModelSource(str(folder))) == []
         same = artifact.source_fingerprint == fingerprint(self._source.of(checkpoint))
         quantized = (artifact.quantize, list(artifact.quantize_exclude)) == (how, exclude)
         return whole and same and quantized and artifact.dtype == (self._recipe.dtype or "fp32")
@@ -184,26 +184,26 @@ class _Chain:
 
         A verdict that is there is not believed: the rows of the report are judged again.
         """
-        subjects = self._subjects()
-        earlier = self._earlier_report(subjects, windows)
+        compared_models = self._compared_models()
+        earlier = self._earlier_report(compared_models, windows)
         if earlier is None:
-            report = self._measured(subjects, windows)
+            report = self._measured(compared_models, windows)
         else:
             verdict = judge(earlier.rows, self._recipe.budget, self._recipe.judge)
             report = dataclasses.replace(earlier, verdict=verdict, recipe=dataclasses.asdict(self._recipe))
             judged = "" if report.to_json() == earlier.to_json() else ": judged anew"
-            self._say(f"{self._out / REPORT_FILE} is there already, of these very files{judged}")
+            self._notify(f"{self._out / REPORT_FILE} is there already, of these very files{judged}")
         write_report(report, self._out)
         return report
 
-    def _measured(self, subjects: list[Subject], windows: Windows) -> Report:
-        self._say(windows.line("evaluation"))
-        self._say("validating against the original")
+    def _measured(self, compared_models: list[ComparedModel], windows: Windows) -> Report:
+        self._notify(windows.line("evaluation"))
+        self._notify("validating against the original")
         start = time.monotonic()
         log = self._out / LOG_FILE
         with captured_logs(log, self._verbose):
             report = validate(
-                subjects,
+                compared_models,
                 windows,
                 self._recipe.budget,
                 self._recipe.judge,
@@ -211,19 +211,19 @@ class _Chain:
                 device=self._recipe.device,
                 seed=self._recipe.seed,
                 log=None if self._verbose else log,
-                say=self._say,
+                notify=self._notify,
             )
         steps = {**self._seconds(), "validate": round(time.monotonic() - start, 1)}
         record = read_record(str(self._out)) or {}
         return dataclasses.replace(
             report,
             scores=tuple(record["scores"]["block_influence"]),
-            layers=tuple(Place(layer["kind"], tuple(layer["originals"])) for layer in record["layers"]),
+            layers=tuple(PlannedLayer(layer["kind"], tuple(layer["originals"])) for layer in record["layers"]),
             steps=steps,
             recipe=dataclasses.asdict(self._recipe),
         )
 
-    def _earlier_report(self, subjects: list[Subject], windows: Windows) -> Report | None:
+    def _earlier_report(self, compared_models: list[ComparedModel], windows: Windows) -> Report | None:
         """The report that is there, if it is what was written, of these files, this text and these settings."""
         file = self._out / REPORT_FILE
         if not file.is_file():
@@ -231,29 +231,32 @@ class _Chain:
         try:
             report = Report.from_json(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, StreamlineError) as error:
-            self._say(f"{file}: {error}; measuring anew")
+            self._notify(f"{file}: {error}; measuring anew")
             return None
         measured = {row.label: row.files for row in report.rows}
-        same_files = measured == {subject.label: model_hashes(subject.source) for subject in subjects}
+        same_files = measured == {compared.label: model_hashes(compared.source) for compared in compared_models}
         same_recipe = _measures(report.recipe or {}) == _measures(dataclasses.asdict(self._recipe))
         same_machine = report.machine == describe_machine(self._recipe.device)
         if same_files and same_recipe and same_machine and report.data == windows.describe():
             return report
-        self._say(f"{file} is of other files, text, settings, machine or versions; measuring anew")
+        self._notify(f"{file} is of other files, text, settings, machine or versions; measuring anew")
         return None
 
-    def _subjects(self) -> list[Subject]:
+    def _compared_models(self) -> list[ComparedModel]:
         source = self._source
-        original = Subject(
+        original = ComparedModel(
             "original", source.model, "original", source.cache_dir, source.trust_remote_code, source.revision
         )
-        subjects = [original, Subject("candidate", str(self._out), trust_remote_code=source.trust_remote_code)]
+        compared_models = [
+            original,
+            ComparedModel("candidate", str(self._out), trust_remote_code=source.trust_remote_code),
+        ]
         if self._recipe.format != "none":
-            subjects += [
-                Subject(f"original, {self._recipe.format}", str(self._out / ORIGINAL_EXPORT), "original"),
-                Subject(f"candidate, {self._recipe.format}", str(self._out / EXPORT)),
+            compared_models += [
+                ComparedModel(f"original, {self._recipe.format}", str(self._out / ORIGINAL_EXPORT), "original"),
+                ComparedModel(f"candidate, {self._recipe.format}", str(self._out / EXPORT)),
             ]
-        return subjects
+        return compared_models
 
     def _seconds(self) -> dict[str, Any]:
         file = self._out / STEPS_FILE

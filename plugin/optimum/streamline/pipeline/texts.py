@@ -10,7 +10,7 @@ from optimum.streamline.checkpoints.loading import (
     load_tokenizer,
     read_config,
 )
-from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing.settings import heal_windows
 from optimum.streamline.methods.registry import METHODS
@@ -20,7 +20,7 @@ from optimum.streamline.text.sources import local_path
 from optimum.streamline.text.windows import TooShortError, Windows, read_windows
 
 
-def inputs_of(source: Source, recipe: Recipe) -> tuple[str, ...]:
+def inputs_of(source: ModelSource, recipe: Recipe) -> tuple[str, ...]:
     """What a run reads, which no output may replace."""
     texts = (recipe.calibration, recipe.heal_data, recipe.eval_data)
     models = (source.model, *([source.base.model] if source.base else []))
@@ -59,7 +59,7 @@ class Texts:
     chosen_on: dict[str, Windows]
 
 
-def read_texts(source: Source, recipe: Recipe) -> Texts:
+def read_texts(source: ModelSource, recipe: Recipe) -> Texts:
     """Read all text of a run, the judgement's apart from the choices'.
 
     Raises:

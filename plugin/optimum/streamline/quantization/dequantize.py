@@ -14,14 +14,14 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum.streamline.checkpoints.loading import load_stock, read_config
 from optimum.streamline.checkpoints.saving import save_weights
-from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import StreamlineError
-from optimum.streamline.models.linear_modules import skeleton_of
+from optimum.streamline.models.linear_modules import meta_model
 from optimum.streamline.models.quantization_config import float_config, quantization_name
 from optimum.streamline.models.quantized_weights import float_values, quantized_modules
 
 
-def write_dequantized(source: Source, folder: Path) -> None:
+def write_dequantized(source: ModelSource, folder: Path) -> None:
     """Write the quantized checkpoint at `source` into `folder` with float weights, without a tokenizer.
 
     Raises:
@@ -35,7 +35,7 @@ def write_dequantized(source: Source, folder: Path) -> None:
             f"model {source.model!r}: its weights are quantized ({name}), and can be made float "
             "only of bitsandbytes and torchao; give the float weights"
         )
-    skeleton = skeleton_of(float_config(model.config))
+    skeleton = meta_model(float_config(model.config))
     for name in names:
         model.set_submodule(name, _float_module(model.get_submodule(name), skeleton.get_submodule(name)))
     _forget_quantization(model)

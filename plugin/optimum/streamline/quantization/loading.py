@@ -12,10 +12,10 @@ from optimum.streamline.checkpoints.loading import (
     load_stock,
     stored_dtype,
 )
-from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.bare_layers import bare_layers
-from optimum.streamline.models.linear_modules import Product, products_of, skeleton_of
+from optimum.streamline.models.linear_modules import LinearModule, linear_modules_of, meta_model
 from optimum.streamline.models.module_patterns import chosen
 from optimum.streamline.models.quantization_config import quantization_name
 from optimum.streamline.models.quantized_weights import quantized_modules
@@ -42,14 +42,14 @@ def check_quantizable(config: PreTrainedConfig, how: str, exclude: Sequence[str]
             f"quantize {how!r}: a bare feed-forward network stands for some layers, and transformers, which would "
             "quantize it, cannot load that; export the model to ONNX and quantize there"
         )
-    skeleton = skeleton_of(config)
-    products = products_of(skeleton)
+    skeleton = meta_model(config)
+    products = linear_modules_of(skeleton)
     kept = sorted({*get_keys_to_not_convert(skeleton), *chosen(products, exclude)})
     _check_groups(how, {name: product for name, product in products.items() if name not in kept})
     return kept
 
 
-def load_quantizing(source: Source, how: str, kept: Sequence[str], device: str) -> PreTrainedModel:
+def load_quantizing(source: ModelSource, how: str, kept: Sequence[str], device: str) -> PreTrainedModel:
     """Load a float checkpoint with its weights quantized as they are read.
 
     Args:
@@ -66,7 +66,7 @@ def load_quantizing(source: Source, how: str, kept: Sequence[str], device: str) 
     return model
 
 
-def _check_groups(how: str, products: dict[str, Product]) -> None:
+def _check_groups(how: str, products: dict[str, LinearModule]) -> None:
     group = check_quantizer(how).group
     for name, product in products.items():
         if product.depth % group:

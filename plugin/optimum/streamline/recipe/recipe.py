@@ -99,8 +99,8 @@ class Recipe:
         length: Tokens a window, for all three.
         dtype: What the result is stored in: the original's own for a checkpoint, fp32 for an export, by default.
         device: Where it is computed.
-        quantize: How the result is quantized: a key of `quantizers.QUANTIZERS`, or of the exporters' `WAYS` for the
-            ONNX export.
+        quantize: How the result is quantized: a key of `quantizers.QUANTIZERS`, or for the ONNX export a key of the
+            exporters' `GRAPH_QUANTIZERS`.
         quantize_exclude: What stays in float, by commas: numbers of layers, in the original, and names of modules.
         steps: In which order; left out, `prune,quantize`.
         format: What the checkpoint is exported to.

@@ -17,7 +17,7 @@ from optimum.streamline.evaluation.results import Report
 
 from .interaction_wording import HEADINGS, MEANING, cells
 from .plots import comparison_svg, interactions_svg, layer_importance_svg
-from .wording import headline, limit_sentence, lines_of, note, sentences, settings_lines, warnings
+from .wording import headline, limit_sentence, note, sentences, settings_lines, table_rows, warnings
 
 TEMPLATE = "report.html.j2"
 FATES = {
@@ -40,7 +40,7 @@ def to_html(report: Report) -> str:
         warnings=warnings(report),
         sentences=sentences(report),
         limits=[(limit_sentence(limit, report), limit.passed) for limit in report.verdict.limits],
-        groups=[(name, list(lines)) for name, lines in groupby(lines_of(report), key=lambda line: line.group)],
+        groups=[(name, list(lines)) for name, lines in groupby(table_rows(report), key=lambda line: line.group)],
         note=note(report),
         comparison=Markup(comparison_svg(report.rows)),
         layers=_layers(report),

@@ -9,12 +9,12 @@ import os
 import re
 from pathlib import Path
 
-from optimum.streamline.checkpoints.source import Source
-from optimum.streamline.healing.stages import Healed
+from optimum.streamline.checkpoints.source import ModelSource
+from optimum.streamline.healing.stages import HealingResult
 from optimum.streamline.models.bare_layers import NEEDS_LOAD
 from optimum.streamline.quantization.quantizers import QUANTIZERS
 
-from .record import Record
+from .record import PruningRecord
 
 CARD_FILE = "README.md"
 CITATIONS = {
@@ -60,10 +60,10 @@ It needs no `trust_remote_code`, and its ONNX export needs neither.
 """
 
 
-def model_card(record: Record) -> str:
+def model_card(record: PruningRecord) -> str:
     """The text of the checkpoint's `README.md`."""
     plan = record.plan
-    bare = any(place.kind in ("ffn", "swiglu") for place in record.change.places)
+    bare = any(place.kind in ("ffn", "swiglu") for place in record.change.new_layers)
     lines = [
         "---",
         f"library_name: {'optimum-streamline' if bare else 'transformers'}",
@@ -86,22 +86,22 @@ def model_card(record: Record) -> str:
             f"The original is quantized ({record.quantized}); the layers that stayed have its weights as they were."
         )
     lines += ["", "## Loading", *(_LOADING_BARE if bare else _LOADING).splitlines(), ""]
-    if record.change.dead:
-        named = "; ".join(f"layer {index}: {' and '.join(skip)}" for index, skip in record.change.dead.items())
+    if record.change.skipped:
+        named = "; ".join(f"layer {index}: {' and '.join(skip)}" for index, skip in record.change.skipped.items())
         lines += [
             f"All zeros in this model, and named in `config.json`: {named}. Stock",
             "transformers computes with the zeros; `optimum.streamline.load` drops them, with the same result.",
             "",
         ]
     lines += ["## Layers", "", "| layer | original layers | kind |", "|---|---|---|"]
-    for index, place in enumerate(record.change.places):
+    for index, place in enumerate(record.change.new_layers):
         originals = ", ".join(str(layer) for layer in place.originals)
         lines.append(f"| {index} | {originals} | {place.kind} |")
     lines += ["", "`streamline.json` holds the scores, the recipe, the seed and the versions.", ""]
     return "\n".join(lines)
 
 
-def quantized_card(source: Source, how: str, card: str | None) -> str:
+def quantized_card(source: ModelSource, how: str, card: str | None) -> str:
     """The text of a quantized checkpoint's `README.md`.
 
     Args:
@@ -129,17 +129,17 @@ def _without_paths(card: str) -> str:
     return re.sub(r"(?m)^base_model: *['\"]?[/~.].*\n", "", head) + body
 
 
-def _origin(source: Source) -> str:
+def _origin(source: ModelSource) -> str:
     """A model as strangers may read it, and the base of an adapter."""
     return _named(source) + (f", an adapter merged into {_named(source.base)}" if source.base else "")
 
 
-def _named(source: Source) -> str:
+def _named(source: ModelSource) -> str:
     """A model without any path of the machine that it lay on, and the commit where there is one."""
     return f"`{source.name}`" + (f" at commit {source.commit}" if source.commit else "")
 
 
-def _training(healed: Healed, record: Record) -> str:
+def _training(healed: HealingResult, record: PruningRecord) -> str:
     trained = {"replacement": "The replacement", "model": "The whole model"}[healed.scope]
     rank = healed.settings.lora_rank
     adapters = f" by adapters of rank {rank}, merged into it," if rank else ""
@@ -152,14 +152,14 @@ def _training(healed: Healed, record: Record) -> str:
     )
 
 
-def _choice(record: Record) -> str:
+def _choice(record: PruningRecord) -> str:
     if record.plan.by:
         method = record.plan.by.partition(" + ")[0]
         return f"{CITATIONS[method]}, of the methods that `auto` tried the one of lowest loss on a part held out"
     return CITATIONS.get(record.recipe.method_name, record.recipe.method_name)
 
 
-def _data(record: Record, purpose: str) -> str:
+def _data(record: PruningRecord, purpose: str) -> str:
     data = record.data[purpose]
     return f"{data['windows']} windows of {data['length']} tokens of `{_public(data['spec'])}`"
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import transformers
 
-from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.editing.apply import Change
 from optimum.streamline.editing.plan import TRAINED, Plan
-from optimum.streamline.healing.stages import Healed
+from optimum.streamline.healing.stages import HealingResult
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.scoring.similarity import Scores
 from optimum.streamline.system.environment import package_version
@@ -21,7 +21,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Record:
+class PruningRecord:
     """Everything a checkpoint of ours says of its making.
 
     Args:
@@ -34,13 +34,13 @@ class Record:
         read_back: How the written folder compared with the model in memory (`read_back.read_back`).
     """
 
-    source: Source
+    source: ModelSource
     source_fingerprint: str
     recipe: Recipe
     scores: Scores
     plan: Plan
     change: Change
-    healing: tuple[Healed, ...]
+    healing: tuple[HealingResult, ...]
     data: dict[str, dict[str, Any]]
     seconds: dict[str, float]
     quantized: str = ""
@@ -65,9 +65,9 @@ class Record:
             "tried": dict(self.plan.tried),
             "layers": layer_origins(self.change),
             "removed": [] if self.plan.replacement in TRAINED or self.plan.merges else list(self.plan.gone),
-            "merged": [list(place.originals) for place in self.change.places if place.kind == "merged"],
+            "merged": [list(place.originals) for place in self.change.new_layers if place.kind == "merged"],
             "replaced": list(self.plan.gone) if self.plan.replacement in TRAINED else [],
-            "dead": {str(index): skip for index, skip in self.change.dead.items()},
+            "dead": {str(index): skip for index, skip in self.change.skipped.items()},
             "scores": scores_to_dict(self.scores),
             "recipe": self.recipe.to_dict(),
             "recipe_fingerprint": self.recipe.fingerprint,
@@ -89,7 +89,7 @@ def layer_origins(change: Change) -> list[dict[str, Any]]:
     """For each layer of the new model, the original layers (0-based) it stands for, and how."""
     return [
         {"layer": index, "originals": list(place.originals), "kind": place.kind}
-        for index, place in enumerate(change.places)
+        for index, place in enumerate(change.new_layers)
     ]
 
 

@@ -10,7 +10,7 @@ from rich.text import Text
 from optimum.streamline.evaluation.results import Report
 
 from .interaction_wording import HEADINGS, MEANING, cells
-from .wording import headline, limit_sentence, lines_of, note, sentences, settings_lines, warnings
+from .wording import headline, limit_sentence, note, sentences, settings_lines, table_rows, warnings
 
 
 def comparison_table(report: Report) -> RenderableType:
@@ -19,7 +19,7 @@ def comparison_table(report: Report) -> RenderableType:
     table.add_column("")
     for row in report.rows:
         table.add_column(escape(row.label), style="" if row.role == "candidate" else "dim")
-    lines = lines_of(report)
+    lines = table_rows(report)
     for number, line in enumerate(lines):
         last = number + 1 == len(lines) or lines[number + 1].group != line.group
         table.add_row(line.title, *(escape(line.cell(row)) for row in report.rows), end_section=last)
@@ -49,14 +49,14 @@ def to_markdown(report: Report) -> str:
         rows = [HEADINGS, *(cells(each) for each in report.interactions)]
         parts += ["## Pruning and quantizing together", MEANING, _rows(rows)]
     parts += ["## Comparison", _comparison(report), note(report)]
-    parts += ["## What the lines say", "\n".join(f"- **{line.title}**: {line.meaning}" for line in lines_of(report))]
+    parts += ["## What the lines say", "\n".join(f"- **{line.title}**: {line.meaning}" for line in table_rows(report))]
     parts += ["## How it was measured", _rows([("", ""), *settings_lines(report)])]
     return "\n\n".join(parts) + "\n"
 
 
 def _comparison(report: Report) -> str:
     labels = ["", *(row.label for row in report.rows)]
-    return _rows([labels, *([line.title, *(line.cell(row) for row in report.rows)] for line in lines_of(report))])
+    return _rows([labels, *([line.title, *(line.cell(row) for row in report.rows)] for line in table_rows(report))])
 
 
 def _rows(rows: list[list[str]] | list[tuple[str, str]]) -> str:

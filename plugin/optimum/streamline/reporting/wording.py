@@ -17,7 +17,7 @@ from .numbers import number, percent, size, with_interval
 
 
 @dataclass(frozen=True)
-class Line:
+class TableRow:
     """One line of the comparison table.
 
     Args:
@@ -64,9 +64,9 @@ SETTING_NAMES = {
 }
 
 
-def lines_of(report: Report) -> list[Line]:
+def table_rows(report: Report) -> list[TableRow]:
     """The lines that say something of at least one model."""
-    return [line for line in LINES if any(line.cell(row) for row in report.rows)]
+    return [line for line in TABLE_ROWS if any(line.cell(row) for row in report.rows)]
 
 
 def note(report: Report) -> str:
@@ -211,105 +211,107 @@ def _parameters(row: Measurement) -> str:
     return f"{number(row.parameters / 1e6)} M{live}"
 
 
-LINES: tuple[Line, ...] = (
-    Line(
+TABLE_ROWS: tuple[TableRow, ...] = (
+    TableRow(
         "Model",
         "Ran on",
         "The program that ran it, and the numbers it computed in.",
         lambda r: f"{r.runtime}, {r.dtype}",
     ),
-    Line(
+    TableRow(
         "Model", "Speed and size against", "Whose times and size this column's ratios are over.", lambda r: r.baseline
     ),
-    Line("Model", "Commit", "Of the Hub repository that it was read from.", lambda r: r.commit[:12]),
-    Line("Model", "Layers", "Decoder layers. One without attention keeps no cache.", _layers),
-    Line(
+    TableRow("Model", "Commit", "Of the Hub repository that it was read from.", lambda r: r.commit[:12]),
+    TableRow("Model", "Layers", "Decoder layers. One without attention keeps no cache.", _layers),
+    TableRow(
         "Model",
         "Parameters",
         "Numbers learnt in training. Some may be zeros that are never computed with.",
         _parameters,
     ),
-    Line(
+    TableRow(
         "Model",
         "Size on disk",
         "Weights as stored, and how that compares.",
         lambda r: f"{size(r.disk_bytes)} ({number(r.size_ratio)}x)",
     ),
-    Line("Model", "Cache per token", "Memory that each token of context takes.", lambda r: size(r.kv_bytes_per_token)),
-    Line(
+    TableRow(
+        "Model", "Cache per token", "Memory that each token of context takes.", lambda r: size(r.kv_bytes_per_token)
+    ),
+    TableRow(
         "Accuracy",
         "Perplexity",
         "How unsure the model is of each next token: like choosing among so many. Lower is better.",
         lambda r: with_interval(r.perplexity),
     ),
-    Line(
+    TableRow(
         "Accuracy",
         "Perplexity ratio",
         "Over the original's, on the same text. 1 is no change, higher is worse.",
         lambda r: with_interval(r.perplexity_ratio, "x", 4),
     ),
-    Line(
+    TableRow(
         "Accuracy",
         "KL from original",
         "How far its predictions moved from the original's, nats per token. 0 is not at all.",
         lambda r: with_interval(r.kl),
     ),
-    Line(
+    TableRow(
         "Accuracy",
         "Same next token",
         "How often its likeliest next token is the original's.",
         lambda r: percent(r.agreement),
     ),
-    Line(
+    TableRow(
         "Accuracy",
         "Questions right",
         "How often the right one of several options is the one of lowest perplexity.",
         lambda r: percent(r.question_accuracy) if r.question_accuracy else "",
     ),
-    Line(
+    TableRow(
         "Accuracy",
         "Stability",
         "How often it is right where the original is, and wrong where that is; the questions on whose options the "
         "original is most divided count most (LLM-Streamline).",
         lambda r: percent(r.stability) if r.stability else "",
     ),
-    Line(
+    TableRow(
         "Speed",
         "Time to first token",
         "Reading the prompt, median of the rounds.",
         lambda r: with_interval(r.prefill_ms, " ms"),
     ),
-    Line(
+    TableRow(
         "Speed",
         "Prefill speed-up",
         "Of the time to first token. Higher is faster.",
         lambda r: with_interval(r.prefill_speedup, "x"),
     ),
-    Line(
+    TableRow(
         "Speed",
         "Ideal prefill speed-up",
         "If only arithmetic took time, and the share of it that was reached.",
         lambda r: _ideal(r, r.prefill_speedup, r.ideal_prefill_speedup),
     ),
-    Line(
+    TableRow(
         "Speed",
         "Time per token",
         "Writing one more token, median of the rounds.",
         lambda r: with_interval(r.decode_ms, " ms"),
     ),
-    Line(
+    TableRow(
         "Speed",
         "Decode speed-up",
         "Of the time per token. Higher is faster.",
         lambda r: with_interval(r.decode_speedup, "x"),
     ),
-    Line(
+    TableRow(
         "Speed",
         "Ideal decode speed-up",
         "If only reading weights and cache took time, and the share of it that was reached.",
         lambda r: _ideal(r, r.decode_speedup, r.ideal_decode_speedup),
     ),
-    Line(
+    TableRow(
         "Speed",
         "Peak memory",
         "Most held by its process: RAM, or the GPU's where torch ran on one.",

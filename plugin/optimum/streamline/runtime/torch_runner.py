@@ -15,7 +15,7 @@ class TorchRunner:
     """A `Runner` over a model in this process.
 
     Args:
-        model: In evaluation mode; `loading.load` gives one with its dead sublayers dropped.
+        model: In evaluation mode; `loading.load` gives one with its skipped sublayers dropped.
     """
 
     runtime = "torch"

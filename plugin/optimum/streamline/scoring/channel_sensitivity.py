@@ -19,7 +19,7 @@ from optimum.streamline.models.architectures import (
     layer_kinds,
     submodule,
 )
-from optimum.streamline.models.channels import Channels, halves, rows_of
+from optimum.streamline.models.channels import Channels, rows_of, sublayer_weights
 from optimum.streamline.text.windows import Windows
 
 from .similarity import Scores, measure_scores
@@ -39,7 +39,7 @@ def measure_channels(model: PreTrainedModel, windows: Windows) -> tuple[Scores, 
     """
     architecture = architecture_of(model.config)
     outputs: list[dict[Sublayer, nn.Module]] = [
-        {name: submodule(layer, half.output) for name, half in halves(architecture).items()}
+        {name: submodule(layer, half.output) for name, half in sublayer_weights(architecture).items()}
         for layer in decoder_layers(model, architecture)
     ]
     sums = {

@@ -25,7 +25,7 @@ _MARGIN = 1.5
 _PLACES, _PLACE = 16, 4096
 
 
-class Book:
+class JoinedText:
     """Documents laid end to end; a place is a number of characters from the first's start."""
 
     def __init__(self, documents: Sequence[str]) -> None:
@@ -78,7 +78,7 @@ class Book:
         return [piece for start, end in zip(starts, ends, strict=True) for piece in self.pieces(start, end)]
 
 
-class Writer:
+class WindowEncoder:
     """How a tokenizer writes a text: its tokens, and what it puts before and after.
 
     Args:
@@ -139,7 +139,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledWindows:
     """Windows in the order they were drawn in.
 
     Args:
@@ -153,7 +153,9 @@ class Drawn:
     tokens: int = 0
 
 
-def draw(book: Book, writer: Writer, count: int, length: int, a_token: float, seed: int) -> Drawn:
+def sample_windows(
+    book: JoinedText, writer: WindowEncoder, count: int, length: int, a_token: float, seed: int
+) -> SampledWindows:
     """Draw windows without replacement, no two of them with text in common.
 
     Args:
@@ -166,11 +168,13 @@ def draw(book: Book, writer: Writer, count: int, length: int, a_token: float, se
     if possible >= FEW * count:
         windows = _draw_few(book, writer, count, length, stretch, random.Random(seed))
         if windows:
-            return Drawn(windows, possible)
+            return SampledWindows(windows, possible)
     return _draw_of_all(book, writer, count, length, random.Random(seed))
 
 
-def _draw_few(book: Book, writer: Writer, count: int, length: int, stretch: int, chance: random.Random) -> list[Window]:
+def _draw_few(
+    book: JoinedText, writer: WindowEncoder, count: int, length: int, stretch: int, chance: random.Random
+) -> list[Window]:
     """Windows at places a stretch or more apart; none where the text ends before the last of them is full."""
     phase = chance.randrange(stretch)
     # The last two are left out: a window that begins there might not be full before the text ends.
@@ -190,7 +194,7 @@ def _draw_few(book: Book, writer: Writer, count: int, length: int, stretch: int,
 
 
 def _fill(
-    book: Book, writer: Writer, start: int, wanted: int, stretch: int
+    book: JoinedText, writer: WindowEncoder, start: int, wanted: int, stretch: int
 ) -> tuple[list[int], list[tuple[str, bool]], int] | None:
     """So many tokens from a place on, the text they are of and where it ends; nothing where there are not so many."""
     characters = float(stretch)
@@ -205,7 +209,9 @@ def _fill(
             return None
 
 
-def _draw_of_all(book: Book, writer: Writer, count: int, length: int, chance: random.Random) -> Drawn:
+def _draw_of_all(
+    book: JoinedText, writer: WindowEncoder, count: int, length: int, chance: random.Random
+) -> SampledWindows:
     """The whole text cut into windows, end to end, and so many of them drawn."""
     stream: list[int] = []
     firsts = []  # of each document, its first token's place
@@ -227,4 +233,4 @@ def _draw_of_all(book: Book, writer: Writer, count: int, length: int, chance: ra
         first, last = bisect_right(firsts, cut) - 1, bisect_right(firsts, cut + own - 1) - 1
         texts = tuple(book.documents[first : last + 1])
         windows.append(Window(writer.prefix + stream[cut : cut + own], first, texts))
-    return Drawn(windows, len(cuts), len(stream))
+    return SampledWindows(windows, len(cuts), len(stream))

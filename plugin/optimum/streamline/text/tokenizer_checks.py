@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from optimum.streamline.checkpoints.loading import load_tokenizer
-from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import StreamlineError
 
 # Characters other than spaces that a token stands for, at most: the longest words and runs of signs are shorter.
@@ -62,7 +62,9 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, largest: int, vocabular
         )
 
 
-def compare_tokenizers(original: Source, candidates: Sequence[tuple[str, Source]], texts: Sequence[str]) -> list[str]:
+def compare_tokenizers(
+    original: ModelSource, candidates: Sequence[tuple[str, ModelSource]], texts: Sequence[str]
+) -> list[str]:
     """Refuse candidates whose own tokenizers read a text otherwise than the original's.
 
     Args:
@@ -89,7 +91,7 @@ def compare_tokenizers(original: Source, candidates: Sequence[tuple[str, Source]
     return said
 
 
-def _has_tokenizer(source: Source) -> bool:
+def _has_tokenizer(source: ModelSource) -> bool:
     return any(any(source.folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
 
 

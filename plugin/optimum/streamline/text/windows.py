@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from optimum.streamline.errors import StreamlineError
 
 from .overlap import Sketch, sketch_of
-from .sampling import Book, Drawn, Writer, draw
+from .sampling import JoinedText, SampledWindows, WindowEncoder, sample_windows
 from .sources import Text, open_text
 from .tokenizer_checks import check_tokenizer, check_vocabulary
 
@@ -114,11 +114,11 @@ def read_windows(
         StreamlineError: it cannot be read, or the tokenizer is not one for this text and this model.
     """
     text = open_text(f"stdlib:{part}" if spec == "stdlib" else spec, seed)
-    writer = Writer(tokenizer)
+    writer = WindowEncoder(tokenizer)
     if length <= len(writer.prefix):
         raise StreamlineError(f"length {length}: the tokenizer begins a text with {len(writer.prefix)} tokens")
     book, whole, a_token = _read(text, tokenizer, writer, count * length)
-    drawn = draw(book, writer, count, length, a_token, seed) if book.size else Drawn([], 0)
+    drawn = sample_windows(book, writer, count, length, a_token, seed) if book.size else SampledWindows([], 0)
     if not drawn.windows:
         raise TooShortError(
             f"text SPEC {text.spec!r}: {drawn.tokens} tokens, too short for {count} windows of {length}; "
@@ -141,23 +141,29 @@ def read_windows(
     )
 
 
-def _read(text: Text, tokenizer: PreTrainedTokenizerBase, writer: Writer, tokens: int) -> tuple[Book, bool, float]:
+def _read(
+    text: Text, tokenizer: PreTrainedTokenizerBase, writer: WindowEncoder, tokens: int
+) -> tuple[JoinedText, bool, float]:
     """All of a text, or of an endless one enough for so many tokens; whether it is all; and characters a token."""
     documents: list[str] = []
     size, enough, whole = 0, READ, True
     for document in text.documents:
         if text.endless and size >= enough:
-            enough = max(READ, int(READ_TIMES * tokens * _characters_a_token(text, tokenizer, writer, Book(documents))))
+            enough = max(
+                READ, int(READ_TIMES * tokens * _characters_a_token(text, tokenizer, writer, JoinedText(documents)))
+            )
             if size >= enough:
                 whole = False
                 break
         documents.append(document)
         size += len(document)
-    book = Book(documents)
+    book = JoinedText(documents)
     return book, whole, _characters_a_token(text, tokenizer, writer, book) if book.size else 0.0
 
 
-def _characters_a_token(text: Text, tokenizer: PreTrainedTokenizerBase, writer: Writer, book: Book) -> float:
+def _characters_a_token(
+    text: Text, tokenizer: PreTrainedTokenizerBase, writer: WindowEncoder, book: JoinedText
+) -> float:
     sample = book.sample()
     texts = [piece for piece, _ in sample]
     tokens = [token for encoded in writer.encode(texts) for token in encoded]

@@ -11,7 +11,7 @@ import pytest
 from onnx import numpy_helper
 
 from optimum.exporters.streamline import export_checkpoint
-from optimum.exporters.streamline.onnx.quantization.quantizers import WAYS
+from optimum.exporters.streamline.onnx.quantization.quantizers import GRAPH_QUANTIZERS
 from optimum.exporters.streamline.onnx.quantization.settings import Quantization
 from optimum.streamline.errors import ParityError
 from tiny import wide_model
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.onnx
 
 
 def test_lost_scales_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = WAYS["int4"].run
+    run = GRAPH_QUANTIZERS["int4"].run
 
     def lose_scales(plain: Path, folder: Path, quantization: Quantization) -> Any:
         done = run(plain, folder, quantization)
@@ -33,7 +33,7 @@ def test_lost_scales_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     wide_model(num_hidden_layers=2).save_pretrained(tmp_path / "model")
     export_checkpoint(str(tmp_path / "model"), tmp_path / "good", quantize="int4")
-    monkeypatch.setitem(WAYS, "int4", replace(WAYS["int4"], run=lose_scales))
+    monkeypatch.setitem(GRAPH_QUANTIZERS, "int4", replace(GRAPH_QUANTIZERS["int4"], run=lose_scales))
     with pytest.raises(ParityError, match="is not the model any more: its logits and torch's correlate by"):
         export_checkpoint(str(tmp_path / "model"), tmp_path / "bad", quantize="int4")
     assert not (tmp_path / "bad").exists()

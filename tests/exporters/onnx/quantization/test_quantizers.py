@@ -16,17 +16,17 @@ import torch
 
 from console import Outcome, optimum_cli
 from optimum.commands.streamline.options import QUANTIZATION_LINES
-from optimum.exporters.streamline import WAYS, export_checkpoint, open_artifact
-from optimum.exporters.streamline.onnx.quantization.quantizers import Way
+from optimum.exporters.streamline import GRAPH_QUANTIZERS, export_checkpoint, open_artifact
+from optimum.exporters.streamline.onnx.quantization.quantizers import GraphQuantizer
 from optimum.exporters.streamline.onnx.quantization.settings import Quantization
 from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer, read_config
 from optimum.streamline.checkpoints.record_file import RECORD_FILE, RECORD_KEYS
-from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import ParityError, StreamlineError
 from optimum.streamline.evaluation.contamination import refuse_seen_text
 from optimum.streamline.evaluation.theoretical_cost import cost_of
-from optimum.streamline.evaluation.validate import Subject, validate
+from optimum.streamline.evaluation.validate import ComparedModel, validate
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.models.layer_list import set_decoder_layers
 from optimum.streamline.recipe.recipe import Budget
@@ -61,12 +61,12 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifac
 
 
 def calibration() -> Windows:
-    return read_windows("stdlib", load_tokenizer(Source(REFERENCE)), 8, 128, 0, VOCABULARY, "calibration")
+    return read_windows("stdlib", load_tokenizer(ModelSource(REFERENCE)), 8, 128, 0, VOCABULARY, "calibration")
 
 
 @pytest.fixture(scope="module")
 def judged_on() -> Windows:
-    return read_windows("stdlib", load_tokenizer(Source(REFERENCE)), 8, 512, 0, VOCABULARY, "eval")
+    return read_windows("stdlib", load_tokenizer(ModelSource(REFERENCE)), 8, 512, 0, VOCABULARY, "eval")
 
 
 def loss(artifact: Artifact, windows: Windows) -> float:
@@ -86,7 +86,7 @@ def operators(artifact: Artifact) -> Counter[str]:
     return Counter(node.op_type for node in graph.node)
 
 
-@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("how", GRAPH_QUANTIZERS)
 def test_each_way_keeps_the_function_and_takes_less_room(
     quantized: Callable[..., Artifact], judged_on: Windows, how: str
 ) -> None:
@@ -125,7 +125,7 @@ def test_what_is_excluded_stays_in_float(quantized: Callable[..., Artifact], how
 def test_the_layers_of_a_pruned_model_become_what_they_become_in_the_original(
     quantized: Callable[..., Artifact], tmp_path: Path, how: str
 ) -> None:
-    model = load_stock(Source(REFERENCE))
+    model = load_stock(ModelSource(REFERENCE))
     row, kept = architecture_of(model.config), [0, 1, 2, 7, 8, 15]
     set_decoder_layers(model, row, [decoder_layers(model, row)[layer] for layer in kept], kept)
     model.save_pretrained(tmp_path / "pruned")
@@ -190,7 +190,7 @@ def test_a_quantized_graph_that_gives_no_numbers_is_not_kept(tmp_path: Path, mon
         onnx.save(model, target / "model.onnx")
 
     tiny_model("llama", num_hidden_layers=1).save_pretrained(tmp_path / "checkpoint")
-    monkeypatch.setitem(WAYS, "int4", Way(quantize_to_nothing, "all of it nothing"))
+    monkeypatch.setitem(GRAPH_QUANTIZERS, "int4", GraphQuantizer(quantize_to_nothing, "all of it nothing"))
     with pytest.raises(ParityError, match="prefill gives what is not a number"):
         export_checkpoint(str(tmp_path / "checkpoint"), tmp_path / "onnx", quantize="int4")
     assert [each.name for each in tmp_path.iterdir()] == ["checkpoint"]
@@ -200,15 +200,15 @@ def test_validation_names_the_quantization_and_counts_its_bytes(
     quantized: Callable[..., Artifact], judged_on: Windows, tmp_path: Path
 ) -> None:
     plain, small = quantized("none"), quantized("int4")
-    subjects = [
-        Subject("a", REFERENCE, "original"),
-        Subject("b", plain.path, "candidate"),
-        Subject("c", small.path, "candidate"),
+    compared_models = [
+        ComparedModel("a", REFERENCE, "original"),
+        ComparedModel("b", plain.path, "candidate"),
+        ComparedModel("c", small.path, "candidate"),
     ]
-    report = validate(subjects, judged_on, Budget(), prompt_length=16, decode_tokens=4, rounds=2)
+    report = validate(compared_models, judged_on, Budget(), prompt_length=16, decode_tokens=4, rounds=2)
     rows = {row.label: row for row in report.rows}
     assert (rows["b"].dtype, rows["c"].dtype) == ("fp32", "int4")
-    cost = cost_of(read_config(Source(REFERENCE)), "fp32")
+    cost = cost_of(read_config(ModelSource(REFERENCE)), "fp32")
     cached = cost.kv_bytes_per_token * (16 + 2.5)
     assert rows["c"].ideal_decode_speedup == pytest.approx(cost.decode_bytes(18.5) / (small.weight_bytes + cached))
 
@@ -270,7 +270,7 @@ def test_an_export_remembers_the_text_of_its_checkpoint(tmp_path: Path) -> None:
 
 
 def test_the_help_repeats_the_table() -> None:
-    assert {name: way.text for name, way in WAYS.items()} == QUANTIZATION_LINES
+    assert {name: way.text for name, way in GRAPH_QUANTIZERS.items()} == QUANTIZATION_LINES
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,12 @@ import torch
 from onnx import TensorProto
 
 from optimum.commands.streamline.options import ENGINE_QUANTIZATION_LINES
-from optimum.exporters.streamline import ENGINE_WAYS, EngineOptions, export_checkpoint
+from optimum.exporters.streamline import ENGINE_QUANTIZERS, EngineOptions, export_checkpoint
 from optimum.exporters.streamline.tensorrt.engine_record import EngineRecord
 from optimum.exporters.streamline.tensorrt.graph.reference_runner import StaticOnnxRunner
 from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.checkpoints.loading import load_tokenizer
-from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation.contamination import refuse_seen_text
 from optimum.streamline.runtime.opening import open_runner
@@ -52,7 +52,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]
 
 
 def text(part: str, count: int) -> Windows:
-    return read_windows("stdlib", load_tokenizer(Source(REFERENCE)), count, 128, 0, VOCABULARY, part)
+    return read_windows("stdlib", load_tokenizer(ModelSource(REFERENCE)), count, 128, 0, VOCABULARY, part)
 
 
 def loss(artifact: Artifact) -> float:
@@ -67,7 +67,7 @@ def graph_of(artifact: Artifact) -> onnx.GraphProto:
     return onnx.load(Path(artifact.path) / "model.onnx").graph
 
 
-@pytest.mark.parametrize("how", ENGINE_WAYS)
+@pytest.mark.parametrize("how", ENGINE_QUANTIZERS)
 def test_a_quantized_engine_keeps_the_function(engines: Callable[..., Artifact], how: str) -> None:
     plain, small = engines("none"), engines(how)
     assert 1e-4 < abs(loss(small) - loss(plain)) < math.log(LIMITS[how])
@@ -80,14 +80,14 @@ def test_a_quantized_engine_keeps_the_function(engines: Callable[..., Artifact],
     assert held[KINDS[how]] == PRODUCTS
     operators = Counter(node.op_type for node in graph.node)
     # Queries, keys and values read the same, as do gate and up: each is quantized once.
-    assert operators["QuantizeLinear"] == (16 * 4 if ENGINE_WAYS[how].calibrated else 0)
+    assert operators["QuantizeLinear"] == (16 * 4 if ENGINE_QUANTIZERS[how].calibrated else 0)
     assert {node.domain for node in graph.node} == {""}
     bits = {"int8": 8, "fp8": 8, "int4": 4 + 32 / 64}[how]  # a scale in 32 bits for 64 weights
     head = 4096 * 128 * 4
     assert small.weight_bytes == pytest.approx((3.67e6 - 4096 * 128) * bits / 8 + head, rel=0.03)
 
 
-@pytest.mark.parametrize("how", ENGINE_WAYS)
+@pytest.mark.parametrize("how", ENGINE_QUANTIZERS)
 def test_every_weight_is_the_nearest_that_its_scale_allows(engines: Callable[..., Artifact], how: str) -> None:
     arrays = {each.name: onnx.numpy_helper.to_array(each) for each in graph_of(engines(how)).initializer}
     true = {each.name: onnx.numpy_helper.to_array(each) for each in graph_of(engines("none")).initializer}
@@ -98,7 +98,7 @@ def test_every_weight_is_the_nearest_that_its_scale_allows(engines: Callable[...
         # A float of 3 bits is off by a sixteenth of itself, or by half of the least step, 1/512.
         allowed = np.maximum(abs(numbers) / 16, 1 / 1024) if how == "fp8" else 0.5
         assert (abs(numbers * steps - true[name]) <= (allowed + 1e-3) * steps).all(), name
-        assert abs(numbers).max() == ENGINE_WAYS[how].most
+        assert abs(numbers).max() == ENGINE_QUANTIZERS[how].most
         checked += 1
     assert checked == PRODUCTS
 
@@ -124,15 +124,15 @@ def test_scales_are_of_the_text(engines: Callable[..., Artifact], how: str) -> N
     windows = text("calibration", 8).ids.numpy()
     largest = max(np.abs(session.run([read], runner.prompt_feeds(window[None]))[0]).max() for window in windows)
     [scale] = [each for each in graph_of(engines(how)).initializer if each.name == f"{read}_scale"]
-    assert onnx.numpy_helper.to_array(scale) * ENGINE_WAYS[how].most == pytest.approx(largest, rel=1e-4)
+    assert onnx.numpy_helper.to_array(scale) * ENGINE_QUANTIZERS[how].most == pytest.approx(largest, rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("how", ENGINE_WAYS)
+@pytest.mark.parametrize("how", ENGINE_QUANTIZERS)
 def test_every_way_is_built_in_every_dtype(tmp_path: Path, how: str, dtype: str) -> None:
     wide_model("gpt2" if how == "int8" else "llama").save_pretrained(tmp_path / "in")  # whose products have biases
     options = EngineOptions("tensorrt-rtx", (89,), max_length=32)
-    windows = Windows(token_ids(2, 32), "random") if ENGINE_WAYS[how].calibrated else None
+    windows = Windows(token_ids(2, 32), "random") if ENGINE_QUANTIZERS[how].calibrated else None
     artifact = export_checkpoint(
         str(tmp_path / "in"), tmp_path / "out", "tensorrt", dtype, engine=options, quantize=how, windows=windows
     )
@@ -164,7 +164,7 @@ def test_what_it_was_calibrated_on_is_not_what_it_is_judged_on(engines: Callable
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("builder", ["tensorrt", "tensorrt-rtx"])
-@pytest.mark.parametrize("how", ENGINE_WAYS)
+@pytest.mark.parametrize("how", ENGINE_QUANTIZERS)
 def test_a_quantized_engine_computes_its_graph_on_a_gpu(tmp_path: Path, how: str, builder: str) -> None:
     windows = text("calibration", 8)
     options: dict[str, Any] = {"engine": EngineOptions(builder, max_length=128), "quantize": how, "windows": windows}
@@ -181,4 +181,4 @@ def test_a_quantized_engine_computes_its_graph_on_a_gpu(tmp_path: Path, how: str
 
 
 def test_the_help_repeats_the_table() -> None:
-    assert {name: each.text for name, each in ENGINE_WAYS.items()} == ENGINE_QUANTIZATION_LINES
+    assert {name: each.text for name, each in ENGINE_QUANTIZERS.items()} == ENGINE_QUANTIZATION_LINES

@@ -19,7 +19,7 @@ from optimum.exporters.streamline.export_steps import (
     write_companions,
 )
 from optimum.exporters.streamline.graph_files import GRAPH_FILE, WEIGHTS_FILE
-from optimum.exporters.streamline.onnx.quantization.quantizers import WAYS, check_quantization, weight_bytes
+from optimum.exporters.streamline.onnx.quantization.quantizers import GRAPH_QUANTIZERS, check_quantization, weight_bytes
 from optimum.exporters.streamline.onnx.quantization.settings import NONE, Quantization
 from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.errors import ParityError, StreamlineError
@@ -75,7 +75,7 @@ def export_onnx(job: OnnxExport, overwrite: bool = False, verbose: bool = False)
         StreamlineError: the job cannot be done as it is given.
     """
     check_options(job.dtype, job.device, job.quantization.how if job.quantization else NONE)
-    if job.quantization and WAYS[job.quantization.how].calibrated and job.quantization.windows is None:
+    if job.quantization and GRAPH_QUANTIZERS[job.quantization.how].calibrated and job.quantization.windows is None:
         raise StreamlineError(f"windows None: quantize {job.quantization.how!r} needs text to calibrate on")
     with staged_folder(job.out, (job.checkpoint,), overwrite) as folder:
         with captured_logs(folder / LOG_FILE, verbose):
@@ -106,12 +106,12 @@ def check_options(dtype: str, device: str, quantize: str = NONE) -> None:
 def _export_into(folder: Path, job: OnnxExport) -> Artifact:
     from optimum.exporters.streamline.parity.compare import check_finite
     from optimum.streamline.checkpoints import loading
-    from optimum.streamline.checkpoints.source import Source, fingerprint
+    from optimum.streamline.checkpoints.source import ModelSource, fingerprint
     from optimum.streamline.models.architectures import active_share
     from optimum.streamline.models.quantization_config import quantization_name
     from optimum.streamline.quantization.dequantize import write_dequantized
 
-    source = Source(job.checkpoint, **job.options)
+    source = ModelSource(job.checkpoint, **job.options)
     config = loading.read_config(source)
     check_config(config)
     if job.quantization:
@@ -131,13 +131,13 @@ def _export_into(folder: Path, job: OnnxExport) -> Artifact:
         bar.at(0, STAGES[0])
         if dequantized:
             write_dequantized(source, Path(scratch) / "float")
-            source = Source(str(Path(scratch) / "float"))
+            source = ModelSource(str(Path(scratch) / "float"))
         model = loading.load(
             source.model, loading.DTYPES[job.dtype], offload=Path(scratch) / "weights", **source.options()
         )
         check_finite(model, job.dtype)
         # Before the graph: what is done last to this folder is to open its graph and compare it.
-        write_companions(model, Source(job.checkpoint, **job.options), folder)
+        write_companions(model, ModelSource(job.checkpoint, **job.options), folder)
         plain = Path(scratch) if job.quantization else folder
         proved = _export_model(model, job, plain, bar)
         divergence = _quantize(model, job, plain, folder, bar) if job.quantization else {}
@@ -147,7 +147,7 @@ def _export_into(folder: Path, job: OnnxExport) -> Artifact:
 
             keep_last_logits(folder, model.get_output_embeddings().weight.shape[1], job.device)
         error = _dequantized_error(job, folder, bar) if dequantized else {}
-    made_from = fingerprint(Source(job.checkpoint, **job.options))
+    made_from = fingerprint(ModelSource(job.checkpoint, **job.options))
     return Artifact(
         path=str(job.out),
         format=FORMAT,
@@ -183,11 +183,11 @@ def _dequantized_error(job: OnnxExport, folder: Path, bar: Bar) -> dict[str, flo
 def _text_of(job: OnnxExport) -> dict[str, dict[str, Any]]:
     """What text went into the artifact's weights, by purpose."""
     from optimum.streamline.checkpoints.record_file import text_of
-    from optimum.streamline.checkpoints.source import Source
+    from optimum.streamline.checkpoints.source import ModelSource
     from optimum.streamline.text.windows import seen_text
 
-    data = dict(text_of(str(Source(job.checkpoint, **job.options).folder)))
-    if job.quantization and WAYS[job.quantization.how].calibrated:
+    data = dict(text_of(str(ModelSource(job.checkpoint, **job.options).folder)))
+    if job.quantization and GRAPH_QUANTIZERS[job.quantization.how].calibrated:
         assert job.quantization.windows is not None
         data["quantization"] = seen_text(job.quantization.windows)
     return data
@@ -202,7 +202,7 @@ def _quantize(model: PreTrainedModel, job: OnnxExport, plain: Path, folder: Path
 
     assert job.quantization is not None
     bar.at(4, STAGES[4])
-    WAYS[job.quantization.how].run(plain, folder, job.quantization)
+    GRAPH_QUANTIZERS[job.quantization.how].run(plain, folder, job.quantization)
     (folder / CONFIG_FILE).write_bytes((plain / CONFIG_FILE).read_bytes())
     bar.at(5, STAGES[5])
     return measure_divergence(model, one_by_one(OnnxRunner(folder, job.device)))

@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from optimum.streamline.models.bare_layers import place_bare_layers
-from optimum.streamline.models.linear_modules import products_of, skeleton_of
+from optimum.streamline.models.linear_modules import linear_modules_of, meta_model
 from optimum.streamline.models.module_patterns import chosen, matches
 from optimum.streamline.models.quantization_config import float_config
 
@@ -27,8 +27,8 @@ def check_excluded(config: PretrainedConfig, patterns: Sequence[str]) -> None:
     """
     if patterns:
         with torch.device("meta"):
-            model = place_bare_layers(skeleton_of(float_config(config)))
-        chosen(products_of(model), patterns)
+            model = place_bare_layers(meta_model(float_config(config)))
+        chosen(linear_modules_of(model), patterns)
 
 
 def excluded(nodes: Iterable[ir.Node], patterns: Sequence[str]) -> set[ir.Node]:

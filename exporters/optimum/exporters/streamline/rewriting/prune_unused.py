@@ -1,6 +1,6 @@
-"""Leaving out of a traced graph what is of no use: traces of dead sublayers, unread state, repetitions.
+"""Leaving out of a traced graph what is of no use: traces of skipped sublayers, unread state, repetitions.
 
-A dead sublayer was dropped before tracing (`optimum.streamline.load`); what is left of it is the addition of a
+A skipped sublayer was dropped before tracing (`optimum.streamline.load`); what is left of it is the addition of a
 zero to the residual stream. Knows no architecture. Runs while the tracer's shapes are still on the values.
 """
 
@@ -13,7 +13,7 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnus
 
 from .public_names import TRACED_CACHE
 
-# Zero in the first input gives zero out: what a norm after a dead sublayer is made of.
+# Zero in the first input gives zero out: what a norm after a skipped sublayer is made of.
 _KEEP_ZERO = {"RMSNormalization", "Cast"}
 
 

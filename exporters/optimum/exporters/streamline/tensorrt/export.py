@@ -28,14 +28,14 @@ from optimum.exporters.streamline.rewriting.public_names import MaskInput
 from optimum.exporters.streamline.rewriting.to_float32 import write_widened
 from optimum.exporters.streamline.tensorrt.graph.graph_rules import aliases, check_graph
 from optimum.exporters.streamline.tensorrt.graph.quantize import quantize_engine_graph
-from optimum.exporters.streamline.tensorrt.graph.quantizers import ENGINE_WAYS, check_way
+from optimum.exporters.streamline.tensorrt.graph.quantizers import ENGINE_QUANTIZERS, check_engine_quantizer
 from optimum.exporters.streamline.tensorrt.graph.reference_runner import StaticOnnxRunner
 from optimum.exporters.streamline.tracing.build import Built, build_graph
 from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.checkpoints.loading import DTYPES as TORCH_DTYPES
 from optimum.streamline.checkpoints.loading import load, read_config
 from optimum.streamline.checkpoints.record_file import text_of
-from optimum.streamline.checkpoints.source import Source, fingerprint
+from optimum.streamline.checkpoints.source import ModelSource, fingerprint
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.quantization_config import quantization_name
 from optimum.streamline.system.atomic_output import staged_folder
@@ -62,7 +62,7 @@ class TensorrtExport:
         engine: What to build, and for which GPUs.
         dtype: What weights, cache and masks are in.
         tolerance: Largest logit difference of the graph from torch, as a share of the largest logit.
-        quantization: What the graph becomes when it has been proved equal to torch, by a way of `ENGINE_WAYS`.
+        quantization: What the graph becomes when it has been proved equal to torch, by a way of `ENGINE_QUANTIZERS`.
         options: `cache_dir`, `trust_remote_code`, `revision`.
     """
 
@@ -96,7 +96,7 @@ def export_tensorrt(job: TensorrtExport, overwrite: bool = False, verbose: bool 
     if job.dtype not in DTYPES:
         raise StreamlineError(f"dtype {job.dtype!r}: unknown; one of {', '.join(DTYPES)}")
     trt = open_builder(job.engine.builder, job.engine.capabilities)
-    source = Source(job.checkpoint, **job.options)
+    source = ModelSource(job.checkpoint, **job.options)
     config = read_config(source)
     check_config(config)
     if job.quantization:
@@ -113,13 +113,13 @@ def export_tensorrt(job: TensorrtExport, overwrite: bool = False, verbose: bool 
 
 def _check_quantization(quantization: Quantization, engine: EngineOptions, config: PretrainedConfig) -> None:
     major, minor = (0, 0) if engine.capabilities else torch.cuda.get_device_capability()
-    way = check_way(quantization.how, engine.capabilities or (10 * major + minor,))
+    way = check_engine_quantizer(quantization.how, engine.capabilities or (10 * major + minor,))
     if way.calibrated and quantization.windows is None:
         raise StreamlineError(f"windows None: quantize {quantization.how!r} needs text to calibrate on")
     check_excluded(config, quantization.exclude)
 
 
-def _export_into(folder: Path, job: TensorrtExport, source: Source, limits: Limits, trt: ModuleType) -> Artifact:
+def _export_into(folder: Path, job: TensorrtExport, source: ModelSource, limits: Limits, trt: ModuleType) -> Artifact:
     with TemporaryDirectory(dir=folder) as scratch, progress_bar("exporting", len(STAGES)) as bar:
         bar.at(0, STAGES[0])
         model = load(source.model, TORCH_DTYPES[job.dtype], offload=Path(scratch) / "weights", **source.options())
@@ -155,8 +155,8 @@ def _export_into(folder: Path, job: TensorrtExport, source: Source, limits: Limi
 
 def _text_of(job: TensorrtExport) -> dict[str, dict[str, Any]]:
     """What text went into the engine, by purpose."""
-    data = dict(text_of(str(Source(job.checkpoint, **job.options).folder)))
-    if job.quantization and ENGINE_WAYS[job.quantization.how].calibrated:
+    data = dict(text_of(str(ModelSource(job.checkpoint, **job.options).folder)))
+    if job.quantization and ENGINE_QUANTIZERS[job.quantization.how].calibrated:
         assert job.quantization.windows is not None
         data["quantization"] = seen_text(job.quantization.windows)
     return data

@@ -15,7 +15,7 @@ from .settings import NONE, Quantization
 
 
 @dataclass(frozen=True)
-class Way:
+class GraphQuantizer:
     """One way to quantize.
 
     Args:
@@ -47,26 +47,30 @@ def _int8(calibrated: bool) -> Callable[[Path, Path, Quantization], None]:
     return run
 
 
-WAYS: dict[str, Way] = {
-    "int8": Way(_int8(calibrated=False), "weights in 8 bits, activations too, scaled as they come"),
-    "int8-static": Way(_int8(calibrated=True), "the same, activations scaled by what text gave (QDQ)", calibrated=True),
-    "int4": Way(_int4("rtn"), "weights in 4 bits, blocks of 32 rounded to nearest (MatMulNBits)"),
-    "int4-hqq": Way(_int4("hqq"), "the same, offsets chosen by half-quadratic optimization"),
-    "int4-gptq": Way(_int4("gptq"), "the same, weights rounded by what they do to text (GPTQ)", calibrated=True),
+GRAPH_QUANTIZERS: dict[str, GraphQuantizer] = {
+    "int8": GraphQuantizer(_int8(calibrated=False), "weights in 8 bits, activations too, scaled as they come"),
+    "int8-static": GraphQuantizer(
+        _int8(calibrated=True), "the same, activations scaled by what text gave (QDQ)", calibrated=True
+    ),
+    "int4": GraphQuantizer(_int4("rtn"), "weights in 4 bits, blocks of 32 rounded to nearest (MatMulNBits)"),
+    "int4-hqq": GraphQuantizer(_int4("hqq"), "the same, offsets chosen by half-quadratic optimization"),
+    "int4-gptq": GraphQuantizer(
+        _int4("gptq"), "the same, weights rounded by what they do to text (GPTQ)", calibrated=True
+    ),
 }
 
 
-def check_quantization(how: str, dtype: str) -> Way:
+def check_quantization(how: str, dtype: str) -> GraphQuantizer:
     """The way of this name, if it can be used.
 
     Raises:
         StreamlineError: there is none, or not for this dtype.
     """
-    if how not in WAYS:
-        raise StreamlineError(f"quantize {how!r}: unknown; one of {', '.join((NONE, *WAYS))}")
+    if how not in GRAPH_QUANTIZERS:
+        raise StreamlineError(f"quantize {how!r}: unknown; one of {', '.join((NONE, *GRAPH_QUANTIZERS))}")
     if dtype != "fp32":
         raise StreamlineError(f"quantize {how!r}: starts from dtype 'fp32', not {dtype!r}")
-    return WAYS[how]
+    return GRAPH_QUANTIZERS[how]
 
 
 def weight_bytes(folder: Path, active_share: float = 1.0) -> int:

@@ -17,7 +17,7 @@ class Quantization:
     """How to quantize.
 
     Args:
-        how: A key of `WAYS`.
+        how: A key of `GRAPH_QUANTIZERS`.
         exclude: What to leave in float: numbers of the checkpoint's layers, and names of modules as `lm_head` or
             `*.mlp.down_proj`.
         windows: Text to calibrate on, for a way that does.

@@ -29,7 +29,7 @@ from optimum.exporters.streamline.rewriting.public_names import MaskInput
 from optimum.exporters.streamline.rewriting.to_float32 import write_widened
 from optimum.streamline.errors import StreamlineError
 
-from .quantizers import ENGINE_WAYS, EngineWay
+from .quantizers import ENGINE_QUANTIZERS, EngineQuantizer
 from .reference_runner import StaticOnnxRunner
 
 WEIGHTS_FILE = f"{GRAPH_FILE}.data"
@@ -44,13 +44,13 @@ def quantize_engine_graph(source: Path, target: Path, quantization: Quantization
     The output projection stays float where it is the embedding.
 
     Args:
-        quantization: Its way is one of `ENGINE_WAYS`; a calibrated one needs text.
+        quantization: Its way is one of `ENGINE_QUANTIZERS`; a calibrated one needs text.
         masks: The graph's inputs that are masks.
 
     Raises:
         StreamlineError: a product cannot be quantized so.
     """
-    way, numbers = ENGINE_WAYS[quantization.how], _NUMBERS[quantization.how]
+    way, numbers = ENGINE_QUANTIZERS[quantization.how], _NUMBERS[quantization.how]
     model = ir.load(source / GRAPH_FILE)
     split_biases(model.graph)
     products = [node for node in model.graph if is_product(node)]
@@ -67,7 +67,7 @@ def quantize_engine_graph(source: Path, target: Path, quantization: Quantization
 
 
 def _check_blocks(products: Sequence[ir.Node], how: str) -> None:
-    block = ENGINE_WAYS[how].block
+    block = ENGINE_QUANTIZERS[how].block
     for node in products:
         depth = sizes(node.inputs[1])[0]
         if block and depth % block:
@@ -105,7 +105,7 @@ def _prompts(folder: Path, masks: Sequence[MaskInput], windows: npt.NDArray[np.i
 
 
 def _quantize_activation(
-    graph: ir.Graph, node: ir.Node, ranges: Mapping[str, float], way: EngineWay, numbers: np.dtype
+    graph: ir.Graph, node: ir.Node, ranges: Mapping[str, float], way: EngineQuantizer, numbers: np.dtype
 ) -> None:
     read, weight = node.inputs
     assert read is not None
@@ -124,7 +124,7 @@ def _quantize_activation(
     node.replace_input_with(0, back_use.node.outputs[0])
 
 
-def _quantize_weight(graph: ir.Graph, node: ir.Node, way: EngineWay, numbers: np.dtype) -> None:
+def _quantize_weight(graph: ir.Graph, node: ir.Node, way: EngineQuantizer, numbers: np.dtype) -> None:
     weight = node.inputs[1]
     assert weight is not None
     assert weight.dtype is not None
@@ -146,13 +146,13 @@ def _quantize_weight(graph: ir.Graph, node: ir.Node, way: EngineWay, numbers: np
         del graph.initializers[str(weight.name)]
 
 
-def _part(weight: ir.Value, way: EngineWay, numbers: np.dtype, place: int) -> ir.TensorProtocol:
+def _part(weight: ir.Value, way: EngineQuantizer, numbers: np.dtype, place: int) -> ir.TensorProtocol:
     return ir.tensor(_quantized(weight, way, numbers)[place])
 
 
 @lru_cache(maxsize=1)  # the numbers of a weight are written first and its scales right after
 def _quantized(
-    weight: ir.Value, way: EngineWay, numbers: np.dtype
+    weight: ir.Value, way: EngineQuantizer, numbers: np.dtype
 ) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]:
     """The numbers `[K, N]` of a weight, and their scales `[N]` or `[K / block, N]`."""
     assert weight.const_value is not None

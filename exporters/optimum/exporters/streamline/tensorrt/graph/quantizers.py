@@ -9,7 +9,7 @@ from optimum.streamline.errors import StreamlineError
 
 
 @dataclass(frozen=True)
-class EngineWay:
+class EngineQuantizer:
     """One way to quantize, always symmetric, which is all that TensorRT takes.
 
     Args:
@@ -27,22 +27,24 @@ class EngineWay:
     block: int = 0
 
 
-ENGINE_WAYS = {
-    "int8": EngineWay("weights and activations in 8 bits, scaled by what text gave", 127, calibrated=True),
-    "fp8": EngineWay("the same in 8-bit floats, which begin with compute capability 8.9", 448, True, capability=89),
-    "int4": EngineWay("weights in 4 bits, blocks of 64 rounded to nearest", 7, block=64),
+ENGINE_QUANTIZERS = {
+    "int8": EngineQuantizer("weights and activations in 8 bits, scaled by what text gave", 127, calibrated=True),
+    "fp8": EngineQuantizer(
+        "the same in 8-bit floats, which begin with compute capability 8.9", 448, True, capability=89
+    ),
+    "int4": EngineQuantizer("weights in 4 bits, blocks of 64 rounded to nearest", 7, block=64),
 }
 
 
-def check_way(how: str, capabilities: Sequence[int]) -> EngineWay:
+def check_engine_quantizer(how: str, capabilities: Sequence[int]) -> EngineQuantizer:
     """The way of this name, if GPUs of these compute capabilities have it.
 
     Raises:
         StreamlineError: there is none, or one of them has not.
     """
-    if how not in ENGINE_WAYS:
-        raise StreamlineError(f"quantize {how!r}: not of an engine; one of {', '.join(('none', *ENGINE_WAYS))}")
-    way = ENGINE_WAYS[how]
+    if how not in ENGINE_QUANTIZERS:
+        raise StreamlineError(f"quantize {how!r}: not of an engine; one of {', '.join(('none', *ENGINE_QUANTIZERS))}")
+    way = ENGINE_QUANTIZERS[how]
     for capability in capabilities:
         if capability < way.capability:
             raise StreamlineError(
