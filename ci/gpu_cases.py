@@ -67,7 +67,7 @@ TINY = Shape(64, 128, 4, 4, 2, 128)
 SMOKE = Plan({"tiny": TINY}, {"tiny-exported": TINY}, 16, 8, (1, 2), 1, 3, 1, 3, 2**16, (64, 64), 64)
 
 # Phase and runtime, by kind of weights, in the order in which they are measured; a further runtime, or kind of weights,
-# is a row here and one in `gpu_measure.WAYS` or `gpu_models.CONVERSIONS`. Only bf16 is captured: in each int8 product
+# is a row here and one in `gpu_measure.RUNS` or `gpu_models.CONVERSIONS`. Only bf16 is captured: in each int8 product
 # the host waits to learn where the outliers are. Captures come last: one that fails leaves its process unusable.
 EXPORT = "export"
 EAGER = (("prefill", "eager"), ("decode", "eager"))

@@ -124,7 +124,7 @@ def _set_up(case: Case, model: Any, plan: Plan, device: torch.device) -> tuple[R
     on_gpu = device.type == "cuda"
     before = torch.cuda.memory_allocated() if on_gpu else 0
     _forget_peak(device)
-    run = GRAPH_QUANTIZERS[case.phase, case.how](case, model, plan, device)
+    run = RUNS[case.phase, case.how](case, model, plan, device)
     run.prepare()
     run.step()
     if isinstance(model, Exported):
@@ -265,7 +265,7 @@ def _set_position(cache: StaticCache, tokens: int) -> None:
 
 
 # By phase and runtime; what can be timed is made here, and `gpu_cases.TABLE` says of which weights.
-GRAPH_QUANTIZERS: dict[tuple[str, str], Callable[[Case, Any, Plan, torch.device], Run]] = {
+RUNS: dict[tuple[str, str], Callable[[Case, Any, Plan, torch.device], Run]] = {
     ("prefill", "eager"): _prefill,
     ("decode", "eager"): _decode,
     ("decode", "cuda-graph"): _decode_graph,
