@@ -20,6 +20,8 @@ from .run import RunCommand
 from .score import ScoreCommand
 from .validate import ValidateCommand
 
+__all__ = ["StreamlineCommand"]
+
 
 class StreamlineCommand(BaseOptimumCLICommand):
     """`optimum-cli streamline`, the group of the commands above."""

@@ -5,6 +5,7 @@ what is recorded beside it. An export on disk (`artifact.py`) is here too.
 __all__ = [
     "adapters",
     "artifact",
+    "hub",
     "loading",
     "provenance",
     "read_back",
