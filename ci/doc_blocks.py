@@ -1,4 +1,4 @@
-"""A pytest plugin that runs the code blocks of Markdown pages: `pytest -p doc_blocks README.md docs/tutorial.md`.
+"""A pytest plugin that runs the code blocks of Markdown pages: `pytest -p doc_blocks docs/tutorial.md`.
 
 Blocks of `python` and of `bash` run in the order they stand in, all pages in one empty folder that holds `examples`:
 a page can use what an earlier page made. `<!-- skip: next "needs a GPU" -->` before a block keeps it from running, and
@@ -38,6 +38,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 pytest_collect_file = Sybil(
     parsers=[CodeBlockParser(language="bash", evaluator=run_shell), PythonCodeBlockParser(), SkipParser()],
     path=str(ROOT),
-    patterns=["README.md", "docs/**/*.md"],
+    patterns=["*.md"],
     fixtures=["workplace"],
 ).pytest()
