@@ -207,8 +207,9 @@ def test_validate_refuses_the_text_a_candidate_was_made_on(
     assert [file.name for file in tmp_path.iterdir()] == ["text.txt"]
 
 
-def test_the_example_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    [example] = re.findall(r"### From Python\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_example_in_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "reference" / "python.md").read_text()
+    [example] = re.findall(r"## From Python\n\n```python\n(.*?)```", page, re.DOTALL)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
@@ -220,11 +221,6 @@ def test_the_example_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monk
     saved = json.loads((tmp_path / "out" / "streamline_config.json").read_text())
     assert StreamlineConfig(**saved).recipe == StreamlineConfig.from_pretrained(tmp_path / "out").recipe
     assert saved["remove"] == "25%"
-
-
-def test_the_recipe_in_the_readme_is_the_demos() -> None:
-    recipe = (ROOT / "examples" / "quarter_off.yaml").read_text()
-    assert recipe in (ROOT / "README.md").read_text()
 
 
 def test_python_gets_errors_not_exits(tmp_path: Path) -> None:

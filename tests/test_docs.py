@@ -1,0 +1,159 @@
+"""The pages keep up with the program: commands, recipes, imports and links in them are real."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import itertools
+import re
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from optimum.commands.optimum_cli import main
+
+from optimum.commands.streamline import StreamlineCommand
+from optimum.streamline import StreamlineConfig
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
+COMMANDS = {command.name for command in StreamlineCommand.SUBCOMMANDS}
+OURS = "https://(?:github.com|raw.githubusercontent.com)/huggingface/optimum-streamline/"
+
+
+def blocks(text: str, language: str) -> Iterator[str]:
+    """The fenced blocks of a language, those in lists too."""
+    for indent, block in re.findall(rf"^( *)```{language}\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE):
+        yield re.sub(rf"^{indent}", "", block, flags=re.MULTILINE)
+
+
+def shell_lines(text: str) -> Iterator[str]:
+    """Lines of shell: of bash blocks, and, as the README has them, of indented ones."""
+    for block in blocks(text, "bash"):
+        yield from block.replace("\\\n", " ").splitlines()
+    yield from re.findall(r"^    (optimum-cli .*)$", text, re.MULTILINE)
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """What follows `optimum-cli` in each line of shell that calls it."""
+    for line in shell_lines(text):
+        words = shlex.split(line, comments=True)
+        if "streamline" in words and any("optimum-cli" in word or "optimum_cli" in word for word in words):
+            start = words.index("streamline")
+            yield list(itertools.takewhile(lambda word: word not in ("&&", "||", "|", ";", ">"), words[start:]))
+
+
+@pytest.fixture
+def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], Namespace]:
+    """Reads words as `optimum-cli` does, up to where the command would run."""
+    seen: list[Namespace] = []
+    for command in StreamlineCommand.SUBCOMMANDS:
+        monkeypatch.setattr(command.subcommand_class, "run", lambda self: seen.append(self.args))
+
+    def read(words: list[str]) -> Namespace:
+        monkeypatch.setattr(sys, "argv", ["optimum-cli", *words])
+        main()
+        return seen[-1]
+
+    return read
+
+
+@pytest.mark.parametrize("page", [page for page, text in TEXTS.items() if any(commands(text))])
+def test_commands_are_accepted(page: str, parse: Callable[[list[str]], Namespace]) -> None:
+    fields = {field.name for field in dataclasses.fields(StreamlineConfig().recipe)} - {"recipe"}
+    for words in commands(TEXTS[page]):
+        args = vars(parse(words))
+        if words[1] not in ("export", "quantize"):  # whose flags are not a recipe's
+            recipe = {key: value for key, value in args.items() if key in fields}
+            limits = {key: value for key, value in args.items() if key.startswith(("max_", "min_"))}
+            StreamlineConfig(**recipe, budget=limits)
+
+
+def test_a_wrong_flag_is_noticed(parse: Callable[[list[str]], Namespace]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["streamline", "prune", "-m", "model", "out", "--no-such-flag"])
+
+
+def test_commands_and_flags_in_sentences_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    helps = {}
+    for name in COMMANDS:
+        with pytest.raises(SystemExit):
+            sys_argv, sys.argv = sys.argv, ["optimum-cli", "streamline", name, "--help"]
+            try:
+                main()
+            finally:
+                sys.argv = sys_argv
+        helps[name] = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", capsys.readouterr().out))
+    every = set().union(*helps.values())
+    others = {"--write-pages", "--nproc_per_node", "--mpirun_hostfile", "--help", "--quiet"}
+    for page, text in TEXTS.items():
+        for code in re.findall(r"`([^`\n]+)`", re.sub(r"^ *```.*?^ *```$", "", text, flags=re.DOTALL | re.MULTILINE)):
+            command = re.match(r"optimum-cli streamline (\S+)", code)
+            assert not command or command[1] in COMMANDS, f"{page}: {code}"
+            if code.startswith("--") or command:
+                known = helps[command[1]] if command else every | others
+                flags = set(re.findall(r"(?<!\S)--[a-z][\w-]*", code))
+                assert flags <= known, f"{page}: {code}"
+
+
+@pytest.mark.parametrize("page", [page for page, text in TEXTS.items() if any(blocks(text, "yaml"))])
+def test_recipes_are_accepted(page: str) -> None:
+    for block in blocks(TEXTS[page], "yaml"):
+        fields = yaml.safe_load(block)
+        if "jobs" not in fields:  # of a pipeline
+            StreamlineConfig(**fields)
+
+
+def test_the_recipe_is_the_demos() -> None:
+    assert (ROOT / "examples" / "quarter_off.yaml").read_text() in TEXTS["docs/reference/recipe.md"]
+
+
+@pytest.mark.onnx
+@pytest.mark.parametrize("page", [page for page, text in TEXTS.items() if any(blocks(text, "python"))])
+def test_python_compiles_and_imports_what_exists(page: str) -> None:
+    for block in blocks(TEXTS[page], "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Import):
+                for each in node.names:
+                    importlib.import_module(each.name)
+            if isinstance(node, ast.ImportFrom) and node.module:
+                module: Any = importlib.import_module(node.module)
+                assert all(hasattr(module, each.name) for each in node.names), ast.unparse(node)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_somewhere(page: str) -> None:
+    text = re.sub(r"^ *```.*?^ *```$", "", TEXTS[page], flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\(([^)\s]*)\)", re.sub(r"`[^`\n]*`", "", text)):
+        if ours := re.match(OURS + r"(?:blob/)?main/([^#]*)", link):
+            assert (ROOT / ours[1]).exists(), link
+        elif not link.startswith("#") and ":" not in link:  # mkdocs checks anchors
+            file = (PAGES[0].parent / page).parent / link.partition("#")[0]
+            assert file.exists() or file.name == "commands.md", link  # which is made when the pages are built
+        elif ":" in link:
+            assert re.match(r"https://[\w.-]+\.\w+(/[\w./@#%-]*)?$", link), link
+
+
+def test_pages_that_must_be_short_are() -> None:
+    assert len(TEXTS["README.md"].splitlines()) <= 150
+    assert len(TEXTS["docs/glossary.md"].splitlines()) <= 30
+
+
+def test_every_command_is_on_the_first_page() -> None:
+    assert set(re.findall(r"`optimum-cli streamline (\S+)", TEXTS["docs/index.md"])) == COMMANDS
+
+
+def test_the_picture_shows_the_figures_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "ci"))
+    picture = importlib.import_module("picture")
+    drawn = picture.PICTURE.read_text(encoding="utf-8")
+    again = picture.picture(picture.read_table(TEXTS["README.md"]), 16, {})
+    bars = drawn[drawn.index(">Perplexity") :]
+    assert bars == again[again.index(">Perplexity") :]
