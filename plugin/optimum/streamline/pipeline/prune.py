@@ -46,7 +46,7 @@ from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.reporting.model_card import CARD_FILE, model_card
 from optimum.streamline.reporting.record import PruningRecord
 from optimum.streamline.scoring.similarity import Scores, measure_scores
-from optimum.streamline.system.atomic_output import claimed_by_main, staged_by_main
+from optimum.streamline.system.atomic_output import locked_output_by_main, staged_by_main
 from optimum.streamline.system.distributed import from_main, is_main, join_processes
 from optimum.streamline.system.environment import package_version
 from optimum.streamline.system.library_logs import LOG_FILE, captured_logs
@@ -179,7 +179,7 @@ def prune(
     if not is_main():
         notify = _notify_nobody
     with (
-        claimed_by_main(out, inputs_of(source, recipe), overwrite),
+        locked_output_by_main(out, inputs_of(source, recipe), overwrite),
         healing_workspace(out, recipe.fingerprint) as workspace,
         staged_by_main(out, overwrite) as staging,
         captured_logs(staging and staging / LOG_FILE, verbose),
