@@ -28,7 +28,7 @@ from optimum.streamline.models.architectures import architecture_of
 from optimum.streamline.models.bare_layers import bare_layers, host_config, is_bare_checkpoint, load_bare
 from optimum.streamline.models.offloaded_weights import offload_options
 from optimum.streamline.models.quantization_config import check_readable, quantization_name
-from optimum.streamline.models.quantized_weights import keep_as_read, save_as_read
+from optimum.streamline.models.quantized_weights import disable_cpu_kernel, save_in_loaded_format
 from optimum.streamline.models.skipped_sublayers import drop_skipped_sublayers
 
 from .artifact import is_artifact
@@ -129,8 +129,8 @@ def load_stock(
     _check_keys(source, info)
     _check_finite(source.model, model)
     if quantized:
-        keep_as_read(model)
-        save_as_read(model)
+        disable_cpu_kernel(model)
+        save_in_loaded_format(model)
     module: nn.Module = model  # transformers' own `to` carries no types
     if not offload and not quantized:
         module.to(device)

@@ -24,7 +24,7 @@ from transformers import (
 
 from optimum.streamline.errors import ParityError, StreamlineError, first_line
 from optimum.streamline.models.bare_layers import bare_layers
-from optimum.streamline.models.quantized_weights import keep_as_read, quantized_modules
+from optimum.streamline.models.quantized_weights import disable_cpu_kernel, quantized_modules
 
 from .loading import load_stock, read_config
 from .source import ModelSource
@@ -281,7 +281,7 @@ def _load(folder: Path, device: str, trust_remote_code: bool) -> PreTrainedModel
                 f"output: the saved folder, read back, has {len(names)} {fault.replace('_', ' ')}, first {names[0]!r}; "
                 "nothing is delivered"
             )
-    keep_as_read(model)
+    disable_cpu_kernel(model)
     for value in model.parameters():
         if type(value) is nn.Parameter and value.device.type == "cpu":
             # Off the file's own bytes: where numbers lie in memory can change how they are added.

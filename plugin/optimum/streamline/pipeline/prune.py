@@ -37,7 +37,7 @@ from optimum.streamline.healing.training_checkpoints import healing_workspace, o
 from optimum.streamline.methods.base import MethodInputs
 from optimum.streamline.methods.registry import method_of
 from optimum.streamline.models.bare_layers import NEEDS_LOAD, bare_layers
-from optimum.streamline.models.module_patterns import followed
+from optimum.streamline.models.module_patterns import renumbered_names
 from optimum.streamline.models.quantization_config import quantization_name
 from optimum.streamline.models.skipped_sublayers import layers_without_attention
 from optimum.streamline.quantization.loading import check_quantizable, load_quantizing
@@ -210,7 +210,7 @@ def _save(prepared: Prepared, record: PruningRecord, folder: Path, notify: Notif
     quantizes = recipe.quantize in QUANTIZERS
     if quantizes and not recipe.quantize_first:
         in_float = check_quantizable(read_config(source), recipe.quantize, recipe.excluded)
-        now = [new for new, _ in followed(in_float, [place.originals for place in record.change.new_layers])]
+        now = [new for new, _ in renumbered_names(in_float, [place.originals for place in record.change.new_layers])]
         with TemporaryDirectory(dir=folder) as scratch:
             save_model(model, prepared.tokenizer, prepared.stored, Path(scratch))
             release(model)

@@ -26,7 +26,7 @@ from optimum.streamline.evaluation.results import Report
 from optimum.streamline.evaluation.validate import ComparedModel, validate
 from optimum.streamline.evaluation.verdict import judge
 from optimum.streamline.models.linear_modules import linear_modules_of, meta_model
-from optimum.streamline.models.module_patterns import chosen, followed
+from optimum.streamline.models.module_patterns import renumbered_names, select_modules
 from optimum.streamline.models.quantization_config import float_config
 from optimum.streamline.quantization.quantizers import NONE, QUANTIZERS
 from optimum.streamline.recipe.recipe import Recipe
@@ -151,7 +151,9 @@ class _Chain:
         record = read_record(str(self._out)) or {}
         both = (read_config(each) for each in (self._source, ModelSource(str(self._out))))
         asked, there = (linear_modules_of(meta_model(float_config(config))) for config in both)
-        kept = followed(sorted(chosen(asked, self._recipe.excluded)), [each["originals"] for each in record["layers"]])
+        kept = renumbered_names(
+            sorted(select_modules(asked, self._recipe.excluded)), [each["originals"] for each in record["layers"]]
+        )
         return [new for new, _ in kept if new in there]
 
     def _tell(self, artifact: Artifact) -> None:
