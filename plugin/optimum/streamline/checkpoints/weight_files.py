@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from optimum.streamline.errors import StreamlineError, first_line
 from optimum.streamline.models.bare_layers import BARE_VARIANT
+from optimum.streamline.system.git_lfs import POINTER_LIMIT, is_lfs_pointer
 
 from .artifact import is_artifact
 
@@ -33,8 +34,6 @@ _SAFE = (
     (f"model.{BARE_VARIANT}.safetensors", f"model.safetensors.index.{BARE_VARIANT}.json"),
 )
 _PICKLED = (("pytorch_model.bin", "pytorch_model.bin.index.json"),)
-# A Git LFS pointer is a text of three lines in place of the file.
-_POINTER, _POINTER_SIZE = b"version https://git-lfs", 1024
 _TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FLOAT_TYPES = frozenset(_TYPES.values())
 HUB_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "README.md", "adapter_model.safetensors")
@@ -176,10 +175,10 @@ def _names_in(index: Path) -> list[str]:
 def _whole(files: tuple[Path, ...]) -> tuple[Path, ...]:
     for file in files:
         with file.open("rb") as stream:
-            start = stream.read(_POINTER_SIZE)
+            start = stream.read(POINTER_LIMIT)
         if not start:
             raise StreamlineError(f"{file}: is empty; fetch it again")
-        if len(start) < _POINTER_SIZE and start.startswith(_POINTER):
+        if is_lfs_pointer(start):
             raise StreamlineError(
                 f"{file}: is a Git LFS pointer, not the weights; run `git lfs pull` in its repository"
             )

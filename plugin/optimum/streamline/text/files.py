@@ -19,6 +19,7 @@ from typing import Any
 import fsspec
 
 from optimum.streamline.errors import StreamlineError, first_line
+from optimum.streamline.system.git_lfs import POINTER_START, is_lfs_pointer
 
 PLAIN = (".md", ".py", ".rst", ".text", ".txt")
 # The reader of `datasets`, and its options.
@@ -36,7 +37,7 @@ _TITLE = re.compile(r" = [^=]+ = \n")
 LONGEST = 200_000
 # What a file seems to be that begins so: for messages only, nothing is read by it.
 _BEGINNINGS = {
-    b"version https://git-lfs": "a git-lfs pointer and not the file itself; fetch it with `git lfs pull`",
+    POINTER_START: "a git-lfs pointer and not the file itself; fetch it with `git lfs pull`",
     b"\x1f\x8b": "gzip; name it .gz",
     b"BZh": "bzip2; name it .bz2",
     b"\xfd7zXZ\x00": "xz; name it .xz",
@@ -101,7 +102,7 @@ def plain_text(file: Path) -> str:
     except Exception as error:  # lzma and zlib each have their own
         raise StreamlineError(f"text file {file}: cannot be decompressed ({first_line(error)})") from None
     seems = f"; it seems to be {kind}" if (kind := _seems(content)) else ""
-    if content.startswith(b"version https://git-lfs"):
+    if is_lfs_pointer(content):
         raise StreamlineError(f"text file {file}: is not text{seems}")
     if (nul := content.find(b"\0")) >= 0:
         raise StreamlineError(f"text file {file}: is not text, byte {nul} is NUL{seems}")
