@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.system.atomic_output import REPORT_FILE
 
 from .artifact import Artifact, is_artifact
 from .source import ModelSource
@@ -57,7 +58,7 @@ def seems_to_be(folder: Path) -> str:
         return "; it holds an ONNX graph: give the checkpoint that it was made from"
     if (folder / "params.json").is_file():
         return "; it is in the form of its authors' own code: convert it to a transformers checkpoint first"
-    if (folder / "report.json").is_file():
+    if (folder / REPORT_FILE).is_file():
         return "; it holds a report of this program: give the models that the report is about"
     if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
         return ", but weights: fetch the config.json of the same model"

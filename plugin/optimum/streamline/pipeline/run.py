@@ -30,9 +30,9 @@ from optimum.streamline.models.module_patterns import renumbered_names, select_m
 from optimum.streamline.models.quantization_config import float_config
 from optimum.streamline.quantization.quantizers import NONE, QUANTIZERS
 from optimum.streamline.recipe.recipe import Recipe
-from optimum.streamline.reporting.files import REPORT_FILE, write_report
+from optimum.streamline.reporting.files import write_report
 from optimum.streamline.scoring.similarity import Scores
-from optimum.streamline.system.atomic_output import check_output, refuse_own_input, write_file
+from optimum.streamline.system.atomic_output import REPORT_FILE, check_output, refuse_own_input, write_file
 from optimum.streamline.system.distributed import process_count
 from optimum.streamline.system.environment import describe_machine
 from optimum.streamline.system.library_logs import LOG_FILE, captured_logs

@@ -17,6 +17,9 @@ from optimum.streamline.errors import StreamlineError
 
 from .distributed import from_main, is_main, wait_for_all
 
+REPORT_FILE = "report.json"
+"""The file name of a report as JSON, in the output folder of `run`, `validate` and `orthogonality`."""
+
 # Each output folder of this program holds at least one of these JSON files, with this key in it. `--overwrite` replaces
 # only a folder that does.
 OUTPUT_MARKERS = {
@@ -24,7 +27,7 @@ OUTPUT_MARKERS = {
     "artifact.json": "source_fingerprint",
     "quantization.json": "quantize",
     "scores.json": "block_influence",
-    "report.json": "verdict",
+    REPORT_FILE: "verdict",
 }
 
 
