@@ -15,7 +15,7 @@ from cases import make
 from optimum.streamline.checkpoints import hub as hub_file
 from optimum.streamline.checkpoints.loading import load_stock, stored_dtype
 from optimum.streamline.checkpoints.source import ModelSource, fingerprint
-from optimum.streamline.checkpoints.weight_files import checkpoint_files, find_weights
+from optimum.streamline.checkpoints.weight_files import find_weights, weight_and_config_files
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation.theoretical_cost import disk_bytes
 from tiny import tiny_model
@@ -35,7 +35,7 @@ def test_only_files_that_the_index_names_are_the_checkpoint(sharded: Path) -> No
     shards = sorted(sharded.glob("model-*.safetensors"))
     size, before = disk_bytes(sharded), fingerprint(ModelSource(str(sharded)))
     assert size == sum(shard.stat().st_size for shard in shards)
-    assert [file.name for file in checkpoint_files(sharded)] == [
+    assert [file.name for file in weight_and_config_files(sharded)] == [
         "config.json", "model.safetensors.index.json", *(shard.name for shard in shards),
     ]  # fmt: skip
     for stray in ("consolidated.safetensors", "model-old.safetensors", "pytorch_model.bin"):

@@ -14,8 +14,7 @@ from optimum.streamline.system.content_hashes import folder_hashes
 from .artifact import ARTIFACT_FILE, Artifact, is_artifact
 from .record_file import RECORD_FILE, read_record
 from .source import ModelSource
-from .weight_files import CONFIG_FILE
-from .weight_files import checkpoint_files as weight_and_config_files
+from .weight_files import CONFIG_FILE, weight_and_config_files
 
 # Tokenizer and code of a checkpoint, beside the files that `model_files` names.
 COMPANION_PATTERNS = (
@@ -32,7 +31,7 @@ COMPANION_PATTERNS = (
 )
 
 
-def checkpoint_files(folder: Path) -> list[str]:
+def hashed_files(folder: Path) -> list[str]:
     """Names of the files that decide what a checkpoint computes and how it reads text."""
     patterns = (CONFIG_FILE, *COMPANION_PATTERNS)
     named = {file.name for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
@@ -51,7 +50,7 @@ def model_hashes(source: ModelSource) -> dict[str, str]:
         artifact = Artifact.read(source.folder)
         return folder_hashes(source.folder, (ARTIFACT_FILE, *artifact.files))
     folder = source.folder
-    return folder_hashes(folder, checkpoint_files(folder))
+    return folder_hashes(folder, hashed_files(folder))
 
 
 def write_record(fields: dict[str, Any], folder: Path) -> None:
@@ -60,7 +59,7 @@ def write_record(fields: dict[str, Any], folder: Path) -> None:
     Args:
         fields: What else it says; its `files` are those of another folder, and are not kept.
     """
-    written = {**fields, "files": folder_hashes(folder, checkpoint_files(folder))}
+    written = {**fields, "files": folder_hashes(folder, hashed_files(folder))}
     (folder / RECORD_FILE).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 

@@ -20,7 +20,7 @@ from optimum.streamline.errors import StreamlineError
 from optimum.streamline.system.content_hashes import content_hash
 
 from .hub import fetch_checkpoint
-from .weight_files import checkpoint_files, is_adapter
+from .weight_files import is_adapter, weight_and_config_files
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -128,7 +128,7 @@ def _is_path(name: str) -> bool:
 def fingerprint(source: ModelSource) -> str:
     """SHA-256 over a checkpoint's config and weights: two checkpoints with one fingerprint are one model."""
     digest = hashlib.sha256()
-    for file in checkpoint_files(source.folder):
+    for file in weight_and_config_files(source.folder):
         digest.update(file.name.encode())
         digest.update(bytes.fromhex(content_hash(file)))
     return digest.hexdigest()

@@ -116,7 +116,7 @@ def find_weights(folder: Path) -> WeightFiles:
     raise StreamlineError(f"model {str(folder)!r}: has no weights, neither {_SAFE[0][0]} nor {_SAFE[0][1]}{beside}")
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
+def weight_and_config_files(folder: Path) -> list[Path]:
     """The files that make a checkpoint the model it is: config, index and weights."""
     weights = find_weights(folder)
     return [folder / CONFIG_FILE, *([weights.index] if weights.index else []), *weights.files]
