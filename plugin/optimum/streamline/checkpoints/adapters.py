@@ -29,9 +29,8 @@ from optimum.streamline.models.quantization_config import quantization_name
 from .hub import fetch_checkpoint
 from .transformers4_config import add_older_names
 from .transformers4_tokenizer import save_tokenizer
-from .weight_files import ADAPTER_CONFIG_FILE, is_adapter
+from .weight_files import ADAPTER_CONFIG_FILE, CONFIG_FILE, has_safetensors, is_adapter
 
-_MODEL_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 # What an adapter may hold of an embedding, whole, beside what it learned.
 _WHOLE = ("weight", "base_layer.weight", "modules_to_save.weight", "original_module.weight")
@@ -133,7 +132,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 def _place_of_base(adapter: _Adapter) -> Iterator[tuple[str, str]]:
     """What the base is called, and what it is loaded from: a folder without the adapter's files, or a Hub id."""
     folder, named = adapter.folder, adapter.base
-    if (folder / "config.json").is_file() and _holds_model(folder):
+    if (folder / CONFIG_FILE).is_file() and has_safetensors(folder):
         with TemporaryDirectory() as place:
             for file in folder.iterdir():  # beside an adapter transformers reads another base than this
                 if not file.name.startswith("adapter_"):
@@ -147,11 +146,6 @@ def _place_of_base(adapter: _Adapter) -> Iterator[tuple[str, str]]:
     if is_adapter(Path(named)):
         raise adapter.error(f"its base {named!r} is an adapter; merge that first, and name the result")
     yield named, named
-
-
-def _holds_model(folder: Path) -> bool:
-    files = (file for pattern in _MODEL_WEIGHTS for file in folder.glob(pattern))
-    return any(not file.name.startswith("adapter_") for file in files)
 
 
 def _load_base(adapter: _Adapter, name: str, place: str, options: dict[str, Any]) -> PreTrainedModel:

@@ -140,6 +140,11 @@ def fetch_weights(folder: Path, fetch: Callable[[list[str]], object]) -> None:
             return
 
 
+def has_safetensors(folder: Path) -> bool:
+    """Whether `folder` holds a model's weights in safetensors, under a name that transformers looks for."""
+    return any((folder / name).is_file() for names in _SAFE for name in names)
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds a PEFT adapter, with or without a full model beside it."""
     return (folder / ADAPTER_CONFIG_FILE).is_file()
