@@ -12,6 +12,7 @@ __all__ = [
     "remote_code",
     "saving",
     "source",
+    "tokenizer_files",
     "transformers4_config",
     "transformers4_tokenizer",
     "weight_files",

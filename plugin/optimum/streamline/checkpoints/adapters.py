@@ -27,11 +27,11 @@ from optimum.streamline.errors import StreamlineError, first_line
 from optimum.streamline.models.quantization_config import quantization_name
 
 from .hub import fetch_checkpoint
+from .tokenizer_files import has_tokenizer
 from .transformers4_config import add_older_names
 from .transformers4_tokenizer import save_tokenizer
 from .weight_files import ADAPTER_CONFIG_FILE, CONFIG_FILE, has_safetensors, is_adapter
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 # What an adapter may hold of an embedding, whole, beside what it learned.
 _WHOLE = ("weight", "base_layer.weight", "modules_to_save.weight", "original_module.weight")
 # Of the largest logit: fp32 sums in another order differ by less, and an adapter that was lost or doubled by more.
@@ -220,7 +220,7 @@ def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def _tokenizer(
     adapter: _Adapter, place: str, model: PreTrainedModel, options: dict[str, Any]
 ) -> PreTrainedTokenizerBase | None:
-    own = any((adapter.folder / name).is_file() for name in _TOKENIZER_FILES)
+    own = has_tokenizer(adapter.folder)
     if own:
         place = str(adapter.folder)
     try:

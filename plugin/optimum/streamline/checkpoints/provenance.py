@@ -14,26 +14,16 @@ from optimum.streamline.system.content_hashes import folder_hashes
 from .artifact import ARTIFACT_FILE, Artifact, is_artifact
 from .record_file import RECORD_FILE, read_record
 from .source import ModelSource
+from .tokenizer_files import TOKENIZER_FILES
 from .weight_files import CONFIG_FILE, weight_and_config_files
 
-# Tokenizer and code of a checkpoint, beside the files that `model_files` names.
-COMPANION_PATTERNS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.py",
-)
+# The files beside config and weights that change what a checkpoint gives: tokenizer, generation config and code.
+_COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json", "*.py")
 
 
 def hashed_files(folder: Path) -> list[str]:
     """Names of the files that decide what a checkpoint computes and how it reads text."""
-    patterns = (CONFIG_FILE, *COMPANION_PATTERNS)
+    patterns = (CONFIG_FILE, *_COMPANION_FILES)
     named = {file.name for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
     with suppress(StreamlineError):  # weights that are gone are files that are not there
         named |= {file.name for file in weight_and_config_files(folder)}

@@ -8,14 +8,13 @@ from transformers import PreTrainedTokenizerBase
 
 from optimum.streamline.checkpoints.loading import load_tokenizer
 from optimum.streamline.checkpoints.source import ModelSource
+from optimum.streamline.checkpoints.tokenizer_files import has_tokenizer
 from optimum.streamline.errors import StreamlineError
 
 # Characters other than spaces that a token stands for, at most: the longest words and runs of signs are shorter.
 CHARACTERS_A_TOKEN = 32
 # Share of a text's tokens that may be the one for what is unknown.
 UNKNOWN = 0.5
-# Files of which a checkpoint with a tokenizer has at least one.
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "spiece.model", "sentencepiece*")
 
 
 def check_tokenizer(spec: str, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], tokens: Sequence[int]) -> None:
@@ -82,17 +81,13 @@ def compare_tokenizers(
     said = []
     reads = load_tokenizer(original)
     for label, source in candidates:
-        if not _has_tokenizer(source):
+        if not has_tokenizer(source.folder):
             said.append(f"{label}: holds no tokenizer; it is taken to use the original's")
             continue
         other = load_tokenizer(source)
         for text in texts:
             _check_same(label, reads, other, text)
     return said
-
-
-def _has_tokenizer(source: ModelSource) -> bool:
-    return any(any(source.folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
 
 
 def _check_same(label: str, reads: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, text: str) -> None:
