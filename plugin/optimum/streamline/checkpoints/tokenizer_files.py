@@ -1,4 +1,4 @@
-"""Which files in a checkpoint folder belong to its tokenizer, as file name patterns for `Path.glob`."""
+"""The file name patterns of a tokenizer in a checkpoint folder."""
 
 from __future__ import annotations
 

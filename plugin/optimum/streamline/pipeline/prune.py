@@ -25,7 +25,7 @@ from optimum.streamline.checkpoints.loading import (
     stored_dtype,
 )
 from optimum.streamline.checkpoints.provenance import write_record
-from optimum.streamline.checkpoints.read_back import read_back, release
+from optimum.streamline.checkpoints.read_back import read_back, release_weights
 from optimum.streamline.checkpoints.remote_code import carry_code
 from optimum.streamline.checkpoints.saving import save_model
 from optimum.streamline.checkpoints.source import ModelSource, fingerprint
@@ -213,8 +213,8 @@ def _save(prepared: Prepared, record: PruningRecord, folder: Path, notify: Notif
         now = [new for new, _ in renumbered_names(in_float, [place.originals for place in record.change.new_layers])]
         with TemporaryDirectory(dir=folder) as scratch:
             save_model(model, prepared.tokenizer, prepared.stored, Path(scratch))
-            release(model)
-            model = load_quantizing(source.of(scratch), recipe.quantize, now, recipe.device)
+            release_weights(model)
+            model = load_quantizing(source.with_model(scratch), recipe.quantize, now, recipe.device)
     save_model(model, prepared.tokenizer, None if quantizes else prepared.stored, folder)
     carry_code(source, folder)
     if quantizes:

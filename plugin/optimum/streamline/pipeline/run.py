@@ -163,7 +163,7 @@ class _Chain:
     def _is_whole_export(self, folder: Path, checkpoint: str, how: str, exclude: list[str]) -> bool:
         artifact = Artifact.read(folder)
         whole = has_graph(artifact) and changed_files(ModelSource(str(folder))) == []
-        same = artifact.source_fingerprint == fingerprint(self._source.of(checkpoint))
+        same = artifact.source_fingerprint == fingerprint(self._source.with_model(checkpoint))
         quantized = (artifact.quantize, list(artifact.quantize_exclude)) == (how, exclude)
         return whole and same and quantized and artifact.dtype == (self._recipe.dtype or "fp32")
 
@@ -178,7 +178,7 @@ class _Chain:
             quantize=how,
             quantize_exclude=exclude,
             windows=windows and windows.part(0, min(CALIBRATION_WINDOWS, len(windows.ids))),
-            **self._source.of(checkpoint).options(),
+            **self._source.with_model(checkpoint).options(),
         )
 
     def report(self, windows: Windows) -> Report:
