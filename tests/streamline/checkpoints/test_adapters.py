@@ -205,7 +205,7 @@ def config(**fields: Any) -> Callable[[Path], None]:
         (other_base(num_hidden_layers=7), "its weights do not match the layers of its base"),
         (lambda adapter: (adapter.parent / "base" / "model.safetensors").unlink(), "its base .* cannot be loaded"),
         (lambda adapter: (adapter / "tokenizer.json").write_text("{"), "its tokenizer cannot be read"),
-        pytest.param(quantized_base, "is quantized; name the one in float", marks=pytest.mark.quantizers),
+        pytest.param(quantized_base, "is quantized; name the float model", marks=pytest.mark.quantizers),
     ],
 )
 def test_what_cannot_be_merged_is_one_line(

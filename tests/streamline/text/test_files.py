@@ -147,7 +147,7 @@ def test_other_rows_are_documents(tmp_path: Path) -> None:
 
 
 def test_a_joined_document_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optimum.streamline.text.files.LONGEST", 30)
+    monkeypatch.setattr("optimum.streamline.text.files.MAX_JOINED_CHARACTERS", 30)
     rows: list[str | None] = [f"line {number}\n" for number in range(100)]
     documents = read(write_rows(tmp_path / "x.parquet", rows))
     assert "".join(documents) == "".join(str(row) for row in rows)

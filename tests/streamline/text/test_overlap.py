@@ -8,7 +8,7 @@ import random
 import pytest
 
 from optimum.streamline.errors import StreamlineError
-from optimum.streamline.text.overlap import KEPT, Sketch, check_disjoint, sketch_of
+from optimum.streamline.text.overlap import MAX_HASHES, Sketch, check_disjoint, sketch_of
 from optimum.streamline.text.sources import open_text
 
 
@@ -76,8 +76,8 @@ def test_headings_that_recur_are_no_shared_text(library: dict[str, list[str]]) -
 def test_a_sketch_is_small_and_survives_a_record(library: dict[str, list[str]]) -> None:
     sketch = sketch_of(library["train"])
     for sample in (sketch.runs, sketch.lines):
-        assert KEPT / 4 < len(sample.hashes) <= KEPT
-        assert len(json.dumps(sample.to_dict())) < 4 * KEPT
+        assert MAX_HASHES / 4 < len(sample.hashes) <= MAX_HASHES
+        assert len(json.dumps(sample.to_dict())) < 4 * MAX_HASHES
     assert Sketch.from_dict(json.loads(json.dumps(sketch.to_dict()))) == sketch
     assert Sketch.from_dict(json.loads(json.dumps(Sketch().to_dict()))) == Sketch()
 

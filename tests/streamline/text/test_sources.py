@@ -58,7 +58,7 @@ def test_a_file_is_one_document(tmp_path: Path) -> None:
     ("spec", "message"),
     [
         ("nowhere.txt", "'nowhere.txt': no such file or folder; give a text file, a table"),
-        ("", "SPEC '': names no text, as where a variable is not set; give a text file"),
+        ("", "SPEC '': names no text, perhaps because a variable is not set; give a text file"),
         (",text", "SPEC ',text': names no text"),
         ("x" * 300, "SPEC 'x{300}': (no such file or folder|.*File name too long.*); give a text file"),
         ("x" * 300 + ",text", "SPEC 'x{300},text': (no such file or folder|.*File name too long.*); give a text file"),
@@ -72,7 +72,7 @@ def test_a_bad_spec_names_itself_and_the_alternatives(spec: str, message: str) -
 
 def test_a_folder_without_text_is_refused_and_says_what_it_passed_over(tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    with pytest.raises(StreamlineError, match=r"holds no \.csv, \.json, .*\.txt.* file; 1 others were passed over"):
+    with pytest.raises(StreamlineError, match=r"holds no \.csv, \.json, .*\.txt.* file; 1 other files were ignored"):
         read_documents(str(tmp_path))
 
 
@@ -157,7 +157,7 @@ def test_a_hub_dataset_is_read_at_the_commit_that_its_revision_is(
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (RepositoryNotFoundError, "'hub:org/name': the Hub has no such data set, or none for you to see"),
+        (RepositoryNotFoundError, "'hub:org/name': the Hub has no such data set, or you have no access to it"),
         (RevisionNotFoundError, "'hub:org/name@v9': the data set has no such revision"),
     ],
 )

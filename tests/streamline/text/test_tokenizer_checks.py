@@ -44,7 +44,7 @@ def test_a_class_without_its_files_reads_nothing_and_is_refused(tmp_path: Path) 
         read(tokenizer)
     rows = "".join(f"a row of a few words, the {number}th\n" for number in range(2000))
     (tmp_path / "rows.csv").write_text("text\n" + rows.replace(",", ""))
-    with pytest.raises(StreamlineError, match="it cannot read this text, or its files are not there"):
+    with pytest.raises(StreamlineError, match="it cannot read this text, or its files are missing"):
         read(tokenizer, str(tmp_path / "rows.csv"))
 
 
@@ -64,7 +64,7 @@ def test_a_candidate_that_reads_otherwise_is_refused_with_the_first_difference(t
     original = AutoTokenizer.from_pretrained(REFERENCE)
     first = original(TEXTS[0])["input_ids"][0]
     difference = rf"token 0 is \d+ \('def'\), the original's is {first} \('def'\)"
-    message = rf"rolled: its tokenizer reads .* otherwise than the original's: {difference}"
+    message = rf"rolled: its tokenizer gives other tokens .* than the original's: {difference}"
     with pytest.raises(StreamlineError, match=message):
         compare_tokenizers(
             ModelSource(REFERENCE), [("same", ModelSource(REFERENCE)), ("rolled", ModelSource(str(tmp_path)))], TEXTS
@@ -84,7 +84,7 @@ def test_a_candidate_that_begins_or_ends_otherwise_is_refused(tmp_path: Path) ->
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
     with pytest.raises(
-        StreamlineError, match=r"ends: its tokenizer .*: token \d+ is 0 \(.*\), the original's is not there"
+        StreamlineError, match=r"ends: its tokenizer .*: token \d+ is 0 \(.*\), the original's is missing"
     ):
         compare_tokenizers(ModelSource(REFERENCE), [("ends", ModelSource(str(tmp_path)))], TEXTS)
 
@@ -93,7 +93,7 @@ def test_a_candidate_without_a_tokenizer_is_said(tmp_path: Path) -> None:
     said = compare_tokenizers(
         ModelSource(REFERENCE), [("bare", ModelSource(str(tmp_path))), ("same", ModelSource(REFERENCE))], TEXTS
     )
-    assert said == ["bare: holds no tokenizer; it is taken to use the original's"]
+    assert said == ["bare: has no tokenizer; the original's is used"]
 
 
 @pytest.fixture(scope="module")
@@ -136,5 +136,7 @@ def test_validation_refuses_a_candidate_of_equal_weights_that_reads_otherwise(cl
     words = (REFERENCE, tmp_path / "rolled", "--eval-samples", 4, "--length", 32, "--output", tmp_path / "report")
     done = cli("validate", *words, *LIBRARY["validate"])
     assert (done.code, done.err.count("\n")) == (2, 1)
-    assert "rolled: its tokenizer reads the evaluation text otherwise than the original's: token 0 is " in done.err
+    assert (
+        "rolled: its tokenizer gives other tokens for the evaluation text than the original's: token 0 is " in done.err
+    )
     assert not (tmp_path / "report").exists()

@@ -151,7 +151,7 @@ def test_what_was_drawn_from_what_is_said(tokenizer: PreTrainedTokenizerBase) ->
     assert 1 < said["documents"] == len(set(windows.documents)) <= 8
     assert "commit" not in said
     line = windows.line("evaluation")
-    assert line == f"evaluation text: stdlib:eval, 8 windows of 64 tokens drawn from {windows.possible:,}"
+    assert line == f"evaluation text: stdlib:eval, 8 windows of 64 tokens drawn from {windows.possible:,} possible ones"
     assert (said["read_characters"], said["whole"]) == (characters, True)
 
 
@@ -184,7 +184,7 @@ def test_an_endless_text_is_read_until_there_is_enough(
 ) -> None:
     rows = [f'{{"text": "row number {number}"}}' for number in range(20_000)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    monkeypatch.setattr("optimum.streamline.text.windows.READ", 10_000)
+    monkeypatch.setattr("optimum.streamline.text.windows.MIN_CHARACTERS", 10_000)
     some = read(f"hub:{tmp_path}", tokenizer, 10, 24)
     more = read(f"hub:{tmp_path}", tokenizer, 100, 24)
     whole = read(tmp_path / "rows.jsonl", tokenizer, 10, 24)
@@ -192,8 +192,9 @@ def test_an_endless_text_is_read_until_there_is_enough(
     said = some.describe()
     assert (said["read_characters"], said["whole"]) == (some.characters, False)
     assert 10_000 <= some.characters < 10_020 < more.characters
-    assert f"drawn from {some.possible} in the first {some.characters:,} characters that were" in some.line(
-        "evaluation"
+    assert (
+        f"drawn from {some.possible} possible ones in the first {some.characters:,} characters that were"
+        in some.line("evaluation")
     )
     # One that is read to its end is whole.
     (tmp_path / "rows.jsonl").write_text("\n".join(rows[:500]))

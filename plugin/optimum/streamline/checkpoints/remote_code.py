@@ -44,8 +44,8 @@ def code_note(source: ModelSource, class_name: str) -> str:
             _modules_of(source.folder, reference, require_all=True)
         return f"{code}, which is run, because --trust-remote-code was given"
     return (
-        f"{code}, which is not run: transformers' {class_name} is used; give --trust-remote-code to run it. The "
-        "output includes a copy of the code"
+        f"{code}, which is not run: transformers' {class_name} is used; give --trust-remote-code to run it. A "
+        "checkpoint made from this model includes a copy of the code"
     )
 
 
