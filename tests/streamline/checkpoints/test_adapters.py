@@ -1,4 +1,4 @@
-"""Adapters merged into their base: the checkpoint computes what peft computes with the adapter beside it."""
+"""Merging adapters: the saved checkpoint computes the same as peft does with base and adapter."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from optimum.streamline.errors import StreamlineError
 from reference import REFERENCE
 from tiny import LAYERS, VOCABULARY, tiny_model, token_ids
 
-# What peft says of these very cases: that tied or resized embeddings need care, and that weights are missing.
+# peft warns that tied or resized embeddings need care, and that weights are missing. Both are intended here.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
 IDS = token_ids()
 TIED = {"tie_word_embeddings": True}
 
 
 def adapted(base: Path | str, added_tokens: int = 0, kind: str = "LORA", **fields: Any) -> PeftModel:
-    """The base with an adapter of which every weight has learned something."""
+    """The base with an adapter whose weights are all different from their initial values."""
     model = AutoModelForCausalLM.from_pretrained(base)
     if added_tokens:
         model.resize_token_embeddings(VOCABULARY + added_tokens)
@@ -75,7 +75,7 @@ def test_it_computes_what_peft_does(beside: bool, tmp_path: Path) -> None:
     folder, base, named = tmp_path / "adapter", tmp_path / "base", str(tmp_path / "base")
     AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32).save_pretrained(base)
     AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(base)
-    if beside:  # then this is the base, whatever is named
+    if beside:  # then the base is in this folder, even if the adapter names another
         shutil.copytree(base, folder)
         named = "nobody/nothing"
     model = adapted(base)
@@ -91,7 +91,9 @@ def test_it_computes_what_peft_does(beside: bool, tmp_path: Path) -> None:
     text = "def f(x):\n    return x"
     read, expected = (AutoTokenizer.from_pretrained(place) for place in (tmp_path / "out", REFERENCE))
     assert read(text)["input_ids"] == expected(text)["input_ids"]
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_theta"]  # for transformers 4
+    assert json.loads((tmp_path / "out" / "config.json").read_text())[
+        "rope_theta"
+    ]  # the field that transformers 4 reads
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: stock transformers reads them without us, and what is broken is refused in one line."""
+"""Checkpoints on disk: stock transformers loads them without this package, and broken ones are refused in one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from optimum.streamline.text.windows import Windows
 from reference import REFERENCE
 from tiny import LAYERS, tiny_model, token_ids
 
-# A process that has never heard of this project: importing it fails there.
+# A script for a process in which this package cannot be imported.
 STRANGER = """
 import sys
 sys.modules["optimum.streamline"] = None

@@ -1,4 +1,4 @@
-"""Which files are the checkpoint: those that transformers reads, and no others, on disk and on the Hub."""
+"""The weight files of a checkpoint are those that transformers loads, on disk and on the Hub."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_the_stored_type_is_that_of_the_tensors_whatever_the_config_says(dtype: 
 
 
 class Hub:
-    """A repository as the Hub's client shows it: it fetches what is asked for into a folder named after the commit."""
+    """A fake of the Hub client: it copies the requested files into a snapshot folder named after the commit."""
 
     def __init__(self, repository: Path, cache: Path) -> None:
         self.repository, self.folder = repository, cache / "snapshots" / COMMIT
@@ -115,7 +115,7 @@ def test_of_the_hub_only_the_files_of_the_model_are_fetched_all_of_one_commit(hu
     assert {file.name for file in source.folder.iterdir()} == {
         file.name for file in hub.repository.iterdir() if file.suffix == ".json" or file.name.startswith("model-")
     }
-    assert hub.asked == ["v1.0", COMMIT]  # what was pushed to the branch in between is not mixed in
+    assert hub.asked == ["v1.0", COMMIT]  # all files come from one commit, even if another is pushed in between
     assert source.commit == COMMIT
     assert fingerprint(source) == fingerprint(ModelSource(str(hub.repository)))
 

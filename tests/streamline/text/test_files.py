@@ -112,7 +112,7 @@ def test_a_plain_file_has_no_columns(tmp_path: Path) -> None:
         read(f"{tmp_path / 'x.txt'},text")
 
 
-# As the Hub has WikiText: a line a row, blank ones empty.
+# WikiText as on the Hub: one line per row, and an empty string for each blank line.
 ARTICLES = ["", " = Home = \n", "", " A first line . \n", " = = Plot = = \n", "", " 1 = 1 . \n", ""]
 ARTICLES += [" = Away = \n", "", " Another article . \n", ""]
 HOME = " = Home = \n\n A first line . \n = = Plot = = \n\n 1 = 1 . \n\n"
@@ -140,7 +140,7 @@ def test_an_article_ends_with_its_part_of_the_data_set(tmp_path: Path) -> None:
 
 
 def test_other_rows_are_documents(tmp_path: Path) -> None:
-    # Without a newline; of several lines, as a file of source code; and a line between such.
+    # Rows without a newline, rows of several lines such as source files, and single lines between them.
     rows = ["a", "", "b", "one\ntwo\n", None, "three\nfour\n", "a line\n", "c", "last\n", "line\n"]
     expected = ["a", "b", "one\ntwo\n", "three\nfour\n", "a line\n", "c", "last\nline\n"]
     assert read(write_rows(tmp_path / "x.parquet", rows)) == expected

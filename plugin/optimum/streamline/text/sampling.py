@@ -183,6 +183,7 @@ def sample_windows(
     Returns:
         The windows, or none if the text has fewer than `count`.
     """
+    # The characters that one window takes, about.
     span = ceil((length - len(encoder.prefix)) * chars_per_token)
     possible = joined.size // span
     if possible >= FEW * count:
@@ -248,6 +249,7 @@ def _draw_of_all(
         stream += tokens + encoder.ending + encoder.prefix
     if encoder.prefix and stream:
         del stream[-len(encoder.prefix) :]  # no document follows the last one
+    # Tokens of a window without its prefix, the index of each window's first token, and the index of the next.
     own, cuts, at = length - len(encoder.prefix), [], 0
     while True:
         if encoder.prefix and stream[at : at + len(encoder.prefix)] == encoder.prefix:

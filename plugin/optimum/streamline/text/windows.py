@@ -20,6 +20,7 @@ from .sources import Text, open_text
 from .tokenizer_checks import check_tokenizer, check_vocabulary
 
 BATCH = 4
+"""The number of windows that a model computes at once."""
 
 
 # How much of an endless text is read: at least this many characters, and at least this many times the characters that
