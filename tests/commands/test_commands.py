@@ -123,7 +123,7 @@ def test_a_size_that_is_none_is_refused(cli: Cli, tmp_path: Path, size: str) -> 
     ("how", "part"),
     [
         ("empty", "not a checkpoint folder"),
-        ("encoder", "architecture 'bert' cannot be handled; those that can: "),
+        ("encoder", "architecture 'bert': is not supported; supported are "),
         ("null", "cannot be read"),
         ("impossible", "cannot be read"),
         ("truncated", "not a whole safetensors file"),

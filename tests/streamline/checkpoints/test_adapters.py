@@ -184,7 +184,7 @@ def config(**fields: Any) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (config(base_model_name_or_path="/no/such"), "its base '/no/such' is not there; write the folder or Hub id"),
+        (config(base_model_name_or_path="/no/such"), "its base '/no/such' does not exist; write the folder or Hub id"),
         (config(base_model_name_or_path=None), "adapter_config.json names no base_model_name_or_path; write it there"),
         (config(base_model_name_or_path=3), "names no base_model_name_or_path"),
         (

@@ -219,7 +219,7 @@ def test_per_layer_config_fields_follow_their_layers() -> None:
 
 
 def test_other_architectures_are_refused_by_name() -> None:
-    with pytest.raises(StreamlineError, match=r"'bert' cannot be handled; those that can: gemma, .*qwen3"):
+    with pytest.raises(StreamlineError, match=r"'bert': is not supported; supported are gemma, .*qwen3"):
         architecture_of(BertConfig())
 
 

@@ -1,4 +1,4 @@
-"""Files as text: each kind is read as what it is, and what is not text is refused by the byte."""
+"""Reading files and tables into documents. A file that is not text is refused, naming its first wrong byte."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def _locate_base(adapter: _Adapter) -> Iterator[tuple[str, str]]:
     if not named:
         raise adapter.error(f"{ADAPTER_CONFIG_FILE} names no base_model_name_or_path; write it there")
     if not Path(named).exists() and (Path(named).is_absolute() or named.startswith(".")):
-        raise adapter.error(f"its base {named!r} is not there; write the folder or Hub id into {ADAPTER_CONFIG_FILE}")
+        raise adapter.error(f"its base {named!r} does not exist; write the folder or Hub id into {ADAPTER_CONFIG_FILE}")
     if is_adapter(Path(named)):
         raise adapter.error(f"its base {named!r} is an adapter; merge that first, and name the result")
     yield named, named

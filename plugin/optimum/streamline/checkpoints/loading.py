@@ -82,7 +82,7 @@ def check_checkpoint(source: ModelSource, of_export: bool = False) -> PreTrained
         The config.
 
     Raises:
-        StreamlineError: as `read_config`; or weight files are missing or broken; or a weight is of an integer type
+        StreamlineError: as `read_config`; or weight files are missing or broken; or a weight is not of a float type
             although the config names no quantization.
     """
     config = read_config(source, of_export)
@@ -230,7 +230,7 @@ def _check_keys(source: ModelSource, info: dict[str, Any]) -> None:
 
 
 def _check_types(source: ModelSource, tensors: Iterable[StoredTensor]) -> None:
-    """Refuse weights of an integer type in a checkpoint whose config names no quantization."""
+    """Refuse weights that are not of a float type in a checkpoint whose config names no quantization."""
     for tensor in tensors:
         # Old checkpoints also store attention masks, which have four dimensions, and position ids. These are no
         # weights.

@@ -14,11 +14,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 # The class that reads `tokenizer.json` unchanged in both versions.
-_PLAIN = "PreTrainedTokenizerFast"
+_GENERIC_CLASS = "PreTrainedTokenizerFast"
 # Classes of transformers 5 that also exist in transformers 4, and were tested to give the same ids there.
-_KEPT = ("GPT2Tokenizer", "GPTNeoXTokenizer", "GemmaTokenizer", "LlamaTokenizer", "Qwen2Tokenizer")
+_SHARED_CLASSES = ("GPT2Tokenizer", "GPTNeoXTokenizer", "GemmaTokenizer", "LlamaTokenizer", "Qwen2Tokenizer")
 # Fields about how the tokenizer was loaded, which do not belong in a saved one.
-_PRIVATE = ("backend", "is_local", "local_files_only")
+_LOADING_FIELDS = ("backend", "is_local", "local_files_only")
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -35,7 +35,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     fields = json.loads(file.read_text(encoding="utf-8"))
-    fields = _renamed({key: value for key, value in fields.items() if key not in _PRIVATE})
+    fields = _renamed({key: value for key, value in fields.items() if key not in _LOADING_FIELDS})
     if isinstance(tokenizer, TokenizersBackend) and "auto_map" not in fields:
         fields |= _class_fields(tokenizer, fields)
     file.write_text(json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -59,8 +59,8 @@ def _class_fields(tokenizer: TokenizersBackend, fields: dict[str, Any]) -> dict[
     added = _added_tokens(tokenizer)
     # With `add_prefix_space`, transformers 4 rebuilds a LlamaTokenizer from a SentencePiece file, which may be missing.
     prefixed = fields["tokenizer_class"] == "LlamaTokenizer" and fields.get("add_prefix_space") is not None
-    if fields["tokenizer_class"] not in _KEPT or prefixed or added is None:
-        return chosen | {"tokenizer_class": _PLAIN}
+    if fields["tokenizer_class"] not in _SHARED_CLASSES or prefixed or added is None:
+        return chosen | {"tokenizer_class": _GENERIC_CLASS}
     return chosen | added
 
 

@@ -132,11 +132,13 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     """
     if config.model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
-        raise StreamlineError(f"architecture {config.model_type!r} cannot be handled; those that can: {known}")
+        raise StreamlineError(f"architecture {config.model_type!r}: is not supported; supported are {known}")
     for field, allowed in POSITION_DEPENDENT.items():
         value = getattr(config, field, allowed)
         if value is not None and value != allowed:
-            raise StreamlineError(f"config.{field} is {value!r}: layers depend on their number; it must be {allowed!r}")
+            raise StreamlineError(
+                f"config.{field} {value!r}: makes layers depend on their index; it must be {allowed!r}"
+            )
     return ARCHITECTURES[config.model_type]
 
 

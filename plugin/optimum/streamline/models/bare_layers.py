@@ -140,7 +140,9 @@ def refuse_bare(config: PreTrainedConfig) -> None:
         StreamlineError: the config names a bare layer.
     """
     if bare_layers(config):
-        raise StreamlineError("model: a bare feed-forward network stands for some of its layers; prune its original")
+        raise StreamlineError(
+            "model: has bare layers (a feed-forward network alone), which cannot be pruned; prune its original"
+        )
 
 
 def place_bare_layers(model: PreTrainedModel) -> PreTrainedModel:
