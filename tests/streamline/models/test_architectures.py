@@ -226,5 +226,7 @@ def test_other_architectures_are_refused_by_name() -> None:
 def test_layers_that_depend_on_their_number_are_refused() -> None:
     config = tiny_model("gpt2").config
     config.scale_attn_by_inverse_layer_idx = True
-    with pytest.raises(StreamlineError, match="scale_attn_by_inverse_layer_idx is True"):
+    with pytest.raises(
+        StreamlineError, match="scale_attn_by_inverse_layer_idx True: makes layers depend on their index"
+    ):
         architecture_of(config)

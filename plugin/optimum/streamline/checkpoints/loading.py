@@ -155,9 +155,15 @@ def load_stock(
 
 
 def source_notes(source: ModelSource, config: PreTrainedConfig) -> list[str]:
-    """What a user should know about how a model is loaded, as lines.
+    """What a user should know about how a model is loaded.
 
-    They name code in the checkpoint and whether it runs, the base of an adapter, pickled weights, and mixed dtypes.
+    Args:
+        source: The model.
+        config: Its config.
+
+    Returns:
+        Lines about code in the checkpoint and whether it runs, the base of an adapter, pickled weights, and mixed
+        dtypes.
     """
     used: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[config.model_type]]
     notes = [code_note(source, used.__name__)]

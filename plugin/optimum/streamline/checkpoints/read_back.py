@@ -86,7 +86,14 @@ def read_back(
 
 
 def random_ids(vocabulary: int) -> torch.Tensor:
-    """Random token ids `[rows, length]` for a comparison without text. They are the same in every call."""
+    """Random token ids for a comparison without text. They are the same in every call.
+
+    Args:
+        vocabulary: The number of token ids that the model knows.
+
+    Returns:
+        Token ids `[rows, length]`.
+    """
     return torch.randint(vocabulary, (_ROWS, _LENGTH), generator=torch.Generator().manual_seed(0))
 
 

@@ -191,7 +191,14 @@ def residual_scale(config: PreTrainedConfig) -> float:
 
 
 def layer_output(output: Any) -> Any:
-    """The hidden states `[batch, length, width]` in the return value of a decoder layer."""
+    """The hidden states in the return value of a decoder layer.
+
+    Args:
+        output: What the layer returned: the hidden states, or a tuple that begins with them.
+
+    Returns:
+        The hidden states `[batch, length, width]`.
+    """
     return output[0] if isinstance(output, tuple) else output
 
 

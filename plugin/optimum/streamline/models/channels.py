@@ -41,6 +41,10 @@ def sublayer_weights(architecture: Architecture) -> dict[Sublayer, SublayerWeigh
 
 
 def rows_of(projection: nn.Module) -> torch.Tensor:
-    """A view of a projection's weight as `[outputs, inputs]`. GPT-2 stores it transposed."""
+    """A view of a projection's weight as `[outputs, inputs]`.
+
+    Args:
+        projection: An `nn.Linear`, or GPT-2's `Conv1D`, which stores its weight as `[inputs, outputs]`.
+    """
     weight = projection.get_parameter("weight")
     return weight.T if isinstance(projection, Conv1D) else weight

@@ -48,7 +48,12 @@ def _why_no_match(pattern: str, names: Sequence[str]) -> str:
 
 
 def matches_any(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a module name matches at least one pattern."""
+    """Whether a module name matches at least one pattern.
+
+    Args:
+        name: A module name, such as `model.layers.3.mlp.down_proj`.
+        patterns: Layer indices, such as `3`, or name patterns, such as `*.down_proj`.
+    """
     layer = _LAYER.match(name)
     return any(
         layer is not None and layer[2] == (pattern.lstrip("0") or "0")

@@ -105,6 +105,10 @@ def check_readable(config: PreTrainedConfig, device: str) -> bool:
 def check_writable(config: PreTrainedConfig, device: str) -> None:
     """Refuse to edit a quantized model that transformers cannot save in the same format.
 
+    Args:
+        config: The model's config. A model that is not quantized passes.
+        device: `cpu` or `cuda`.
+
     Raises:
         StreamlineError: as `check_readable`; or transformers can read the format but not save it.
     """

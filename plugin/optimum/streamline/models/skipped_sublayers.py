@@ -43,7 +43,11 @@ class SkippedMLP(nn.Module):
     """Replaces a module of an MLP whose output projection is zero. It adds nothing."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return a scalar zero, which the residual addition broadcasts."""
+        """Return a scalar zero, which the residual addition broadcasts.
+
+        Args:
+            hidden_states: `[batch, length, width]`; only its dtype and device are used.
+        """
         return hidden_states.new_zeros(())
 
 
@@ -87,7 +91,13 @@ def mark_skipped(config: PreTrainedConfig, skipped: dict[int, list[str]]) -> Non
 
 
 def zero_output(layer: nn.Module, architecture: Architecture, sublayer: Sublayer) -> None:
-    """Set a sublayer's output projection, and its bias, to zero, in place: the saved form of a skipped sublayer."""
+    """Set a sublayer's output projection and its bias to zero, in place: the saved form of a skipped sublayer.
+
+    Args:
+        layer: The decoder layer.
+        architecture: The model's architecture.
+        sublayer: `attention` or `mlp`.
+    """
     with torch.no_grad():
         for name in _writing_parameters(layer, architecture, sublayer):
             layer.get_parameter(name).zero_()
@@ -95,6 +105,11 @@ def zero_output(layer: nn.Module, architecture: Architecture, sublayer: Sublayer
 
 def replace_sublayer(layer: nn.Module, architecture: Architecture, sublayer: Sublayer) -> dict[str, nn.Module]:
     """Replace a sublayer's modules with ones that compute nothing, in place.
+
+    Args:
+        layer: The decoder layer.
+        architecture: The model's architecture.
+        sublayer: `attention` or `mlp`.
 
     Returns:
         The modules that were replaced, by their name in `layer`.

@@ -159,6 +159,9 @@ def table_errors(table_name: str, advice: str = "") -> Iterator[None]:
     Args:
         table_name: The table's name for the message.
         advice: The end of the message.
+
+    Raises:
+        StreamlineError: the block raised an exception.
     """
     try:
         yield
@@ -172,8 +175,8 @@ def table_documents(table_name: str, parts: Iterable[Iterable[dict[str, Any]]], 
     """Read the documents in one column of a table. Blank and missing rows are left out.
 
     A row is a document. Rows that are single lines ending in a newline are joined into one document, with the blank
-    rows between them. A joined document ends at a WikiText title, at a row that is not a single line, at the end of its
-    part of the data set, and at `MAX_JOINED_CHARACTERS` characters.
+    rows between them. A joined document ends at a WikiText title, at a row that is not a single line, at a missing row,
+    at the end of its part of the data set, and at about `MAX_JOINED_CHARACTERS` characters.
 
     Args:
         table_name: The table's name for messages.

@@ -51,11 +51,22 @@ class Sample:
     hashes: frozenset[int] = frozenset()
 
     def thinned(self, bits: int) -> frozenset[int]:
-        """The hashes that a sample with more `bits` would hold."""
+        """The hashes that a sparser sample of the same text would hold.
+
+        Args:
+            bits: The `bits` of that sample, at least as many as this one's.
+        """
         return frozenset(each for each in self.hashes if each % (1 << bits) == 0)
 
     def share_in(self, other: Sample) -> float:
-        """The estimated share of this text, from 0 to 1, that also occurs in the other."""
+        """Estimate which share of this text also occurs in another.
+
+        Args:
+            other: A sample of the other text.
+
+        Returns:
+            The share, from 0 to 1; 0 if this sample is empty.
+        """
         bits = max(self.bits, other.bits)
         own = self.thinned(bits)
         return len(own & other.thinned(bits)) / len(own) if own else 0.0

@@ -69,7 +69,11 @@ class JoinedText:
         return offset + self.documents[number][offset - self._ends[number]].isspace()
 
     def pieces(self, start: int, end: int) -> Iterator[tuple[str, bool]]:
-        """The text from `start` to `end`, one piece per document.
+        """The text between two offsets, one piece per document.
+
+        Args:
+            start: Offset of the first character.
+            end: Offset after the last character.
 
         Yields:
             A piece, and whether its document ends with it.
@@ -121,7 +125,14 @@ class WindowEncoder:
             [self.ending] = self.encode(["\n\n"])
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
+        """Tokenize several texts without special tokens.
+
+        Args:
+            texts: The texts.
+
+        Returns:
+            The token ids of each text.
+        """
         if not texts:
             return []
         encoded: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)[
@@ -130,7 +141,14 @@ class WindowEncoder:
         return encoded
 
     def tokens(self, pieces: Sequence[tuple[str, bool]]) -> list[int]:
-        """Token ids of consecutive pieces, with `ending` and `prefix` after each piece that closes its document."""
+        """Tokenize consecutive pieces, with `ending` and `prefix` after each piece that ends its document.
+
+        Args:
+            pieces: Pieces in the form of `JoinedText.pieces`.
+
+        Returns:
+            The token ids of all pieces together.
+        """
         tokens: list[int] = []
         for (_, closes), encoded in zip(pieces, self.encode([text for text, _ in pieces]), strict=True):
             tokens += encoded + (self.ending + self.prefix if closes else [])

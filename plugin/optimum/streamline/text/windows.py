@@ -194,5 +194,12 @@ def _characters_per_token(
 
 
 def seen_text(windows: Windows) -> dict[str, Any]:
-    """The fields of a record about text that a model was made with, with the sketch that recognizes it later."""
+    """Describe text that a model was made with, for its record.
+
+    Args:
+        windows: The windows that were drawn from the text.
+
+    Returns:
+        The fields of `describe`, and the sketch that recognizes all of the text later.
+    """
     return {**windows.describe(), "sketch": windows.sketch.to_dict()}
