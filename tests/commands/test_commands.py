@@ -123,7 +123,7 @@ def test_a_size_that_is_none_is_refused(cli: Cli, tmp_path: Path, size: str) -> 
     ("how", "part"),
     [
         ("empty", "not a checkpoint folder"),
-        ("encoder", "architecture 'bert' cannot be handled; those that can: "),
+        ("encoder", "architecture 'bert': is not supported; supported are "),
         ("null", "cannot be read"),
         ("impossible", "cannot be read"),
         ("truncated", "not a whole safetensors file"),
@@ -287,7 +287,9 @@ def test_the_help_names_the_default_text(cli: Cli) -> None:
 
 def test_it_is_said_which_text_was_used_for_what(cli: Cli, tmp_path: Path) -> None:
     said = cli("score", "-m", REFERENCE, *QUICK).out
-    assert re.search(r"^calibration text: stdlib:calibration, 4 windows of 64 tokens drawn from \d,\d{3}$", said, re.M)
+    assert re.search(
+        r"^calibration text: stdlib:calibration, 4 windows of 64 tokens drawn from \d,\d{3} possible ones$", said, re.M
+    )
     words = ("--replacement", "mlp", "--remove", 2, "--heal-tokens", 128, *HEALED, *QUICK, "--dry-run")
     said = cli("prune", "-m", REFERENCE, *words, tmp_path / "out").out
     assert "calibration text: stdlib:calibration, 4 windows of 64 tokens drawn from " in said

@@ -60,8 +60,8 @@ def test_the_command_says_so_and_quantizes_anew(
     words = ("export", "-m", checkpoint, tmp_path / "onnx", "--quantize", "int4")
     done = optimum_cli(monkeypatch, capsys, "streamline", *words)
     assert (done.code, done.err) == (0, "")
-    assert "a graph cannot hold bnb-nf4 weights: they were made float numbers again\n" in done.out
-    assert "against the weights as bnb-nf4 has them, prefill: " in done.out
+    assert "a graph cannot hold bnb-nf4 weights: they were dequantized\n" in done.out
+    assert "compared with the bnb-nf4 checkpoint, prefill: " in done.out
     artifact = Artifact.read(tmp_path / "onnx")
     assert (artifact.dequantized, artifact.quantize) == ("bnb-nf4", "int4")
     # Against the float numbers and against the quantized checkpoint: the same weights, so the same error.

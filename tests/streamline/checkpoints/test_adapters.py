@@ -1,4 +1,4 @@
-"""Adapters merged into their base: the checkpoint computes what peft computes with the adapter beside it."""
+"""Merging adapters: the saved checkpoint computes the same as peft does with base and adapter."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from optimum.streamline.errors import StreamlineError
 from reference import REFERENCE
 from tiny import LAYERS, VOCABULARY, tiny_model, token_ids
 
-# What peft says of these very cases: that tied or resized embeddings need care, and that weights are missing.
+# peft warns that tied or resized embeddings need care, and that weights are missing. Both are intended here.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
 IDS = token_ids()
 TIED = {"tie_word_embeddings": True}
 
 
 def adapted(base: Path | str, added_tokens: int = 0, kind: str = "LORA", **fields: Any) -> PeftModel:
-    """The base with an adapter of which every weight has learned something."""
+    """The base with an adapter whose weights are all different from their initial values."""
     model = AutoModelForCausalLM.from_pretrained(base)
     if added_tokens:
         model.resize_token_embeddings(VOCABULARY + added_tokens)
@@ -75,7 +75,7 @@ def test_it_computes_what_peft_does(beside: bool, tmp_path: Path) -> None:
     folder, base, named = tmp_path / "adapter", tmp_path / "base", str(tmp_path / "base")
     AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32).save_pretrained(base)
     AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(base)
-    if beside:  # then this is the base, whatever is named
+    if beside:  # then the base is in this folder, even if the adapter names another
         shutil.copytree(base, folder)
         named = "nobody/nothing"
     model = adapted(base)
@@ -91,7 +91,9 @@ def test_it_computes_what_peft_does(beside: bool, tmp_path: Path) -> None:
     text = "def f(x):\n    return x"
     read, expected = (AutoTokenizer.from_pretrained(place) for place in (tmp_path / "out", REFERENCE))
     assert read(text)["input_ids"] == expected(text)["input_ids"]
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_theta"]  # for transformers 4
+    assert json.loads((tmp_path / "out" / "config.json").read_text())[
+        "rope_theta"
+    ]  # the field that transformers 4 reads
 
 
 @pytest.mark.parametrize(
@@ -182,7 +184,7 @@ def config(**fields: Any) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (config(base_model_name_or_path="/no/such"), "its base '/no/such' is not there; write the folder or Hub id"),
+        (config(base_model_name_or_path="/no/such"), "its base '/no/such' does not exist; write the folder or Hub id"),
         (config(base_model_name_or_path=None), "adapter_config.json names no base_model_name_or_path; write it there"),
         (config(base_model_name_or_path=3), "names no base_model_name_or_path"),
         (
@@ -192,20 +194,20 @@ def config(**fields: Any) -> Callable[[Path], None]:
         (config(peft_type="PROMPT_TUNING"), "peft_type PROMPT_TUNING changes no weights, and cannot be merged"),
         (config(peft_type="NEWEST"), "adapter_config.json names no peft_type that this peft knows"),
         (config(peft_type=["LORA"]), "names no peft_type"),
-        (config(r=4), "cannot be put on its base .*size mismatch"),
-        (config(target_modules=["nothing"]), "cannot be put on its base .*Target modules"),
+        (config(r=4), "cannot be loaded on its base .*size mismatch"),
+        (config(target_modules=["nothing"]), "cannot be loaded on its base .*Target modules"),
         (config(alora_invocation_tokens=[1]), "peft cannot merge this LORA"),
-        (config(layer_replication=[[0, LAYERS], [0, 1]]), "its weights are not those of its base's layers"),
+        (config(layer_replication=[[0, LAYERS], [0, 1]]), "its weights do not match the layers of its base"),
         (lambda adapter: (adapter / "adapter_config.json").write_text("{"), "names no peft_type"),
         (cut_weights, "adapter_model.safetensors cannot be read"),
-        (make_pickle, "has no adapter_model.safetensors, and a pickle is not read; save it as that"),
-        (leave_one_out, "its weights are not those of its base's layers, first 'base_model.model.model.layers.0"),
-        (other_base(hidden_size=64), "cannot be put on its base .*size mismatch"),
-        (other_base(num_hidden_layers=3), "its weights are not those of its base's layers"),
-        (other_base(num_hidden_layers=7), "its weights are not those of its base's layers"),
+        (make_pickle, "has no adapter_model.safetensors; save the adapter in safetensors, a pickle is not read"),
+        (leave_one_out, "its weights do not match the layers of its base, first 'base_model.model.model.layers.0"),
+        (other_base(hidden_size=64), "cannot be loaded on its base .*size mismatch"),
+        (other_base(num_hidden_layers=3), "its weights do not match the layers of its base"),
+        (other_base(num_hidden_layers=7), "its weights do not match the layers of its base"),
         (lambda adapter: (adapter.parent / "base" / "model.safetensors").unlink(), "its base .* cannot be loaded"),
         (lambda adapter: (adapter / "tokenizer.json").write_text("{"), "its tokenizer cannot be read"),
-        pytest.param(quantized_base, "is quantized; name the one in float", marks=pytest.mark.quantizers),
+        pytest.param(quantized_base, "is quantized; name the float model", marks=pytest.mark.quantizers),
     ],
 )
 def test_what_cannot_be_merged_is_one_line(

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: stock transformers reads them without us, and what is broken is refused in one line."""
+"""Checkpoints on disk: stock transformers loads them without this package, and broken ones are refused in one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from optimum.streamline.text.windows import Windows
 from reference import REFERENCE
 from tiny import LAYERS, tiny_model, token_ids
 
-# A process that has never heard of this project: importing it fails there.
+# A script for a process in which this package cannot be imported.
 STRANGER = """
 import sys
 sys.modules["optimum.streamline"] = None
@@ -107,7 +107,7 @@ def poison(weights: dict[str, torch.Tensor]) -> None:
         (lambda f: (f / "config.json").unlink(), "it has no config.json"),
         (
             lambda f: edit_weights(f, lambda w: w["model.layers.1.self_attn.o_proj.weight"].fill_(1.0)),
-            "layer 1 is said to have a skipped attention, but its output is not zero",
+            "layer 1 is said to skip its attention, but its output projection is not zero",
         ),
     ],
 )
@@ -122,8 +122,8 @@ def test_a_broken_checkpoint_is_refused(saved: Path, break_it: Callable[[Path], 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "bert"}, "architecture 'bert' cannot be handled; those that can"),
-        ({"model_type": "t5"}, "architecture 't5' cannot be handled"),
+        ({"model_type": "bert"}, "architecture 'bert': is not supported; supported are"),
+        ({"model_type": "t5"}, "architecture 't5': is not supported"),
     ],
 )
 def test_models_of_another_kind_are_refused(tmp_path: Path, config: dict[str, object], message: str) -> None:

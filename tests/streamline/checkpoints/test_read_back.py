@@ -1,4 +1,4 @@
-"""What was written is read before it is delivered: every form passes, every fault on the way to the disk is caught."""
+"""Every saved checkpoint is loaded again before it is delivered: each kind passes, and each injected fault is found."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def test_what_was_saved_is_read_back(architecture: str, dtype: str, tmp_path: Pa
     model = tiny_model(architecture, vocab_size=VOCABULARY)
     model.config.save_pretrained(tmp_path / "source")
     tokenizer().save_pretrained(tmp_path / "source")
-    own = load_tokenizer(ModelSource(str(tmp_path / "source")))  # some architectures have a class of their own for it
+    own = load_tokenizer(
+        ModelSource(str(tmp_path / "source"))
+    )  # some architectures have a tokenizer class of their own
     apply_plan(model, Plan(LAYERS, (1, 3)), None)
     save_model(model, own, DTYPES[dtype], tmp_path / "out")
     found = read_back(tmp_path / "out", model, own, token_ids(3, 40))
@@ -98,7 +100,7 @@ def test_every_quantizer_is_read_back(how: str, cli: Cli, tmp_path: Path) -> Non
 
 
 def swap_layers(folder: Path) -> None:
-    """Two layers of the saved weights under each other's names, as a wrong renumbering would give."""
+    """Swap the weights of two layers, as a wrong renumbering would."""
 
     def other(name: str) -> str:
         for one, two in (("layers.1.", "layers.2."), ("layers.2.", "layers.1.")):
@@ -120,7 +122,7 @@ def truncate(folder: Path) -> None:
 
 
 def roll_vocabulary(folder: Path) -> None:
-    """A tokenizer whose tokens are each one further on, as a re-sorted vocabulary gives."""
+    """Shift every token id by one, as sorting the vocabulary anew could."""
     fields = json.loads((folder / "tokenizer.json").read_text())
     words = fields["model"]["vocab"]
     fields["model"]["vocab"] = {word: (number + 1) % len(words) for word, number in words.items()}
@@ -189,7 +191,7 @@ def test_a_fault_on_the_way_to_the_disk_is_caught(
         written(tokenizer, folder)
         plant(folder)
 
-    # The tokenizer is what is written last: the fault befalls the finished files.
+    # The tokenizer is written last, so the fault is injected into a complete checkpoint.
     monkeypatch.setattr(saving, "save_tokenizer", save)
     outcome = cli("prune", "-m", source, "--layers", 3, *QUICK, tmp_path / "out")
     assert outcome.code == 1, outcome.err
@@ -235,7 +237,7 @@ def test_numbers_too_large_for_the_stored_type_are_caught_where_they_arise(cli: 
     )
     outcome = cli("prune", "-m", folder, "--layers", 7, "--dtype", "fp16", *QUICK, tmp_path / "out")
     assert outcome.code == 1
-    assert "its logits are not finite when it is computed in float16" in outcome.err
+    assert "its logits are not finite when it computes in float16" in outcome.err
     assert "give dtype 'bf16' or 'fp32'" in outcome.err
     assert not (tmp_path / "out").exists()
     assert cli("prune", "-m", folder, "--layers", 7, *QUICK, tmp_path / "out").code == 0

@@ -1,4 +1,4 @@
-"""A saved checkpoint in transformers 4, which has other names for some config fields, and in transformers 5."""
+"""A saved checkpoint computes the same in transformers 4, which has other names for some config fields."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ ROPE: dict[str, dict[str, Any]] = {
     },
     "longrope": {"rope_type": "longrope", "short_factor": [1.0, 2.0, 3.0, 4.0], "long_factor": [2.0, 3.0, 4.0, 5.0]},
 }
-# Where transformers 4 takes another kind than these.
+# The kinds of rotary embedding that transformers 4 supports in these architectures.
 KINDS = {"phi3": ("default", "longrope"), "olmo2": ("default",)}
 CASES = [(name, kind) for name in ARCHITECTURES for kind in KINDS.get(name, ("default", "linear", "llama3"))]
-# Whose positions are not rotary.
+# These architectures have no rotary embeddings.
 CASES = [case for case in CASES if case[0] not in ("gpt2", "opt") or case[1] == "default"]
 
 LOGITS = """
@@ -47,7 +47,7 @@ for folder in sys.argv[1:]:
 
 
 def save(architecture: str, kind: str, folder: Path) -> Any:
-    """Save a tiny model of which nothing rotary is as transformers has it by default."""
+    """Save a tiny model whose rotary embedding settings all differ from transformers' defaults."""
     fields: dict[str, Any] = {}
     if architecture not in ("gpt2", "opt"):
         share = {"partial_rotary_factor": 0.5} if architecture == "gpt_neox" else {}
@@ -65,7 +65,7 @@ def test_the_newer_reads_what_was_saved(architecture: str, kind: str, tmp_path: 
     read = AutoConfig.from_pretrained(tmp_path)
     for config in (saved, read):
         (getattr(config, "rope_parameters", None) or {}).pop("type", None)  # an alias of `rope_type`
-    keys = saved.to_dict().keys() - {"_name_or_path", "dtype", "transformers_version"}  # as of saving, not as of making
+    keys = saved.to_dict().keys() - {"_name_or_path", "dtype", "transformers_version"}  # fields that saving itself sets
     assert {key: getattr(read, key) for key in keys} == {key: getattr(saved, key) for key in keys}
 
 
@@ -91,6 +91,6 @@ def test_the_older_computes_what_was_saved(optimum_onnx: str, tmp_path: Path) ->
             expected[folder] = model(ids).logits.numpy()
     subprocess.run([optimum_onnx, "-c", LOGITS, *map(str, expected)], check=True, capture_output=True)
     for folder, logits in expected.items():
-        tolerance = 1e-3 if "gemma2" in folder.name else 1e-5  # which transformers 4 computes a little differently
+        tolerance = 1e-3 if "gemma2" in folder.name else 1e-5  # transformers 4 computes Gemma 2 a little differently
         difference = np.abs(np.load(folder / "logits.npy") - logits).max()
         assert difference < tolerance * np.abs(logits).max(), folder.name

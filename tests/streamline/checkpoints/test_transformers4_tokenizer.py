@@ -1,4 +1,4 @@
-"""A saved tokenizer in transformers 4, which knows fewer classes and fields, and in transformers 5."""
+"""A saved tokenizer gives the same tokens in transformers 4, with its fewer classes and fields, and transformers 5."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from small_tokenizers import MAKERS, NOT_OLDER, byte_level, write_tokenizer
 from tiny import tiny_model
 from tokenizer_seen import seen
 
-# Of those that transformers 5 reads as a class of their own.
+# The class of each tokenizer for which transformers 5 has a class of its own.
 CLASSES = {
     **dict.fromkeys(("gemma", "gemma2"), "GemmaTokenizer"),
     **dict.fromkeys(("gpt2", "gpt2 in two files", "opt", "opt in two files", "starcoder2"), "GPT2Tokenizer"),

@@ -1,4 +1,4 @@
-"""Which files are the checkpoint: those that transformers reads, and no others, on disk and on the Hub."""
+"""The weight files of a checkpoint are those that transformers loads, on disk and on the Hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cases import make
 from optimum.streamline.checkpoints import hub as hub_file
 from optimum.streamline.checkpoints.loading import load_stock, stored_dtype
 from optimum.streamline.checkpoints.source import ModelSource, fingerprint
-from optimum.streamline.checkpoints.weight_files import checkpoint_files, find_weights
+from optimum.streamline.checkpoints.weight_files import find_weights, weight_and_config_files
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation.theoretical_cost import disk_bytes
 from tiny import tiny_model
@@ -35,7 +35,7 @@ def test_only_files_that_the_index_names_are_the_checkpoint(sharded: Path) -> No
     shards = sorted(sharded.glob("model-*.safetensors"))
     size, before = disk_bytes(sharded), fingerprint(ModelSource(str(sharded)))
     assert size == sum(shard.stat().st_size for shard in shards)
-    assert [file.name for file in checkpoint_files(sharded)] == [
+    assert [file.name for file in weight_and_config_files(sharded)] == [
         "config.json", "model.safetensors.index.json", *(shard.name for shard in shards),
     ]  # fmt: skip
     for stray in ("consolidated.safetensors", "model-old.safetensors", "pytorch_model.bin"):
@@ -81,7 +81,7 @@ def test_the_stored_type_is_that_of_the_tensors_whatever_the_config_says(dtype: 
 
 
 class Hub:
-    """A repository as the Hub's client shows it: it fetches what is asked for into a folder named after the commit."""
+    """A fake of the Hub client: it copies the requested files into a snapshot folder named after the commit."""
 
     def __init__(self, repository: Path, cache: Path) -> None:
         self.repository, self.folder = repository, cache / "snapshots" / COMMIT
@@ -115,7 +115,7 @@ def test_of_the_hub_only_the_files_of_the_model_are_fetched_all_of_one_commit(hu
     assert {file.name for file in source.folder.iterdir()} == {
         file.name for file in hub.repository.iterdir() if file.suffix == ".json" or file.name.startswith("model-")
     }
-    assert hub.asked == ["v1.0", COMMIT]  # what was pushed to the branch in between is not mixed in
+    assert hub.asked == ["v1.0", COMMIT]  # all files come from one commit, even if another is pushed in between
     assert source.commit == COMMIT
     assert fingerprint(source) == fingerprint(ModelSource(str(hub.repository)))
 

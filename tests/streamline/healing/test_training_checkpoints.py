@@ -31,7 +31,7 @@ from optimum.streamline.healing.trainer import NotFiniteError
 from optimum.streamline.healing.training_checkpoints import healing_workspace, open_workspace
 from optimum.streamline.pipeline.prune import change, prepare
 from optimum.streamline.recipe.parsing import make_recipe
-from optimum.streamline.system.atomic_output import claimed
+from optimum.streamline.system.atomic_output import locked_output
 from optimum.streamline.text.windows import Windows
 from reference import REFERENCE
 from tiny import tiny_model
@@ -346,12 +346,12 @@ def test_two_processes_are_refused_as_one_and_plan_as_one(words: list[str], tmp_
     script = tmp_path / "divided.py"
     script.write_text(DIVIDED)
     inputs = [words[words.index(flag) + 1] for flag in ("-m", "--calibration")]
-    with claimed(tmp_path / "claimed", ()), run(f"{TORCHRUN} {script}", inputs, tmp_path) as process:
+    with locked_output(tmp_path / "claimed", ()), run(f"{TORCHRUN} {script}", inputs, tmp_path) as process:
         _, err = process.communicate()
     assert process.returncode == 0, err  # other libraries may say what they like to a script
     refusals = [(tmp_path / f"claimed-{rank}").read_text() for rank in (0, 1)]
     assert refusals[0] == refusals[1]
-    assert "another run is making it" in refusals[0]
+    assert "another run is writing it" in refusals[0]
     assert [(tmp_path / f"free-{rank}").read_text() for rank in (0, 1)] == ["(1,)", "(1,)"]
 
 

@@ -1,4 +1,4 @@
-"""Every architecture of the table goes through everything: scores, edits, disk, stock transformers, its cache."""
+"""Every supported architecture: scoring, editing, saving, loading in stock transformers, and the cache."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PLANS = {
 
 
 def literal_similarity(model: PreTrainedModel, ids: torch.Tensor) -> dict[tuple[int, int], float]:
-    """The mean over tokens of cos(h_i, h_j), i < j, token by token, of the stream before any final norm."""
+    """The mean over tokens of cos(h_i, h_j) for all i < j, computed token by token, before any final norm."""
     stream: list[torch.Tensor] = []
     layers = decoder_layers(model, architecture_of(model.config))
 
@@ -150,7 +150,7 @@ def test_a_replacement_is_not_dead_where_its_block_was(replacement: str, skipped
     apply_plan(model, Plan(LAYERS, (), skipped=((1, "mlp"), (4, "mlp"))), None)
     plan = Plan(LAYERS, (1, 2), replacement)
     change = apply_plan(model, plan, build_replacement(model, plan))
-    # Layer 4 is layer 3 now, and as dead as it was.
+    # The old layer 4 is layer 3 now, and still skipped.
     assert change.skipped == skipped_sublayers(model.config) == {**skipped, 3: ["mlp"]}
 
 
@@ -193,7 +193,7 @@ def test_removal_is_skipping(architecture: str) -> None:
     model, ids = tiny_model(architecture), token_ids()
     kept = tiny_model(architecture)
     apply_plan(kept, REMOVAL, None)
-    # A skipped layer is one that returns what it was given.
+    # A layer with both sublayers skipped returns its input.
     for index in REMOVAL.gone:
         layer = decoder_layers(model, architecture_of(model.config))[index]
 
@@ -219,12 +219,14 @@ def test_per_layer_config_fields_follow_their_layers() -> None:
 
 
 def test_other_architectures_are_refused_by_name() -> None:
-    with pytest.raises(StreamlineError, match=r"'bert' cannot be handled; those that can: gemma, .*qwen3"):
+    with pytest.raises(StreamlineError, match=r"'bert': is not supported; supported are gemma, .*qwen3"):
         architecture_of(BertConfig())
 
 
 def test_layers_that_depend_on_their_number_are_refused() -> None:
     config = tiny_model("gpt2").config
     config.scale_attn_by_inverse_layer_idx = True
-    with pytest.raises(StreamlineError, match="scale_attn_by_inverse_layer_idx is True"):
+    with pytest.raises(
+        StreamlineError, match="scale_attn_by_inverse_layer_idx True: makes layers depend on their index"
+    ):
         architecture_of(config)

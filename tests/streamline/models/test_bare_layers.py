@@ -1,4 +1,4 @@
-"""Bare feed-forward layers: what they compute, the form they have on disk, and who can and cannot read it."""
+"""Bare layers: what they compute, how they are saved, and which programs can load them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tiny import LAYERS, tiny_model, token_ids
 
 ALL = sorted(ARCHITECTURES)
 KINDS = ("ffn", "swiglu")
-# Where the host's own MLPs say how wide they are inside; GPT-2's default is four times its width.
+# The config fields that set the inner width of each host's MLPs. GPT-2's default is four times the hidden width.
 INNER = {"gpt2": 4 * 32}
 
 

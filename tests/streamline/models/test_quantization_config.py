@@ -1,4 +1,4 @@
-"""What a config says of its quantization, before and after layers are removed."""
+"""The `quantization_config` of a model before and after layers are removed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tiny import token_ids, wide_model
 def test_lists_of_modules_follow_the_layers() -> None:
     config = wide_model().config
     names = ["lm_head", "model.layers.1.mlp", "model.layers.3", r"re:.*layers\.4\..*proj$", "model.layers.10.mlp"]
-    names.append(r"re:.*layers\.\d+\.mlp\.gate$")  # of every layer
+    names.append(r"re:.*layers\.\d+\.mlp\.gate$")  # in every layer
     config.quantization_config = {"quant_method": "compressed-tensors", "ignore": names, "bits": 4}
     renumber_quantization(config, "model.layers", [0, 3, 4])
     expected = ["lm_head", "model.layers.1", r"re:.*layers\.2\..*proj$", names[-1]]
@@ -51,13 +51,16 @@ def test_layers_named_in_a_form_that_cannot_follow_are_refused(fields: dict[str,
     ("patterns", "now"),
     [
         (["lm_head"], ["lm_head"]),
-        (["down_proj"], ["down_proj"]),  # of every layer, so still true
+        (["down_proj"], ["down_proj"]),  # in every layer, so the pattern still holds
         (["model.layers.1", "lm_head"], ["lm_head"]),
         (["model.layers.0.mlp.up_proj"], ["model.layers.0.mlp.up_proj"]),
         (["model.layers.[34].mlp.up_proj"], ["model.layers.1.mlp.up_proj", "model.layers.2.mlp.up_proj"]),
         (["3.mlp.up_proj"], ["model.layers.1.mlp.up_proj"]),
         ([r"model\.layers\.(1|4)\.self_attn\.[qk]_proj"], [f"model.layers.2.self_attn.{each}_proj" for each in "qk"]),
-        (["model.norm", "classifier"], ["model.norm", "classifier"]),  # no products, whoever named them
+        (
+            ["model.norm", "classifier"],
+            ["model.norm", "classifier"],
+        ),  # not linear modules
     ],
 )
 def test_patterns_of_bitsandbytes_choose_the_same_modules_afterwards(patterns: list[str], now: list[str]) -> None:

@@ -178,7 +178,10 @@ def test_a_run_quantizes_its_export_in_either_order(cli: Cli, tmp_path: Path) ->
         ),
         (("--quantize", "bnb-nf4", "--method", "shortgpt"), "format 'onnx': quantize 'bnb-nf4' makes a checkpoint"),
         (("--quantize", "int4", "--quantize-exclude", "16"), "there is no layer 16; the model has layers 0 to 15"),
-        (("--quantize", "int4", "--quantize-exclude", "*.typo"), "quantize-exclude '*.typo': no product has this name"),
+        (
+            ("--quantize", "int4", "--quantize-exclude", "*.typo"),
+            "quantize-exclude '*.typo': no linear module has this name",
+        ),
         (("--quantize", "int4", "--dtype", "fp16"), "quantize 'int4': starts from dtype 'fp32', not 'fp16'"),
         (
             ("--quantize", "int4", "--method", "shortgpt", "--steps", "quantize,prune", "--dry-run"),

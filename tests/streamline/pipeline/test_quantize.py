@@ -25,7 +25,7 @@ from optimum.streamline.models.architectures import ARCHITECTURES, architecture_
 from optimum.streamline.models.layer_list import set_decoder_layers
 from optimum.streamline.models.offloaded_weights import read_parameter
 from optimum.streamline.models.quantization_config import quantization_name
-from optimum.streamline.models.quantized_weights import quantized_modules, use_cpu_kernel
+from optimum.streamline.models.quantized_weights import enable_cpu_kernel, quantized_modules
 from optimum.streamline.models.skipped_sublayers import ATTENTION, mark_skipped, zero_output
 from optimum.streamline.pipeline.quantize import quantize
 from optimum.streamline.quantization.quantizers import QUANTIZERS
@@ -105,7 +105,7 @@ def logits_of_layer(layer: torch.nn.Module, attention: str) -> torch.Tensor:
 def test_stock_transformers_computes_the_same(saved: Save, tmp_path: Path, how: str) -> None:
     out = quietly(saved(tie_word_embeddings=True), tmp_path / "q", how)
     ours, stock = load(out), AutoModelForCausalLM.from_pretrained(out).eval()
-    use_cpu_kernel(ours)  # as stock has it, where the processor has such a thing
+    enable_cpu_kernel(ours)  # as stock has it, where the processor has such a thing
     assert torch.equal(logits(ours), logits(stock))
     runner = open_runner(out)
     assert torch.equal(torch.from_numpy(runner.prefill(token_ids().numpy())[0]), logits(stock))
@@ -147,7 +147,7 @@ def test_dead_sublayers_stay_dead(saved: Save, tmp_path: Path, how: str) -> None
     # Stock transformers quantizes its zeros, and computes with them.
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "q").eval()
     assert "model.layers.1.self_attn.o_proj" in quantized_modules(stock)
-    use_cpu_kernel(ours := load(str(tmp_path / "q")))
+    enable_cpu_kernel(ours := load(str(tmp_path / "q")))
     assert torch.equal(logits(ours), logits(stock))
 
 

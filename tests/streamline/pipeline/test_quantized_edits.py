@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from console import optimum_cli
 from optimum.streamline.checkpoints.loading import load
 from optimum.streamline.checkpoints.source import ModelSource
-from optimum.streamline.models.quantized_weights import quantized_modules, use_cpu_kernel
+from optimum.streamline.models.quantized_weights import enable_cpu_kernel, quantized_modules
 from optimum.streamline.pipeline.quantize import quantize
 from optimum.streamline.quantization.quantizers import QUANTIZERS
 from reference import REFERENCE
@@ -60,7 +60,7 @@ def test_an_edited_model_is_quantized_as_any(
     assert torch.equal(found := logits(together), logits(after))
     assert 0 < (found - expected).abs().max() < 0.5 * expected.abs().max()
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "together").eval()
-    use_cpu_kernel(together)
+    enable_cpu_kernel(together)
     torch.testing.assert_close(logits(stock), logits(together), rtol=0, atol=1e-4 * expected.abs().max().item())
 
 

@@ -203,7 +203,7 @@ def test_validate_refuses_the_text_a_candidate_was_made_on(
     words = (REFERENCE, folder / "out", "--eval-data", tmp_path / "text.txt", "--output", tmp_path / "report")
     outcome = optimum_cli(monkeypatch, capsys, "streamline", "validate", *words, "--length", 64, "--eval-samples", 32)
     assert outcome.code == 2
-    assert "of its text with 'stdlib:train', which the choices are made on; give other text" in outcome.err
+    assert "of its text with 'stdlib:train', which is used to make the model; give other text" in outcome.err
     assert [file.name for file in tmp_path.iterdir()] == ["text.txt"]
 
 

@@ -1,4 +1,4 @@
-"""Outputs appear whole or not at all, and nothing of somebody else's is overwritten."""
+"""An output appears complete or not at all, and no file of another program is overwritten."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from optimum.streamline.errors import StreamlineError
-from optimum.streamline.system.atomic_output import check_output, claimed, staged_folder, write_file
+from optimum.streamline.system.atomic_output import check_output, locked_output, staged_folder, write_file
 
 
 def test_a_folder_appears_when_the_block_ends_well(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_an_output_never_replaces_its_own_input(tmp_path: Path, model: str) -> N
     (out / "streamline.json").write_text('{"recipe_fingerprint": ""}')
     (out / "onnx-original").mkdir()
     with (
-        pytest.raises(StreamlineError, match="which it is to be made from; choose another"),
+        pytest.raises(StreamlineError, match="contains the input .*; choose another"),
         staged_folder(out, (str(tmp_path / model),), overwrite=True),
     ):
         pass
@@ -92,7 +92,7 @@ def test_a_file_of_a_common_name_does_not_make_a_folder_ours(tmp_path: Path) -> 
 
 def test_what_appears_meanwhile_is_left_alone(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(StreamlineError, match="nothing there was touched"), staged_folder(out, ()) as staging:
+    with pytest.raises(StreamlineError, match="nothing was changed"), staged_folder(out, ()) as staging:
         (staging / "file").write_text("")
         out.mkdir()
         (out / "notes.txt").write_text("precious")
@@ -101,16 +101,16 @@ def test_what_appears_meanwhile_is_left_alone(tmp_path: Path) -> None:
 
 
 def assert_claimed(out: Path) -> None:
-    with pytest.raises(StreamlineError, match="another run is making it"), claimed(out, ()):
+    with pytest.raises(StreamlineError, match="another run is writing it"), locked_output(out, ()):
         pass
 
 
 def test_one_run_makes_an_output_at_a_time(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with claimed(out, ()):
+    with locked_output(out, ()):
         assert_claimed(out)
         assert_claimed(tmp_path / "missing" / ".." / "out")
-        with claimed(tmp_path / "other", ()):
+        with locked_output(tmp_path / "other", ()):
             pass
         assert_claimed(out)
     with staged_folder(out, ()):
@@ -124,11 +124,11 @@ def test_a_lock_that_went_with_its_holder_is_made_anew(tmp_path: Path, monkeypat
     def late(descriptor: int, how: int) -> None:
         calls.append(how)
         if len(calls) == 1:
-            lock.unlink()  # the run before ends between our opening and our locking
+            lock.unlink()  # the previous run ends after we open the lock file and before we lock it
         flock(descriptor, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with claimed(tmp_path / "out", ()):
+    with locked_output(tmp_path / "out", ()):
         assert_claimed(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -150,7 +150,7 @@ from optimum.streamline.system.atomic_output import staged_folder
 rename = Path.rename
 def renamed(self, target):
     rename(self, target)
-    os.kill(os.getpid(), signal.SIGKILL)  # the old folder has stepped aside
+    os.kill(os.getpid(), signal.SIGKILL)  # the old folder has been renamed, the new one not yet
 Path.rename = renamed
 with staged_folder(Path(sys.argv[1]), (), overwrite=True) as staging:
     (staging / "half").touch()
@@ -167,7 +167,7 @@ def test_what_a_killed_run_leaves_the_next_one_clears_away(tmp_path: Path, when:
     done = subprocess.run([sys.executable, "-c", KILLED, str(out), when], check=False, capture_output=True)
     assert (done.returncode, done.stderr) == (-9, b"")
     assert out.exists() == (when == "early")
-    assert len(list(tmp_path.iterdir())) == 3  # the lock, the new, and the old, aside or not
+    assert len(list(tmp_path.iterdir())) == 3  # the lock file, the new folder and the old one, under either name
     with staged_folder(out, (), overwrite=True) as staging:
         (staging / "whole").touch()
     assert list(tmp_path.iterdir()) == [out]

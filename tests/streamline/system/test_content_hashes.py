@@ -1,4 +1,4 @@
-"""SHA-256 of files, remembered only where a later change would show."""
+"""File hashes: cached only if any later change of the file would be noticed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def sha256(content: bytes) -> str:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """What was read through, in a time after the clock's step."""
+    """The files that were read. Every hash is cached, however new the file is."""
     monkeypatch.setattr(content_hashes, "_CLOCK_STEP_NS", -1)
     read: list[object] = []
     digest = hashlib.file_digest

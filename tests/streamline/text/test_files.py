@@ -1,4 +1,4 @@
-"""Files as text: each kind is read as what it is, and what is not text is refused by the byte."""
+"""Reading files and tables into documents. A file that is not text is refused, naming its first wrong byte."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_plain_file_has_no_columns(tmp_path: Path) -> None:
         read(f"{tmp_path / 'x.txt'},text")
 
 
-# As the Hub has WikiText: a line a row, blank ones empty.
+# WikiText as on the Hub: one line per row, and an empty string for each blank line.
 ARTICLES = ["", " = Home = \n", "", " A first line . \n", " = = Plot = = \n", "", " 1 = 1 . \n", ""]
 ARTICLES += [" = Away = \n", "", " Another article . \n", ""]
 HOME = " = Home = \n\n A first line . \n = = Plot = = \n\n 1 = 1 . \n\n"
@@ -140,14 +140,14 @@ def test_an_article_ends_with_its_part_of_the_data_set(tmp_path: Path) -> None:
 
 
 def test_other_rows_are_documents(tmp_path: Path) -> None:
-    # Without a newline; of several lines, as a file of source code; and a line between such.
+    # Rows without a newline, rows of several lines such as source files, and single lines between them.
     rows = ["a", "", "b", "one\ntwo\n", None, "three\nfour\n", "a line\n", "c", "last\n", "line\n"]
     expected = ["a", "b", "one\ntwo\n", "three\nfour\n", "a line\n", "c", "last\nline\n"]
     assert read(write_rows(tmp_path / "x.parquet", rows)) == expected
 
 
 def test_a_joined_document_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optimum.streamline.text.files.LONGEST", 30)
+    monkeypatch.setattr("optimum.streamline.text.files.MAX_JOINED_CHARACTERS", 30)
     rows: list[str | None] = [f"line {number}\n" for number in range(100)]
     documents = read(write_rows(tmp_path / "x.parquet", rows))
     assert "".join(documents) == "".join(str(row) for row in rows)

@@ -1,4 +1,4 @@
-"""Text that choices were made on is known again, under any name, in any lines, by any tokenizer."""
+"""Overlap of two texts is found with other line breaks, in another order, and inside a larger text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 import pytest
 
 from optimum.streamline.errors import StreamlineError
-from optimum.streamline.text.overlap import KEPT, Sketch, check_disjoint, sketch_of
+from optimum.streamline.text.overlap import MAX_HASHES, Sketch, check_disjoint, sketch_of
 from optimum.streamline.text.sources import open_text
 
 
@@ -34,7 +34,7 @@ def test_the_same_text_is_refused_whatever_surrounds_it(library: dict[str, list[
         refuse(library["train"] + text, ["\n\n".join(text[10:20])])
     with pytest.raises(StreamlineError, match=r"shares \d+% of its text"):
         refuse(["# another start\n", *text], [" ".join(document.split()) for document in reversed(text)])
-    # A tenth of the judged text is the other's.
+    # A tenth of the evaluation text is in the other text.
     with pytest.raises(StreamlineError, match=r"shares (8|9|10|11|12)% of its text"):
         refuse(
             library["calibration"][:1], [library["calibration"][0], "".join(text)[: len(library["calibration"][0]) * 9]]
@@ -65,7 +65,7 @@ def test_short_rows_are_known_again_in_any_order() -> None:
 
 
 def test_headings_that_recur_are_no_shared_text(library: dict[str, list[str]]) -> None:
-    # As in data sets of a line a row: the same headings in every part, other text between them.
+    # As in data sets with one line per row: both parts have the same headings, but other text between them.
     def with_headings(part: str) -> list[str]:
         lines = "\n".join(library[part])[:100_000].splitlines()
         return [f"= = Reception = =\n{line}" if number % 5 == 0 else line for number, line in enumerate(lines)]
@@ -76,8 +76,8 @@ def test_headings_that_recur_are_no_shared_text(library: dict[str, list[str]]) -
 def test_a_sketch_is_small_and_survives_a_record(library: dict[str, list[str]]) -> None:
     sketch = sketch_of(library["train"])
     for sample in (sketch.runs, sketch.lines):
-        assert KEPT / 4 < len(sample.hashes) <= KEPT
-        assert len(json.dumps(sample.to_dict())) < 4 * KEPT
+        assert MAX_HASHES / 4 < len(sample.hashes) <= MAX_HASHES
+        assert len(json.dumps(sample.to_dict())) < 4 * MAX_HASHES
     assert Sketch.from_dict(json.loads(json.dumps(sketch.to_dict()))) == sketch
     assert Sketch.from_dict(json.loads(json.dumps(Sketch().to_dict()))) == Sketch()
 

@@ -1,4 +1,4 @@
-"""Text sources: what a SPEC yields, that the parts of the library are apart, and that nothing falls back in silence."""
+"""Opening a SPEC: which documents it gives, the parts of the standard library, and errors instead of fallbacks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_library_parts_share_no_document_and_are_about_a_tenth() -> None:
 
 
 def test_part_is_a_function_of_the_path_alone() -> None:
-    # Literal values: a changed rule would move text that models were trained on into the evaluation part.
+    # Literal values, because a changed rule would move training text into the evaluation part.
     paths = ("argparse.py", "asyncio/events.py", "json/decoder.py", "typing.py", "turtle.py", "zipfile.py", "ast.py")
     expected = {path: hashlib.sha256(path.encode()).digest()[0] % 10 for path in paths}
     names = {0: "calibration", 1: "eval"}
@@ -58,7 +58,7 @@ def test_a_file_is_one_document(tmp_path: Path) -> None:
     ("spec", "message"),
     [
         ("nowhere.txt", "'nowhere.txt': no such file or folder; give a text file, a table"),
-        ("", "SPEC '': names no text, as where a variable is not set; give a text file"),
+        ("", "SPEC '': names no text, perhaps because a variable is not set; give a text file"),
         (",text", "SPEC ',text': names no text"),
         ("x" * 300, "SPEC 'x{300}': (no such file or folder|.*File name too long.*); give a text file"),
         ("x" * 300 + ",text", "SPEC 'x{300},text': (no such file or folder|.*File name too long.*); give a text file"),
@@ -72,12 +72,12 @@ def test_a_bad_spec_names_itself_and_the_alternatives(spec: str, message: str) -
 
 def test_a_folder_without_text_is_refused_and_says_what_it_passed_over(tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    with pytest.raises(StreamlineError, match=r"holds no \.csv, \.json, .*\.txt.* file; 1 others were passed over"):
+    with pytest.raises(StreamlineError, match=r"holds no \.csv, \.json, .*\.txt.* file; 1 other files were ignored"):
         read_documents(str(tmp_path))
 
 
 def test_a_folder_is_read_by_the_kinds_of_its_files(tmp_path: Path) -> None:
-    (tmp_path / "settings.json").write_text('{"a": 1}')  # beside text, JSON is no text
+    (tmp_path / "settings.json").write_text('{"a": 1}')  # JSON beside text files is not read
     (tmp_path / "rows.jsonl").write_text('{"text": "a row"}')
     (tmp_path / "notes.md").write_text("notes")
     (tmp_path / "weights.bin").write_bytes(bytes(10))
@@ -109,7 +109,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_hub_dataset_is_read_by_datasets_own_loader(tmp_path: Path) -> None:
-    # `datasets` takes a folder for a dataset's name: the same code as for the Hub, without a network.
+    # `datasets` also accepts a folder as a data set's name, so this runs the code for the Hub without a network.
     rows = ['{"text": "first", "source": "a"}', '{"text": "second", "source": "b"}', '{"text": " ", "source": "c"}']
     (tmp_path / "data.jsonl").write_text("\n".join(rows))
     assert read_documents(f"hub:{tmp_path}") == ["first", "second"]
@@ -157,7 +157,7 @@ def test_a_hub_dataset_is_read_at_the_commit_that_its_revision_is(
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (RepositoryNotFoundError, "'hub:org/name': the Hub has no such data set, or none for you to see"),
+        (RepositoryNotFoundError, "'hub:org/name': the Hub has no such data set, or you have no access to it"),
         (RevisionNotFoundError, "'hub:org/name@v9': the data set has no such revision"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Tokenizers are questioned: one that reads nothing, one that knows nothing, and one that reads otherwise."""
+"""Tokenizers that give no tokens, mostly unknown tokens, or other tokens than the original's are refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def read(tokenizer: PreTrainedTokenizerBase, spec: str = "stdlib:eval") -> None:
 
 
 def test_a_class_without_its_files_reads_nothing_and_is_refused(tmp_path: Path) -> None:
-    # Row 9: transformers makes a tokenizer of three tokens of this.
+    # transformers makes a tokenizer with three tokens from this config alone.
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     tokenizer = load_tokenizer(ModelSource(str(tmp_path)))
@@ -44,7 +44,7 @@ def test_a_class_without_its_files_reads_nothing_and_is_refused(tmp_path: Path) 
         read(tokenizer)
     rows = "".join(f"a row of a few words, the {number}th\n" for number in range(2000))
     (tmp_path / "rows.csv").write_text("text\n" + rows.replace(",", ""))
-    with pytest.raises(StreamlineError, match="it cannot read this text, or its files are not there"):
+    with pytest.raises(StreamlineError, match="it cannot read this text, or its files are missing"):
         read(tokenizer, str(tmp_path / "rows.csv"))
 
 
@@ -54,17 +54,17 @@ def test_text_that_is_mostly_unknown_is_refused(tmp_path: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
     with pytest.raises(StreamlineError, match=r"of 4 tokens: \d+% of 'stdlib:eval' are unknown to it \('<unk>'\)"):
         read(tokenizer)
-    (tmp_path / "known.txt").write_text("import os return os, " * 100)  # one in five
+    (tmp_path / "known.txt").write_text("import os return os, " * 100)  # one word in five is unknown
     read(tokenizer, str(tmp_path / "known.txt"))
 
 
 def test_a_candidate_that_reads_otherwise_is_refused_with_the_first_difference(tmp_path: Path) -> None:
-    # Row 10: equal weights, and a vocabulary rolled by one.
+    # A vocabulary whose ids are all shifted by one.
     rolled(tmp_path)
     original = AutoTokenizer.from_pretrained(REFERENCE)
     first = original(TEXTS[0])["input_ids"][0]
     difference = rf"token 0 is \d+ \('def'\), the original's is {first} \('def'\)"
-    message = rf"rolled: its tokenizer reads .* otherwise than the original's: {difference}"
+    message = rf"rolled: its tokenizer gives other tokens .* than the original's: {difference}"
     with pytest.raises(StreamlineError, match=message):
         compare_tokenizers(
             ModelSource(REFERENCE), [("same", ModelSource(REFERENCE)), ("rolled", ModelSource(str(tmp_path)))], TEXTS
@@ -84,7 +84,7 @@ def test_a_candidate_that_begins_or_ends_otherwise_is_refused(tmp_path: Path) ->
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
     with pytest.raises(
-        StreamlineError, match=r"ends: its tokenizer .*: token \d+ is 0 \(.*\), the original's is not there"
+        StreamlineError, match=r"ends: its tokenizer .*: token \d+ is 0 \(.*\), the original's is missing"
     ):
         compare_tokenizers(ModelSource(REFERENCE), [("ends", ModelSource(str(tmp_path)))], TEXTS)
 
@@ -93,12 +93,12 @@ def test_a_candidate_without_a_tokenizer_is_said(tmp_path: Path) -> None:
     said = compare_tokenizers(
         ModelSource(REFERENCE), [("bare", ModelSource(str(tmp_path))), ("same", ModelSource(REFERENCE))], TEXTS
     )
-    assert said == ["bare: holds no tokenizer; it is taken to use the original's"]
+    assert said == ["bare: has no tokenizer; the original's is used"]
 
 
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Row 11: a model whose tokenizer has three tokens more than its embedding has rows, and a text that uses them."""
+    """A model whose tokenizer has three tokens more than its embedding has rows, and a text that uses them."""
     folder = tmp_path_factory.mktemp("grown")
     tiny_model(vocab_size=VOCABULARY).save_pretrained(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
@@ -130,11 +130,13 @@ def test_a_token_that_the_model_does_not_know_is_one_line_in_every_command(
 
 
 def test_validation_refuses_a_candidate_of_equal_weights_that_reads_otherwise(cli: Cli, tmp_path: Path) -> None:
-    # Row 10: the perplexity ratio would be 1.
+    # Without the check, the perplexity ratio would be 1.
     shutil.copytree(REFERENCE, tmp_path / "rolled")
     rolled(tmp_path / "rolled")
     words = (REFERENCE, tmp_path / "rolled", "--eval-samples", 4, "--length", 32, "--output", tmp_path / "report")
     done = cli("validate", *words, *LIBRARY["validate"])
     assert (done.code, done.err.count("\n")) == (2, 1)
-    assert "rolled: its tokenizer reads the evaluation text otherwise than the original's: token 0 is " in done.err
+    assert (
+        "rolled: its tokenizer gives other tokens for the evaluation text than the original's: token 0 is " in done.err
+    )
     assert not (tmp_path / "report").exists()

@@ -1,4 +1,4 @@
-"""Token windows: where they are drawn from, what they begin with, what is said of them, and the refusals."""
+"""Drawing windows from a text: their positions, their first tokens, their description, and errors."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def read(
 
 
 def numbered(file: Path, lines: int) -> Path:
-    """A text of which every word says where it stands."""
+    """A text in which every line has its number in its first word."""
     file.write_text("\n".join(f"line{number} of many, with some words" for number in range(lines)))
     return file
 
 
 def places(windows: Windows, tokenizer: PreTrainedTokenizerBase) -> list[set[int]]:
-    """The whole lines' numbers in each window."""
+    """The numbers of the complete lines in each window."""
     texts = [tokenizer.decode(ids) for ids in windows.ids]
     return [{int(word[4:]) for word in text.split()[1:-1] if word.startswith("line")} for text in texts]
 
@@ -52,10 +52,10 @@ def test_windows_come_from_all_over_a_text_and_never_share_any(
     assert windows.ids.shape == (40, 64)
     found = places(windows, tokenizer)
     firsts = sorted(min(each) for each in found)
-    # Of 40 windows drawn at random, every quarter of the text has some.
+    # 40 random windows hit every quarter of the text.
     assert all(any(start <= first < start + 1000 for first in firsts) for start in range(0, 4000, 1000))
     assert sum(map(len, found)) == len(set().union(*found))
-    assert firsts != [min(each) for each in found]  # in the order of the draw: any part of them is a sample
+    assert firsts != [min(each) for each in found]  # in random order, so that any part of them is a random sample
 
 
 def test_a_window_is_the_text_as_it_stands(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_window_begins_with_one_space_where_the_tokenizer_puts_one(tmp_path: P
     assert "".join(tokenizer.convert_ids_to_tokens(tokenizer(" word")["input_ids"])).startswith("<s>▁▁word")
     file = numbered(tmp_path / "a.txt", 2000)
     joined = " ".join(map(str, tokenizer(file.read_text())["input_ids"]))
-    for count in (8, 400):  # some drawn of many, and many of few
+    for count in (8, 400):  # few windows of many possible ones, and all of few
         for ids in read(file, tokenizer, count, 48, vocabulary=len(tokenizer)).ids.tolist():
             assert not "".join(tokenizer.convert_ids_to_tokens(ids[1:])).startswith("▁▁")
             assert " ".join(map(str, ids[3:])) in joined
@@ -89,7 +89,7 @@ def test_all_tokens_of_a_small_text_can_be_had(tokenizer: PreTrainedTokenizerBas
 
 def test_every_window_begins_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:
     beginning = with_beginning("<s>")
-    for lines, count in ((4000, 20), (40, 8)):  # some drawn of many, and many of few
+    for lines, count in ((4000, 20), (40, 8)):  # few windows of many possible ones, and all of few
         windows = read(numbered(tmp_path / "a.txt", lines), beginning, count, 24)
         assert windows.prefix == (beginning.bos_token_id,)
         assert (windows.ids == beginning.bos_token_id).sum(1).tolist() == [1] * count
@@ -108,7 +108,7 @@ def test_documents_in_one_window_have_between_them_what_the_tokenizer_ends_and_b
             text = beginning.decode(ids)
             first, *others = text.split("</s>")
             assert first.startswith("<s>")
-            # What the window's end leaves of a row's start, or all of that.
+            # A row that the end of the window cuts, or a complete row.
             assert all("<s>row number ".startswith(row) or row.startswith("<s>row number ") for row in others)
             assert others
             assert "<s><s>" not in text
@@ -147,11 +147,11 @@ def test_what_was_drawn_from_what_is_said(tokenizer: PreTrainedTokenizerBase) ->
     windows = read("stdlib:eval", tokenizer, 8, 64)
     said = windows.describe()
     characters = sum(map(len, open_text("stdlib:eval").documents))
-    assert characters / 64 / 5 < said["possible"] < characters / 64 / 2  # of two to five characters a token
+    assert characters / 64 / 5 < said["possible"] < characters / 64 / 2  # a token has two to five characters
     assert 1 < said["documents"] == len(set(windows.documents)) <= 8
     assert "commit" not in said
     line = windows.line("evaluation")
-    assert line == f"evaluation text: stdlib:eval, 8 windows of 64 tokens drawn from {windows.possible:,}"
+    assert line == f"evaluation text: stdlib:eval, 8 windows of 64 tokens drawn from {windows.possible:,} possible ones"
     assert (said["read_characters"], said["whole"]) == (characters, True)
 
 
@@ -184,7 +184,7 @@ def test_an_endless_text_is_read_until_there_is_enough(
 ) -> None:
     rows = [f'{{"text": "row number {number}"}}' for number in range(20_000)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    monkeypatch.setattr("optimum.streamline.text.windows.READ", 10_000)
+    monkeypatch.setattr("optimum.streamline.text.windows.MIN_CHARACTERS", 10_000)
     some = read(f"hub:{tmp_path}", tokenizer, 10, 24)
     more = read(f"hub:{tmp_path}", tokenizer, 100, 24)
     whole = read(tmp_path / "rows.jsonl", tokenizer, 10, 24)
@@ -192,16 +192,17 @@ def test_an_endless_text_is_read_until_there_is_enough(
     said = some.describe()
     assert (said["read_characters"], said["whole"]) == (some.characters, False)
     assert 10_000 <= some.characters < 10_020 < more.characters
-    assert f"drawn from {some.possible} in the first {some.characters:,} characters that were" in some.line(
-        "evaluation"
+    assert (
+        f"drawn from {some.possible} possible ones in the first {some.characters:,} characters that were"
+        in some.line("evaluation")
     )
-    # One that is read to its end is whole.
+    # A Hub data set that was read to its end counts as read completely.
     (tmp_path / "rows.jsonl").write_text("\n".join(rows[:500]))
     assert read(f"hub:{tmp_path}", tokenizer, 10, 24).whole
 
 
 def test_tokens_beyond_the_embedding_are_refused(tmp_path: Path) -> None:
-    # Row 11: three more tokens than rows of the embedding, in the text.
+    # Three tokens more than the embedding has rows, used in the text.
     tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
     tokenizer.add_tokens([AddedToken(f"extra{number}") for number in range(3)])
     (tmp_path / "a.txt").write_text("some words extra2 more words " * 100)

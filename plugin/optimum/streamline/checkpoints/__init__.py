@@ -1,5 +1,6 @@
-"""Models on disk: where a checkpoint is fetched from, which files belong to it, how it is loaded, saved and read back,
-what is recorded beside it. An export on disk (`artifact.py`) is here too.
+"""Models on disk: fetch, load, check, save and compare checkpoints, and read the records beside them.
+
+An export's description (`artifact.py`) is here too.
 """
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "remote_code",
     "saving",
     "source",
+    "tokenizer_files",
     "transformers4_config",
     "transformers4_tokenizer",
     "weight_files",

@@ -1,4 +1,4 @@
-"""An exported model on disk: `artifact.json`, which says what was exported and how equal it is to its checkpoint."""
+"""Artifacts, which are exported models on disk, and their description in `artifact.json`."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ ARTIFACT_FILE = "artifact.json"
 
 @dataclass(frozen=True)
 class Artifact:
-    """A model exported to a runtime: its folder holds `artifact.json` with these fields.
+    """An exported model. Its folder holds these fields, except `path`, in `artifact.json`.
 
     Args:
-        path: The folder.
+        path: The artifact's folder.
         format: `onnx` or `tensorrt`.
         dtype: `fp32`, `fp16` or `bf16`.
-        source: The checkpoint it was exported from.
-        source_fingerprint: `source.fingerprint` of that checkpoint, so that an export of the original
-            is recognised as the original.
+        source: The checkpoint that was exported.
+        source_fingerprint: That checkpoint's `source.fingerprint`. It shows whether an artifact is an export of the
+            original.
         parity: Largest absolute logit difference from torch, by check.
-        traced_layers: The layers whose graph was traced; that of the others was made from theirs.
-        whole_because: Why every layer was traced although some are of one kind; empty where that was not so.
-        quantize: How the graph was quantized after it was compared with torch; `none`, or such as `int4`.
-        divergence: Of a quantized graph, the largest logit difference from torch as a share of the largest logit, by
+        traced_layers: Indices of the layers whose graph was traced. The graphs of the others were copied from these.
+        whole_because: Why every layer was traced although some are alike; empty if the export did not have to.
+        quantize: How the graph was quantized after the comparison with torch, such as `int4`; `none` if it was not.
+        divergence: For a quantized graph, the largest logit difference from torch as a share of the largest logit, by
             check.
-        weight_bytes: Of a quantized graph, bytes of the weights that a token is multiplied by.
-        quantize_exclude: What was left in float, as it was asked for.
-        last_logits: Whether the graph, left to itself, gives the logits of each row's last token only.
-        dequantized: What the checkpoint's weights were quantized by, which had to be made float; empty if nothing.
-        dequantized_error: Of such, the largest logit difference of the finished graph from the quantized checkpoint in
-            torch, as a share of the largest logit, by check.
-        hidden: The values in the graph that are the hidden states before and after the layers, first to last; empty
-            where the layers are no parts of it.
-        engine: What built the engine, for which GPUs; empty where there is none.
-        data: What text went into the weights, by purpose, as `windows.seen_text` tells it: what chose and healed the
-            layers of the checkpoint, and what the quantization was calibrated on.
-        files: SHA-256 of each file that was written with `artifact.json`, by name: graph, weights and what clients read
-            beside them.
+        weight_bytes: For a quantized graph, the bytes of the weights that take part in computing one token.
+        quantize_exclude: The patterns of modules that were left in float, as the user gave them.
+        last_logits: Whether the graph computes only the logits of each row's last token by default.
+        dequantized: The quantizer of the checkpoint, whose weights had to be dequantized for the export; empty if they
+            were float.
+        dequantized_error: If they were dequantized, the largest logit difference of the finished graph from the
+            quantized checkpoint in torch, as a share of the largest logit, by check.
+        hidden: Names of the graph's values that are the hidden states before the first layer and after each layer;
+            empty if the graph does not have them.
+        engine: The builder of the TensorRT engine and the GPUs that it runs on; empty if there is no engine.
+        data: The text that influenced the weights, by purpose, as `windows.seen_text` describes it: the text on which
+            layers were chosen and healed, and on which the quantization was calibrated.
+        files: SHA-256 of each file in the folder, except logs and `artifact.json`, by name.
     """
 
     path: str
@@ -67,23 +67,25 @@ class Artifact:
 
     @property
     def precision(self) -> str:
-        """What it is computed in, in a word: how it was quantized, or else its dtype."""
+        """The quantization of the graph, or its dtype if it is not quantized."""
         return self.dtype if self.quantize == "none" else self.quantize
 
     def findings(self) -> list[str]:
-        """What the export found out, in lines for a user."""
-        whole = [f"every layer was traced, which takes longer: {self.whole_because}"] if self.whole_because else []
+        """What the export measured and decided, as lines for the user."""
+        whole = (
+            [f"every layer was traced, so the export took longer: {self.whole_because}"] if self.whole_because else []
+        )
         parity = [f"largest difference from torch, {check}: {number:.2g}" for check, number in self.parity.items()]
         divergence = [
             f"quantized ({self.quantize}), {check}: {share:.1%} of the largest logit"
             for check, share in self.divergence.items()
         ]
         made_float = [
-            f"against the weights as {self.dequantized} has them, {check}: {share * 100:.2g}% of the largest logit"
+            f"compared with the {self.dequantized} checkpoint, {check}: {share * 100:.2g}% of the largest logit"
             for check, share in self.dequantized_error.items()
         ]
         if made_float:
-            made_float.insert(0, f"a graph cannot hold {self.dequantized} weights: they were made float numbers again")
+            made_float.insert(0, f"a graph cannot hold {self.dequantized} weights: they were dequantized")
         engine = [f"engine: {self.engine}"] if self.engine else []
         return whole + parity + divergence + made_float + engine
 
@@ -93,16 +95,16 @@ class Artifact:
         (folder / ARTIFACT_FILE).write_text(json.dumps(fields, indent=2) + "\n")
 
     def with_files(self, folder: Path) -> Artifact:
-        """The same, of the files that are in `folder`, logs left out."""
+        """A copy of this description with the hashes of the files in `folder`, except logs."""
         names = [file.name for file in folder.iterdir() if file.suffix != ".log"]
         return replace(self, files=folder_hashes(folder, names))
 
     @classmethod
     def read(cls, folder: Path) -> Artifact:
-        """Read a folder's `artifact.json`.
+        """Read the `artifact.json` of a folder.
 
         Raises:
-            StreamlineError: the file is not one of ours.
+            StreamlineError: the file is missing, is not JSON, or lacks a field.
         """
         try:
             fields = json.loads((folder / ARTIFACT_FILE).read_text())
@@ -113,5 +115,5 @@ class Artifact:
 
 
 def is_artifact(path: str | Path) -> bool:
-    """Whether `path` is the folder of an exported model rather than a checkpoint."""
+    """Whether `path` is the folder of an exported model."""
     return (Path(path) / ARTIFACT_FILE).is_file()

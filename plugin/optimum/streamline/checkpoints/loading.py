@@ -1,7 +1,4 @@
-"""Reading and writing Hugging Face checkpoints: refuse what is broken, drop what is dead, never half a file.
-
-This file knows nothing of how a model was changed; `record.py` says that beside the weights.
-"""
+"""Load Hugging Face checkpoints, with skipped sublayers dropped, and refuse broken ones with a clear message."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ from optimum.streamline.models.architectures import architecture_of
 from optimum.streamline.models.bare_layers import bare_layers, host_config, is_bare_checkpoint, load_bare
 from optimum.streamline.models.offloaded_weights import offload_options
 from optimum.streamline.models.quantization_config import check_readable, quantization_name
-from optimum.streamline.models.quantized_weights import keep_as_read, save_as_read
+from optimum.streamline.models.quantized_weights import disable_cpu_kernel, save_in_loaded_format
 from optimum.streamline.models.skipped_sublayers import drop_skipped_sublayers
 
 from .artifact import is_artifact
@@ -36,32 +33,36 @@ from .remote_code import code_note
 from .saving import _check_finite
 from .source import ModelSource
 from .weight_files import CONFIG_FILE, FLOAT_TYPES, StoredTensor, WeightFiles, find_weights
-from .wrong_folders import refuse_export, seems_to_be
+from .wrong_folders import guess_folder_kind, refuse_export
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# safetensors' names of them.
+# The names of these types in safetensors files.
 _TYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
 
 def read_config(source: ModelSource, of_export: bool = False) -> PreTrainedConfig:
-    """The config of a checkpoint that can be handled.
+    """Read the config of a checkpoint.
 
     Args:
-        of_export: Whether an export, whose folder has its checkpoint's config, will do.
+        source: The model.
+        of_export: Whether an artifact is accepted too. Its folder has the config of its checkpoint.
+
+    Returns:
+        The config. Its architecture is supported.
 
     Raises:
-        StreamlineError: it is not a model, or its architecture cannot be handled.
+        StreamlineError: the folder is no checkpoint, its config is broken, or its architecture is not supported.
     """
     folder = source.folder
     if not (of_export and is_artifact(folder)):
         refuse_export(source)
     if not (folder / CONFIG_FILE).is_file():
         raise StreamlineError(
-            f"model {source.model!r}: not a checkpoint folder, it has no {CONFIG_FILE}{seems_to_be(folder)}"
+            f"model {source.model!r}: not a checkpoint folder, it has no {CONFIG_FILE}{guess_folder_kind(folder)}"
         )
     try:
         config = _config_of(source)
-    except Exception as error:  # a wrong config raises whatever its class makes of it
+    except Exception as error:  # a config class may raise anything on wrong fields
         raise StreamlineError(f"model {source.model!r}: cannot be read ({first_line(error)})") from None
     architecture_of(config)
     bare_layers(config)
@@ -69,13 +70,20 @@ def read_config(source: ModelSource, of_export: bool = False) -> PreTrainedConfi
 
 
 def check_checkpoint(source: ModelSource, of_export: bool = False) -> PreTrainedConfig:
-    """The config of a checkpoint, whose files are looked at and whose weights are not read: for before any work.
+    """Check the config and the headers of the weight files, without reading weights.
+
+    Commands call this before any work.
 
     Args:
-        of_export: As in `read_config`.
+        source: The model.
+        of_export: Whether an artifact is accepted too. Its weights are not checked.
+
+    Returns:
+        The config.
 
     Raises:
-        StreamlineError: as `read_config`; or its weights are not there, or not of a type that its config speaks of.
+        StreamlineError: as `read_config`; or weight files are missing or broken; or a weight is not of a float type
+            although the config names no quantization.
     """
     config = read_config(source, of_export)
     if of_export and is_artifact(source.folder):
@@ -87,6 +95,7 @@ def check_checkpoint(source: ModelSource, of_export: bool = False) -> PreTrained
 
 
 def _config_of(source: ModelSource) -> PreTrainedConfig:
+    """Read the config, or the host's config for a checkpoint with bare layers."""
     fields, _ = PreTrainedConfig.get_config_dict(source.folder)
     if is_bare_checkpoint(fields):
         return host_config(fields)
@@ -101,15 +110,22 @@ def load_stock(
     offload: Path | None = None,
     quantization: Any = None,
 ) -> PreTrainedModel:
-    """Load a checkpoint as stock transformers does, skipped sublayers computed with their zeros; bare layers besides.
+    """Load a checkpoint as stock transformers does. Skipped sublayers stay in the model and compute with their zeros.
+
+    Checkpoints with bare layers load too, although stock transformers refuses them.
 
     Args:
-        dtype: What to load in; the checkpoint's own by default, and always of one that is quantized.
-        offload: Leave the weights on disk, as `offload_options` does with this folder.
-        quantization: transformers' `quantization_config`, to quantize the weights as they are read.
+        source: The model.
+        dtype: The type to load in; by default the checkpoint's own. Ignored for a quantized model.
+        device: `cpu` or `cuda`.
+        offload: A folder for `offload_options`. If given, the weights stay on disk.
+        quantization: A `quantization_config` of transformers, to quantize the weights while they are loaded.
+
+    Returns:
+        The model in evaluation mode.
 
     Raises:
-        StreamlineError: a weight is missing, of the wrong shape, truncated or not finite.
+        StreamlineError: a weight is missing, truncated, not finite or of the wrong shape; or the device cannot be used.
     """
     config = check_checkpoint(source)
     check_device(device)
@@ -122,16 +138,16 @@ def load_stock(
     options: dict[str, Any] = {"dtype": "auto" if dtype is None or quantized else dtype}
     options |= offload_options(offload) if offload else {}
     if quantized:
-        options["device_map"] = {"": device}  # where the numbers are is settled as they are made
+        options["device_map"] = {"": device}  # quantized weights must be created on their device
     if quantization is not None:
         options["quantization_config"] = quantization
     model, info = _read_model(source, config, options | {"use_safetensors": not weights.pickled})
     _check_keys(source, info)
     _check_finite(source.model, model)
     if quantized:
-        keep_as_read(model)
-        save_as_read(model)
-    module: nn.Module = model  # transformers' own `to` carries no types
+        disable_cpu_kernel(model)
+        save_in_loaded_format(model)
+    module: nn.Module = model  # for mypy: the `to` of PreTrainedModel is not typed
     if not offload and not quantized:
         module.to(device)
     module.eval()
@@ -139,7 +155,16 @@ def load_stock(
 
 
 def source_notes(source: ModelSource, config: PreTrainedConfig) -> list[str]:
-    """What a user must know of how a model is read, in lines: whose code runs, and what its files were made into."""
+    """What a user should know about how a model is loaded.
+
+    Args:
+        source: The model.
+        config: Its config.
+
+    Returns:
+        Lines about code in the checkpoint and whether it runs, the base of an adapter, pickled weights, and mixed
+        dtypes.
+    """
     used: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[config.model_type]]
     notes = [code_note(source, used.__name__)]
     if base := source.base:
@@ -149,32 +174,34 @@ def source_notes(source: ModelSource, config: PreTrainedConfig) -> list[str]:
     weights = find_weights(source.folder)
     if weights.pickled:
         names = ", ".join(file.name for file in weights.files)
-        notes.append(
-            f"weights are read from {names}, by torch and as tensors alone (weights_only): no code of theirs runs"
-        )
+        notes.append(f"weights are read from {names} with torch.load(weights_only=True), so no code in them runs")
     if len(types := _float_sizes(weights)) > 1 and quantization_name(config) is None:
         names = " and ".join(types)
         notes.append(
-            f"its weights are stored in {names}; what is made of it is stored in {next(iter(types))}, as most are"
+            f"its weights are stored in {names}; the output is stored in {next(iter(types))}, as most of them are"
         )
     return [note for note in notes if note]
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that torch cannot compute on here.
+    """Refuse a device that torch cannot use on this machine.
 
     Raises:
-        StreamlineError: naming it.
+        StreamlineError: the device is unknown or not available.
     """
     if device not in ("cpu", "cuda"):
         raise StreamlineError(f"device {device!r}: unknown; one of cpu, cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        raise StreamlineError("device 'cuda': this machine or this build of torch has none; use 'cpu'")
+        raise StreamlineError("device 'cuda': torch finds no GPU on this machine, or was built without CUDA; use 'cpu'")
 
 
 def _read_model(source: ModelSource, config: PreTrainedConfig, options: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
-    """A model, and what transformers says of the weights it found."""
-    # Weights of another shape are named by us, in one line.
+    """Load a model.
+
+    Returns:
+        The model, and transformers' `loading_info` about missing, unexpected and mismatched weights.
+    """
+    # With this option transformers reports weights of the wrong shape instead of raising. `_check_keys` names them.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     loaded: Any
     try:
@@ -183,14 +210,14 @@ def _read_model(source: ModelSource, config: PreTrainedConfig, options: dict[str
         else:
             trusted = source.trust_remote_code
             loaded = AutoModelForCausalLM.from_pretrained(source.folder, trust_remote_code=trusted, **options)
-    except Exception as error:  # safetensors and the libraries of quantizers each raise their own
+    except Exception as error:  # safetensors and the quantization libraries raise exceptions of their own
         raise StreamlineError(f"model {source.model!r}: cannot be loaded ({first_line(error)})") from None
     model, info = loaded
     return model, info
 
 
 _FAULTS = {
-    "missing_keys": "are missing in its files: the checkpoint is not whole, fetch or save it again",
+    "missing_keys": "are missing in its files: the checkpoint is incomplete, fetch or save it again",
     "mismatched_keys": "have another shape than config.json says: the weights are of another model",
     "unexpected_keys": (
         "are in its files and not in the model that config.json describes, such as a value head or an adapter beside "
@@ -200,17 +227,19 @@ _FAULTS = {
 
 
 def _check_keys(source: ModelSource, info: dict[str, Any]) -> None:
+    """Refuse a checkpoint with missing, unexpected or mismatched weights."""
     for fault, meaning in _FAULTS.items():
         names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in info[fault])
-        # A constant that GPT-2's files once held: no weight, and no model has it any more.
+        # Old GPT-2 checkpoints hold this constant. It is not a weight, and no current model has it.
         if names := [name for name in names if not name.endswith(".masked_bias")]:
             raise StreamlineError(f"model {source.model!r}: {len(names)} weights, first {names[0]!r}, {meaning}")
 
 
 def _check_types(source: ModelSource, tensors: Iterable[StoredTensor]) -> None:
+    """Refuse weights that are not of a float type in a checkpoint whose config names no quantization."""
     for tensor in tensors:
-        # Masks and positions that old checkpoints keep beside their weights are of other types: those have four
-        # dimensions, or a name of their own.
+        # Old checkpoints also store attention masks, which have four dimensions, and position ids. These are no
+        # weights.
         weight = 1 <= len(tensor.shape) <= 3 and not tensor.name.endswith("position_ids")
         if weight and tensor.type not in FLOAT_TYPES:
             raise StreamlineError(
@@ -222,31 +251,35 @@ def _check_types(source: ModelSource, tensors: Iterable[StoredTensor]) -> None:
 def load(
     path: str, dtype: torch.dtype | None = None, device: str = "cpu", offload: Path | None = None, **options: Any
 ) -> PreTrainedModel:
-    """Load a checkpoint with its skipped sublayers dropped: no matrix product, no cache entry.
+    """Load a checkpoint with its skipped sublayers dropped: they compute no matrix product and have no cache entry.
 
-    The only way to load one that has a bare feed-forward network for a layer, which stock transformers refuses.
+    This is the only way to load a model with bare layers. Stock transformers refuses those.
 
     Args:
-        path: A checkpoint's folder or Hub id, ours or not.
-        dtype: What to load in; the checkpoint's own by default.
-        offload: Leave the weights on disk, as `offload_options` does with this folder.
-        options: `cache_dir`, `trust_remote_code`, `revision`.
+        path: A checkpoint's folder or Hub id, made by this program or any other.
+        dtype: The type to load in; by default the checkpoint's own.
+        device: `cpu` or `cuda`.
+        offload: A folder for `offload_options`. If given, the weights stay on disk.
+        options: `cache_dir`, `trust_remote_code`, `revision`, as in `ModelSource`.
 
     Returns:
-        A `transformers` model in evaluation mode, with the function that stock transformers computes where it can.
+        A transformers model in evaluation mode. It computes the same as in stock transformers, where that can load it.
 
     Raises:
-        StreamlineError: the checkpoint cannot be handled, or a weight is missing or not finite.
+        StreamlineError: the architecture is not supported, or a weight is missing or not finite.
     """
     model = load_stock(ModelSource(path, **options), dtype, device, offload)
     return drop_skipped_sublayers(model, architecture_of(model.config))
 
 
 def stored_dtype(source: ModelSource) -> str:
-    """The name in `DTYPES` of what most of a checkpoint's float weights are stored in, whatever its config says.
+    """The type in which most of a checkpoint's float weights are stored, even if its config names another.
+
+    Returns:
+        A key of `DTYPES`.
 
     Raises:
-        StreamlineError: it has no weights of such a type.
+        StreamlineError: no weight is stored in one of these types.
     """
     if not (sizes := _float_sizes(find_weights(source.folder))):
         raise StreamlineError(f"model {source.model!r}: has no weights in one of {', '.join(DTYPES)}; convert it first")
@@ -254,7 +287,7 @@ def stored_dtype(source: ModelSource) -> str:
 
 
 def _float_sizes(weights: WeightFiles) -> dict[str, int]:
-    """Bytes of the weights of each type of `DTYPES` that a checkpoint has, the most first."""
+    """Bytes of a checkpoint's weights by key of `DTYPES`, largest first."""
     sizes: Counter[str] = Counter()
     for tensor in weights.tensors():
         if tensor.type in _TYPES:
@@ -263,10 +296,10 @@ def _float_sizes(weights: WeightFiles) -> dict[str, int]:
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer.
+    """Load the checkpoint's tokenizer.
 
     Raises:
-        StreamlineError: it has none.
+        StreamlineError: there is none, or it cannot be loaded.
     """
     try:
         trusted = source.trust_remote_code

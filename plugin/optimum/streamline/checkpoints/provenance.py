@@ -1,4 +1,4 @@
-"""Which bytes a model is, and whether they are those that its own record says were written."""
+"""Hash the files of a model, and compare them with the hashes in its own record."""
 
 from __future__ import annotations
 
@@ -14,63 +14,58 @@ from optimum.streamline.system.content_hashes import folder_hashes
 from .artifact import ARTIFACT_FILE, Artifact, is_artifact
 from .record_file import RECORD_FILE, read_record
 from .source import ModelSource
-from .weight_files import CONFIG_FILE
-from .weight_files import checkpoint_files as weight_and_config_files
+from .tokenizer_files import TOKENIZER_FILES
+from .weight_files import CONFIG_FILE, weight_and_config_files
 
-# Tokenizer and code of a checkpoint, beside the files that `model_files` names.
-COMPANION_PATTERNS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.py",
-)
+# The files beside config and weights that change what a checkpoint gives: tokenizer, generation config and code.
+_COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json", "*.py")
 
 
-def checkpoint_files(folder: Path) -> list[str]:
-    """Names of the files that decide what a checkpoint computes and how it reads text."""
-    patterns = (CONFIG_FILE, *COMPANION_PATTERNS)
+def hashed_files(folder: Path) -> list[str]:
+    """Names of the files that a record holds hashes of: all that decide what the checkpoint computes and reads."""
+    patterns = (CONFIG_FILE, *_COMPANION_FILES)
     named = {file.name for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
-    with suppress(StreamlineError):  # weights that are gone are files that are not there
+    with suppress(StreamlineError):  # a checkpoint whose weights are missing still has its other files
         named |= {file.name for file in weight_and_config_files(folder)}
     return sorted(named)
 
 
 def model_hashes(source: ModelSource) -> dict[str, str]:
-    """SHA-256 of each file that a model is, by name: of a checkpoint, or of an export with its description.
+    """SHA-256 of each file of a model, by name.
+
+    Args:
+        source: A checkpoint, or an artifact. The hashes of an artifact include `artifact.json`.
 
     Raises:
-        StreamlineError: it cannot be fetched or read, or its description is broken.
+        StreamlineError: the model cannot be fetched or read, or its `artifact.json` is broken.
     """
     if is_artifact(source.folder):
         artifact = Artifact.read(source.folder)
         return folder_hashes(source.folder, (ARTIFACT_FILE, *artifact.files))
     folder = source.folder
-    return folder_hashes(folder, checkpoint_files(folder))
+    return folder_hashes(folder, hashed_files(folder))
 
 
 def write_record(fields: dict[str, Any], folder: Path) -> None:
-    """Write `streamline.json` beside a checkpoint, with the hashes of the files that are there.
+    """Write `streamline.json` into a checkpoint's folder, with the hashes of the files in it.
 
     Args:
-        fields: What else it says; its `files` are those of another folder, and are not kept.
+        fields: The other fields of the record. A field `files` is replaced.
+        folder: The checkpoint's folder.
     """
-    written = {**fields, "files": folder_hashes(folder, checkpoint_files(folder))}
+    written = {**fields, "files": folder_hashes(folder, hashed_files(folder))}
     (folder / RECORD_FILE).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 
 def changed_files(source: ModelSource) -> list[str] | None:
-    """How the files of a model made here differ from what its record says was written, one phrase a file.
+    """Compare the files of a model that this program made with the hashes in its record.
 
-    What was edited before it was quantized counts too: its record is that of the float model.
+    A model that was changed before it was quantized counts as changed: its record keeps the changes of the float model
+    in `edited`.
 
     Returns:
-        `None` where nothing is known: of a model of others, and of one whose record has no hashes.
+        One phrase for each file that was changed, added or deleted; `None` if the model has no record or the record has
+        no hashes.
 
     Raises:
         StreamlineError: as `model_hashes`; or the record is broken.
@@ -83,13 +78,14 @@ def changed_files(source: ModelSource) -> list[str] | None:
 
 
 def _record(source: ModelSource) -> tuple[str, dict[str, Any]]:
-    """The name of a model's record, and what it says; nothing where there is none."""
+    """The file name of a model's record, and its fields; no fields if there is no record."""
     if is_artifact(source.folder):
         return ARTIFACT_FILE, {"files": Artifact.read(source.folder).files}
     return RECORD_FILE, read_record(str(source.folder)) or {}
 
 
 def _differences(record: str, written: dict[str, str], found: dict[str, str]) -> Iterator[str]:
+    """One phrase for each file that differs between the hashes in a record and the current ones."""
     for name in sorted({*written, *found} - {ARTIFACT_FILE}):
         if name not in found:
             yield f"{name}, which {record} says was written, is gone"

@@ -1,7 +1,7 @@
-"""Reading what was written before it is delivered: does the folder give the model and tokenizer that were in memory?
+"""Load a saved checkpoint again and check that it is the model that was saved, before the output is delivered.
 
-The checkpoint is loaded as any other program would load it, in the type its weights are stored in, and its logits are
-compared with those of the model that was saved. Knows nothing of how the model was made.
+The folder is loaded as any other program would load it, in its stored dtype. Its tensors, config fields, tokenizer and
+logits are compared with those of the model in memory.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from transformers import (
 
 from optimum.streamline.errors import ParityError, StreamlineError, first_line
 from optimum.streamline.models.bare_layers import bare_layers
-from optimum.streamline.models.quantized_weights import keep_as_read, quantized_modules
+from optimum.streamline.models.quantized_weights import disable_cpu_kernel, quantized_modules
 
 from .loading import load_stock, read_config
 from .source import ModelSource
 
-# Words, code, numbers, spaces, other scripts and a sign beyond the basic plane: where tokenizers are known to differ.
+# Words, code, numbers, spaces, other scripts and a character outside the basic plane: tokenizers often differ on these.
 SAMPLE = (
     "The quick brown fox didn't jump over 12,345.67 lazy dogs.\n\n  def f(x):\n\treturn x ** 2  # naïve café, déjà vu\n"
     "Zwölf Boxkämpfer jagen Viktor. Съешь же ещё этих мягких булок. 敏捷的棕色狐狸 🦊 المثال"
 )
 MARGIN = 4
-"""How many times the difference may be that rounding alone was measured to give in the same type."""
+"""The largest allowed logit difference, as a multiple of the difference that rounding alone causes in this dtype."""
 
 _ROWS, _LENGTH = 3, 64
 _TOKENIZER_FIELDS = (
@@ -55,25 +55,28 @@ def read_back(
     ids: torch.Tensor | None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Check that the checkpoint in `folder` is `model` with `tokenizer`; `model` is of no use afterwards.
+    """Check that the checkpoint in `folder` holds `model` and `tokenizer`.
 
-    Its weights are let go of before the folder is loaded, so that this never takes the memory of two models.
+    The weights of `model` are released before the folder is loaded, so that two models never take memory at once. The
+    model cannot be used afterwards.
 
     Args:
-        model: What was saved, its weights as they are in the folder.
-        ids: Text to compare on, `[windows, length]`, of which the beginning is used; random tokens if there is none.
-        trust_remote_code: Whether code that the folder carries may run, as it could when the original was read.
+        folder: The saved checkpoint.
+        model: The model that was saved, with its weights as in the folder.
+        tokenizer: The tokenizer that was saved.
+        ids: Token ids of evaluation text `[windows, length]`, of which a part is used; `None` for random tokens.
+        trust_remote_code: Whether code in the folder may run. Use the same value as for the original.
 
     Returns:
-        For the record: the number of tokens, the largest difference of a logit, and the largest that was allowed.
+        Fields for the record: the number of tokens, the largest logit difference, and the largest that is allowed.
 
     Raises:
-        ParityError: the folder cannot be loaded, or gives another model or tokenizer.
+        ParityError: the folder cannot be loaded, or holds another model or tokenizer.
     """
     compare_tokenizer(folder, tokenizer, trust_remote_code)
-    expected = expected_of(model, random_ids(model.config.vocab_size) if ids is None else ids)
+    expected = expected_from(model, random_ids(model.config.vocab_size) if ids is None else ids)
     device = str(model.device)
-    release(model)
+    release_weights(model)
     difference = _compare(folder, expected, device, trust_remote_code)
     return {
         "tokens": expected.ids.numel(),
@@ -83,25 +86,33 @@ def read_back(
 
 
 def random_ids(vocabulary: int) -> torch.Tensor:
-    """Tokens to compare on where there is no text, `[rows, length]`, the same ones each time."""
+    """Random token ids for a comparison without text. They are the same in every call.
+
+    Args:
+        vocabulary: The number of token ids that the model knows.
+
+    Returns:
+        Token ids `[rows, length]`.
+    """
     return torch.randint(vocabulary, (_ROWS, _LENGTH), generator=torch.Generator().manual_seed(0))
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a folder must give when it is read, found in memory before the model is let go.
+    """What a checkpoint must contain and compute, taken from the model in memory before its weights are released.
 
     Args:
-        sums: Of each tensor that the files hold as it is, its type, shape and checksum.
+        checksums: Type, shape and checksum of each tensor, by name. Quantized modules are left out.
         config: The fields of its config.
-        generation: The fields of its generation config; none where it has none.
-        ids: Tokens `[rows, length]`.
-        logits: The saved model's, `[rows, length, vocabulary]`, in the type that its weights are stored in.
-        noise: The largest difference between these and the same model's when it reads only the first half of the
-            tokens, which changes nothing but the order of additions: what rounding gives in that type.
+        generation: The fields of its generation config; `None` if it has none.
+        ids: Token ids `[rows, length]`.
+        logits: The model's logits `[rows, length, vocabulary]`, computed in the stored dtype.
+        noise: The largest difference between these logits and those of the first half of the tokens alone. Only the
+            order of additions changes, so this is the rounding error in this dtype.
+        dtype: The stored dtype.
     """
 
-    sums: dict[str, tuple[Any, ...]]
+    checksums: dict[str, tuple[Any, ...]]
     config: dict[str, Any]
     generation: dict[str, Any] | None
     ids: torch.Tensor
@@ -111,55 +122,58 @@ class Expected:
 
     @property
     def allowed(self) -> float:
-        """The largest difference of a logit that is no fault: as measured, or one step of the stored type."""
+        """The largest logit difference that counts as rounding: `MARGIN` times the noise, or one step of the dtype."""
         return max(MARGIN * self.noise, torch.finfo(self.dtype).eps * float(self.logits.abs().max()))
 
 
-def expected_of(model: PreTrainedModel, ids: torch.Tensor) -> Expected:
-    """What the folder of `model`, as it is now, must give.
+def expected_from(model: PreTrainedModel, ids: torch.Tensor) -> Expected:
+    """Record what the checkpoint of `model` must contain and compute.
 
     Args:
-        model: In evaluation mode, its weights as they are saved.
-        ids: Text to compare on, `[windows, length]`, of which the beginning is used.
+        model: The model in evaluation mode, with its weights as saved.
+        ids: Token ids `[windows, length]`, of which a part is used.
 
     Raises:
-        ParityError: its logits are not finite.
+        ParityError: the logits are not finite.
     """
-    sums = _sums(model)
+    checksums = _checksums(model)
     positions = getattr(model.config, "max_position_embeddings", None) or _LENGTH
     ids = ids[:_ROWS, : min(_LENGTH, positions)]
     logits = _logits(model, ids)
     if not bool(logits.isfinite().all()):
         kind = str(model.dtype).removeprefix("torch.")
         raise ParityError(
-            f"output: its logits are not finite when it is computed in {kind}, what it is stored in: the numbers "
-            "between its layers are too large for that type; give dtype 'bf16' or 'fp32'"
+            f"output: its logits are not finite when it computes in {kind}, its stored dtype: the hidden states "
+            "are too large for it; give dtype 'bf16' or 'fp32'"
         )
     half = max(1, ids.shape[1] // 2)
     noise = float((_logits(model, ids[:, :half]) - logits[:, :half]).abs().max())
-    kept = model.dtype if model.dtype.is_floating_point else torch.float32
+    stored = model.dtype if model.dtype.is_floating_point else torch.float32
     generation = model.generation_config.to_dict() if model.generation_config else None
-    return Expected(sums, _fields(model.config), generation, ids, logits, noise, kept)
+    return Expected(checksums, _fields(model.config), generation, ids, logits, noise, stored)
 
 
-def release(model: nn.Module) -> None:
-    """Let go of a model's weights, in place: of no use afterwards, it takes no memory beside the one that is read."""
+def release_weights(model: nn.Module) -> None:
+    """Free the memory of a model's weights, in place. The model cannot be used afterwards."""
     for module in model.modules():
         module._parameters.clear()
         module._buffers.clear()
 
 
 def _compare(folder: Path, expected: Expected, device: str = "cpu", trust_remote_code: bool = False) -> float:
-    """Load the checkpoint in `folder` and compare what it computes.
+    """Load the checkpoint in `folder` and compare it with what is expected.
 
     Args:
-        trust_remote_code: Whether code that the folder carries may run, as it could when the original was read.
+        folder: The saved checkpoint.
+        expected: What it must contain and compute.
+        device: The device to compute on, such as `cpu`.
+        trust_remote_code: Whether code in the folder may run.
 
     Returns:
-        The largest absolute difference of a logit.
+        The largest absolute logit difference.
 
     Raises:
-        ParityError: it cannot be loaded, weights are missing or left over, or its logits are others.
+        ParityError: the folder cannot be loaded, or its weights, configs or logits differ.
     """
     model = _load(folder, device, trust_remote_code)
     _compare_parts(model, expected)
@@ -168,7 +182,7 @@ def _compare(folder: Path, expected: Expected, device: str = "cpu", trust_remote
         raise ParityError("output: the saved folder, read back, gives logits that are not finite; nothing is delivered")
     difference = float((logits - expected.logits).abs().max())
     if not difference <= expected.allowed:
-        row, position, token = (int(each) for each in _place((logits - expected.logits).abs()))
+        row, position, token = (int(each) for each in _index_of_largest((logits - expected.logits).abs()))
         raise ParityError(
             f"output: the saved folder, read back, computes something else: a logit differs by {difference:.3g}, "
             f"allowed is {expected.allowed:.3g} (row {row}, position {position}, token {token}); nothing is delivered"
@@ -177,10 +191,10 @@ def _compare(folder: Path, expected: Expected, device: str = "cpu", trust_remote
 
 
 def _compare_parts(model: PreTrainedModel, expected: Expected) -> None:
-    """Compare tensors bit by bit, and both configs field by field, which logits of a few tokens cannot."""
-    found = _sums(model)
-    for name, value in expected.sums.items():
-        if found.get(name, value) != value:
+    """Compare tensors bit by bit and configs field by field: the logits of a few tokens may hide a difference."""
+    checksums = _checksums(model)
+    for name, value in expected.checksums.items():
+        if checksums.get(name, value) != value:
             raise ParityError(f"output: weight {name}, read back, is not what was saved; nothing is delivered")
     generation = model.generation_config.to_dict() if model.generation_config else {}
     parts = [("config.json", expected.config, _fields(model.config))]
@@ -195,17 +209,18 @@ def _compare_parts(model: PreTrainedModel, expected: Expected) -> None:
                 )
 
 
-# What a config says of how it was read.
+# Config fields that say how the model was loaded.
 _VOLATILE = {"_name_or_path", "transformers_version", "_from_model_config", "_commit_hash"}
 
 
 def _fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """All fields of a config, in their JSON form."""
     fields: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     return fields
 
 
-def _sums(model: PreTrainedModel) -> dict[str, tuple[Any, ...]]:
-    """Type, shape and checksum of each tensor of a model, but for those in modules whose weights are quantized."""
+def _checksums(model: PreTrainedModel) -> dict[str, tuple[Any, ...]]:
+    """Type, shape and checksum of each tensor in a model's state dict, by name. Quantized modules are left out."""
     packed = tuple(f"{name}." for name in quantized_modules(model))
     return {
         name: (value.dtype, value.shape, _checksum(value))
@@ -215,22 +230,25 @@ def _sums(model: PreTrainedModel) -> dict[str, tuple[Any, ...]]:
 
 
 def _checksum(value: torch.Tensor) -> int:
+    """CRC-32 of a tensor's bytes."""
     flat = value.detach().cpu().contiguous().reshape(-1)
     return zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
 
 
 def compare_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> None:
-    """Load the tokenizer in `folder` and compare what it makes of a text.
+    """Load the tokenizer in `folder` and compare it with the one that was saved.
 
     Args:
-        tokenizer: The one that was saved.
+        folder: The folder with the saved tokenizer.
+        tokenizer: The tokenizer that was saved.
+        trust_remote_code: Whether code in the folder may run.
 
     Raises:
-        ParityError: it cannot be loaded, or gives other tokens.
+        ParityError: the tokenizer cannot be loaded, or gives other tokens, text or settings.
     """
     try:
         saved: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizers raises its own
+    except Exception as error:  # tokenizers raises exceptions of its own
         raise ParityError(
             f"output: its tokenizer cannot be read back ({first_line(error)}); nothing is delivered"
         ) from None
@@ -241,23 +259,24 @@ def compare_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, trust_re
                 f"output: {field} of its tokenizer, read back, is {got!r} and not {wanted!r}; nothing is delivered"
             )
     if tokenizer.decode(ids := tokenizer(SAMPLE)["input_ids"]) != saved.decode(ids):
-        raise ParityError("output: its tokenizer, read back, makes other text of tokens; nothing is delivered")
+        raise ParityError("output: its tokenizer, read back, decodes tokens to other text; nothing is delivered")
     for text in (SAMPLE, *tokenizer.all_special_tokens):
         wanted, got = tokenizer(text)["input_ids"], saved(text)["input_ids"]
         if wanted != got:
-            place = next(
+            first = next(
                 (n for n, pair in enumerate(zip(wanted, got, strict=False)) if pair[0] != pair[1]), len(wanted)
             )
             raise ParityError(
-                f"output: its tokenizer, read back, gives other tokens for {text[:20]!r}: from place {place} on "
-                f"{got[place : place + 3]} and not {wanted[place : place + 3]}; nothing is delivered"
+                f"output: its tokenizer, read back, gives other tokens for {text[:20]!r}: from token {first} on "
+                f"{got[first : first + 3]} and not {wanted[first : first + 3]}; nothing is delivered"
             )
 
 
 def _load(folder: Path, device: str, trust_remote_code: bool) -> PreTrainedModel:
+    """Load the saved checkpoint in its stored dtype."""
     loaded: Any
     try:
-        if _has_bare_layers(folder):
+        if _has_bare_layers(folder):  # stock transformers refuses it
             return load_stock(ModelSource(str(folder)), device=device)
         loaded = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -269,7 +288,7 @@ def _load(folder: Path, device: str, trust_remote_code: bool) -> PreTrainedModel
         )
     except StreamlineError as error:
         raise ParityError(f"output: the saved folder cannot be read back ({error}); nothing is delivered") from None
-    except Exception as error:  # safetensors and the libraries of quantizers each raise their own
+    except Exception as error:  # safetensors and the quantization libraries raise exceptions of their own
         raise ParityError(
             f"output: the saved folder cannot be read back by transformers ({first_line(error)}); nothing is delivered"
         ) from None
@@ -281,25 +300,27 @@ def _load(folder: Path, device: str, trust_remote_code: bool) -> PreTrainedModel
                 f"output: the saved folder, read back, has {len(names)} {fault.replace('_', ' ')}, first {names[0]!r}; "
                 "nothing is delivered"
             )
-    keep_as_read(model)
+    disable_cpu_kernel(model)
     for value in model.parameters():
         if type(value) is nn.Parameter and value.device.type == "cpu":
-            # Off the file's own bytes: where numbers lie in memory can change how they are added.
+            # Copy weights out of the memory-mapped file: their alignment in memory can change the order of additions.
             value.data = value.data.clone()
-    read: PreTrainedModel = model.eval()
-    return read
+    loaded_model: PreTrainedModel = model.eval()
+    return loaded_model
 
 
 def _has_bare_layers(folder: Path) -> bool:
-    """Whether the checkpoint in `folder` is one that stock transformers refuses, having bare layers."""
+    """Whether the checkpoint in `folder` has bare layers."""
     return bool(bare_layers(read_config(ModelSource(str(folder)))))
 
 
 @torch.inference_mode()
 def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """The logits `[rows, length, vocabulary]` of token ids `[rows, length]`, in fp32 on the CPU."""
     logits: torch.Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
     return logits.float().cpu()
 
 
-def _place(differences: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _index_of_largest(differences: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The indices `(row, position, token)` of the largest value."""
     return torch.unravel_index(differences.argmax(), differences.shape)

@@ -1,4 +1,4 @@
-"""`streamline.json` as other commands read it: which keys it has, and what text went into the model."""
+"""Read the record of a pruned checkpoint, `streamline.json`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,15 @@ from typing import Any
 from optimum.streamline.errors import StreamlineError
 
 
-def text_of(checkpoint: str) -> dict[str, dict[str, Any]]:
-    """What text went into a checkpoint, by purpose; nothing is known of one that is not ours."""
+def recorded_text(checkpoint: str) -> dict[str, dict[str, Any]]:
+    """The text that influenced a checkpoint's weights, by purpose, from its record.
+
+    Returns:
+        The field `data` of the record; empty for a checkpoint without a record.
+
+    Raises:
+        StreamlineError: the record is broken.
+    """
     data: dict[str, dict[str, Any]] = (read_record(checkpoint) or {}).get("data", {})
     return data
 
@@ -20,10 +27,13 @@ RECORD_KEYS = ("source", "layers", "scores", "recipe_fingerprint", "data")
 
 
 def read_record(path: str) -> dict[str, Any] | None:
-    """The `streamline.json` of a checkpoint of ours; `None` for any other.
+    """Read the `streamline.json` of a checkpoint.
+
+    Returns:
+        Its fields; `None` for a checkpoint that this program did not make.
 
     Raises:
-        StreamlineError: there is one, but it is broken.
+        StreamlineError: the file is not JSON, or lacks a key of `RECORD_KEYS`.
     """
     file = Path(path) / RECORD_FILE
     if not file.is_file():

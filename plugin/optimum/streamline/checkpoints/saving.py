@@ -1,4 +1,4 @@
-"""Writing a Hugging Face checkpoint into a folder."""
+"""Save a model and its tokenizer as a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -24,20 +24,27 @@ def save_model(
     """Write weights, config, generation config and tokenizer into `folder`.
 
     Args:
-        dtype: What `model` is cast to first, in place; `None` leaves every weight as it is.
+        model: The model.
+        tokenizer: Its tokenizer.
+        dtype: The type to cast the model to first, in place; `None` leaves every weight as it is.
+        folder: The folder to write.
+
+    Raises:
+        StreamlineError: a weight is not finite after the cast.
     """
     if dtype is not None:
         _cast(model, dtype)
-        _check_finite(f"stored in {dtype}", model)  # half precision ends at 65504
+        _check_finite(f"stored in {dtype}", model)  # the largest fp16 number is 65504
         model.config.dtype = dtype
     save_weights(model, folder)
     save_tokenizer(tokenizer, folder)
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give the float numbers that a checkpoint holds another type, in place.
+    """Cast the float tensors of a model's state dict, in place.
 
-    What it does not hold, such as rotary frequencies, every reader computes anew in fp32: cast, it would be another.
+    Buffers outside the state dict, such as rotary frequencies, stay in fp32: transformers computes them anew in fp32
+    when it loads the checkpoint, so a cast would make this model differ from the saved one.
     """
     for value in model.state_dict(keep_vars=True).values():
         if value.is_floating_point():
@@ -45,13 +52,19 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def save_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Write weights, config and generation config into `folder`, as they are."""
+    """Write weights, config and generation config into `folder`, without a cast."""
     save = save_bare if bare_layers(model.config) else PreTrainedModel.save_pretrained
     save(model, folder)
     add_older_names(folder)
 
 
 def _check_finite(name: str, model: PreTrainedModel) -> None:
+    """Refuse a model with a NaN or infinite weight.
+
+    Args:
+        name: The model's name for the message.
+        model: The model.
+    """
     for key, _ in model.named_parameters():
         if not bool(torch.isfinite(read_parameter(model, key)).all()):
             raise StreamlineError(f"model {name!r}: weight {key} holds NaN or infinite values")

@@ -1,6 +1,6 @@
-"""Where a model is read from: a folder, or a repository of the Hub at a revision, brought to a folder on this machine.
+"""Name a model and get its files: a local folder, a Hub repository at a revision, or an adapter to merge.
 
-Everything else reads that folder. Knows which files to fetch from `weight_files.py`, and nothing of what is in them.
+All other code reads the local folder that `ModelSource.folder` returns.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from optimum.streamline.errors import StreamlineError
 from optimum.streamline.system.content_hashes import content_hash
 
 from .hub import fetch_checkpoint
-from .weight_files import checkpoint_files, is_adapter
+from .weight_files import is_adapter, weight_and_config_files
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model is read from, and with what leave.
+    """A model's name, and the options to load it with.
 
     Args:
-        model: A checkpoint's folder, or a Hub id, also as `name@revision`.
-        cache_dir: Where Hub downloads are kept; transformers' own place by default.
+        model: A checkpoint's folder, a Hub id, or `id@revision`.
+        cache_dir: Cache folder for Hub downloads; by default the one of transformers.
         trust_remote_code: Whether code from the checkpoint may run.
-        revision: A branch, tag or commit of the Hub repository; its main branch by default.
+        revision: A branch, tag or commit of the Hub repository; by default its main branch.
 
     Raises:
-        StreamlineError: two revisions are given, or one of a local folder.
+        StreamlineError: the name is empty, two revisions are given, or a local folder is given a revision.
     """
 
     model: str
@@ -59,49 +59,56 @@ class ModelSource:
             )
 
     def options(self) -> dict[str, Any]:
-        """The fields beside `model`, as keyword arguments."""
+        """The fields except `model`, as keyword arguments."""
         return {
             "cache_dir": self.cache_dir,
             "trust_remote_code": self.trust_remote_code,
             "revision": self.revision,
         }
 
-    def of(self, model: str) -> ModelSource:
-        """Another model, read with the same leave; this one itself where it is the same."""
+    def with_model(self, model: str) -> ModelSource:
+        """Name another model, with the same options.
+
+        Args:
+            model: The other model's folder or Hub id.
+
+        Returns:
+            Its source, without a revision; this source itself if `model` is the same name.
+        """
         return self if model == self.model else replace(self, model=model, revision=None)
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a folder of this machine rather than a Hub id."""
-        return os.path.exists(self.model)  # which, unlike Path's own, takes a name that is too long
+        """Whether the name is an existing path rather than a Hub id."""
+        return os.path.exists(self.model)  # returns False for a name that is too long; Path.exists raises
 
     @property
     def name(self) -> str:
-        """What a stranger may read: the Hub id, or the folder's own name without the path to it."""
+        """A name without private information: the Hub id, or the last part of a local path."""
         return Path(self.model).resolve().name if self.is_local else self.model
 
     @property
     def folder(self) -> Path:
-        """The folder on this machine that holds a whole checkpoint: fetched from the Hub, or merged, where need be.
+        """The local folder with the complete checkpoint: downloaded from the Hub, or merged from an adapter, if needed.
 
         Raises:
-            StreamlineError: it is not there, cannot be fetched, or is an adapter that cannot be merged.
+            StreamlineError: the model does not exist, cannot be fetched, or is an adapter that cannot be merged.
         """
         own = self.own_folder
         return _merged(own, self.cache_dir, self.trust_remote_code)[0] if is_adapter(own) else own
 
     @property
     def base(self) -> ModelSource | None:
-        """The model that an adapter was merged into; none for a model that is no adapter."""
+        """The model that an adapter was merged into; `None` if this model is not an adapter."""
         own = self.own_folder
         return _merged(own, self.cache_dir, self.trust_remote_code)[1] if is_adapter(own) else None
 
     @property
     def own_folder(self) -> Path:
-        """The folder on this machine with the files as they were given: of an adapter, without its base.
+        """The local folder with the files as they were given: an adapter is not merged.
 
         Raises:
-            StreamlineError: it is not there, or cannot be fetched.
+            StreamlineError: the model does not exist or cannot be fetched.
         """
         if self.is_local:
             if Path(self.model).is_file():
@@ -113,7 +120,7 @@ class ModelSource:
 
     @property
     def commit(self) -> str:
-        """The commit of the Hub repository that its files are of; empty for a local folder."""
+        """The commit of the Hub repository that the files come from; empty for a local folder."""
         if self.is_local:
             return ""
         commit = self.own_folder.name
@@ -121,21 +128,25 @@ class ModelSource:
 
 
 def _is_path(name: str) -> bool:
-    """Whether a name cannot be a Hub id, but only a path."""
+    """Whether a name cannot be a Hub id, only a path."""
     return name.startswith(("/", ".", "~")) or name.partition("@")[0].count("/") > 1
 
 
 def fingerprint(source: ModelSource) -> str:
-    """SHA-256 over a checkpoint's config and weights: two checkpoints with one fingerprint are one model."""
+    """SHA-256 over the names and contents of a checkpoint's config and weight files.
+
+    Two checkpoints with the same fingerprint are the same model.
+    """
     digest = hashlib.sha256()
-    for file in checkpoint_files(source.folder):
+    for file in weight_and_config_files(source.folder):
         digest.update(file.name.encode())
         digest.update(bytes.fromhex(content_hash(file)))
     return digest.hexdigest()
 
 
-@cache  # one process merges an adapter once; what it merged goes when the process ends
+@cache  # a process merges each adapter once, and deletes the merged checkpoint when it exits
 def _merged(folder: Path, cache_dir: str | None, trust_remote_code: bool) -> tuple[Path, ModelSource]:
+    """Merge an adapter; returns the folder of the merged checkpoint, and the base."""
     from .adapters import merged_adapter
 
     into = Path(tempfile.mkdtemp(prefix="streamline-merged-"))

@@ -1,7 +1,8 @@
-"""Config fields under the names that transformers 4 has for them, beside those of transformers 5.
+"""Add the config fields of transformers 4 to a checkpoint that transformers 5 saved.
 
-Tools that stay on transformers 4 (optimum-onnx is one) find neither `rope_parameters` nor renamed counts, take their
-own defaults in silence, and compute something else. transformers 5 reads both to the same config.
+Tools that still use transformers 4, such as optimum-onnx, do not know `rope_parameters` or renamed counts. They would
+silently use their defaults and compute something else. transformers 5 reads the same config with and without the older
+fields.
 """
 
 from __future__ import annotations
@@ -10,19 +11,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-# Newer name, older name.
+# Fields that were renamed, by their name in transformers 5.
 _RENAMED = {"num_local_experts": "num_experts"}
-# What was a field of its own before it was gathered in `rope_parameters`; the rest was `rope_scaling`.
+# Fields that transformers 5 gathered in `rope_parameters`, with their names in transformers 4. The other keys were in
+# `rope_scaling`.
 _GATHERED = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
 _GATHERED_AS = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
-# What an architecture does not allow in `rope_scaling`, having it elsewhere.
+# Keys that an architecture does not accept in `rope_scaling`, because it has them elsewhere.
 _NOT_IN_SCALING = {"phi3": ("rope_type", "original_max_position_embeddings")}
 
 
 def add_older_names(folder: Path) -> None:
-    """Add them to the `config.json` of a saved checkpoint.
+    """Add the fields of transformers 4 to a saved `config.json`.
 
-    Rotary embeddings that differ by kind of layer are left as they are: architectures had names of their own for those.
+    A model with different rotary embeddings for different kinds of layer stays as it is: each such architecture had its
+    own field names.
+
+    Args:
+        folder: The checkpoint's folder.
     """
     file = folder / "config.json"
     fields = json.loads(file.read_text(encoding="utf-8"))
@@ -31,6 +37,7 @@ def add_older_names(folder: Path) -> None:
 
 
 def _rope(fields: dict[str, Any]) -> dict[str, Any]:
+    """The rotary embedding fields in the form of transformers 4."""
     parameters = fields.get("rope_parameters") or {}
     kind = parameters.get("rope_type")
     if kind is None:
@@ -39,6 +46,8 @@ def _rope(fields: dict[str, Any]) -> dict[str, Any]:
     names = _GATHERED_AS.get(architecture, _GATHERED)
     older = {name: parameters[key] for key, name in names.items() if key in parameters}
     if kind != "default":
-        apart = {*names, *_NOT_IN_SCALING.get(architecture, ())}
-        older["rope_scaling"] = {key: value for key, value in parameters.items() if key not in apart} | {"type": kind}
+        not_in_scaling = {*names, *_NOT_IN_SCALING.get(architecture, ())}
+        older["rope_scaling"] = {key: value for key, value in parameters.items() if key not in not_in_scaling} | {
+            "type": kind
+        }
     return older

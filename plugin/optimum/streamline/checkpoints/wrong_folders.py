@@ -1,6 +1,6 @@
-"""What a folder is that was given as a model and is no checkpoint: for a line that tells its user the way out.
+"""Recognize folders that are no checkpoints, so that an error message can say what to give instead.
 
-Looks at the names of files alone, and at our own description of an export.
+Only file names, and the `artifact.json` of an export, are looked at.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.system.atomic_output import REPORT_FILE
 
 from .artifact import Artifact, is_artifact
 from .source import ModelSource
@@ -15,10 +16,10 @@ from .weight_files import CONFIG_FILE
 
 
 def refuse_export(source: ModelSource) -> None:
-    """Refuse the folder of an export, where a checkpoint is needed.
+    """Refuse the folder of an export where a checkpoint is needed.
 
     Raises:
-        StreamlineError: it is one, of this program or of another.
+        StreamlineError: the folder holds an export of this program, or an ONNX graph of another.
     """
     folder = source.folder
     if is_artifact(folder):
@@ -31,13 +32,14 @@ def refuse_export(source: ModelSource) -> None:
 
 
 def refuse_foreign_graph(model: str, folder: Path) -> None:
-    """Refuse a folder with an ONNX graph that another program made, and no weights that torch could read.
+    """Refuse a folder with an ONNX graph of another program and no weights that torch could load.
 
     Args:
-        model: What it was called.
+        model: The folder as the user named it, for the message.
+        folder: The folder.
 
     Raises:
-        StreamlineError: it is one.
+        StreamlineError: the folder holds such a graph.
     """
     graphs = sorted(folder.glob("*.onnx")) + sorted(folder.glob("onnx/*.onnx"))
     if graphs and not any(folder.glob("*.safetensors*")) and not any(folder.glob("*.bin*")):
@@ -47,19 +49,23 @@ def refuse_foreign_graph(model: str, folder: Path) -> None:
         )
 
 
-def seems_to_be(folder: Path) -> str:
-    """What a folder without a `config.json` seems to be, as the end of a sentence; empty where that cannot be told."""
+def guess_folder_kind(folder: Path) -> str:
+    """Guess what a folder without a `config.json` is.
+
+    Returns:
+        The end of an error message, with its punctuation; empty if there is nothing to say.
+    """
     if (folder / "model_index.json").is_file():
-        return "; it seems to be a diffusion pipeline, and this program is for causal language models"
+        return "; it seems to be a diffusion pipeline, and this program takes only causal language models"
     if any(folder.glob("*.gguf")):
         return "; it holds GGUF files: give the checkpoint that they were made from"
     if any(folder.glob("*.onnx")):
         return "; it holds an ONNX graph: give the checkpoint that it was made from"
     if (folder / "params.json").is_file():
-        return "; it is in the form of its authors' own code: convert it to a transformers checkpoint first"
-    if (folder / "report.json").is_file():
-        return "; it holds a report of this program: give the models that the report is about"
+        return "; it is in its authors' own format: convert it to a transformers checkpoint first"
+    if (folder / REPORT_FILE).is_file():
+        return "; it holds a report of this program: give a model that the report compares"
     if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
-        return ", but weights: fetch the config.json of the same model"
+        return "; it holds weights: fetch the config.json of the same model"
     below = [each.parent.name for each in sorted(folder.glob(f"*/{CONFIG_FILE}"))]
     return f"; there is one in {', '.join(below)}" if below else ""

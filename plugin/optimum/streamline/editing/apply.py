@@ -18,7 +18,13 @@ from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.models.bare_layers import BareKind, bare_layer, mark_bare, refuse_bare
 from optimum.streamline.models.layer_list import renumber_config, set_decoder_layers
-from optimum.streamline.models.skipped_sublayers import ATTENTION, drop, mark_skipped, skipped_sublayers, zero_output
+from optimum.streamline.models.skipped_sublayers import (
+    ATTENTION,
+    mark_skipped,
+    replace_sublayer,
+    skipped_sublayers,
+    zero_output,
+)
 from optimum.streamline.text.windows import Windows
 
 from .linear_map import fit_maps, fold
@@ -97,7 +103,7 @@ def build_replacement(
     layer = copy_layer(model, plan.gone[0])
     if plan.replacement == "layer":
         return Replacement(layer)
-    return Replacement(layer, drop(layer, architecture, ATTENTION)[architecture.attention])
+    return Replacement(layer, replace_sublayer(layer, architecture, ATTENTION)[architecture.attention])
 
 
 def apply_plan(model: PreTrainedModel, plan: Plan, replacement: Replacement | None) -> Change:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from optimum.streamline.checkpoints.artifact import Artifact, is_artifact
-from optimum.streamline.checkpoints.record_file import text_of
+from optimum.streamline.checkpoints.record_file import recorded_text
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.text.overlap import Sketch, check_disjoint
 from optimum.streamline.text.windows import Windows
@@ -20,7 +20,7 @@ def refuse_seen_text(checkpoint: str, windows: Windows) -> None:
     Raises:
         StreamlineError: its record holds too much of the text of `windows`, or was written before there were sketches.
     """
-    made = Artifact.read(Path(checkpoint)).data if is_artifact(checkpoint) else text_of(checkpoint)
+    made = Artifact.read(Path(checkpoint)).data if is_artifact(checkpoint) else recorded_text(checkpoint)
     for data in made.values():
         if "sketch" not in data:
             raise StreamlineError(

@@ -28,7 +28,7 @@ def healing_workspace(out: Path, fingerprint: str) -> Iterator[Path]:
     and says so in a note on the exception.
 
     Args:
-        out: The output, which this run has claimed: nobody else is at what is beside it.
+        out: The output, which this run has locked, so that no other run uses the files beside it.
         fingerprint: `Recipe.fingerprint`.
     """
     path = out.resolve()

@@ -1,5 +1,6 @@
-"""The inside of a model in memory: where its decoder layers are in each architecture, which sublayers are skipped,
-which modules a quantizer may take, how its weights are stored. Nothing here reads or writes a folder.
+"""Models in memory: their architecture, their layers and sublayers, their linear modules and their quantized weights.
+
+Nothing here reads a checkpoint or text.
 """
 
 __all__ = [

@@ -1,7 +1,7 @@
-"""The inside of models: where the decoder layers are, what writes into the residual stream, what counts layers.
+"""Where each supported architecture keeps its decoder layers, norms and projections.
 
-The only file that knows. An architecture is a row of `ARCHITECTURES`, not a class; every row goes through
-the conformance suite (`tests/streamline/models/test_architectures.py`). It knows nothing of scores, methods or files.
+To support an architecture, add a row to `ARCHITECTURES`. The tests in `tests/streamline/models/test_architectures.py`
+check every row.
 """
 
 from __future__ import annotations
@@ -19,26 +19,29 @@ Sublayer = Literal["attention", "mlp"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """Dotted paths into a causal language model of one architecture.
+    """Dotted module paths in the causal language models of one architecture.
+
+    The path `layers` starts at the model. All other paths start at a decoder layer.
 
     Args:
-        layers: The list of decoder layers, from the model.
-        attention: The attention, from a layer.
-        attention_out: The projection that writes attention into the residual stream, from a layer.
-        mlp: The modules that are the MLP, first to last, from a layer.
-        mlp_out: The projection, or the parameter of all experts' projections, that writes the MLP into the
-            residual stream, from a layer; more than one where layers differ.
-        norm_after: Whether a norm stands between what a sublayer's projection gives and the residual stream.
-        experts: Whether MLPs are mixtures of experts.
-        attention_norm: The norm before the attention, from a layer.
-        attention_in: The projections that read that norm, from a layer; the rows of each go head by head.
-        head_norms: The norms of queries and of keys, from a layer, each with one gain for all heads.
-        mlp_norm: The norm before the MLP, from a layer.
-        mlp_in: The projections that read that norm, from a layer.
-        stacked: Those of these projections that hold several, one whole after another: queries, keys and values, or
-            gates and what they gate.
-        gain_offset: What a norm adds to its weight to get its gain.
-        bias_field: The config field without which norms have biases but the projections that read them have none.
+        layers: The list of decoder layers.
+        attention: The attention module.
+        attention_out: The projection that writes the attention output into the residual stream.
+        mlp: The modules that make up the MLP, first to last.
+        mlp_out: The projection that writes the MLP output into the residual stream; for a mixture of experts, the
+            parameter that holds this projection for all experts. More than one path where layers differ.
+        norm_after: Whether a norm follows a sublayer's output projection, before the residual stream.
+        experts: Whether MLPs can be mixtures of experts.
+        attention_norm: The norm before the attention.
+        attention_in: The projections that read `attention_norm`. The rows of each are ordered by head.
+        head_norms: The norms of queries and of keys. All heads share the weight of each.
+        mlp_norm: The norm before the MLP.
+        mlp_in: The projections that read `mlp_norm`.
+        stacked: Those input projections that hold several projections, one below the other: queries, keys and values,
+            or gate and up projection.
+        gain_offset: What a norm adds to its weight before it multiplies by it; 1 for Gemma.
+        bias_field: The config field that, if false, removes the biases of the projections but not the biases of the
+            norms. Empty if there is none.
     """
 
     layers: str = "model.layers"
@@ -108,11 +111,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "starcoder2": Architecture(mlp_out=("mlp.c_proj",), mlp_in=("mlp.c_fc",), bias_field="use_bias"),
 }
 
-# Config fields with one entry a layer.
+# Config fields that hold a list with one entry per layer.
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
 
-# Config fields that make a layer's function depend on its number, and the only value under which it does not.
+# Config fields that make a layer compute something else at another index, and the only value that does not. Removing
+# layers changes the indices, so any other value is refused.
 POSITION_DEPENDENT = {
     "scale_attn_by_inverse_layer_idx": False,
     "decoder_sparse_step": 1,
@@ -121,41 +125,50 @@ POSITION_DEPENDENT = {
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
-    """The row of `config`'s architecture.
+    """The row of `ARCHITECTURES` for a config.
 
     Raises:
-        StreamlineError: it has none, or its layers depend on their numbers.
+        StreamlineError: the model type has no row, or the config makes layers depend on their index.
     """
     if config.model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
-        raise StreamlineError(f"architecture {config.model_type!r} cannot be handled; those that can: {known}")
+        raise StreamlineError(f"architecture {config.model_type!r}: is not supported; supported are {known}")
     for field, allowed in POSITION_DEPENDENT.items():
         value = getattr(config, field, allowed)
         if value is not None and value != allowed:
-            raise StreamlineError(f"config.{field} is {value!r}: layers depend on their number; it must be {allowed!r}")
+            raise StreamlineError(
+                f"config.{field} {value!r}: makes layers depend on their index; it must be {allowed!r}"
+            )
     return ARCHITECTURES[config.model_type]
 
 
 def has_norms_after(config: PreTrainedConfig) -> bool:
-    """Whether a norm stands behind the projections, before the residual stream: nothing there is linear in them."""
+    """Whether a norm stands between a sublayer's output projection and the residual stream.
+
+    If so, the residual stream is not a linear function of that projection's weight.
+    """
     return architecture_of(config).norm_after or getattr(config, "do_layer_norm_before", True) is False
 
 
 def layer_kinds(config: PreTrainedConfig) -> tuple[tuple[Any, ...], ...]:
-    """For each layer what the config says of it alone, such as how far it attends: equal for layers of one kind."""
+    """What the config says of each layer individually, such as its attention type.
+
+    Returns:
+        One tuple per layer. Layers of one kind have equal tuples.
+    """
     lists = [getattr(config, field, None) for field in PER_LAYER_LISTS]
     full = [values for values in lists if isinstance(values, list) and len(values) == config.num_hidden_layers]
     return tuple(tuple(values[layer] for values in full) for layer in range(config.num_hidden_layers))
 
 
 def key_value_heads(config: PreTrainedConfig) -> int:
-    """How many heads have keys and values of their own; each serves equally many query heads."""
+    """The number of key-value heads. Each serves the same number of query heads."""
     heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return heads
 
 
 def head_size(config: PreTrainedConfig) -> int:
-    """The width of a head's queries, keys and values."""
+    """The width of one head's queries, keys and values."""
     size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return size
 
@@ -173,16 +186,23 @@ def decoder_layers(model: PreTrainedModel, architecture: Architecture) -> nn.Mod
 
 
 def residual_scale(config: PreTrainedConfig) -> float:
-    """What a sublayer's output is multiplied by before it is added to the residual stream."""
+    """The factor that multiplies a sublayer's output before it is added to the residual stream; 1 for most models."""
     return float(getattr(config, "residual_multiplier", 1.0))
 
 
 def layer_output(output: Any) -> Any:
-    """The hidden states `[batch, length, width]` among what a decoder layer returns."""
+    """The hidden states in the return value of a decoder layer.
+
+    Args:
+        output: What the layer returned: the hidden states, or a tuple that begins with them.
+
+    Returns:
+        The hidden states `[batch, length, width]`.
+    """
     return output[0] if isinstance(output, tuple) else output
 
 
 def active_share(config: PreTrainedConfig) -> float:
-    """The share of a model's experts that one token goes through; 1 where there are none."""
+    """The share of a model's experts that process one token, from 0 to 1; 1 for a model without experts."""
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     return config.num_experts_per_tok / experts if experts else 1.0

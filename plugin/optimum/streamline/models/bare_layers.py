@@ -1,9 +1,12 @@
-"""Layers that are one bare feed-forward network: no norm, no residual connection, no attention, no cache entry.
+"""Bare layers: a feed-forward network alone in place of a decoder layer.
 
-LLM-Streamline's FFN and SwiGLU replacements (arXiv 2403.19135). A config names them, `bare_layers = {"5": "ffn"}`.
-Stock transformers has no such layer, and given the host's own form it would fill in one with random weights. So on
-disk such a model has a form of its own that stock refuses twice over: `config.json` has a model type it does not know,
-with the host's beside it, and the weights have a name that it does not look for. Knows no training and no plan.
+A bare layer has no norm, no residual connection, no attention and no cache entry. It is the FFN or SwiGLU replacement
+of LLM-Streamline (arXiv 2403.19135). The config names the bare layers by index: `bare_layers = {"5": "ffn"}`. The host
+is the ordinary architecture, such as Llama, in which bare layers replace some decoder layers.
+
+Stock transformers has no bare layers. If it loaded such a checkpoint as the host's, it would create ordinary layers
+with random weights in their place. Two things prevent that: `config.json` has a model type that it does not know, and
+the weight files have names that it does not look for. The field `host_model_type` keeps the original model type.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from optimum.streamline.errors import StreamlineError
 from .architectures import architecture_of, decoder_layers
 
 BARE_VARIANT = "streamline"
-"""What stands in the weights' file names of a model with bare layers, which stock transformers must not find."""
+"""The variant in the names of the weight files, such as `model.streamline.safetensors`, as in `save_pretrained`."""
 
 
 BareKind = Literal["ffn", "swiglu"]
@@ -29,14 +32,18 @@ BareKind = Literal["ffn", "swiglu"]
 NEEDS_LOAD = "has a bare feed-forward network for a layer: needs optimum.streamline.load, stock transformers refuses it"
 MODEL_TYPE = "streamline"
 _ARCHITECTURE = "StreamlineForCausalLM"
-# What config.json says otherwise than the host's would; the host's own stands there under `host_` and the name.
+# Fields of config.json that are replaced. The host's values are kept under `host_` and the field's name.
 _RENAMED = {"model_type": MODEL_TYPE, "architectures": [_ARCHITECTURE]}
-# Where a config says how wide the MLPs of its own layers are.
+# The config fields in which architectures give the inner width of their MLPs.
 _INNER_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")
 
 
 class BareFFN(nn.Module):
-    """y = W_down relu(W_up x + b_up) + b_down, from width d over 4 d to d, in a decoder layer's place."""
+    """A bare layer with one hidden layer: y = W_down relu(W_up x + b_up) + b_down (arXiv 2403.19135).
+
+    Args:
+        width: Width d of the hidden states. The inner width is 4 d.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -44,13 +51,26 @@ class BareFFN(nn.Module):
         self.down_proj = nn.Linear(4 * width, width)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The new stream `[batch, length, width]`; what else a decoder layer is given is of no use here."""
+        """Compute the next hidden states.
+
+        Args:
+            hidden_states: `[batch, length, width]`.
+            args: Ignored, as are the keyword arguments: a decoder layer also gets masks, positions and the cache.
+
+        Returns:
+            The next hidden states, `[batch, length, width]`.
+        """
         out: torch.Tensor = self.down_proj(nn.functional.relu(self.up_proj(hidden_states)))
         return out
 
 
 class BareSwiGLU(nn.Module):
-    """y = W_down (silu(W_gate x) * W_up x), as wide inside as the host's own MLPs, in a decoder layer's place."""
+    """A bare layer with a gate: y = W_down (silu(W_gate x) * W_up x) (arXiv 2403.19135).
+
+    Args:
+        width: Width of the hidden states.
+        inner: Inner width, as in the host's MLPs.
+    """
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -59,14 +79,27 @@ class BareSwiGLU(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The new stream `[batch, length, width]`; what else a decoder layer is given is of no use here."""
+        """Compute the next hidden states.
+
+        Args:
+            hidden_states: `[batch, length, width]`.
+            args: Ignored, as are the keyword arguments: a decoder layer also gets masks, positions and the cache.
+
+        Returns:
+            The next hidden states, `[batch, length, width]`.
+        """
         gated = nn.functional.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
         out: torch.Tensor = self.down_proj(gated)
         return out
 
 
 def bare_layer(kind: BareKind, config: PreTrainedConfig) -> nn.Module:
-    """A bare layer for a model of this config, with torch's default random weights."""
+    """Make a bare layer for a model with this config, with torch's default random weights.
+
+    Args:
+        kind: `ffn` or `swiglu`.
+        config: The host's config, which gives the widths.
+    """
     if kind == "ffn":
         return BareFFN(config.hidden_size)
     named = (getattr(config, field, None) for field in _INNER_WIDTHS)
@@ -74,10 +107,10 @@ def bare_layer(kind: BareKind, config: PreTrainedConfig) -> nn.Module:
 
 
 def bare_layers(config: PreTrainedConfig) -> dict[int, BareKind]:
-    """The bare layers `config` names, by number.
+    """The bare layers that a config names, as kinds by layer index.
 
     Raises:
-        StreamlineError: it names one that is not known, or a layer that is not there.
+        StreamlineError: the config names an unknown kind, or an index that the model does not have.
     """
     named = {int(index): kind for index, kind in (getattr(config, "bare_layers", None) or {}).items()}
     for index, kind in named.items():
@@ -90,23 +123,34 @@ def bare_layers(config: PreTrainedConfig) -> dict[int, BareKind]:
 
 
 def mark_bare(config: PreTrainedConfig, kinds: dict[int, BareKind]) -> None:
-    """Name these bare layers in `config`, in place."""
+    """Name bare layers in `config`, in place.
+
+    Args:
+        config: The config to change.
+        kinds: The kind of each bare layer, by layer index. If empty, the config stays as it is.
+    """
     if kinds:
         config.bare_layers = {str(index): kind for index, kind in kinds.items()}
 
 
 def refuse_bare(config: PreTrainedConfig) -> None:
-    """Refuse to change a model that has bare layers: a method looks for an attention and an MLP in every layer.
+    """Refuse a model with bare layers: pruning methods need an attention and an MLP in every layer.
 
     Raises:
-        StreamlineError: it has some.
+        StreamlineError: the config names a bare layer.
     """
     if bare_layers(config):
-        raise StreamlineError("model: a bare feed-forward network stands for some of its layers; prune its original")
+        raise StreamlineError(
+            "model: has bare layers (a feed-forward network alone), which cannot be pruned; prune its original"
+        )
 
 
 def place_bare_layers(model: PreTrainedModel) -> PreTrainedModel:
-    """Put a fresh bare layer wherever the config of `model` names one, in place; returns `model`."""
+    """Put a new, random bare layer at each index that the model's config names, in place.
+
+    Returns:
+        The same model.
+    """
     layers = decoder_layers(model, architecture_of(model.config))
     for index, kind in bare_layers(model.config).items():
         layers[index] = bare_layer(kind, model.config)
@@ -114,24 +158,34 @@ def place_bare_layers(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def is_bare_checkpoint(fields: dict[str, Any]) -> bool:
-    """Whether a `config.json` of these fields is that of a model with bare layers."""
+    """Whether these fields of a `config.json` belong to a checkpoint with bare layers."""
     return fields.get("model_type") == MODEL_TYPE
 
 
 def host_config(fields: dict[str, Any]) -> PreTrainedConfig:
-    """The host's own config, which names the bare layers, from the fields of such a checkpoint's `config.json`."""
+    """Restore the host's config from the `config.json` of a checkpoint with bare layers.
+
+    Args:
+        fields: The fields of that `config.json`.
+
+    Returns:
+        A config of the host's class. It names the bare layers.
+    """
     own = {key: value for key, value in fields.items() if key not in _RENAMED and not key.startswith("host_")}
     own |= {key: fields[f"host_{key}"] for key in _RENAMED}
     return CONFIG_MAPPING[own["model_type"]].from_dict(own)
 
 
 def load_bare(model: str, config: PreTrainedConfig, **options: Any) -> Any:
-    """What `from_pretrained` gives for such a checkpoint; the model's `save_pretrained` writes one again.
+    """Load a checkpoint with bare layers, as `from_pretrained` does for other checkpoints.
 
     Args:
         model: A checkpoint's folder or Hub id.
-        config: `host_config` of it.
-        options: Those of `from_pretrained`, less `trust_remote_code`.
+        config: The checkpoint's `host_config`.
+        options: Arguments of `from_pretrained`, except `trust_remote_code`.
+
+    Returns:
+        The return value of `from_pretrained`. The model's `save_pretrained` writes a checkpoint with bare layers again.
     """
     return _with_bare_layers(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]).from_pretrained(
         model, config=config, variant=BARE_VARIANT, **options
@@ -139,7 +193,13 @@ def load_bare(model: str, config: PreTrainedConfig, **options: Any) -> Any:
 
 
 def save_bare(model: PreTrainedModel, folder: Path, **options: Any) -> None:
-    """`save_pretrained` for a model with bare layers, in the form that stock transformers refuses."""
+    """Write a model with bare layers, in the form that stock transformers refuses.
+
+    Args:
+        model: The model.
+        folder: The folder to write.
+        options: Arguments of `save_pretrained`.
+    """
     PreTrainedModel.save_pretrained(model, folder, **{**options, "variant": BARE_VARIANT})
     file = folder / "config.json"
     fields = json.loads(file.read_text(encoding="utf-8"))
@@ -148,6 +208,8 @@ def save_bare(model: PreTrainedModel, folder: Path, **options: Any) -> None:
 
 
 def _with_bare_layers(host: Any) -> type[PreTrainedModel]:
+    """A subclass of a host model class that creates and saves bare layers."""
+
     def build(self: PreTrainedModel, config: PreTrainedConfig) -> None:
         host.__init__(self, config)
         place_bare_layers(self)
@@ -155,7 +217,7 @@ def _with_bare_layers(host: Any) -> type[PreTrainedModel]:
     def save(self: PreTrainedModel, save_directory: str | Path, **options: Any) -> None:
         save_bare(self, Path(save_directory), **options)
 
-    # Under the host's name and module: transformers reads off them the kind of loss, `architectures`, and which
-    # renamings of weights are its own.
-    own = {"__init__": build, "save_pretrained": save, "__module__": host.__module__}
-    return type(host.__name__, (host,), own)
+    # The subclass takes the host's name and module: transformers derives from them the loss function, the field
+    # `architectures`, and the weight conversions that apply.
+    namespace = {"__init__": build, "save_pretrained": save, "__module__": host.__module__}
+    return type(host.__name__, (host,), namespace)

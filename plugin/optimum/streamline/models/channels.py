@@ -1,4 +1,4 @@
-"""The channels of a layer: attention heads and MLP neurons, and the rows of weight that belong to each."""
+"""The channels of a layer, which are its attention heads and MLP neurons, and the weights of each."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from transformers.pytorch_utils import Conv1D
 
 from .architectures import Architecture, Sublayer
 
-# How much the output depends on each channel of a layer: `[key-value heads]` and `[neurons]`.
+# The sensitivity of the model's output to each channel of a layer: `[key-value heads]` for the attention, `[neurons]`
+# for the MLP.
 Channels = dict[Sublayer, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class SublayerWeights:
-    """Where the weights of one sublayer are, as paths from its layer.
+    """Module paths of one sublayer's weights, starting at its layer.
 
     Args:
-        norm: The norm before it.
-        inputs: The projections that read that norm; each channel has its own rows in them.
-        output: The projection into the residual stream; each channel has its own columns in it.
+        norm: The norm before the sublayer.
+        inputs: The projections that read the norm. Each channel has its own rows in them.
+        output: The projection into the residual stream. Each channel has its own columns in it.
     """
 
     norm: str
@@ -30,7 +31,7 @@ class SublayerWeights:
 
 
 def sublayer_weights(architecture: Architecture) -> dict[Sublayer, SublayerWeights]:
-    """Both sublayers of a layer."""
+    """The weights of the attention and of the MLP in a layer of this architecture."""
     return {
         "attention": SublayerWeights(
             architecture.attention_norm, architecture.attention_in, architecture.attention_out
@@ -40,6 +41,10 @@ def sublayer_weights(architecture: Architecture) -> dict[Sublayer, SublayerWeigh
 
 
 def rows_of(projection: nn.Module) -> torch.Tensor:
-    """A view of a projection's weight as `[outputs, inputs]`, however it is stored."""
+    """A view of a projection's weight as `[outputs, inputs]`.
+
+    Args:
+        projection: An `nn.Linear`, or GPT-2's `Conv1D`, which stores its weight as `[inputs, outputs]`.
+    """
     weight = projection.get_parameter("weight")
     return weight.T if isinstance(projection, Conv1D) else weight

@@ -1,4 +1,4 @@
-"""Replacing the list of a model's decoder layers, with every count and layer number in its config kept true."""
+"""Replace the list of a model's decoder layers, and update every layer count and layer index in its config."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .architectures import PER_LAYER_LISTS, Architecture, architecture_of, submodule
 from .quantization_config import renumber_quantization
 
-# Config fields that say how many of the first layers are of a kind.
+# Config fields that count how many of the first layers are of one kind.
 FIRST_LAYERS_COUNTS = ("max_window_layers", "first_k_dense_replace")
-# Config fields that list layer numbers.
+# Config fields that hold a list of layer indices.
 LAYER_NUMBERS = ("mlp_only_layers",)
 
 
 def set_decoder_layers(
     model: PreTrainedModel, architecture: Architecture, layers: Sequence[nn.Module], origins: Sequence[int]
 ) -> None:
-    """Give `model` these decoder layers, in place, with every count and index in its config kept true.
+    """Replace the decoder layers of `model`, and update its config, in place.
 
     Args:
+        model: The model.
+        architecture: The model's architecture.
         layers: The new layers, first to last.
-        origins: For each, the number of the present layer whose place (kind of attention, ...) it takes; rising.
+        origins: For each new layer, the index of the old layer whose per-layer settings, such as the attention type, it
+            keeps. Strictly increasing.
     """
     parent_path, _, name = architecture.layers.rpartition(".")
     setattr(submodule(model, parent_path), name, nn.ModuleList(layers))
@@ -35,10 +38,11 @@ def set_decoder_layers(
 
 
 def renumber_config(config: PreTrainedConfig, origins: Sequence[int]) -> None:
-    """Make every count and every per-layer entry of `config` true, in place, for layers that take these places.
+    """Update every layer count and every per-layer entry of `config` for a new list of layers, in place.
 
     Args:
-        origins: As in `set_decoder_layers`.
+        config: The config of the model with the old layers.
+        origins: For each new layer, the index of the old layer whose per-layer settings it keeps. Strictly increasing.
     """
     before = config.num_hidden_layers
     renumber_quantization(config, architecture_of(config).layers, origins)
@@ -58,6 +62,6 @@ def renumber_config(config: PreTrainedConfig, origins: Sequence[int]) -> None:
         if isinstance(numbers, list):
             setattr(config, field, [index for index, origin in enumerate(origins) if origin in numbers])
     config.num_hidden_layers = len(origins)
-    kept = {index: per_layer[origin] for index, origin in enumerate(origins) if origin in per_layer}
-    if kept:
-        config.per_layer_config = kept  # type: ignore[assignment]
+    new_entries = {index: per_layer[origin] for index, origin in enumerate(origins) if origin in per_layer}
+    if new_entries:
+        config.per_layer_config = new_entries  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""The products of a model: what multiplies by weights that a quantizer may take. From a config alone."""
+"""The linear modules of a model: those whose weights a quantizer may convert."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from transformers.pytorch_utils import Conv1D
 
 @dataclass(frozen=True)
 class LinearModule:
-    """One module that multiplies by weights.
+    """The size of one linear module.
 
     Args:
-        weights: How many, biases aside.
-        depth: How many numbers each output is a sum of, where all weights are one `nn.Linear`; else 0.
+        weights: Number of weights, without biases.
+        depth: Number of products that each output sums, for an `nn.Linear`; 0 for any other module.
     """
 
     weights: int
@@ -24,23 +24,30 @@ class LinearModule:
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of this config without numbers; `config` must not be that of a quantized one."""
+    """Make the model of a config on the meta device, without memory for its weights.
+
+    Args:
+        config: The config of a model that is not quantized.
+    """
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
 
 
 def linear_modules_of(model: nn.Module) -> dict[str, LinearModule]:
-    """By module name, in the model's order: linear layers, and experts whose weights are stacked in one module.
+    """The linear modules of a model, by module name and in the model's order.
+
+    These are `nn.Linear` and `Conv1D` layers, and modules that stack the weights of all experts.
 
     Args:
-        model: One whose weights are not quantized; numbers it need not have.
+        model: A model without quantized weights. It may be on the meta device.
     """
-    found = {name: _product(module) for name, module in model.named_modules()}
-    return {name: product for name, product in found.items() if product is not None}
+    linear = {name: _linear_module(module) for name, module in model.named_modules()}
+    return {name: size for name, size in linear.items() if size is not None}
 
 
-def _product(module: nn.Module) -> LinearModule | None:
+def _linear_module(module: nn.Module) -> LinearModule | None:
+    """The size of a module if it is linear, else `None`."""
     if isinstance(module, nn.Linear):
         return LinearModule(module.weight.numel(), module.in_features)
     own = [each for each in module.parameters(recurse=False) if each.dim() == (2 if isinstance(module, Conv1D) else 3)]

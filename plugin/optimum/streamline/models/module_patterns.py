@@ -1,6 +1,6 @@
-"""Modules chosen by pattern: a layer's number, or a module's name with `*` for any part of it.
+"""Select modules by pattern: a layer index, or a module name in which `*` stands for any characters.
 
-What `quantize_exclude` is written in, wherever something is quantized. Knows names only.
+The option `quantize_exclude` takes such patterns, in every place that quantizes.
 """
 
 from __future__ import annotations
@@ -11,36 +11,49 @@ from fnmatch import fnmatchcase
 
 from optimum.streamline.errors import StreamlineError
 
-# The first number in a name is its layer's; later ones are experts'.
+# The first number in a module name is the layer index. Later numbers are indices of experts.
 _LAYER = re.compile(r"^([^0-9]*?\.)(\d+)(?=\.|$)")
 
 
-def chosen(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
-    """The names that these patterns choose.
+def select_modules(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
+    """Select the module names that match at least one pattern.
+
+    Args:
+        names: The names of all linear modules.
+        patterns: Layer indices or name patterns.
+
+    Returns:
+        The matching names.
 
     Raises:
-        StreamlineError: a pattern chooses none.
+        StreamlineError: a pattern matches no name.
     """
-    found: set[str] = set()
+    selected: set[str] = set()
     names = list(names)
     for pattern in patterns:
-        named = {name for name in names if matches(name, [pattern])}
-        if not named:
-            raise StreamlineError(f"quantize-exclude {pattern!r}: {_missing(pattern, names)}")
-        found |= named
-    return found
+        matching = {name for name in names if matches_any(name, [pattern])}
+        if not matching:
+            raise StreamlineError(f"quantize-exclude {pattern!r}: {_why_no_match(pattern, names)}")
+        selected |= matching
+    return selected
 
 
-def _missing(pattern: str, names: Sequence[str]) -> str:
+def _why_no_match(pattern: str, names: Sequence[str]) -> str:
+    """The part of an error message that says why `pattern` matches nothing."""
     layers = [int(match[2]) for match in map(_LAYER.match, names) if match]
     if pattern.isdecimal() and layers:
         return f"there is no layer {pattern}; the model has layers 0 to {max(layers)}"
     example = names[-1] if names else "lm_head"
-    return f"no product has this name; give a layer's number or a name such as {example!r} or '*.down_proj'"
+    return f"no linear module has this name; give a layer index, or a name such as {example!r} or '*.down_proj'"
 
 
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether one of the patterns chooses this name."""
+def matches_any(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a module name matches at least one pattern.
+
+    Args:
+        name: A module name, such as `model.layers.3.mlp.down_proj`.
+        patterns: Layer indices, such as `3`, or name patterns, such as `*.down_proj`.
+    """
     layer = _LAYER.match(name)
     return any(
         layer is not None and layer[2] == (pattern.lstrip("0") or "0")
@@ -50,23 +63,24 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     )
 
 
-def followed(names: Iterable[str], originals: Sequence[Sequence[int]]) -> list[tuple[str, str]]:
-    """What modules of a model are called in a new one whose layers are these layers' successors.
+def renumbered_names(names: Iterable[str], originals: Sequence[Sequence[int]]) -> list[tuple[str, str]]:
+    """Give the linear modules of an edited model their new names.
 
     Args:
-        originals: For each layer of the new model, the layers that it stands for.
+        names: Module names in the old model.
+        originals: For each layer of the new model, the indices of the old layers that it stands for.
 
     Returns:
-        New names, each with the old one. Those of layers that are gone are left out.
+        Pairs of new name and old name. Names in removed layers are left out; a name outside the layers stays.
 
-    >>> followed(["layers.1.up", "layers.3.up", "lm_head"], [[0], [3]])
+    >>> renumbered_names(["layers.1.up", "layers.3.up", "lm_head"], [[0], [3]])
     [('layers.1.up', 'layers.3.up'), ('lm_head', 'lm_head')]
     """
     pairs: list[tuple[str, str]] = []
     for name in names:
         if layer := _LAYER.match(name):
-            new_layers = [place for place, group in enumerate(originals) if int(layer[2]) in group]
-            pairs += [(f"{layer[1]}{place}{name[layer.end() :]}", name) for place in new_layers]
+            new_layers = [index for index, group in enumerate(originals) if int(layer[2]) in group]
+            pairs += [(f"{layer[1]}{index}{name[layer.end() :]}", name) for index in new_layers]
         else:
             pairs.append((name, name))
     return pairs

@@ -1,7 +1,7 @@
-"""Weights that stay on disk: a model's parameters read one at a time, wherever they lie.
+"""Load a model with its weights left on disk, and read one parameter at a time.
 
-transformers and accelerate do the work: a model loaded with its weights offloaded has parameters on the meta device,
-and computes by reading each module's weights just before it runs. Knows neither checkpoints nor architectures.
+transformers and accelerate do the work. Parameters of an offloaded model are on the meta device. Each module reads its
+weights just before it runs.
 """
 
 from __future__ import annotations
@@ -16,18 +16,23 @@ from .quantized_weights import float_values
 
 
 def offload_options(folder: Path) -> dict[str, Any]:
-    """Arguments with which `from_pretrained` leaves all weights on disk.
+    """The arguments of `from_pretrained` that leave all weights on disk.
 
     Args:
-        folder: Where those go that are not in the checkpoint as the model needs them; to be there as long as the model.
+        folder: A folder for weights that must be converted when they are loaded. It must exist as long as the model.
     """
     return {"device_map": {"": "disk"}, "offload_folder": str(folder)}
 
 
 def read_parameter(model: PreTrainedModel, name: str) -> torch.Tensor:
-    """The values of a parameter, in memory only while they are held: read from disk if they lie there.
+    """The values of a parameter, read from disk if the model is offloaded, and dequantized if it is quantized.
 
-    Of a quantized parameter, those that its numbers stand for.
+    Args:
+        model: The model.
+        name: The parameter's name, as in `named_parameters`.
+
+    Returns:
+        The values. Those of an offloaded parameter take memory only as long as the caller keeps them.
     """
     parameter = model.get_parameter(name)
     if not parameter.is_meta:

@@ -1,6 +1,6 @@
-"""What a model's config says of its quantization: its name here, and the layers it speaks of by number.
+"""The `quantization_config` in a model's config: which quantizer made it, and which layers it names.
 
-transformers keeps it as `quantization_config`, in each library's own fields. Knows no weights.
+Each quantization library has its own fields in it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from optimum.streamline.errors import StreamlineError, first_line
 
 from .linear_modules import linear_modules_of, meta_model
-from .module_patterns import followed
+from .module_patterns import renumbered_names
 
-# Where a library's config names the modules that stay in float, by patterns that `should_convert_module` reads.
+# The fields in which libraries list the modules that stay in float, as patterns that `should_convert_module` matches.
 _LISTS_OF_PATTERNS = ("llm_int8_skip_modules", "modules_to_not_convert")
 
 
 def quantization_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """The fields of its `quantization_config`; empty for a model that is not quantized."""
+    """The fields of `quantization_config`; empty for a model that is not quantized.
+
+    Raises:
+        StreamlineError: `quantization_config` is not a mapping.
+    """
     found = getattr(config, "quantization_config", None)
     if found is None:
         return {}
@@ -35,7 +39,12 @@ def quantization_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def quantization_name(config: PreTrainedConfig) -> str | None:
-    """What a model is quantized by, as `quantizers.QUANTIZERS` calls it, or else by its library's name."""
+    """The quantizer that made a model.
+
+    Returns:
+        A key of `quantization.quantizers.QUANTIZERS`, such as `bnb-nf4`; for other quantizers the `quant_method`, such
+        as `gptq`; `None` for a model that is not quantized.
+    """
     fields = quantization_fields(config)
     if not fields:
         return None
@@ -48,14 +57,15 @@ def quantization_name(config: PreTrainedConfig) -> str | None:
 
 
 def refuse_quantized(config: PreTrainedConfig, what: str, instead: str) -> None:
-    """Refuse what needs float weights, where they are quantized.
+    """Refuse a quantized model where an operation needs float weights.
 
     Args:
-        what: What needs them, as `field 'value'`.
-        instead: What to do.
+        config: The model's config.
+        what: The operation, as `field 'value'` for the message.
+        instead: What to do instead, for the message.
 
     Raises:
-        StreamlineError: they are.
+        StreamlineError: the model is quantized.
     """
     name = quantization_name(config)
     if name is not None:
@@ -63,26 +73,27 @@ def refuse_quantized(config: PreTrainedConfig, what: str, instead: str) -> None:
 
 
 def check_readable(config: PreTrainedConfig, device: str) -> bool:
-    """Refuse a quantized model that transformers cannot read here.
+    """Refuse a quantized model that transformers cannot load on this machine.
 
-    Asks the quantizer that transformers has for it, not a list of names.
+    The check asks transformers' own quantizer class. There is no list of formats to keep up to date.
 
     Args:
-        device: Where it is to be computed.
+        config: The config of a quantized model.
+        device: `cpu` or `cuda`.
 
     Returns:
-        Whether transformers, having read it here, can write it back as it was: some formats it can read only by
-        making the weights float numbers.
+        Whether transformers can save the model in the same format again. Some formats it can only dequantize while
+        loading.
 
     Raises:
-        StreamlineError: a package or a device that the format needs is missing.
+        StreamlineError: a package or device that the format needs is missing.
     """
     name, found = quantization_name(config), copy.deepcopy(config.quantization_config)
     try:
         quantizer = AutoHfQuantizer.from_config(found, pre_quantized=True)
         quantizer.validate_environment(device_map={"": device}, weights_only=True)
     except Exception as error:  # each quantizer raises its own
-        # What a quantizer would have imported from a package that is not installed is a name it does not know.
+        # A quantizer uses names from its package without importing it first, so a missing package raises NameError.
         reason = "its package is not installed" if isinstance(error, NameError) else first_line(error)
         raise StreamlineError(
             f"model: its weights are quantized ({name}), which cannot be read here ({reason}); install the package "
@@ -92,10 +103,14 @@ def check_readable(config: PreTrainedConfig, device: str) -> bool:
 
 
 def check_writable(config: PreTrainedConfig, device: str) -> None:
-    """Refuse to change a quantized model that transformers could not write back as it was.
+    """Refuse to edit a quantized model that transformers cannot save in the same format.
+
+    Args:
+        config: The model's config. A model that is not quantized passes.
+        device: `cpu` or `cuda`.
 
     Raises:
-        StreamlineError: as `check_readable`; or its format cannot be written here.
+        StreamlineError: as `check_readable`; or transformers can read the format but not save it.
     """
     if quantization_name(config) is not None and not check_readable(config, device):
         raise StreamlineError(
@@ -105,7 +120,7 @@ def check_writable(config: PreTrainedConfig, device: str) -> None:
 
 
 def float_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the same model, not quantized."""
+    """A copy of the config without its quantization."""
     plain = copy.deepcopy(config)
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
@@ -113,55 +128,63 @@ def float_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def renumber_quantization(config: PreTrainedConfig, layers: str, origins: Sequence[int]) -> None:
-    """Make every module that `quantization_config` names by its layer's number the one it was, in place.
+    """Update the layer indices in `quantization_config` for a new list of layers, in place.
 
     Args:
-        layers: The path of the list of layers.
-        origins: For each new layer, the present number of the layer that takes its place.
+        config: The model's config.
+        layers: The path of the list of decoder layers, such as `model.layers`.
+        origins: For each new layer, the index of the old layer whose per-layer settings it keeps.
 
     Raises:
-        StreamlineError: it names layers in a way of which their new numbers do not follow.
+        StreamlineError: a field names layers in a form that cannot be renumbered, such as a range in a regular
+            expression.
     """
     found = getattr(config, "quantization_config", None)
     if found is None:
         return
     fields = found if isinstance(found, dict) else vars(found)
-    # Only the number of a layer follows this path, `.` perhaps written as in a regular expression.
+    # Only a layer index follows this path. In a regular expression the dot is escaped.
     path = rf"{re.escape(layers.rpartition('.')[2])}\\*\."
     for field, value in fields.items():
         strings = isinstance(value, list) and all(isinstance(each, str) for each in value)
         if strings and field in _LISTS_OF_PATTERNS:
-            fields[field] = _patterns_of_same(value, list(linear_modules_of(meta_model(float_config(config)))), origins)
+            fields[field] = _renumbered_patterns(
+                value, list(linear_modules_of(meta_model(float_config(config)))), origins
+            )
         elif strings:
             fields[field] = [new for each in value for new in _renumbered(field, each, path, origins)]
         elif re.search(rf"{path}[\[(]?\d", str(value)):
             raise _cannot_follow(field)
 
 
-def _patterns_of_same(patterns: list[str], names: list[str], origins: Sequence[int]) -> list[str]:
-    """Patterns that choose, in the new model, the modules which are chosen in the present one; old ones if they do."""
+def _renumbered_patterns(patterns: list[str], names: list[str], origins: Sequence[int]) -> list[str]:
+    """Patterns that match, in the new model, the modules that `patterns` match in the old one.
 
-    def chosen(name: str, *which: str) -> bool:
-        return not should_convert_module(name, list(which))
+    Old patterns stay if they match nothing else in the new model. Other modules are listed by name.
+    """
 
-    new_names = dict(followed(names, [[origin] for origin in origins]))
-    wanted = {new for new, old in new_names.items() if chosen(old, *patterns)}
-    named = {each: {new for new in new_names if chosen(new, each)} for each in patterns}
-    idle = {each for each in patterns if not any(chosen(name, each) for name in names)}
-    kept = [each for each in patterns if each in idle or (named[each] and named[each] <= wanted)]
-    rest = wanted.difference(*(named[each] for each in kept))
-    return [*kept, *(name for name in new_names if name in rest)]
+    def excluded(name: str, *by: str) -> bool:
+        return not should_convert_module(name, list(by))
+
+    new_names = dict(renumbered_names(names, [[origin] for origin in origins]))
+    wanted = {new for new, old in new_names.items() if excluded(old, *patterns)}
+    matched = {each: {new for new in new_names if excluded(new, each)} for each in patterns}
+    unused = {each for each in patterns if not any(excluded(name, each) for name in names)}
+    still_right = [each for each in patterns if each in unused or (matched[each] and matched[each] <= wanted)]
+    rest = wanted.difference(*(matched[each] for each in still_right))
+    return [*still_right, *(name for name in new_names if name in rest)]
 
 
 def _renumbered(field: str, name: str, path: str, origins: Sequence[int]) -> list[str]:
+    """The new names for one module name of `quantization_config`: one per new layer, none if its layer was removed."""
     literal = list(re.finditer(rf"({path})(\d+)(?=\\*\.|\$|$)", name))
     if not literal and not re.search(r"(?<![A-Za-z_\d])\d", name):
         return [name]
     if len(literal) != 1:
         raise _cannot_follow(field)
     [match] = literal
-    new_layers = [place for place, origin in enumerate(origins) if origin == int(match[2])]
-    return [f"{name[: match.start()]}{match[1]}{place}{name[match.end() :]}" for place in new_layers]
+    new_layers = [index for index, origin in enumerate(origins) if origin == int(match[2])]
+    return [f"{name[: match.start()]}{match[1]}{index}{name[match.end() :]}" for index in new_layers]
 
 
 def _cannot_follow(field: str) -> StreamlineError:

@@ -1,6 +1,6 @@
-"""A loaded model's quantized weights: as float numbers, and in the form that they were read in.
+"""The quantized weights of a loaded model: how to dequantize them, and how to save them in their own format.
 
-Knows the two libraries' parameters, neither files nor configs.
+Two libraries keep quantized weights in parameters of their own: bitsandbytes and torchao.
 """
 
 from __future__ import annotations
@@ -13,12 +13,17 @@ from transformers import PreTrainedModel
 
 
 def is_quantized_weight(parameter: torch.Tensor) -> bool:
-    """Whether these numbers stand for others: bitsandbytes' parameters, and torchao's tensors."""
+    """Whether a parameter holds quantized weights of bitsandbytes or torchao."""
     return type(parameter.data) is not torch.Tensor or type(parameter).__name__ in ("Params4bit", "Int8Params")
 
 
 def float_values(module: nn.Module, parameter: nn.Parameter) -> torch.Tensor:
-    """The numbers that a parameter of `module` stands for, which are its own if it is not quantized."""
+    """The float values of a parameter: dequantized if it is quantized.
+
+    Args:
+        module: The module that owns the parameter.
+        parameter: One of its own parameters.
+    """
     if type(parameter).__name__ in ("Params4bit", "Int8Params"):
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
@@ -32,7 +37,7 @@ def float_values(module: nn.Module, parameter: nn.Parameter) -> torch.Tensor:
 
 
 def quantized_modules(model: nn.Module) -> list[str]:
-    """The names of the modules with a quantized weight."""
+    """The names of the modules that own a quantized weight."""
     return [
         name
         for name, module in model.named_modules()
@@ -40,45 +45,48 @@ def quantized_modules(model: nn.Module) -> list[str]:
     ]
 
 
-def stays_packed(model: PreTrainedModel) -> bool:
-    """Whether a quantized model's weights keep their form when it computes; tried with one token.
+def stays_quantized_in_forward(model: PreTrainedModel) -> bool:
+    """Whether a model's quantized weights are still quantized after a forward pass; runs one token to find out.
 
-    Some quantizers unpack all weights at the first forward pass: such a model cannot be saved as it was afterwards.
+    Some quantizers dequantize all weights in the first forward pass. Such a model cannot be saved in its format
+    afterwards.
     """
-    before = _forms(model)
+    before = _types_and_shapes(model)
     with torch.inference_mode():
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
-    return _forms(model) == before
+    return _types_and_shapes(model) == before
 
 
-def _forms(model: nn.Module) -> dict[str, tuple[torch.dtype, torch.Size]]:
+def _types_and_shapes(model: nn.Module) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    """Type and shape of each tensor in a model's state dict."""
     return {name: (value.dtype, value.shape) for name, value in model.state_dict().items()}
 
 
-def keep_as_read(model: nn.Module) -> None:
-    """Have 4-bit weights of bitsandbytes stay as they are when the model is run on a CPU, in place.
+def disable_cpu_kernel(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights when a model runs on a CPU, in place.
 
-    bitsandbytes 0.50 has a kernel for CPUs with AVX512-BF16, for which it rewrites the weights at the first product:
-    their scales are rounded to bfloat16, and what `save_pretrained` then makes of them is another model, for the scales
-    of weights without double quantization are not turned back around. What is to be saved must not get there.
+    bitsandbytes 0.50 has a kernel for CPUs with AVX512-BF16. At the first product it repacks the weights for this
+    kernel and rounds their scales to bfloat16. For weights without double quantization the scales are not converted
+    back, so `save_pretrained` would then write a different model. Disable the kernel for a model that is to be saved.
     """
     for module in _with_cpu_kernel(model):
         module.support_avx512bf16_for_cpu = False
 
 
-def save_as_read(model: PreTrainedModel) -> None:
-    """Have quantized weights be saved in the form they were read in, in place.
+def save_in_loaded_format(model: PreTrainedModel) -> None:
+    """Let `save_pretrained` write quantized weights in the format in which they were loaded, in place.
 
-    transformers 5.23 tries to undo on saving all it did on reading, and of unpacking quantized weights it cannot: a
-    model of bitsandbytes or torchao that was read could not be saved again.
+    On saving, transformers 5.23 reverses every conversion that it applied on loading. It cannot reverse the ones that
+    unpack quantized weights of bitsandbytes and torchao, and fails. This function removes those conversions.
     """
-    read = getattr(model, "_weight_conversions", None)
-    if read is not None:
-        kept: Any = [each for each in read if _can_be_undone(each)]
-        model._weight_conversions = kept
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        reversible: Any = [each for each in conversions if _is_reversible(each)]
+        model._weight_conversions = reversible
 
 
-def _can_be_undone(conversion: Any) -> bool:
+def _is_reversible(conversion: Any) -> bool:
+    """Whether transformers can reverse a weight conversion."""
     try:
         conversion.reverse_transform()
     except NotImplementedError:
@@ -86,20 +94,22 @@ def _can_be_undone(conversion: Any) -> bool:
     return True
 
 
-def use_cpu_kernel(model: nn.Module) -> None:
-    """Have that kernel take the products that it can, in place: those of 32 rows, and of whole blocks, at a time.
+def enable_cpu_kernel(model: nn.Module) -> None:
+    """Let bitsandbytes use its AVX512-BF16 kernel for the linear modules that it supports, in place.
 
-    Without this check bitsandbytes fails on the others.
+    The kernel needs a number of outputs divisible by 32, and a number of inputs divisible by the quantization block
+    size. bitsandbytes fails on other modules unless they are excluded here.
     """
     if not (modules := _with_cpu_kernel(model)):
         return
     from bitsandbytes.functional import has_avx512bf16
 
-    there = bool(has_avx512bf16())
+    supported = bool(has_avx512bf16())
     for module in modules:
-        blocks = module.in_features % module.weight.quant_state.blocksize == 0
-        module.support_avx512bf16_for_cpu = there and blocks and module.out_features % 32 == 0
+        whole_blocks = module.in_features % module.weight.quant_state.blocksize == 0
+        module.support_avx512bf16_for_cpu = supported and whole_blocks and module.out_features % 32 == 0
 
 
 def _with_cpu_kernel(model: nn.Module) -> list[Any]:
+    """The 4-bit modules of bitsandbytes, which have a switch for the CPU kernel."""
     return [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]

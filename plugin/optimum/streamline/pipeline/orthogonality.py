@@ -204,7 +204,7 @@ class _Models:
             verbose=self._verbose,
             quantize=how,
             windows=windows.part(0, min(CALIBRATION_WINDOWS, len(windows.ids))) if needed else None,
-            **self._source.of(checkpoint).options(),
+            **self._source.with_model(checkpoint).options(),
         )
         self._add(label, self._graphs[label].path)
 
@@ -213,5 +213,5 @@ class _Models:
 
     def _add(self, label: str, path: str) -> None:
         role = "original" if label.startswith(DENSE) else "candidate"
-        source = self._source.of(path)
+        source = self._source.with_model(path)
         self.compared_models[label] = ComparedModel(label, path, role, **source.options())  # type: ignore[arg-type]

@@ -18,14 +18,14 @@ from optimum.streamline.methods.registry import METHODS, method_of
 from optimum.streamline.models.architectures import architecture_of
 from optimum.streamline.models.bare_layers import BareKind
 from optimum.streamline.models.linear_modules import linear_modules_of, meta_model
-from optimum.streamline.models.module_patterns import chosen
+from optimum.streamline.models.module_patterns import select_modules
 from optimum.streamline.models.quantization_config import (
     check_writable,
     float_config,
     quantization_name,
     renumber_quantization,
 )
-from optimum.streamline.models.quantized_weights import stays_packed
+from optimum.streamline.models.quantized_weights import stays_quantized_in_forward
 from optimum.streamline.quantization.loading import check_quantizable
 from optimum.streamline.quantization.quantizers import NONE, QUANTIZERS
 from optimum.streamline.recipe.recipe import Recipe
@@ -56,7 +56,7 @@ def check_quantization(recipe: Recipe, config: PreTrainedConfig) -> None:
             )
     elif recipe.quantize != NONE:
         _check_graph_quantization(recipe)
-        chosen(linear_modules_of(meta_model(float_config(config))), recipe.excluded)
+        select_modules(linear_modules_of(meta_model(float_config(config))), recipe.excluded)
     if name is not None or recipe.quantize_first:
         _check_removal_alone(recipe, name or recipe.quantize)
     if recipe.quantize in QUANTIZERS and recipe.stand_in in get_args(BareKind):
@@ -78,7 +78,7 @@ def refuse_unpacking(model: PreTrainedModel) -> None:
         StreamlineError: they would.
     """
     name = quantization_name(model.config)
-    if name is not None and not stays_packed(model):
+    if name is not None and not stays_quantized_in_forward(model):
         raise StreamlineError(
             f"model: its weights are quantized ({name}), and are unpacked when it first computes, so they could not be "
             "written back as they were; prune the float model and quantize then"

@@ -25,7 +25,7 @@ from optimum.streamline.checkpoints.loading import (
     stored_dtype,
 )
 from optimum.streamline.checkpoints.provenance import write_record
-from optimum.streamline.checkpoints.read_back import read_back, release
+from optimum.streamline.checkpoints.read_back import read_back, release_weights
 from optimum.streamline.checkpoints.remote_code import carry_code
 from optimum.streamline.checkpoints.saving import save_model
 from optimum.streamline.checkpoints.source import ModelSource, fingerprint
@@ -37,7 +37,7 @@ from optimum.streamline.healing.training_checkpoints import healing_workspace, o
 from optimum.streamline.methods.base import MethodInputs
 from optimum.streamline.methods.registry import method_of
 from optimum.streamline.models.bare_layers import NEEDS_LOAD, bare_layers
-from optimum.streamline.models.module_patterns import followed
+from optimum.streamline.models.module_patterns import renumbered_names
 from optimum.streamline.models.quantization_config import quantization_name
 from optimum.streamline.models.skipped_sublayers import layers_without_attention
 from optimum.streamline.quantization.loading import check_quantizable, load_quantizing
@@ -46,7 +46,7 @@ from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.reporting.model_card import CARD_FILE, model_card
 from optimum.streamline.reporting.record import PruningRecord
 from optimum.streamline.scoring.similarity import Scores, measure_scores
-from optimum.streamline.system.atomic_output import claimed_by_main, staged_by_main
+from optimum.streamline.system.atomic_output import locked_output_by_main, staged_by_main
 from optimum.streamline.system.distributed import from_main, is_main, join_processes
 from optimum.streamline.system.environment import package_version
 from optimum.streamline.system.library_logs import LOG_FILE, captured_logs
@@ -179,7 +179,7 @@ def prune(
     if not is_main():
         notify = _notify_nobody
     with (
-        claimed_by_main(out, inputs_of(source, recipe), overwrite),
+        locked_output_by_main(out, inputs_of(source, recipe), overwrite),
         healing_workspace(out, recipe.fingerprint) as workspace,
         staged_by_main(out, overwrite) as staging,
         captured_logs(staging and staging / LOG_FILE, verbose),
@@ -210,11 +210,11 @@ def _save(prepared: Prepared, record: PruningRecord, folder: Path, notify: Notif
     quantizes = recipe.quantize in QUANTIZERS
     if quantizes and not recipe.quantize_first:
         in_float = check_quantizable(read_config(source), recipe.quantize, recipe.excluded)
-        now = [new for new, _ in followed(in_float, [place.originals for place in record.change.new_layers])]
+        now = [new for new, _ in renumbered_names(in_float, [place.originals for place in record.change.new_layers])]
         with TemporaryDirectory(dir=folder) as scratch:
             save_model(model, prepared.tokenizer, prepared.stored, Path(scratch))
-            release(model)
-            model = load_quantizing(source.of(scratch), recipe.quantize, now, recipe.device)
+            release_weights(model)
+            model = load_quantizing(source.with_model(scratch), recipe.quantize, now, recipe.device)
     save_model(model, prepared.tokenizer, None if quantizes else prepared.stored, folder)
     carry_code(source, folder)
     if quantizes:

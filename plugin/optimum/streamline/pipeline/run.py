@@ -26,13 +26,13 @@ from optimum.streamline.evaluation.results import Report
 from optimum.streamline.evaluation.validate import ComparedModel, validate
 from optimum.streamline.evaluation.verdict import judge
 from optimum.streamline.models.linear_modules import linear_modules_of, meta_model
-from optimum.streamline.models.module_patterns import chosen, followed
+from optimum.streamline.models.module_patterns import renumbered_names, select_modules
 from optimum.streamline.models.quantization_config import float_config
 from optimum.streamline.quantization.quantizers import NONE, QUANTIZERS
 from optimum.streamline.recipe.recipe import Recipe
-from optimum.streamline.reporting.files import REPORT_FILE, write_report
+from optimum.streamline.reporting.files import write_report
 from optimum.streamline.scoring.similarity import Scores
-from optimum.streamline.system.atomic_output import check_output, refuse_own_input, write_file
+from optimum.streamline.system.atomic_output import REPORT_FILE, check_output, refuse_own_input, write_file
 from optimum.streamline.system.distributed import process_count
 from optimum.streamline.system.environment import describe_machine
 from optimum.streamline.system.library_logs import LOG_FILE, captured_logs
@@ -151,7 +151,9 @@ class _Chain:
         record = read_record(str(self._out)) or {}
         both = (read_config(each) for each in (self._source, ModelSource(str(self._out))))
         asked, there = (linear_modules_of(meta_model(float_config(config))) for config in both)
-        kept = followed(sorted(chosen(asked, self._recipe.excluded)), [each["originals"] for each in record["layers"]])
+        kept = renumbered_names(
+            sorted(select_modules(asked, self._recipe.excluded)), [each["originals"] for each in record["layers"]]
+        )
         return [new for new, _ in kept if new in there]
 
     def _tell(self, artifact: Artifact) -> None:
@@ -161,7 +163,7 @@ class _Chain:
     def _is_whole_export(self, folder: Path, checkpoint: str, how: str, exclude: list[str]) -> bool:
         artifact = Artifact.read(folder)
         whole = has_graph(artifact) and changed_files(ModelSource(str(folder))) == []
-        same = artifact.source_fingerprint == fingerprint(self._source.of(checkpoint))
+        same = artifact.source_fingerprint == fingerprint(self._source.with_model(checkpoint))
         quantized = (artifact.quantize, list(artifact.quantize_exclude)) == (how, exclude)
         return whole and same and quantized and artifact.dtype == (self._recipe.dtype or "fp32")
 
@@ -176,7 +178,7 @@ class _Chain:
             quantize=how,
             quantize_exclude=exclude,
             windows=windows and windows.part(0, min(CALIBRATION_WINDOWS, len(windows.ids))),
-            **self._source.of(checkpoint).options(),
+            **self._source.with_model(checkpoint).options(),
         )
 
     def report(self, windows: Windows) -> Report:

@@ -16,7 +16,7 @@ from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.bare_layers import bare_layers
 from optimum.streamline.models.linear_modules import LinearModule, linear_modules_of, meta_model
-from optimum.streamline.models.module_patterns import chosen
+from optimum.streamline.models.module_patterns import select_modules
 from optimum.streamline.models.quantization_config import quantization_name
 from optimum.streamline.models.quantized_weights import quantized_modules
 
@@ -44,7 +44,7 @@ def check_quantizable(config: PreTrainedConfig, how: str, exclude: Sequence[str]
         )
     skeleton = meta_model(config)
     products = linear_modules_of(skeleton)
-    kept = sorted({*get_keys_to_not_convert(skeleton), *chosen(products, exclude)})
+    kept = sorted({*get_keys_to_not_convert(skeleton), *select_modules(products, exclude)})
     _check_groups(how, {name: product for name, product in products.items() if name not in kept})
     return kept
 

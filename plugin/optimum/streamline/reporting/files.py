@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from optimum.streamline.evaluation.results import Report
-from optimum.streamline.system.atomic_output import write_file
+from optimum.streamline.system.atomic_output import REPORT_FILE, write_file
 
 from .html import to_html
 from .text_forms import to_markdown
-
-REPORT_FILE = "report.json"
 
 
 def write_report(report: Report, folder: Path) -> None:

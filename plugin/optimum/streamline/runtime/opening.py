@@ -43,12 +43,12 @@ def open_runner(
     if tensorrt is not None:
         raise StreamlineError(f"tensorrt: {path!r} is a checkpoint; export it, to ONNX or to TensorRT itself")
     from optimum.streamline.checkpoints.loading import DTYPES, load
-    from optimum.streamline.models.quantized_weights import use_cpu_kernel
+    from optimum.streamline.models.quantized_weights import enable_cpu_kernel
 
     from .torch_runner import TorchRunner
 
     model = load(
         path, DTYPES[dtype], device, cache_dir=cache_dir, trust_remote_code=trust_remote_code, revision=revision
     )
-    use_cpu_kernel(model)  # as in stock transformers: nothing is saved from here
+    enable_cpu_kernel(model)  # as in stock transformers: nothing is saved from here
     return TorchRunner(model)

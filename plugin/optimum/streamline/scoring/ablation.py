@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum.streamline.models.architectures import Sublayer, architecture_of, decoder_layers
-from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP, drop
+from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP, replace_sublayer
 from optimum.streamline.system.progress import progress_bar
 from optimum.streamline.text.windows import BATCH, Windows
 
@@ -120,7 +120,7 @@ def without(model: PreTrainedModel, parts: Parts, start: int = 0, hidden: torch.
             elif whole_layer(index) <= parts:
                 layers[index] = _Passing()
             else:
-                taken += [(layer, drop(layer, architecture, kind)) for at, kind in parts if at == index]
+                taken += [(layer, replace_sublayer(layer, architecture, kind)) for at, kind in parts if at == index]
         yield
     finally:
         for index, layer in enumerate(whole):

@@ -1,5 +1,7 @@
-"""What every program needs around its work: whole output folders or none, log files, progress bars, several processes,
-the machine's description, hashes of files. Nothing here knows what a model is.
+"""Helpers that know nothing of models.
+
+They write output folders atomically, redirect log messages, show progress bars, coordinate distributed processes, hash
+files, and describe the machine.
 """
 
-__all__ = ["atomic_output", "content_hashes", "distributed", "environment", "library_logs", "progress"]
+__all__ = ["atomic_output", "content_hashes", "distributed", "environment", "git_lfs", "library_logs", "progress"]

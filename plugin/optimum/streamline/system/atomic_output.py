@@ -1,6 +1,7 @@
-"""Writing a result whole or not at all, by one run at a time: beside its final name, then renamed.
+"""Write an output folder or file completely or not at all.
 
-Knows nothing of what is written.
+An output is first written under a temporary name in the same parent folder, and then renamed. A lock file keeps a
+second run from writing the same output at the same time.
 """
 
 from __future__ import annotations
@@ -16,28 +17,39 @@ from optimum.streamline.errors import StreamlineError
 
 from .distributed import from_main, is_main, wait_for_all
 
-# One of these, with this key in it, is in every folder this program writes: only such a folder is ever replaced.
-OURS = {
+REPORT_FILE = "report.json"
+"""The file name of a report as JSON, in the output folder of `run`, `validate` and `orthogonality`."""
+
+# Each output folder of this program holds at least one of these JSON files, with this key in it. `--overwrite` replaces
+# only a folder that does.
+OUTPUT_MARKERS = {
     "streamline.json": "recipe_fingerprint",
     "artifact.json": "source_fingerprint",
     "quantization.json": "quantize",
     "scores.json": "block_influence",
-    "report.json": "verdict",
+    REPORT_FILE: "verdict",
 }
 
 
 def check_output(path: Path, overwrite: bool = False) -> None:
-    """Refuse an output that exists, or that could not be written, before any work is done.
+    """Refuse an output path that is taken or cannot be written, before any work is done.
+
+    Args:
+        path: The folder or file to write.
+        overwrite: Whether an earlier output of this program at `path` may be replaced.
 
     Raises:
-        StreamlineError: `path` exists and is not an empty folder, or is not ours to overwrite, or cannot be written.
+        StreamlineError: `path` exists, is not an empty folder, and `overwrite` is false; or it holds something that
+            this program did not write; or its nearest existing parent folder is not writable.
     """
     try:
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             if not overwrite:
                 raise StreamlineError(f"output {path}: exists already; choose another, or pass --overwrite")
             if not _is_ours(path):
-                raise StreamlineError(f"output {path}: holds no output of this program, so it is not overwritten")
+                raise StreamlineError(
+                    f"output {path}: holds no output of this program, so --overwrite does not replace it"
+                )
         parent = path.absolute().parent
         while not parent.exists():
             parent = parent.parent
@@ -48,80 +60,101 @@ def check_output(path: Path, overwrite: bool = False) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    markers = [(path / name, key) for name, key in OURS.items() if (path / name).is_file()]
+    """Whether this program wrote the folder `path`."""
+    markers = [(path / name, key) for name, key in OUTPUT_MARKERS.items() if (path / name).is_file()]
     return any(f'"{key}"' in marker.read_text(encoding="utf-8", errors="replace") for marker, key in markers)
 
 
 def refuse_own_input(path: Path, inputs: Iterable[str]) -> None:
-    """Refuse an output folder that holds what it is to be made from.
+    """Refuse an output folder that contains an input of the same run.
 
     Args:
-        inputs: Paths of models, text and recipes; what is no path here, such as a Hub id, is passed over.
+        path: The output folder.
+        inputs: Paths of models, texts and recipes. A name that is not an existing path, such as a Hub id, is ignored.
 
     Raises:
-        StreamlineError: one of them is `path`, or lies below it.
+        StreamlineError: an input is `path`, or lies below it.
     """
     for name in inputs:
-        # Of the two `exists`, the one that takes a name no path can have, such as one that is too long.
+        # `os.path.exists` returns False for a name that is too long for a path; `Path.exists` raises.
         if os.path.exists(name) and Path(name).resolve().is_relative_to(path.resolve()):
-            raise StreamlineError(f"output {path}: holds {name!r}, which it is to be made from; choose another")
+            raise StreamlineError(f"output {path}: contains the input {name!r}; choose another")
 
 
 @contextmanager
 def staged_folder(path: Path, inputs: Iterable[str], overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its name when the block ends well, and vanishes otherwise.
+    """Give a temporary folder that is renamed to `path` if the `with` block succeeds, and deleted if it fails.
 
     Args:
-        inputs: What it is made from, which is never overwritten.
+        path: The output folder. It is locked until the block ends.
+        inputs: The inputs of the run. They are never overwritten.
+        overwrite: Whether an earlier output of this program at `path` may be replaced.
+
+    Yields:
+        The temporary folder to write into.
 
     Raises:
-        StreamlineError: as `claimed`; or somebody else wrote to `path` meanwhile.
+        StreamlineError: as `locked_output`; or another program wrote to `path` in the meantime.
     """
-    with claimed(path, inputs, overwrite), _staged(path, overwrite) as staging:
+    with locked_output(path, inputs, overwrite), _staged(path, overwrite) as staging:
         yield staging
 
 
 @contextmanager
-def claimed(path: Path, inputs: Iterable[str], overwrite: bool = False) -> Iterator[None]:
-    """Keep every other run off `path` while the block lasts; if this one is killed, the system lets go of it.
+def locked_output(path: Path, inputs: Iterable[str], overwrite: bool = False) -> Iterator[None]:
+    """Lock `path` against other runs while the `with` block lasts.
+
+    The operating system releases the lock if this process is killed.
+
+    Args:
+        path: The output folder.
+        inputs: The inputs of the run. They are never overwritten.
+        overwrite: Whether an earlier output of this program at `path` may be replaced.
 
     Raises:
-        StreamlineError: as `check_output` and `refuse_own_input`; or another run has claimed it.
+        StreamlineError: as `check_output` and `refuse_own_input`; or another run has locked `path`.
     """
     refuse_own_input(path, inputs)
     check_output(path, overwrite)
-    file = _beside(path, "lock")
+    file = _sibling_path(path, "lock")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _locked(file)
+        descriptor = _open_locked(file)
     except BlockingIOError:
-        raise StreamlineError(f"output {path}: another run is making it; choose another, or wait for its end") from None
+        raise StreamlineError(
+            f"output {path}: another run is writing it; choose another, or wait for that run"
+        ) from None
     except OSError as error:
         raise StreamlineError(f"output {path}: {error.strerror}") from None
     try:
-        check_output(path, overwrite)  # another run may have made it since
+        check_output(path, overwrite)  # another run may have finished between the first check and the lock
         yield
     finally:
-        file.unlink(missing_ok=True)  # before it is let go of: afterwards it may be another run's
+        file.unlink(missing_ok=True)  # before the lock is released: afterwards another run may hold the file
         os.close(descriptor)
 
 
 @contextmanager
-def claimed_by_main(path: Path, inputs: Iterable[str], overwrite: bool = False) -> Iterator[None]:
-    """`claimed` of the main process, for all of them.
+def locked_output_by_main(path: Path, inputs: Iterable[str], overwrite: bool = False) -> Iterator[None]:
+    """Lock `path` as `locked_output` does: the main process takes the lock, and every process waits for the result.
+
+    Args:
+        path: The output folder.
+        inputs: The inputs of the run. They are never overwritten.
+        overwrite: Whether an earlier output of this program at `path` may be replaced.
 
     Raises:
-        StreamlineError: as `claimed`; in every process.
+        StreamlineError: as `locked_output`, in every process.
     """
     inputs = tuple(inputs)
     refuse_own_input(path, inputs)
     check_output(path, overwrite)
-    wait_for_all()  # nobody writes there before everybody has seen that it is free
+    wait_for_all()  # no process creates anything at `path` before all of them have checked it
     with ExitStack() as claim:
         refusal: StreamlineError | None = None
         if is_main():
             try:
-                claim.enter_context(claimed(path, inputs, overwrite))
+                claim.enter_context(locked_output(path, inputs, overwrite))
             except StreamlineError as error:
                 refusal = error
         refusal = from_main(refusal)
@@ -132,10 +165,20 @@ def claimed_by_main(path: Path, inputs: Iterable[str], overwrite: bool = False) 
 
 @contextmanager
 def staged_by_main(path: Path, overwrite: bool = False) -> Iterator[Path | None]:
-    """`staged_folder` of the main process, which has claimed `path`; in the others `None`, until it has its name.
+    """Give the main process a temporary folder that is renamed to `path` if the `with` block succeeds.
+
+    The main process must hold the lock on `path` already. The other processes get `None`, and leave the block after the
+    folder has its final name.
+
+    Args:
+        path: The output folder.
+        overwrite: Whether an earlier output of this program at `path` may be replaced.
+
+    Yields:
+        The temporary folder in the main process, `None` in the others.
 
     Raises:
-        StreamlineError: it cannot be written, or somebody else wrote to `path` meanwhile.
+        StreamlineError: the folder cannot be written, or another program wrote to `path` in the meantime.
     """
     if is_main():
         with _staged(path, overwrite) as staging:
@@ -147,8 +190,9 @@ def staged_by_main(path: Path, overwrite: bool = False) -> Iterator[Path | None]
 
 @contextmanager
 def _staged(path: Path, overwrite: bool) -> Iterator[Path]:
-    # Of a fixed name, so that a run clears away what one that was killed left: nobody else is at it, `path` is claimed.
-    staging = _beside(path, "new")
+    """`staged_folder` without the lock."""
+    # The name is fixed, so a run deletes the folder that a killed run left. No other run uses it: `path` is locked.
+    staging = _sibling_path(path, "new")
     try:
         if staging.exists():
             shutil.rmtree(staging)
@@ -157,23 +201,27 @@ def _staged(path: Path, overwrite: bool) -> Iterator[Path]:
         raise StreamlineError(f"output {path}: {error.strerror}") from None
     try:
         yield staging
-        _give_usual_modes(staging)
+        _apply_umask(staging)
         _publish(staging, path.resolve(), overwrite)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _beside(path: Path, what: str) -> Path:
-    path = path.resolve()  # `.` and links have no name of their own to go by, and nothing beside them to rename
+def _sibling_path(path: Path, what: str) -> Path:
+    """A hidden path in the parent folder of `path`, for a lock file or a temporary folder."""
+    path = path.resolve()  # `.` has no name to build on, and a link may point into another parent folder
     return path.with_name(f".{path.name}.streamline-{what}")
 
 
-def _locked(file: Path) -> int:
-    """A descriptor of `file`, made if need be, that holds its lock.
+def _open_locked(file: Path) -> int:
+    """Create `file` if it does not exist, and lock it.
+
+    Returns:
+        A file descriptor that holds the lock until it is closed.
 
     Raises:
-        BlockingIOError: another one holds it.
-        OSError: it cannot be made.
+        BlockingIOError: another process holds the lock.
+        OSError: the file cannot be created.
     """
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
@@ -183,17 +231,19 @@ def _locked(file: Path) -> int:
             os.close(descriptor)
             raise
         except OSError:
-            return descriptor  # a file system without locks, as Lustre's often is: no reason not to work there
-        # Who held it may have removed the file just now: the lock is then on nothing that others would look at.
+            return descriptor  # a file system without locks, such as Lustre in many clusters: run without one
+        # The previous holder may have deleted the file after we opened it. Our lock is then on a deleted file that no
+        # other process opens, so try again.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), file.stat()):
                 return descriptor
         os.close(descriptor)
 
 
-def _give_usual_modes(folder: Path) -> None:
-    # Temporary folders, and the weights that safetensors writes, are for their owner's eyes alone: whoever is to
-    # serve them may be another user. The umask decides, as for any file.
+def _apply_umask(folder: Path) -> None:
+    """Give a folder and its content the permissions that the umask prescribes."""
+    # The temporary folder, and the weight files that safetensors writes, are readable by their owner alone. Another
+    # user may have to serve them, so apply the umask as for any new file.
     umask = os.umask(0)
     os.umask(umask)
     folder.chmod(0o777 & ~umask)
@@ -202,30 +252,35 @@ def _give_usual_modes(folder: Path) -> None:
 
 
 def _publish(staging: Path, path: Path, overwrite: bool) -> None:
-    aside = _beside(path, "old")
+    """Rename `staging` to `path`, replacing the old folder if `overwrite` is true."""
+    old_folder = _sibling_path(path, "old")
     try:
         if overwrite and path.is_dir() and any(path.iterdir()):
-            # The old folder steps aside first: at no moment is there neither the old one nor the new.
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-        # Takes the place of an empty folder, and refuses one that somebody wrote into meanwhile.
+            # Rename the old folder first and delete it last: one of the two is complete at every moment.
+            shutil.rmtree(old_folder, ignore_errors=True)
+            path.rename(old_folder)
+        # `rename` replaces an empty folder, and fails if another program has written into it.
         staging.rename(path)
     except OSError as error:
-        raise StreamlineError(f"output {path}: {error.strerror}; nothing there was touched") from None
-    # Also where there was none this time: a run that was killed between the two renamings left one.
-    shutil.rmtree(aside, ignore_errors=True)
+        raise StreamlineError(f"output {path}: {error.strerror}; nothing was changed") from None
+    # Also when nothing was replaced now: a run that was killed between the two renames left a folder of this name.
+    shutil.rmtree(old_folder, ignore_errors=True)
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a text file beside its final name and rename it.
+    """Write a text file under a temporary name in the same folder, then rename it to `path`.
+
+    Args:
+        path: The file. Its parent folders are created.
+        text: The content, written in UTF-8.
 
     Raises:
-        StreamlineError: it cannot be written.
+        StreamlineError: the file cannot be written.
     """
-    beside = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
     except OSError as error:
         raise StreamlineError(f"output {path}: {error.strerror}") from None

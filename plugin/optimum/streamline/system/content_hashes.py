@@ -1,4 +1,4 @@
-"""SHA-256 of files, each read once as long as it stays what it was. Knows nothing of what is in them."""
+"""SHA-256 hashes of files. A file that has not changed is read only once in a process."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 
 from optimum.streamline.errors import StreamlineError
 
-# A write soon after another may leave a file's times as they were: clocks of file systems tick in steps of up to this.
+# File systems update a file's times in steps of up to this long. Two writes within one step can leave the same times.
 _CLOCK_STEP_NS = 2 * 10**9
 _State = tuple[int, int, int, int, int]
-_known: dict[_State, str] = {}
+_cached: dict[_State, str] = {}
 
 
 def content_hash(file: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal; read as a stream.
+    """SHA-256 of a file's content, in hexadecimal.
 
-    What was read is remembered for this process by device, inode, size and the times of the last change of content
-    and of the inode. The second cannot be set back. It is remembered only if both were older than the clock's step
-    when reading began: any later write then shows in them.
+    The hash is cached for this process under the file's device, inode, size, modification time and inode change time. A
+    program can reset the modification time but not the inode change time. The hash is cached only if both times were
+    older than `_CLOCK_STEP_NS` when reading began, so that any later write changes at least one of them.
 
     Raises:
         StreamlineError: the file cannot be read.
@@ -29,21 +29,25 @@ def content_hash(file: Path) -> str:
     try:
         with file.open("rb") as stream:
             state, begun = _state(stream.fileno()), time.time_ns()
-            if state in _known:
-                return _known[state]
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+            if state in _cached:
+                return _cached[state]
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
             if max(state[-2:]) + _CLOCK_STEP_NS < begun and _state(stream.fileno()) == state:
-                _known[state] = found
+                _cached[state] = digest
     except OSError as error:
         raise StreamlineError(f"{file}: cannot be read ({error.strerror})") from None
-    return found
+    return digest
 
 
 def folder_hashes(folder: Path, files: Iterable[str]) -> dict[str, str]:
-    """`content_hash` of each file of a folder, by name and in the order of the names; one that is not there has none.
+    """The `content_hash` of each file in a folder, sorted by file name. Files that do not exist are left out.
 
     Args:
-        files: Names below `folder`.
+        folder: The folder.
+        files: File names relative to `folder`.
+
+    Returns:
+        The hash of each existing file, by name.
 
     Raises:
         StreamlineError: a file cannot be read.
@@ -52,5 +56,6 @@ def folder_hashes(folder: Path, files: Iterable[str]) -> dict[str, str]:
 
 
 def _state(descriptor: int) -> _State:
-    found = os.fstat(descriptor)
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    """The cache key of an open file: device, inode, size, modification time and inode change time."""
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -1,6 +1,6 @@
-"""Which of several processes this one is, where a launcher such as `accelerate launch` started more than one.
+"""The processes of one distributed run, as a launcher such as `accelerate launch` starts them.
 
-Every process makes the same choices; the main one alone prints and writes. Knows nothing of training.
+Every process makes the same choices. Only the main process, rank 0, prints and writes files.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from optimum.streamline.errors import StreamlineError
 
 T = TypeVar("T")
 
-# What launchers call the number of processes and a process's own number: torch's, then MPI's, which `accelerate
-# launch` starts processes on a CPU with.
+# The environment variables in which launchers give the number of processes and the rank of each. `torchrun` sets the
+# first; the MPI launchers, which `accelerate launch` uses for CPU training, set the others.
 _COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
-# What a launcher may ask of a training that it is not made for, and what it has to say instead. Trainer would do it in
-# silence.
+# Settings of `accelerate launch` that healing does not support, and the only value it accepts for each. Without this
+# check the transformers `Trainer` would apply them without a message.
 _ONLY = {
     "ACCELERATE_MIXED_PRECISION": "no",
     "ACCELERATE_USE_FSDP": "false",
@@ -26,21 +26,27 @@ _ONLY = {
 
 
 def process_count() -> int:
-    """How many processes the launcher started: 1 without one."""
+    """The number of processes that the launcher started; 1 without a launcher."""
     return max(int(os.environ.get(name, "1")) for name in _COUNTS)
 
 
 def is_main() -> bool:
-    """Whether this process is the one that prints and writes."""
-    # A number without a count, as a scheduler may leave it behind, is that of no process of ours.
+    """Whether this process is the main one, which alone prints and writes files."""
+    # Ignore a rank without a process count: a scheduler may have set it for another purpose.
     return process_count() == 1 or max(int(os.environ.get(name, "0")) for name in _RANKS) == 0
 
 
 def join_processes(device: str) -> None:
-    """Meet the other processes, and take this one's own GPU where `device` is `cuda`; alone, do nothing.
+    """Initialize the process group, and assign this process its own GPU if `device` is `cuda`.
+
+    Does nothing if there is only one process.
+
+    Args:
+        device: `cpu` or `cuda`.
 
     Raises:
-        StreamlineError: the launcher was told to train otherwise than in fp32 with whole copies of the model.
+        StreamlineError: the launcher was set to mixed precision, FSDP or DeepSpeed. Healing trains in fp32, with the
+            whole model in every process.
     """
     for name, wanted in _ONLY.items():
         value = os.environ.get(name, wanted)
@@ -53,13 +59,20 @@ def join_processes(device: str) -> None:
 
 
 def wait_for_all() -> None:
-    """Go on when every process has come here; alone, at once."""
+    """Block until every process has reached this call. Returns at once if there is only one process."""
     if process_count() > 1:
         _partial_state()().wait_for_everyone()
 
 
 def from_main(value: T) -> T:
-    """What the main process has for `value`, in all of them; alone, `value` itself."""
+    """Broadcast a value from the main process.
+
+    Args:
+        value: The value; only the one of the main process counts.
+
+    Returns:
+        The value of the main process, in every process.
+    """
     if process_count() == 1:
         return value
     from accelerate.utils import broadcast_object_list
@@ -70,7 +83,8 @@ def from_main(value: T) -> T:
 
 
 def _partial_state() -> Any:
-    # Brings torch with it, which a command that only refuses its flags does without.
+    """accelerate's `PartialState` class, which initializes the process group when it is called."""
+    # Imported here because it imports torch. A command that only rejects its flags should not wait for that.
     from accelerate import PartialState
 
     return PartialState

@@ -1,4 +1,7 @@
-"""What a measurement ran on: processor, memory, versions. For the record; nothing is decided by it."""
+"""Describe the machine that a measurement ran on: processor, memory, GPU and package versions.
+
+The description goes into reports. No decision depends on it.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,18 @@ def package_version() -> str:
 
 
 def describe_machine(device: str) -> dict[str, str | int]:
-    """Processor, cores this process may use, memory, GPU where it was used, and versions of what is installed."""
+    """Describe this machine.
+
+    Args:
+        device: `cpu` or `cuda`. The GPU is named only for `cuda`.
+
+    Returns:
+        Processor, number of cores that this process may use, memory in bytes, operating system, Python version, GPU,
+        and the version of each installed package of `PACKAGES`.
+    """
     facts: dict[str, str | int] = {
         "processor": _processor(),
-        # Those this process may use, where the system can say.
+        # A container or scheduler may allow this process fewer cores than the machine has.
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -38,6 +49,7 @@ def describe_machine(device: str) -> dict[str, str | int]:
 
 
 def _processor() -> str:
+    """The processor's model name, from `/proc/cpuinfo` where it exists."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,6 +1,7 @@
-"""Keeping other libraries' chatter off the terminal: `captured_logs` sends it to a file.
+"""Keep the messages of other libraries off the terminal, and write them to a log file.
 
-Python's streams only: a C++ library that writes to the file descriptor is told to be quiet where it is opened.
+Only Python's own streams are redirected. A C++ library that writes to the file descriptor itself is silenced where it
+is loaded.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ _StreamHandler = logging.StreamHandler[Any]
 
 @contextmanager
 def captured_logs(path: Path | None, verbose: bool = False) -> Iterator[None]:
-    """Append to `path` what is printed, warned and logged inside the block.
+    """Append everything that is printed, warned or logged inside the `with` block to a file.
 
     Args:
-        path: The file, or `None` where there is no output folder to hold one: what is said is dropped.
-        verbose: Leave everything on the terminal, and write no file.
+        path: The log file. With `None` the messages are discarded, for a command without an output folder.
+        verbose: Leave every message on the terminal and write no file.
     """
     if verbose:
         yield
         return
     terminal = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
     with (path or Path(os.devnull)).open("a", encoding="utf-8") as log:
-        # A handler keeps the stream it was made with, so redirecting the streams does not move it.
+        # A logging handler keeps the stream that it was created with, so it must be redirected separately.
         moved = {handler: handler.stream for handler in _stream_handlers() if handler.stream in terminal}
         for handler in moved:
             handler.setStream(log)
@@ -39,14 +40,15 @@ def captured_logs(path: Path | None, verbose: bool = False) -> Iterator[None]:
             with redirect_stdout(log), redirect_stderr(log):
                 yield
         finally:
-            # Libraries imported inside the block made handlers on the file: those move to the terminal.
+            # A library that was imported inside the block may have created a handler on the log file. Point it to the
+            # terminal.
             for handler in _stream_handlers():
                 if handler.stream is log:
                     handler.setStream(moved.get(handler, sys.stderr))
 
 
 def _stream_handlers() -> list[_StreamHandler]:
-    """Every logger's handlers that hold a stream of their own and write no file of their own."""
+    """The handlers of all loggers that write to a stream of their own, file handlers left out."""
     loggers = [
         logging.root,
         *(each for each in logging.root.manager.loggerDict.values() if isinstance(each, logging.Logger)),

@@ -1,4 +1,4 @@
-"""Progress bars with the time that remains, on a terminal only: piped output shows none."""
+"""Progress bars with the remaining time. They appear only on a terminal, not in piped output."""
 
 from __future__ import annotations
 
@@ -13,24 +13,32 @@ from .distributed import is_main
 
 
 class Bar:
-    """One task's bar: `advance` it, or put it where it is, and say a word on how it goes."""
+    """The progress bar of one task."""
 
     def __init__(self, progress: Progress, title: str, total: int) -> None:
         self._progress = progress
         self._task = progress.add_task(title, total=total, note="")
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        """Move on by `steps`; `note` stands at the end of the bar."""
+        """Move on by `steps`, and show `note` at the end of the bar."""
         self._progress.update(self._task, advance=steps, note=note)
 
     def at(self, step: int, note: str) -> None:
-        """Stand at `step`, wherever the bar stood before; `note` stands at its end."""
+        """Set the bar to `step`, and show `note` at the end of the bar."""
         self._progress.update(self._task, completed=step, note=note)
 
 
 @contextmanager
 def progress_bar(title: str, total: int) -> Iterator[Bar]:
-    """A bar on standard error for `total` steps, of the main process; it disappears when the block ends."""
+    """Show a progress bar on standard error, in the main process only, until the `with` block ends.
+
+    Args:
+        title: The text before the bar.
+        total: The number of steps.
+
+    Yields:
+        The bar. Where nothing is shown, its methods do nothing.
+    """
     console = Console(file=sys.__stderr__, stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -39,6 +47,6 @@ def progress_bar(title: str, total: int) -> Iterator[Bar]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    shown = console.is_terminal and is_main()
-    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
+    visible = console.is_terminal and is_main()
+    with Progress(*columns, console=console, transient=True, disable=not visible) as progress:
         yield Bar(progress, title, total)

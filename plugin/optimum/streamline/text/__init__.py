@@ -1,5 +1,7 @@
-"""Text for calibration, healing and evaluation: from a SPEC to documents, from documents to windows of tokens, and
-whether two texts overlap.
+"""Text for calibration, healing and evaluation.
+
+Read documents from a SPEC (see `sources.py`), draw windows of tokens from them, check that a tokenizer fits, and find
+overlap between two texts.
 """
 
 __all__ = ["files", "overlap", "sampling", "sources", "tokenizer_checks", "windows"]

@@ -1,8 +1,7 @@
-"""Files into documents, by their kind: plain text, or tables of which one column is text.
+"""Read text files and tables into documents.
 
-A plain file is one document. So is a table's row, but for rows that are lines of one running text, as WikiText's are:
-these are joined. What is not text is refused; no byte is guessed or replaced. This file knows neither SPECs nor tokens;
-see `sources.py`.
+A plain file is one document. In a table, one column is the text and each row is a document. Rows that are single lines
+of one running text, as in WikiText, are joined. Files that are not text are refused: no byte is guessed or replaced.
 """
 
 from __future__ import annotations
@@ -19,9 +18,10 @@ from typing import Any
 import fsspec
 
 from optimum.streamline.errors import StreamlineError, first_line
+from optimum.streamline.system.git_lfs import POINTER_START, is_lfs_pointer
 
 PLAIN = (".md", ".py", ".rst", ".text", ".txt")
-# The reader of `datasets`, and its options.
+# For each table suffix: the builder in `datasets`, and its options.
 TABLES: dict[str, tuple[str, dict[str, str]]] = {
     ".csv": ("csv", {}),
     ".json": ("json", {}),
@@ -30,13 +30,13 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
     ".tsv": ("csv", {"sep": "\t"}),
 }
 COMPRESSED = (".bz2", ".gz", ".xz", ".zst")
-# A row that is such a line begins a document: the title of an article of WikiText, whose sections are ` = = Name = = `.
+# The title of a WikiText article, which begins a new document. Section headings look like ` = = Name = = `.
 _TITLE = re.compile(r" = [^=]+ = \n")
-# Rows that are lines are joined to a document of about so many characters at most.
-LONGEST = 200_000
-# What a file seems to be that begins so: for messages only, nothing is read by it.
-_BEGINNINGS = {
-    b"version https://git-lfs": "a git-lfs pointer and not the file itself; fetch it with `git lfs pull`",
+# The number of characters at which a document of joined rows ends.
+MAX_JOINED_CHARACTERS = 200_000
+# What a file is that begins with these bytes, for error messages only.
+_MAGIC_BYTES = {
+    POINTER_START: "a git-lfs pointer and not the file itself; fetch it with `git lfs pull`",
     b"\x1f\x8b": "gzip; name it .gz",
     b"BZh": "bzip2; name it .bz2",
     b"\xfd7zXZ\x00": "xz; name it .xz",
@@ -55,8 +55,12 @@ _BEGINNINGS = {
 }
 
 
-def kind_of(file: Path) -> str:
-    """The suffix that decides how a file is read: a key of `TABLES`, one of `PLAIN`, or empty for any other."""
+def file_suffix(file: Path) -> str:
+    """The suffix that decides how a file is read, without a compression suffix.
+
+    Returns:
+        A key of `TABLES`, one of `PLAIN`, or an empty string for any other suffix.
+    """
     suffixes = [suffix.lower() for suffix in file.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -65,10 +69,14 @@ def kind_of(file: Path) -> str:
 
 
 def read_files(files: Iterable[Path], column: str = "") -> Iterator[str]:
-    """The documents of files, in their order, those that are blank left out.
+    """Read the documents of several files, in the given order. Blank documents are left out.
 
     Args:
-        column: Of tables; the one column of text, or the one called `text`, by default.
+        files: The files.
+        column: The text column of the tables; by default the column `text`, or else the only column of strings.
+
+    Yields:
+        The documents.
 
     Raises:
         StreamlineError: a file is not text, cannot be read, or has no such column.
@@ -76,7 +84,7 @@ def read_files(files: Iterable[Path], column: str = "") -> Iterator[str]:
     for file in files:
         if file.suffix.lower() == ".zst" and find_spec("zstandard") is None:
             raise StreamlineError(f"text file {file}: needs the package zstandard: pip install zstandard")
-        if kind_of(file) in TABLES:
+        if file_suffix(file) in TABLES:
             yield from _table(file, column)
             continue
         if column:
@@ -87,95 +95,107 @@ def read_files(files: Iterable[Path], column: str = "") -> Iterator[str]:
 
 
 def plain_text(file: Path) -> str:
-    """The text of a plain file in UTF-8, decompressed where its name says that it is compressed.
+    """Read a plain text file in UTF-8. A file with a compression suffix is decompressed.
+
+    Returns:
+        The text, with line endings as newlines.
 
     Raises:
-        StreamlineError: its bytes are not text, naming the first that is not.
+        StreamlineError: the file cannot be read, or is not text. The message names the first wrong byte.
     """
     try:
         compression = "infer" if file.suffix.lower() in COMPRESSED else None
         with fsspec.open(str(file), "rb", compression=compression) as stream:
             content: bytes = stream.read()
-    except (OSError, EOFError, ValueError, ImportError) as error:  # of the disk, of the decompressors, of lack of one
+    except (OSError, EOFError, ValueError, ImportError) as error:  # the disk, the decompressor, or its package
         raise StreamlineError(f"text file {file}: cannot be read ({_reason(error)})") from None
-    except Exception as error:  # lzma and zlib each have their own
+    except Exception as error:  # lzma and zlib raise exceptions of their own
         raise StreamlineError(f"text file {file}: cannot be decompressed ({first_line(error)})") from None
-    seems = f"; it seems to be {kind}" if (kind := _seems(content)) else ""
-    if content.startswith(b"version https://git-lfs"):
-        raise StreamlineError(f"text file {file}: is not text{seems}")
+    hint = f"; it seems to be {kind}" if (kind := _guess_kind(content)) else ""
+    if is_lfs_pointer(content):
+        raise StreamlineError(f"text file {file}: is not text{hint}")
     if (nul := content.find(b"\0")) >= 0:
-        raise StreamlineError(f"text file {file}: is not text, byte {nul} is NUL{seems}")
+        raise StreamlineError(f"text file {file}: is not text, byte {nul} is NUL{hint}")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        offset = error.start + len(content) - len(error.object)  # the object is without the byte order mark
+        offset = error.start + len(content) - len(error.object)  # error.object lacks the byte order mark
         raise StreamlineError(
-            f"text file {file}: is not text in UTF-8, byte {offset} is 0x{content[offset]:02x}{seems}"
+            f"text file {file}: is not text in UTF-8, byte {offset} is 0x{content[offset]:02x}{hint}"
         ) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _seems(content: bytes) -> str:
-    for beginning, kind in _BEGINNINGS.items():
+def _guess_kind(content: bytes) -> str:
+    """What a file with this content seems to be, for an error message; empty if unknown."""
+    for beginning, kind in _MAGIC_BYTES.items():
         if content.startswith(beginning):
             return kind
-    # Its header's length in 8 bytes, and then the header, which is JSON.
+    # A safetensors file begins with the header's length in 8 bytes, followed by the header in JSON.
     return "a model's weights (safetensors)" if content[8:9] == b"{" and content[4:8] == bytes(4) else ""
 
 
 def _reason(error: Exception) -> str:
+    """The reason in an exception, without the file name."""
     return getattr(error, "strerror", None) or first_line(error)
 
 
 def _table(file: Path, column: str) -> Iterator[str]:
+    """Read the documents of a table."""
     from datasets import load_dataset
 
-    name, options = TABLES[kind_of(file)]
-    named = f"text file {file}"
-    # `datasets` keeps locks in its cache even of what it only streams.
-    with TemporaryDirectory(prefix="streamline-") as cache, table_errors(named):
-        rows = load_dataset(name, data_files=str(file), split="train", streaming=True, cache_dir=cache, **options)
-        yield from texts_of(named, [rows], column)
+    builder, options = TABLES[file_suffix(file)]
+    table_name = f"text file {file}"
+    # Even when it streams, `datasets` writes lock files into its cache, so give it a temporary one.
+    with TemporaryDirectory(prefix="streamline-") as cache, table_errors(table_name):
+        rows = load_dataset(builder, data_files=str(file), split="train", streaming=True, cache_dir=cache, **options)
+        yield from table_documents(table_name, [rows], column)
 
 
 @contextmanager
-def table_errors(named: str, advice: str = "") -> Iterator[None]:
-    """Make what `datasets` raises one line.
+def table_errors(table_name: str, advice: str = "") -> Iterator[None]:
+    """Turn any exception of `datasets` inside the `with` block into a `StreamlineError` with a one-line message.
 
     Args:
-        named: What the line calls the table.
-        advice: What it ends with.
+        table_name: The table's name for the message.
+        advice: The end of the message.
+
+    Raises:
+        StreamlineError: the block raised an exception.
     """
     try:
         yield
     except StreamlineError:
         raise
-    except Exception as error:  # datasets raises whatever its readers and its transport raise
-        raise StreamlineError(f"{named}: cannot be read ({first_line(error)}){advice}") from None
+    except Exception as error:  # its readers and its HTTP library raise exceptions of their own
+        raise StreamlineError(f"{table_name}: cannot be read ({first_line(error)}){advice}") from None
 
 
-def texts_of(named: str, parts: Iterable[Iterable[dict[str, Any]]], column: str) -> Iterator[str]:
-    """The documents in one column of a table, those that are blank or missing left out.
+def table_documents(table_name: str, parts: Iterable[Iterable[dict[str, Any]]], column: str) -> Iterator[str]:
+    """Read the documents in one column of a table. Blank and missing rows are left out.
 
-    A row is a document. Rows of one line each, which ends in a newline, are lines of one text and are joined, blank
-    rows between them too. Such a document ends before a title as WikiText's articles have it, before a row of another
-    kind, with its part, and at `LONGEST` characters.
+    A row is a document. Rows that are single lines ending in a newline are joined into one document, with the blank
+    rows between them. A joined document ends at a WikiText title, at a row that is not a single line, at a missing row,
+    at the end of its part of the data set, and at about `MAX_JOINED_CHARACTERS` characters.
 
     Args:
-        named: What messages call the table.
-        parts: The rows of each part.
-        column: Its name; empty for the one column of text, or the one called `text`.
+        table_name: The table's name for messages.
+        parts: The parts of the data set, each as rows.
+        column: The text column; if empty, the column `text`, or else the only column of strings.
+
+    Yields:
+        The documents.
 
     Raises:
-        StreamlineError: there is no such column, or what stands in it is not text.
+        StreamlineError: there is no such column, or a value in it is not a string.
     """
     lines: list[str] = []
     size = 0
-    for value in _values(named, parts, column):
+    for value in _values(table_name, parts, column):
         if value is not None and not value.strip():
             lines += ["\n"] if lines else []
             continue
-        if lines and (value is None or not _goes_on(value) or size >= LONGEST):
+        if lines and (value is None or not _continues_document(value) or size >= MAX_JOINED_CHARACTERS):
             yield "".join(lines)
             lines, size = [], 0
         if value is not None and _is_line(value):
@@ -186,37 +206,40 @@ def texts_of(named: str, parts: Iterable[Iterable[dict[str, Any]]], column: str)
 
 
 def _is_line(value: str) -> bool:
+    """Whether a row is a single line that ends in a newline."""
     return value.find("\n") == len(value) - 1
 
 
-def _goes_on(value: str) -> bool:
+def _continues_document(value: str) -> bool:
+    """Whether a row continues a document of joined lines."""
     return _is_line(value) and not _TITLE.fullmatch(value)
 
 
-def _values(named: str, parts: Iterable[Iterable[dict[str, Any]]], column: str) -> Iterator[str | None]:
-    """What stands in a column, and `None` where a part ends."""
+def _values(table_name: str, parts: Iterable[Iterable[dict[str, Any]]], column: str) -> Iterator[str | None]:
+    """The values of a column, and `None` after each part."""
     for rows in parts:
         for number, row in enumerate(rows):
-            column = column or _text_column(named, row)
+            column = column or _text_column(table_name, row)
             if column not in row:
-                raise StreamlineError(f"{named}: no column {column!r}; there are {', '.join(sorted(row))}")
+                raise StreamlineError(f"{table_name}: no column {column!r}; there are {', '.join(sorted(row))}")
             value = row[column]
             if isinstance(value, str):
                 yield value
             elif value is not None:
                 raise StreamlineError(
-                    f"{named}: column {column!r} holds {type(value).__name__} in row {number}, which is not text; "
+                    f"{table_name}: column {column!r} holds {type(value).__name__} in row {number}, which is not text; "
                     f"there are {', '.join(sorted(row))}"
                 )
         yield None
 
 
-def _text_column(named: str, row: dict[str, Any]) -> str:
+def _text_column(table_name: str, row: dict[str, Any]) -> str:
+    """The column `text`, or else the only column of strings."""
     columns = [name for name, value in row.items() if isinstance(value, str)]
     if "text" in columns:
         return "text"
     if len(columns) == 1:
         return columns[0]
     if not columns:
-        raise StreamlineError(f"{named}: no column of text; there are {', '.join(sorted(row))}")
-    raise StreamlineError(f"{named}: name the column, one of {', '.join(columns)}")
+        raise StreamlineError(f"{table_name}: no column of text; there are {', '.join(sorted(row))}")
+    raise StreamlineError(f"{table_name}: name the column, one of {', '.join(columns)}")

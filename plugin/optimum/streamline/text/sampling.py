@@ -1,7 +1,6 @@
-"""Windows of tokens drawn by a seed over all of a text that was read, each beginning as its tokenizer begins a text.
+"""Draw token windows at random positions of a text. Each begins as the tokenizer begins a text, for example with BOS.
 
-Of a text that is large for what is asked only what is drawn is tokenized. This file knows tokenizers and documents,
-neither SPECs nor models.
+Of a large text, only the drawn parts are tokenized.
 """
 
 from __future__ import annotations
@@ -15,18 +14,22 @@ from math import ceil
 
 from transformers import PreTrainedTokenizerBase
 
-# A text of fewer windows than so many times those asked for is tokenized whole.
+# A text that has room for fewer windows than this many times the number asked for is tokenized completely.
 FEW = 4
-# How far a word's end is looked for: scripts without spaces have none.
+# The maximum distance in characters to search for the end of a word. Scripts such as Chinese have no spaces.
 _LONGEST_WORD = 200
-# Characters that are taken at first for those that a window will need, and by how much more each time they do not do.
+# The factor by which the characters for one window are increased, at first and each time they give too few tokens.
 _MARGIN = 1.5
-# Places and characters of the sample that characters a token are counted on.
-_PLACES, _PLACE = 16, 4096
+# The number of pieces in the sample that estimates characters per token, and the characters of each.
+_SAMPLE_PIECES, _SAMPLE_CHARACTERS = 16, 4096
 
 
 class JoinedText:
-    """Documents laid end to end; a place is a number of characters from the first's start."""
+    """Documents laid end to end. An offset is a number of characters from the start of the first document.
+
+    Args:
+        documents: The documents.
+    """
 
     def __init__(self, documents: Sequence[str]) -> None:
         self.documents = documents
@@ -34,36 +37,47 @@ class JoinedText:
 
     @property
     def size(self) -> int:
-        """Characters."""
+        """The number of characters."""
         return self._ends[-1] if self._ends else 0
 
-    def document_at(self, place: int) -> int:
-        """Which document a place is in."""
-        return bisect_right(self._ends, place)
+    def document_at(self, offset: int) -> int:
+        """The index of the document that contains an offset."""
+        return bisect_right(self._ends, offset)
 
-    def word_at(self, place: int) -> int:
-        """The first place from here on where a document or the space before a word begins."""
-        if place >= self.size:
+    def word_at(self, offset: int) -> int:
+        """The first offset, from this one on, at which a document or the white space before a word begins.
+
+        If there is none within `_LONGEST_WORD` characters, the offset itself.
+        """
+        if offset >= self.size:
             return self.size
-        number = self.document_at(place)
+        number = self.document_at(offset)
         text, start = self.documents[number], self._ends[number] - len(self.documents[number])
-        first = place - start
+        first = offset - start
         if first == 0:
-            return place
+            return offset
         for at in range(first, min(first + _LONGEST_WORD, len(text))):
             if text[at].isspace() and not text[at - 1].isspace():
                 return start + at
-        return self._ends[number] if first + _LONGEST_WORD >= len(text) else place
+        return self._ends[number] if first + _LONGEST_WORD >= len(text) else offset
 
-    def after_space(self, place: int) -> int:
-        """The place after the one character of white space there, if there is one."""
-        if place >= self.size:
-            return place
-        number = self.document_at(place)
-        return place + self.documents[number][place - self._ends[number]].isspace()
+    def after_space(self, offset: int) -> int:
+        """The offset after the white space character at this offset, or the offset itself if there is none."""
+        if offset >= self.size:
+            return offset
+        number = self.document_at(offset)
+        return offset + self.documents[number][offset - self._ends[number]].isspace()
 
     def pieces(self, start: int, end: int) -> Iterator[tuple[str, bool]]:
-        """What stands from `start` to `end`, document by document, and whether the document ends there too."""
+        """The text between two offsets, one piece per document.
+
+        Args:
+            start: Offset of the first character.
+            end: Offset after the last character.
+
+        Yields:
+            A piece, and whether its document ends with it.
+        """
         number = self.document_at(start)
         while start < end:
             document, close = self.documents[number], self._ends[number]
@@ -72,23 +86,27 @@ class JoinedText:
             start, number = close, number + 1
 
     def sample(self) -> list[tuple[str, bool]]:
-        """Pieces from all over the book, the same ones each time."""
-        starts = sorted({self.word_at(self.size * place // _PLACES) for place in range(_PLACES)})
-        ends = [min(start + _PLACE, after) for start, after in zip(starts, [*starts[1:], self.size], strict=True)]
+        """Pieces spread evenly over the text, in the form of `pieces`; the same ones in every call."""
+        starts = sorted({self.word_at(self.size * part // _SAMPLE_PIECES) for part in range(_SAMPLE_PIECES)})
+        ends = [
+            min(start + _SAMPLE_CHARACTERS, after)
+            for start, after in zip(starts, [*starts[1:], self.size], strict=True)
+        ]
         return [piece for start, end in zip(starts, ends, strict=True) for piece in self.pieces(start, end)]
 
 
 class WindowEncoder:
-    """How a tokenizer writes a text: its tokens, and what it puts before and after.
+    """Encode pieces of text with a tokenizer, with the tokens that it puts before, between and after documents.
 
     Args:
         tokenizer: The tokenizer.
 
     Attributes:
-        prefix: The tokens it begins a text with, such as that of the beginning; often none.
-        ending: Those that close a document: what it ends a text with, and its end token where it has one. Those of an
-            empty line, where there is neither, nor a prefix.
-        puts_space: Whether it puts a space before a text, as Llama's does: a window then begins after the text's own.
+        prefix: The tokens that it puts before a text, such as BOS; often none.
+        ending: The tokens that close a document: those that the tokenizer puts after a text, then EOS if it has one. If
+            there are none and no prefix either, the tokens of an empty line.
+        puts_space: Whether it puts a space before a text, as Llama's does. A window then begins after the text's own
+            space.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -107,7 +125,14 @@ class WindowEncoder:
             [self.ending] = self.encode(["\n\n"])
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """The tokens of texts, nothing before or after them."""
+        """Tokenize several texts without special tokens.
+
+        Args:
+            texts: The texts.
+
+        Returns:
+            The token ids of each text.
+        """
         if not texts:
             return []
         encoded: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)[
@@ -116,7 +141,14 @@ class WindowEncoder:
         return encoded
 
     def tokens(self, pieces: Sequence[tuple[str, bool]]) -> list[int]:
-        """The tokens of pieces of a book, what a document is closed and the next begun with between them."""
+        """Tokenize consecutive pieces, with `ending` and `prefix` after each piece that ends its document.
+
+        Args:
+            pieces: Pieces in the form of `JoinedText.pieces`.
+
+        Returns:
+            The token ids of all pieces together.
+        """
         tokens: list[int] = []
         for (_, closes), encoded in zip(pieces, self.encode([text for text, _ in pieces]), strict=True):
             tokens += encoded + (self.ending + self.prefix if closes else [])
@@ -125,12 +157,12 @@ class WindowEncoder:
 
 @dataclass(frozen=True)
 class Window:
-    """One window.
+    """One window of tokens.
 
     Args:
-        tokens: Its tokens, what the tokenizer begins a text with first.
-        document: Number of the document that its text begins in.
-        texts: The text that it was made from: more than what is in it, if anything.
+        tokens: Its token ids, beginning with the prefix.
+        document: The index of the document in which its text begins.
+        texts: The text that was tokenized for it, which can be longer than the window.
     """
 
     tokens: list[int]
@@ -140,12 +172,12 @@ class Window:
 
 @dataclass(frozen=True)
 class SampledWindows:
-    """Windows in the order they were drawn in.
+    """Drawn windows, in the order in which they were drawn.
 
     Args:
-        windows: Fewer than were asked for where the text is too short.
-        possible: How many there was room for.
-        tokens: How many the whole text has, where it was too short.
+        windows: The windows; none if the text is too short.
+        possible: The number of windows that the text has room for.
+        tokens: The number of tokens in the text, if all of it was tokenized; else 0.
     """
 
     windows: list[Window]
@@ -154,83 +186,99 @@ class SampledWindows:
 
 
 def sample_windows(
-    book: JoinedText, writer: WindowEncoder, count: int, length: int, a_token: float, seed: int
+    joined: JoinedText, encoder: WindowEncoder, count: int, length: int, chars_per_token: float, seed: int
 ) -> SampledWindows:
-    """Draw windows without replacement, no two of them with text in common.
+    """Draw windows without replacement. No two windows share text.
 
     Args:
-        count: How many.
-        length: Tokens of each, those of the prefix among them.
-        a_token: Characters a token, about.
+        joined: The text.
+        encoder: The encoder of the tokenizer.
+        count: The number of windows.
+        length: The number of tokens in each window, prefix included.
+        chars_per_token: The estimated number of characters per token.
+        seed: The seed of the random generator.
+
+    Returns:
+        The windows, or none if the text has fewer than `count`.
     """
-    stretch = ceil((length - len(writer.prefix)) * a_token)
-    possible = book.size // stretch
+    # The characters that one window takes, about.
+    span = ceil((length - len(encoder.prefix)) * chars_per_token)
+    possible = joined.size // span
     if possible >= FEW * count:
-        windows = _draw_few(book, writer, count, length, stretch, random.Random(seed))
+        windows = _draw_few(joined, encoder, count, length, span, random.Random(seed))
         if windows:
             return SampledWindows(windows, possible)
-    return _draw_of_all(book, writer, count, length, random.Random(seed))
+    return _draw_of_all(joined, encoder, count, length, random.Random(seed))
 
 
 def _draw_few(
-    book: JoinedText, writer: WindowEncoder, count: int, length: int, stretch: int, chance: random.Random
+    joined: JoinedText, encoder: WindowEncoder, count: int, length: int, span: int, rng: random.Random
 ) -> list[Window]:
-    """Windows at places a stretch or more apart; none where the text ends before the last of them is full."""
-    phase = chance.randrange(stretch)
-    # The last two are left out: a window that begins there might not be full before the text ends.
-    numbers = sorted(chance.sample(range((book.size - phase) // stretch - 2 - count + 1), count))
-    order = chance.sample(range(count), count)
+    """Draw windows that begin at least `span` characters apart, and tokenize only these.
+
+    Returns:
+        The windows; none if the text ends before one of them is full.
+    """
+    phase = rng.randrange(span)
+    # The last two starts are left out: a window there might reach the end of the text before it is full.
+    numbers = sorted(rng.sample(range((joined.size - phase) // span - 2 - count + 1), count))
+    order = rng.sample(range(count), count)
     windows, free = [], 0
     for between, number in enumerate(numbers):
-        # Each is moved on by those before it, which leaves one free between any two.
-        start = book.word_at(max(phase + (number + between) * stretch, free))
-        start = book.after_space(start) if writer.puts_space else start
-        filled = _fill(book, writer, start, length - len(writer.prefix), stretch)
+        # Move each start on by the number of windows before it. This leaves one unused span between any two windows.
+        start = joined.word_at(max(phase + (number + between) * span, free))
+        start = joined.after_space(start) if encoder.puts_space else start
+        filled = _fill(joined, encoder, start, length - len(encoder.prefix), span)
         if filled is None:
             return []
         tokens, pieces, free = filled
-        windows.append(Window(writer.prefix + tokens, book.document_at(start), tuple(text for text, _ in pieces)))
-    return [windows[place] for place in order]
+        windows.append(Window(encoder.prefix + tokens, joined.document_at(start), tuple(text for text, _ in pieces)))
+    return [windows[index] for index in order]
 
 
 def _fill(
-    book: JoinedText, writer: WindowEncoder, start: int, wanted: int, stretch: int
+    joined: JoinedText, encoder: WindowEncoder, start: int, wanted: int, span: int
 ) -> tuple[list[int], list[tuple[str, bool]], int] | None:
-    """So many tokens from a place on, the text they are of and where it ends; nothing where there are not so many."""
-    characters = float(stretch)
+    """Tokenize from `start` on until there are `wanted` tokens.
+
+    Returns:
+        The tokens, the pieces they come from, and the offset where the pieces end; `None` if the text ends first.
+    """
+    characters = float(span)
     while True:
         characters *= _MARGIN
-        end = book.word_at(start + ceil(characters))
-        pieces = list(book.pieces(start, end))
-        tokens = writer.tokens(pieces)
+        end = joined.word_at(start + ceil(characters))
+        pieces = list(joined.pieces(start, end))
+        tokens = encoder.tokens(pieces)
         if len(tokens) >= wanted:
             return tokens[:wanted], pieces, end
-        if end == book.size:
+        if end == joined.size:
             return None
 
 
 def _draw_of_all(
-    book: JoinedText, writer: WindowEncoder, count: int, length: int, chance: random.Random
+    joined: JoinedText, encoder: WindowEncoder, count: int, length: int, rng: random.Random
 ) -> SampledWindows:
-    """The whole text cut into windows, end to end, and so many of them drawn."""
+    """Tokenize the whole text, cut it into consecutive windows, and draw `count` of them."""
     stream: list[int] = []
-    firsts = []  # of each document, its first token's place
-    for tokens in writer.encode(list(book.documents)):
+    firsts = []  # the index of each document's first token in the stream
+    for tokens in encoder.encode(list(joined.documents)):
         firsts.append(len(stream))
-        stream += tokens + writer.ending + writer.prefix
-    if writer.prefix and stream:
-        del stream[-len(writer.prefix) :]  # nothing follows the last
-    own, cuts, at = length - len(writer.prefix), [], 0
+        stream += tokens + encoder.ending + encoder.prefix
+    if encoder.prefix and stream:
+        del stream[-len(encoder.prefix) :]  # no document follows the last one
+    # Tokens of a window without its prefix, the index of each window's first token, and the index of the next.
+    own, cuts, at = length - len(encoder.prefix), [], 0
     while True:
-        if writer.prefix and stream[at : at + len(writer.prefix)] == writer.prefix:
-            at += len(writer.prefix)  # it is given to every window anyway
+        if encoder.prefix and stream[at : at + len(encoder.prefix)] == encoder.prefix:
+            at += len(encoder.prefix)  # every window gets a prefix anyway
         if at + own > len(stream):
             break
         cuts.append(at)
         at += own
     windows = []
-    for cut in chance.sample(cuts, count) if len(cuts) >= count else []:
+    for cut in rng.sample(cuts, count) if len(cuts) >= count else []:
         first, last = bisect_right(firsts, cut) - 1, bisect_right(firsts, cut + own - 1) - 1
-        texts = tuple(book.documents[first : last + 1])
-        windows.append(Window(writer.prefix + stream[cut : cut + own], first, texts))
+        texts = tuple(joined.documents[first : last + 1])
+        windows.append(Window(encoder.prefix + stream[cut : cut + own], first, texts))
     return SampledWindows(windows, len(cuts), len(stream))

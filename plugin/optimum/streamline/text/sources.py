@@ -1,9 +1,12 @@
-"""Where text comes from: a SPEC names it, `open_text` finds it.
+"""Open the text that a SPEC names.
 
-A SPEC is a text file, a table (`FILE[,COLUMN]`), a folder of these,
-`hub:DATASET[@REVISION][,CONFIG[,SPLIT[,COLUMN]]]`, or `stdlib[:train|calibration|eval]`. This file knows nothing of
-tokens; see `windows.py`. Nothing falls back in silence: a source that cannot be read is an error that names the SPEC
-and the alternatives.
+A SPEC is one of:
+
+- a text file, a table as `FILE[,COLUMN]`, or a folder of these; - `hub:DATASET[@REVISION][,CONFIG[,SPLIT[,COLUMN]]]`, a
+data set on the Hugging Face Hub; - `stdlib[:train|calibration|eval]`, a part of the Python standard library's source
+code.
+
+There is no fallback: if a source cannot be read, an error names the SPEC and the alternatives.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from pathlib import Path
 
 from optimum.streamline.errors import StreamlineError
 
-from .files import PLAIN, TABLES, kind_of, read_files, table_errors, texts_of
+from .files import PLAIN, TABLES, file_suffix, read_files, table_documents, table_errors
 
 STDLIB_PARTS = ("train", "calibration", "eval")
 ALTERNATIVES = (
@@ -26,19 +29,19 @@ ALTERNATIVES = (
     "or stdlib[:train|calibration|eval]"
 )
 
-# Not in every installation, or tables and machine settings rather than a programmer's text.
+# Folders that not every installation has, or that hold tables and machine settings rather than ordinary source code.
 _NOT_STDLIB_TEXT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 
 
 @dataclass(frozen=True)
 class Text:
-    """Documents, and where they come from.
+    """Documents, and their source.
 
     Args:
         spec: The SPEC.
-        documents: They are read as they are asked for, once.
-        endless: Whether there may be far more of them than anybody wants to read.
-        commit: Of a data set on the Hub, the commit that is read; empty where the Hub does not say.
+        documents: The documents. They are read while iterating, and only once.
+        endless: Whether the text may be too large to read completely, as a data set on the Hub may be.
+        commit: For a data set on the Hub, the commit that is read; empty if it is unknown.
     """
 
     spec: str
@@ -48,11 +51,12 @@ class Text:
 
 
 def stdlib_part(module_path: str) -> str:
-    """The part a standard-library file belongs to, from nothing but its path.
+    """The part that a file of the standard library belongs to: `train`, `calibration` or `eval`.
+
+    The part depends only on a hash of the path, so it is the same on every Python version and machine.
 
     Args:
-        module_path: POSIX path below the library's folder, such as `asyncio/events.py`. The rule is a
-            hash of it, so a file keeps its part on every Python version and machine.
+        module_path: POSIX path relative to the library's folder, such as `asyncio/events.py`.
 
     >>> stdlib_part("asyncio/events.py")
     'train'
@@ -62,16 +66,23 @@ def stdlib_part(module_path: str) -> str:
 
 
 def open_text(spec: str, seed: int = 0) -> Text:
-    """The documents of `spec` in their own order: files by their paths, rows as they stand.
+    """Open the text that a SPEC names. Files are ordered by path; rows stay in order.
 
     Args:
-        seed: Of the order in which the parts of a data set on the Hub are read, which is seldom read whole.
+        spec: The SPEC.
+        seed: The seed for the order in which the parts of a Hub data set are read. Large data sets are not read to the
+            end.
+
+    Returns:
+        The text. Iterating its documents may raise a StreamlineError too.
 
     Raises:
-        StreamlineError: the SPEC names nothing that can be read; what is found wrong later is raised by `documents`.
+        StreamlineError: the SPEC names nothing that can be read.
     """
     if not spec.partition(",")[0].strip():
-        raise StreamlineError(f"text SPEC {spec!r}: names no text, as where a variable is not set; give {ALTERNATIVES}")
+        raise StreamlineError(
+            f"text SPEC {spec!r}: names no text, perhaps because a variable is not set; give {ALTERNATIVES}"
+        )
     if spec.startswith("stdlib:"):
         return Text(spec, read_files(_stdlib_files(spec.removeprefix("stdlib:"))))
     if spec.startswith("hub:"):
@@ -88,28 +99,34 @@ def open_text(spec: str, seed: int = 0) -> Text:
 
 
 def local_path(spec: str) -> tuple[Path, str]:
-    """The path that a SPEC would name on this machine, and the column it asks for there, if any."""
-    path = Path(os.path.expanduser(spec))  # which, unlike Path's own, leaves a name that nobody has
-    if "," not in spec or os.path.exists(path):  # which, unlike Path's own, takes a name that is too long
+    """The path that a SPEC names if it is a local file or folder, and its column.
+
+    Returns:
+        Path and column. The column is empty if the SPEC names none.
+    """
+    path = Path(os.path.expanduser(spec))  # keeps a `~user` that does not exist; Path.expanduser raises
+    if "," not in spec or os.path.exists(path):  # returns False for a name that is too long; Path.exists raises
         return path, ""
     name, _, column = spec.rpartition(",")
     return Path(os.path.expanduser(name)), column.strip()
 
 
 def _files_below(spec: str, folder: Path) -> list[Path]:
+    """The files in a folder that can be read as text, ordered by path."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    kinds = [(file, kind) for file in files if (kind := kind_of(file))]
-    # Beside other files, JSON is settings more often than text.
+    kinds = [(file, kind) for file in files if (kind := file_suffix(file))]
+    # In a folder with other text files, a JSON file is more likely a settings file than text.
     chosen = [file for file, kind in kinds if kind != ".json"] or [file for file, _ in kinds]
     if not chosen:
         raise StreamlineError(
             f"text SPEC {spec!r}: the folder holds no {', '.join(sorted((*PLAIN, *TABLES)))} file; "
-            f"{len(files)} others were passed over"
+            f"{len(files)} other files were ignored"
         )
     return chosen
 
 
 def _stdlib_files(part: str) -> list[Path]:
+    """The source files of one part of the standard library, ordered by path."""
     if part not in STDLIB_PARTS:
         raise StreamlineError(f"text SPEC 'stdlib:{part}': the part must be one of {', '.join(STDLIB_PARTS)}")
     root = Path(sysconfig.get_path("stdlib"))
@@ -124,6 +141,7 @@ def _stdlib_files(part: str) -> list[Path]:
 
 
 def _open_hub(spec: str, seed: int) -> Text:
+    """Open a data set on the Hub."""
     fields = [field.strip() for field in spec.removeprefix("hub:").split(",")]
     if len(fields) > 4:
         raise StreamlineError(f"text SPEC {spec!r}: at most DATASET, CONFIG, SPLIT and COLUMN; give {ALTERNATIVES}")
@@ -132,37 +150,41 @@ def _open_hub(spec: str, seed: int) -> Text:
     if not name:
         raise StreamlineError(f"text SPEC {spec!r}: names no data set; give {ALTERNATIVES}")
     with table_errors(f"text SPEC {spec!r}", f"; give {ALTERNATIVES}"):
-        # Asked first: it is one request, while `datasets` tries for long where there is no network.
+        # Get the commit first. This is one request, while `datasets` retries for a long time if there is no network.
         commit = _commit(name, revision)
     return Text(spec, _hub_texts(spec, (name, config, split), commit or revision, column, seed), True, commit)
 
 
 def _hub_texts(spec: str, dataset: tuple[str, str, str], revision: str, column: str, seed: int) -> Iterator[str]:
+    """Read the documents of a Hub data set, its parts in random order."""
     name, config, split = dataset
     with table_errors(f"text SPEC {spec!r}", f"; give {ALTERNATIVES}"):
         from datasets import load_dataset
 
         rows = load_dataset(name, config or None, split=split or "train", streaming=True, revision=revision or None)
-        if hasattr(rows, "reshard"):  # of newer versions: the parts of a Parquet file become parts of the data set
+        if hasattr(rows, "reshard"):  # newer versions of `datasets` can make each row group of a Parquet file a part
             rows = rows.reshard()
-        # Neighbouring rows stay together, for they may be lines of one text: only the order of the parts is the seed's.
+        # Shuffle the parts and not the rows: neighbouring rows may be lines of one text.
         parts = rows.num_shards
         order = random.Random(seed).sample(range(parts), parts)
-        yield from texts_of(f"text SPEC {spec!r}", (rows.shard(parts, number) for number in order), column)
+        yield from table_documents(f"text SPEC {spec!r}", (rows.shard(parts, number) for number in order), column)
 
 
 def _commit(name: str, revision: str) -> str:
+    """The commit of a Hub data set at a revision; empty if the Hub cannot be asked."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 
-    if Path(name).is_dir():  # which `datasets` reads as it does one of the Hub
+    if Path(name).is_dir():  # `datasets` reads a local folder in the same way
         return ""
     try:
-        found = HfApi().dataset_info(name, revision=revision or None, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except OfflineModeIsEnabled:  # what was fetched before can be read
+        info = HfApi().dataset_info(name, revision=revision or None, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except OfflineModeIsEnabled:  # `datasets` may still have it in its cache
         return ""
     except RepositoryNotFoundError:
-        raise StreamlineError(f"text SPEC 'hub:{name}': the Hub has no such data set, or none for you to see") from None
+        raise StreamlineError(
+            f"text SPEC 'hub:{name}': the Hub has no such data set, or you have no access to it"
+        ) from None
     except RevisionNotFoundError:
         raise StreamlineError(f"text SPEC 'hub:{name}@{revision}': the data set has no such revision") from None
-    return found.sha or ""
+    return info.sha or ""

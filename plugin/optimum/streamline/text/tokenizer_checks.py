@@ -1,4 +1,4 @@
-"""Questions to a tokenizer before what it says is believed: is it one, is it this model's, is it the original's too?"""
+"""Check that a tokenizer can read a text, fits the model, and gives the same tokens as the original's."""
 
 from __future__ import annotations
 
@@ -8,36 +8,37 @@ from transformers import PreTrainedTokenizerBase
 
 from optimum.streamline.checkpoints.loading import load_tokenizer
 from optimum.streamline.checkpoints.source import ModelSource
+from optimum.streamline.checkpoints.tokenizer_files import has_tokenizer
 from optimum.streamline.errors import StreamlineError
 
-# Characters other than spaces that a token stands for, at most: the longest words and runs of signs are shorter.
-CHARACTERS_A_TOKEN = 32
-# Share of a text's tokens that may be the one for what is unknown.
-UNKNOWN = 0.5
-# Files of which a checkpoint with a tokenizer has at least one.
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "spiece.model", "sentencepiece*")
+# The largest plausible average of characters per token, without white space. Real tokenizers stay far below it.
+MAX_CHARACTERS_PER_TOKEN = 32
+# The largest allowed share of unknown tokens in a text.
+MAX_UNKNOWN_SHARE = 0.5
 
 
 def check_tokenizer(spec: str, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], tokens: Sequence[int]) -> None:
-    """Refuse a tokenizer that makes nothing, or nothing known, of a text.
+    """Refuse a tokenizer that gives almost no tokens for a text, or mostly unknown ones.
 
     Args:
-        spec: The text's SPEC.
-        texts: Pieces of it.
-        tokens: What the tokenizer made of them.
+        spec: The text's SPEC, for the message.
+        tokenizer: The tokenizer.
+        texts: Pieces of the text.
+        tokens: The tokenizer's token ids for all pieces together.
 
     Raises:
-        StreamlineError: there are far fewer tokens than text, or most of them are for what is unknown.
+        StreamlineError: there are more than `MAX_CHARACTERS_PER_TOKEN` characters per token, or the share of unknown
+            tokens is above `MAX_UNKNOWN_SHARE`.
     """
     characters = sum(len("".join(text.split())) for text in texts)
     name = f"tokenizer {type(tokenizer).__name__} of {len(tokenizer)} tokens"
-    if characters > CHARACTERS_A_TOKEN * len(tokens):
+    if characters > MAX_CHARACTERS_PER_TOKEN * len(tokens):
         raise StreamlineError(
             f"{name}: makes {len(tokens)} tokens of {characters} characters of {spec!r}; it cannot read this text, or "
-            "its files are not there"
+            "its files are missing"
         )
     unknown = 0 if tokenizer.unk_token_id is None else list(tokens).count(tokenizer.unk_token_id)
-    if unknown > UNKNOWN * len(tokens):
+    if unknown > MAX_UNKNOWN_SHARE * len(tokens):
         raise StreamlineError(
             f"{name}: {unknown / len(tokens):.0%} of {spec!r} are unknown to it ({tokenizer.unk_token!r}); give text "
             "that it can read, or the model's own tokenizer"
@@ -45,14 +46,15 @@ def check_tokenizer(spec: str, tokenizer: PreTrainedTokenizerBase, texts: Iterab
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, largest: int, vocabulary: int) -> None:
-    """Refuse a token that the model has no embedding for.
+    """Refuse a token id for which the model has no embedding.
 
     Args:
-        largest: The largest token of a text.
-        vocabulary: How many the model knows.
+        tokenizer: The tokenizer that gave the id.
+        largest: The largest token id in a text.
+        vocabulary: The number of rows in the model's embedding.
 
     Raises:
-        StreamlineError: the token is none of the model's.
+        StreamlineError: `largest` is not below `vocabulary`.
     """
     if largest >= vocabulary:
         token = tokenizer.convert_ids_to_tokens(largest)
@@ -65,48 +67,47 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, largest: int, vocabular
 def compare_tokenizers(
     original: ModelSource, candidates: Sequence[tuple[str, ModelSource]], texts: Sequence[str]
 ) -> list[str]:
-    """Refuse candidates whose own tokenizers read a text otherwise than the original's.
+    """Refuse candidates whose tokenizers give other tokens for a text than the original's.
 
     Args:
-        candidates: Labels, and where they are.
-        texts: The text that they are judged on; with none there is nothing to compare.
+        original: The original model.
+        candidates: Labels and sources of the candidates.
+        texts: The evaluation text, in pieces. If empty, nothing is compared.
 
     Returns:
-        What there is to say of candidates that have no tokenizer.
+        One line for each candidate without a tokenizer.
 
     Raises:
-        StreamlineError: the first difference.
+        StreamlineError: a tokenizer differs. The message names the first different token.
     """
     if not texts:
         return []
-    said = []
-    reads = load_tokenizer(original)
+    notes = []
+    original_tokenizer = load_tokenizer(original)
     for label, source in candidates:
-        if not _has_tokenizer(source):
-            said.append(f"{label}: holds no tokenizer; it is taken to use the original's")
+        if not has_tokenizer(source.folder):
+            notes.append(f"{label}: has no tokenizer; the original's is used")
             continue
         other = load_tokenizer(source)
         for text in texts:
-            _check_same(label, reads, other, text)
-    return said
+            _check_same(label, original_tokenizer, other, text)
+    return notes
 
 
-def _has_tokenizer(source: ModelSource) -> bool:
-    return any(any(source.folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
-
-
-def _check_same(label: str, reads: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, text: str) -> None:
-    ours, theirs = (each(text, truncation=False, verbose=False)["input_ids"] for each in (reads, other))
+def _check_same(label: str, original: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, text: str) -> None:
+    """Refuse a candidate's tokenizer that differs from the original's on one piece of text."""
+    ours, theirs = (each(text, truncation=False, verbose=False)["input_ids"] for each in (original, other))
     if ours == theirs:
         return
     pairs = zip(ours, theirs, strict=False)
     at = next((at for at, (one, two) in enumerate(pairs) if one != two), min(len(ours), len(theirs)))
-    one, two = (_token(tokenizer, tokens, at) for tokenizer, tokens in ((reads, ours), (other, theirs)))
+    one, two = (_token(tokenizer, tokens, at) for tokenizer, tokens in ((original, ours), (other, theirs)))
     raise StreamlineError(
-        f"{label}: its tokenizer reads the evaluation text otherwise than the original's: token {at} is {two}, the "
-        f"original's is {one}; give it the original's tokenizer, or judge it against a model that has its own"
+        f"{label}: its tokenizer gives other tokens for the evaluation text than the original's: token {at} is {two}, "
+        f"the original's is {one}; give it the original's tokenizer, or compare it with a model that shares its own"
     )
 
 
 def _token(tokenizer: PreTrainedTokenizerBase, tokens: list[int], at: int) -> str:
-    return f"{tokens[at]} ({tokenizer.convert_ids_to_tokens(tokens[at])!r})" if at < len(tokens) else "not there"
+    """A token at an index, as id and string, for a message."""
+    return f"{tokens[at]} ({tokenizer.convert_ids_to_tokens(tokens[at])!r})" if at < len(tokens) else "missing"

@@ -1,6 +1,6 @@
-"""Token windows of one fixed length, drawn from a text: the same ones for the same seed.
+"""Windows: token sequences of one fixed length, drawn at random from a text. The same seed draws the same windows.
 
-Knows text and tokenizers; of a model only how many tokens it knows. How windows are drawn is in `sampling.py`.
+`sampling.py` chooses where windows begin.
 """
 
 from __future__ import annotations
@@ -20,32 +20,34 @@ from .sources import Text, open_text
 from .tokenizer_checks import check_tokenizer, check_vocabulary
 
 BATCH = 4
+"""The number of windows that a model computes at once."""
 
 
-# Of an endless text at least so many characters are read, and so many times what the windows take.
-READ, READ_TIMES = 16_000_000, 8
+# How much of an endless text is read: at least this many characters, and at least this many times the characters that
+# the windows take.
+MIN_CHARACTERS, OVERSAMPLING = 16_000_000, 8
 
 
 class TooShortError(StreamlineError):
-    """A text has fewer tokens than windows are asked of it."""
+    """A text has room for fewer windows than were asked for."""
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of tokens, and where they come from.
+    """Windows of token ids, and their source.
 
     Args:
         ids: Token ids `[windows, length]`.
-        spec: The text SPEC.
-        documents: Of each window, the number of the document that its text begins in; empty where that is not known.
-        prefix: The tokens that every window begins with, because the tokenizer begins a text with them.
+        spec: The SPEC of the text.
+        documents: For each window, the index of the document in which its text begins; empty if unknown.
+        prefix: The tokens at the start of every window, because the tokenizer puts them before every text.
         separator: The tokens between two documents.
-        possible: How many windows the text had room for, of which these were drawn; 0 where that is not known.
-        commit: Of a data set on the Hub, the commit that was read; empty where that is not known.
-        characters: How many characters of the text were read, from which these were drawn; 0 where that is not known.
-        whole: Whether that is all of the text: of a large data set on the Hub only so much is read.
-        texts: The text that the windows were made from.
-        sketch: What all the text that they could have been drawn from is known again by.
+        possible: The number of windows that the text had room for, from which these were drawn; 0 if unknown.
+        commit: For a data set on the Hub, the commit that was read; empty if unknown.
+        characters: The number of characters that were read; 0 if unknown.
+        whole: Whether the text was read completely. A large data set on the Hub is not.
+        texts: The pieces of text that were tokenized for the windows.
+        sketch: The sketch of all text that was read, to find overlap with other texts.
     """
 
     ids: torch.Tensor
@@ -61,16 +63,16 @@ class Windows:
     sketch: Sketch = field(default=Sketch(), repr=False)
 
     def part(self, start: int, end: int) -> Windows:
-        """The windows from `start` up to `end`."""
+        """The windows from `start` up to, not including, `end`."""
         return replace(self, ids=self.ids[start:end], documents=self.documents[start:end])
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the token ids: the same windows have the same one."""
+        """SHA-256 of the token ids. Equal windows have equal fingerprints."""
         return hashlib.sha256(self.ids.to(torch.int32).numpy().tobytes()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """What a record and a report say of these windows; of the text itself, what is known."""
+        """The fields about these windows in a record or report, without unknown ones."""
         count, length = self.ids.shape
         known: dict[str, Any] = {"commit": self.commit} if self.commit else {}
         if self.possible:
@@ -79,15 +81,15 @@ class Windows:
         return {"spec": self.spec, "windows": count, "length": length, "fingerprint": self.fingerprint, **known}
 
     def line(self, purpose: str) -> str:
-        """What a command says of these windows.
+        """The line about these windows that a command prints.
 
         Args:
-            purpose: What the text is for, such as `calibration`.
+            purpose: What the text is used for, such as `calibration`.
         """
         count, length = self.ids.shape
         commit = f" at {self.commit}" if self.commit else ""
-        some = "" if self.whole else f" in the first {self.characters:,} characters that were read of it"
-        drawn = f"drawn from {self.possible:,}{some}"
+        part = "" if self.whole else f" in the first {self.characters:,} characters that were read"
+        drawn = f"drawn from {self.possible:,} possible ones{part}"
         return f"{purpose} text: {self.spec}{commit}, {count} windows of {length} tokens {drawn}"
 
 
@@ -100,25 +102,38 @@ def read_windows(
     vocabulary: int,
     part: str = "eval",
 ) -> Windows:
-    """Windows of `length` tokens, drawn by `seed` over a text; every one begins as the tokenizer begins a text.
+    """Read a text and draw windows from it.
 
-    A window that holds the end of a document goes on with the next, what the tokenizer ends and begins a text with
-    between them. Of a data set on the Hub no more is read, and drawn from, than `READ` and `READ_TIMES` say.
+    Every window begins with the tokens that the tokenizer puts before a text. A window that reaches the end of a
+    document continues with the next one, with the separator tokens between them. Of a data set on the Hub, only as much
+    is read as `MIN_CHARACTERS` and `OVERSAMPLING` ask for.
 
     Args:
-        vocabulary: How many tokens the model knows that is to read them.
-        part: The part that a bare `stdlib` stands for.
+        spec: The SPEC of the text.
+        tokenizer: The tokenizer.
+        count: The number of windows.
+        length: The number of tokens in each window.
+        seed: The seed that decides which windows are drawn.
+        vocabulary: The number of token ids that the model knows.
+        part: The part of the standard library that the SPEC `stdlib` stands for.
+
+    Returns:
+        The windows.
 
     Raises:
-        TooShortError: the text is too short.
-        StreamlineError: it cannot be read, or the tokenizer is not one for this text and this model.
+        TooShortError: the text has fewer than `count` windows.
+        StreamlineError: the text cannot be read, or the tokenizer does not fit the text or the model.
     """
     text = open_text(f"stdlib:{part}" if spec == "stdlib" else spec, seed)
-    writer = WindowEncoder(tokenizer)
-    if length <= len(writer.prefix):
-        raise StreamlineError(f"length {length}: the tokenizer begins a text with {len(writer.prefix)} tokens")
-    book, whole, a_token = _read(text, tokenizer, writer, count * length)
-    drawn = sample_windows(book, writer, count, length, a_token, seed) if book.size else SampledWindows([], 0)
+    encoder = WindowEncoder(tokenizer)
+    if length <= len(encoder.prefix):
+        raise StreamlineError(
+            f"length {length}: must be more than the {len(encoder.prefix)} tokens that the tokenizer puts before a text"
+        )
+    joined, whole, chars_per_token = _read(text, tokenizer, encoder, count * length)
+    drawn = (
+        sample_windows(joined, encoder, count, length, chars_per_token, seed) if joined.size else SampledWindows([], 0)
+    )
     if not drawn.windows:
         raise TooShortError(
             f"text SPEC {text.spec!r}: {drawn.tokens} tokens, too short for {count} windows of {length}; "
@@ -130,48 +145,61 @@ def read_windows(
         ids,
         text.spec,
         documents=tuple(window.document for window in drawn.windows),
-        prefix=tuple(writer.prefix),
-        separator=tuple(writer.ending + writer.prefix),
+        prefix=tuple(encoder.prefix),
+        separator=tuple(encoder.ending + encoder.prefix),
         possible=drawn.possible,
         commit=text.commit,
-        characters=book.size,
+        characters=joined.size,
         whole=whole,
         texts=tuple(dict.fromkeys(text for window in drawn.windows for text in window.texts)),
-        sketch=sketch_of(book.documents),
+        sketch=sketch_of(joined.documents),
     )
 
 
 def _read(
-    text: Text, tokenizer: PreTrainedTokenizerBase, writer: WindowEncoder, tokens: int
+    text: Text, tokenizer: PreTrainedTokenizerBase, encoder: WindowEncoder, tokens: int
 ) -> tuple[JoinedText, bool, float]:
-    """All of a text, or of an endless one enough for so many tokens; whether it is all; and characters a token."""
+    """Read all of a text, or enough of an endless one to draw `tokens` tokens from.
+
+    Returns:
+        The text, whether it was read completely, and its average number of characters per token.
+    """
     documents: list[str] = []
-    size, enough, whole = 0, READ, True
+    size, enough, whole = 0, MIN_CHARACTERS, True
     for document in text.documents:
         if text.endless and size >= enough:
             enough = max(
-                READ, int(READ_TIMES * tokens * _characters_a_token(text, tokenizer, writer, JoinedText(documents)))
+                MIN_CHARACTERS,
+                int(OVERSAMPLING * tokens * _characters_per_token(text, tokenizer, encoder, JoinedText(documents))),
             )
             if size >= enough:
                 whole = False
                 break
         documents.append(document)
         size += len(document)
-    book = JoinedText(documents)
-    return book, whole, _characters_a_token(text, tokenizer, writer, book) if book.size else 0.0
+    joined = JoinedText(documents)
+    return joined, whole, _characters_per_token(text, tokenizer, encoder, joined) if joined.size else 0.0
 
 
-def _characters_a_token(
-    text: Text, tokenizer: PreTrainedTokenizerBase, writer: WindowEncoder, book: JoinedText
+def _characters_per_token(
+    text: Text, tokenizer: PreTrainedTokenizerBase, encoder: WindowEncoder, joined: JoinedText
 ) -> float:
-    sample = book.sample()
+    """The average number of characters per token, estimated on a sample of the text."""
+    sample = joined.sample()
     texts = [piece for piece, _ in sample]
-    tokens = [token for encoded in writer.encode(texts) for token in encoded]
+    tokens = [token for encoded in encoder.encode(texts) for token in encoded]
     check_tokenizer(text.spec, tokenizer, texts, tokens)
-    between = sum(closes for _, closes in sample) * len(writer.ending + writer.prefix)
+    between = sum(closes for _, closes in sample) * len(encoder.ending + encoder.prefix)
     return sum(map(len, texts)) / (len(tokens) + between)
 
 
 def seen_text(windows: Windows) -> dict[str, Any]:
-    """What a record says of text that choices were made on: enough to know all of it again by what it says."""
+    """Describe text that a model was made with, for its record.
+
+    Args:
+        windows: The windows that were drawn from the text.
+
+    Returns:
+        The fields of `describe`, and the sketch that recognizes all of the text later.
+    """
     return {**windows.describe(), "sketch": windows.sketch.to_dict()}

@@ -182,11 +182,11 @@ def _dequantized_error(job: OnnxExport, folder: Path, bar: Bar) -> dict[str, flo
 
 def _text_of(job: OnnxExport) -> dict[str, dict[str, Any]]:
     """What text went into the artifact's weights, by purpose."""
-    from optimum.streamline.checkpoints.record_file import text_of
+    from optimum.streamline.checkpoints.record_file import recorded_text
     from optimum.streamline.checkpoints.source import ModelSource
     from optimum.streamline.text.windows import seen_text
 
-    data = dict(text_of(str(ModelSource(job.checkpoint, **job.options).folder)))
+    data = dict(recorded_text(str(ModelSource(job.checkpoint, **job.options).folder)))
     if job.quantization and GRAPH_QUANTIZERS[job.quantization.how].calibrated:
         assert job.quantization.windows is not None
         data["quantization"] = seen_text(job.quantization.windows)

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from optimum.streamline.models.bare_layers import place_bare_layers
 from optimum.streamline.models.linear_modules import linear_modules_of, meta_model
-from optimum.streamline.models.module_patterns import chosen, matches
+from optimum.streamline.models.module_patterns import matches_any, select_modules
 from optimum.streamline.models.quantization_config import float_config
 
 
@@ -28,9 +28,9 @@ def check_excluded(config: PretrainedConfig, patterns: Sequence[str]) -> None:
     if patterns:
         with torch.device("meta"):
             model = place_bare_layers(meta_model(float_config(config)))
-        chosen(linear_modules_of(model), patterns)
+        select_modules(linear_modules_of(model), patterns)
 
 
 def excluded(nodes: Iterable[ir.Node], patterns: Sequence[str]) -> set[ir.Node]:
     """The nodes that these patterns name: a layer's number, or a module's name with `*` for any part of it."""
-    return {node for node in nodes if matches(module_of(node), patterns)}
+    return {node for node in nodes if matches_any(module_of(node), patterns)}

@@ -34,7 +34,7 @@ from optimum.exporters.streamline.tracing.build import Built, build_graph
 from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.checkpoints.loading import DTYPES as TORCH_DTYPES
 from optimum.streamline.checkpoints.loading import load, read_config
-from optimum.streamline.checkpoints.record_file import text_of
+from optimum.streamline.checkpoints.record_file import recorded_text
 from optimum.streamline.checkpoints.source import ModelSource, fingerprint
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.quantization_config import quantization_name
@@ -155,7 +155,7 @@ def _export_into(folder: Path, job: TensorrtExport, source: ModelSource, limits:
 
 def _text_of(job: TensorrtExport) -> dict[str, dict[str, Any]]:
     """What text went into the engine, by purpose."""
-    data = dict(text_of(str(ModelSource(job.checkpoint, **job.options).folder)))
+    data = dict(recorded_text(str(ModelSource(job.checkpoint, **job.options).folder)))
     if job.quantization and ENGINE_QUANTIZERS[job.quantization.how].calibrated:
         assert job.quantization.windows is not None
         data["quantization"] = seen_text(job.quantization.windows)

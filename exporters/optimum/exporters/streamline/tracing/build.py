@@ -15,7 +15,7 @@ from optimum.exporters.streamline.rewriting.public_names import TOKEN_INPUTS, Ma
 from optimum.exporters.streamline.rewriting.repair import repair
 from optimum.exporters.streamline.rewriting.static_cache import STATIC_INPUTS, use_static_caches
 from optimum.streamline.models.architectures import architecture_of
-from optimum.streamline.models.skipped_sublayers import cache_numbers
+from optimum.streamline.models.skipped_sublayers import cache_indices
 
 from .bind_weights import bind_weights
 from .skeleton import skeleton, templates
@@ -71,7 +71,7 @@ def build_graph(model: PreTrainedModel, traced: Sequence[int], cache_length: int
     else:
         masks = use_static_caches(graph, cache_length)
     path = architecture_of(model.config).layers
-    layers = Layers(path, traced, templates(model, traced), cache_numbers(short), cache_numbers(model))
+    layers = Layers(path, traced, templates(model, traced), cache_indices(short), cache_indices(model))
     entry = entering(graph.graph, layers)
     try:
         hidden = stamp(graph, layers)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from optimum.streamline.models.architectures import architecture_of, decoder_layers, layer_kinds
 from optimum.streamline.models.layer_list import set_decoder_layers
-from optimum.streamline.models.skipped_sublayers import number_cache
+from optimum.streamline.models.skipped_sublayers import renumber_cache
 
 _PLAIN = (bool, int, float, str, torch.dtype, type(None))
 # What numbers a layer without changing what it computes, and what no trace depends on.
@@ -61,7 +61,7 @@ def skeleton(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     remove_hook_from_submodules(module)
     kept = decoder_layers(short, architecture)
     set_decoder_layers(short, architecture, [kept[index] for index in layers], layers)
-    number_cache(short, architecture)
+    renumber_cache(short, architecture)
     _stand_in_parameters(short)
     return short
 

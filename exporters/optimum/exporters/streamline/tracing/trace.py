@@ -19,7 +19,7 @@ from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes, regi
 from transformers.exporters.exporter_onnx import OnnxExporter
 
 from optimum.streamline.models.architectures import head_size, key_value_heads
-from optimum.streamline.models.skipped_sublayers import cache_numbers
+from optimum.streamline.models.skipped_sublayers import cache_indices
 
 OPSET = 23
 """The first with `Attention`, `RMSNormalization` and `RotaryEmbedding`; 24 falls back to decomposed norms."""
@@ -80,7 +80,7 @@ def _sample(model: PreTrainedModel) -> dict[str, Any]:
 def _sample_cache(model: PreTrainedModel) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     states = torch.zeros((ROWS, key_value_heads(model.config), PAST, head_size(model.config)), dtype=model.dtype)
-    for number in cache_numbers(model):
+    for number in cache_indices(model):
         if number is not None:
             cache.update(states, states, number)
     return cache
