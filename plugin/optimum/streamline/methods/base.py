@@ -49,7 +49,7 @@ class Method(ABC):
     replacements: ClassVar[tuple[str, ...]] = ("none", "linear")
     """What may stand in for the layers it takes; a trained layer needs one contiguous block."""
     options: ClassVar[tuple[str, ...]] = ()
-    """Fields of the recipe that only some methods have, and this one has."""
+    """Options of the recipe that only some methods have, and this one has."""
     needs_float: ClassVar[str] = ""
     """What it does with weights beside dropping whole layers, which quantized ones do not allow; empty if nothing."""
     by_scores: ClassVar[bool] = False
