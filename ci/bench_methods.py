@@ -184,11 +184,11 @@ def dense(case: Case) -> PreTrainedModel:
     """All layers, trained on the healing text where the case says so."""
     source, recipe = source_of(case.model), make_recipe(case.fields, case.name)
     model = load_stock(source, torch.float32)
-    if recipe.healing:
+    if recipe.resolved_trainings:
         text = read_windows(
-            recipe.heal_data,
+            recipe.healing.data,
             load_tokenizer(source),
-            recipe.heal_tokens // LENGTH,
+            recipe.healing.tokens // LENGTH,
             LENGTH,
             case.seed,
             model.config.vocab_size,

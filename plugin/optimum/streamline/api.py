@@ -19,7 +19,7 @@ class StreamlineConfig(BaseConfig):
     """A recipe in Optimum's form: saved beside the model as `streamline_config.json`.
 
     Args:
-        fields: The fields of `Recipe`, such as `remove="25%", replacement="mlp"`.
+        fields: Groups of `Recipe`, such as `healing={"tokens": 100_000}`, or flags, such as `remove="25%"`.
 
     Raises:
         StreamlineError: a field is unknown or out of range.

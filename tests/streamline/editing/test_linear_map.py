@@ -21,7 +21,7 @@ from optimum.streamline.errors import StreamlineError
 from optimum.streamline.methods.base import MethodInputs
 from optimum.streamline.methods.llm_streamline import LLMStreamline
 from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, decoder_layers
-from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.scoring.similarity import measure_scores
 from optimum.streamline.text.windows import Windows, read_windows
 from reference import REFERENCE, VOCABULARY
@@ -182,7 +182,7 @@ def test_on_the_reference_model_it_beats_plain_removal_on_unseen_text() -> None:
     model, tokenizer = load_stock(source, torch.float32), load_tokenizer(source)
     parts = ("stdlib:calibration", "stdlib:eval")
     calibration, unseen = (read_windows(part, tokenizer, 32, 128, 0, VOCABULARY) for part in parts)
-    recipe = Recipe(method="llm-streamline", remove=4, replacement="linear")
+    recipe = make_recipe({"method": "llm-streamline", "remove": 4, "replacement": "linear"})
     plan = LLMStreamline().plan(recipe, MethodInputs(model, calibration, measure_scores(model, calibration)))
     removed, patched = copy.deepcopy(model), copy.deepcopy(model)
     apply_plan(removed, Plan(plan.total, plan.gone), None)

@@ -34,7 +34,7 @@ from optimum.streamline.methods.registry import method_of
 from optimum.streamline.models.architectures import ARCHITECTURES
 from optimum.streamline.pipeline.prune import prepare, prune
 from optimum.streamline.recipe.parsing import make_recipe
-from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.recipe.recipe import Healing, Recipe
 from optimum.streamline.scoring.similarity import measure_scores
 from optimum.streamline.text.windows import Windows
 from reference import REFERENCE
@@ -242,7 +242,7 @@ def test_the_teacher_is_left_alone() -> None:
 )
 def test_what_is_trained_by_default(fields: dict[str, object], trained: bool, scopes: list[str]) -> None:
     recipe = make_recipe(fields)
-    assert [scope_of(recipe, number, trained) for number in range(len(recipe.healing))] == scopes
+    assert [scope_of(recipe, number, trained) for number in range(len(recipe.resolved_trainings))] == scopes
 
 
 def test_an_lm_before_adapters_trains_the_replacements_own_weights() -> None:
@@ -290,7 +290,7 @@ def test_what_adapters_healed_is_saved_as_a_plain_checkpoint(tmp_path: Path) -> 
 
 
 def test_settings_are_the_recipes_over_the_papers() -> None:
-    recipe = Recipe(heal_epochs=3, heal_batch=2, heal_minutes=1.5, seed=5)
+    recipe = Recipe(healing=Healing(epochs=3, batch=2, minutes=1.5), seed=5)
     alone, whole = replacement_settings(recipe, 128, "lm"), model_settings(recipe, 128, "lm")
     assert (alone.lr, alone.clip, alone.min_lr_share, alone.betas) == (default_lr(128), 5.0, 0.25, (0.9, 0.95))
     assert (whole.lr, whole.clip, whole.weight_decay, whole.decay_vectors) == (3e-4, 1.0, 0.1, False)
@@ -300,9 +300,9 @@ def test_settings_are_the_recipes_over_the_papers() -> None:
     assert (distilled.min_lr_share, distilled.betas) == (0.0, (0.9, 0.999))
     for settings in (alone, whole, distilled):
         assert (settings.epochs, settings.batch, settings.minutes, settings.seed) == (3, 2, 1.5, 5)
-    adapted = model_settings(Recipe(lora=True, lora_rank=3), 128, "lm")
+    adapted = model_settings(Recipe(healing=Healing(lora=True, lora_rank=3)), 128, "lm")
     assert (adapted.lr, adapted.lora_rank, adapted.weight_decay) == (default_lora_lr(128, "lm"), 3, 0.0)
-    given = Recipe(heal_lr=0.5)
+    given = Recipe(healing=Healing(lr=0.5))
     assert model_settings(given, 128, "lm").lr == replacement_settings(given, 128, "lm").lr == 0.5
 
 

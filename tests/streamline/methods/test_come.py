@@ -276,4 +276,4 @@ def test_kinds_of_attention_stay_with_their_layers() -> None:
 def test_variants_by_healing_choose_and_merge_as_come(method: str, other: str) -> None:
     model = model_of("llama")
     assert planned(method, model, 2) == planned(other, model, 2)
-    assert recipe_of(method, 2).healing == ("distill",)
+    assert recipe_of(method, 2).resolved_trainings == ("distill",)

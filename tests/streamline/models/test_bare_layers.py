@@ -23,7 +23,8 @@ from optimum.streamline.models.bare_layers import bare_layers, save_bare
 from optimum.streamline.models.skipped_sublayers import ATTENTION, mark_skipped, zero_output
 from optimum.streamline.pipeline.preflight import check_recipe
 from optimum.streamline.pipeline.prune import prune
-from optimum.streamline.recipe.recipe import Budget, Recipe
+from optimum.streamline.recipe.parsing import make_recipe
+from optimum.streamline.recipe.recipe import Budget, Calibration, Healing, Pruning, Recipe
 from optimum.streamline.text.windows import Windows
 from reference import LIBRARY, REFERENCE
 from tiny import LAYERS, tiny_model, token_ids
@@ -159,7 +160,7 @@ def test_such_a_model_is_not_pruned_again(tmp_path: Path) -> None:
         apply_plan(model, Plan(3, (1,)), None)
     save_bare(model, tmp_path)
     with pytest.raises(StreamlineError, match="prune its original"):
-        check_recipe(ModelSource(str(tmp_path)), Recipe(remove=1, length=16))
+        check_recipe(ModelSource(str(tmp_path)), make_recipe({"remove": 1, "length": 16}))
 
 
 def test_validation_measures_it(tmp_path: Path) -> None:
@@ -179,15 +180,10 @@ def test_commands_and_the_card_say_what_loads_it(
 ) -> None:
     source, said = ModelSource(REFERENCE), []
     recipe = Recipe(
-        remove=2,
-        replacement="ffn",
-        heal_tokens=1024,
-        heal_epochs=1,
-        samples=4,
+        pruning=Pruning(method="llm-streamline", remove=2, replacement="ffn"),
+        healing=Healing(tokens=1024, epochs=1, data="stdlib"),
+        calibration=Calibration(data="stdlib", samples=4),
         length=64,
-        method="llm-streamline",
-        calibration="stdlib",
-        heal_data="stdlib",
     )
     out = tmp_path / "out"
     record = prune(source, recipe, out, overwrite=False, verbose=False, notify=said.append)

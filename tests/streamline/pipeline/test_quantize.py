@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from console import Outcome, optimum_cli
-from optimum.commands.streamline.options import CHECKPOINT_QUANTIZATION_LINES
 from optimum.streamline.checkpoints.loading import load, load_stock, load_tokenizer
 from optimum.streamline.checkpoints.provenance import changed_files
 from optimum.streamline.checkpoints.saving import save_model
@@ -439,10 +438,6 @@ def test_validation_names_the_quantization_and_counts_its_bytes(
     # A tied embedding of 4,096 x 128 numbers in 2 bytes; 3.15 million weights in half a byte each and 4 bytes for 64.
     assert 3.5 < row["ideal_decode_speedup"] < 5
     assert 1 < row["perplexity_ratio"]["value"] < 1.1
-
-
-def test_the_help_repeats_the_table() -> None:
-    assert {name: each.text for name, each in QUANTIZERS.items()} == CHECKPOINT_QUANTIZATION_LINES
 
 
 @pytest.mark.gpu

@@ -220,7 +220,7 @@ def test_the_example_in_the_documentation_runs(tmp_path: Path, monkeypatch: pyte
     assert load("out").config.num_hidden_layers == 12
     saved = json.loads((tmp_path / "out" / "streamline_config.json").read_text())
     assert StreamlineConfig(**saved).recipe == StreamlineConfig.from_pretrained(tmp_path / "out").recipe
-    assert saved["remove"] == "25%"
+    assert saved["pruning"]["remove"] == "25%"
 
 
 def test_python_gets_errors_not_exits(tmp_path: Path) -> None:

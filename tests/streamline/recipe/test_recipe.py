@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import pytest
 from transformers import LlamaConfig
@@ -16,7 +16,7 @@ from optimum.streamline.healing.checks import check_healing
 from optimum.streamline.methods.registry import method_of
 from optimum.streamline.recipe.layer_counts import parse_layers, parse_remove
 from optimum.streamline.recipe.parsing import make_recipe, read_recipe, write_recipe
-from optimum.streamline.recipe.recipe import CHOOSING_TEXT, JUDGING_TEXT, Budget, Recipe
+from optimum.streamline.recipe.recipe import CHOOSING_TEXT, JUDGING_TEXT, OPTIONS, Budget, Healing, Pruning, Recipe
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,12 @@ from optimum.streamline.recipe.recipe import CHOOSING_TEXT, JUDGING_TEXT, Budget
         ({"samples": 0}, "samples is 0: .* greater than 0"),
         ({"length": "long"}, "length is 'long': .* integer"),
         ({"budget": {"max_kl": -1}}, "budget.max-kl is -1: .* greater than or equal to 0"),
+        ({"budget": 3}, "budget is 3: must be options with their values; known are max_ppl_ratio, max_kl"),
+        ({"healing": {"kl": 2}}, "healing.kl is 2: .* less than or equal to 1"),
+        ({"healing": {"heal_kl": 1}}, "healing: unknown key 'heal_kl'; known are trainings, scope"),
+        ({"calibration": {"data": 3}}, "calibration.data is 3: must be a string"),
+        ({"heal_kl": 1, "healing": {"kl": 1}}, "healing.kl is 1: is given as heal-kl too; leave one out"),
+        ({"healing": {"lora_rank": 8}, "lora_rank": 8}, "lora-rank is 8: is given as healing.lora-rank too"),
         ({"budget": {"max_cost": 1}}, "budget: unknown key 'max_cost'; known are max_ppl_ratio, max_kl"),
         ({"dtype": "int3"}, "dtype is 'int3'"),
         ({"judge": "mean"}, "judge is 'mean': Input should be 'bound' or 'point'"),
@@ -47,25 +53,31 @@ def test_a_bad_field_is_named_with_its_value(fields: dict[str, Any], message: st
     assert "\n" not in str(caught.value)
 
 
-# What a field takes beside what its type says.
-ALSO: dict[str, tuple[type, ...]] = dict.fromkeys(("layers", "quantize_exclude", "steps"), (int, list))
+# What an option takes beside what its type says; `calibration` is also the name of a group.
+ALSO: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("layers", "quantize_exclude", "steps"), (int, list)),
+    **{key: (int,) for key, option in OPTIONS.items() if float in option.types},
+    "calibration": (dict,),
+}
 WRONG = ["16", 3, 2.0, math.nan, True, None, [], [None], [[1]], {}, {"a": 1}, b"16", date(2024, 1, 1), 10**90]
 
 
-@pytest.mark.parametrize("field", dataclasses.fields(Recipe), ids=lambda field: field.name)
-def test_a_value_of_another_type_is_refused(field: dataclasses.Field[Any]) -> None:
-    of = get_type_hints(Recipe)[field.name]
-    kinds = set(get_args(of) or [of])
-    if float in kinds:
-        kinds.add(int)
-    if Budget in kinds:
-        kinds.add(dict)
-    refused = [value for value in WRONG if type(value) not in {*kinds, *ALSO.get(field.name, ())}]
+@pytest.mark.parametrize("key", OPTIONS)
+def test_a_value_of_another_type_is_refused(key: str) -> None:
+    option = OPTIONS[key]
+    kinds = {*option.types, *ALSO.get(key, ()), *([type(None)] if option.default is None else [])}
+    refused = [value for value in WRONG if type(value) not in kinds]
     assert len(refused) > 5
     for value in refused:
-        with pytest.raises(StreamlineError, match=f"^recipe: {field.name.replace('_', '-')} is ") as caught:
-            make_recipe({field.name: value})
-        assert "\n" not in str(caught.value)
+        for name, fields in (
+            (key, {key: value}),
+            (f"{option.group}.{option.name}".strip("."), {option.group: {option.name: value}}),
+        ):
+            if "" not in fields:
+                said = f"^recipe: {name.replace('_', '-')} is "
+                with pytest.raises(StreamlineError, match=said) as caught:
+                    make_recipe(fields)
+                assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -154,17 +166,17 @@ def test_what_some_training_has_or_none_was_asked_for_is_not(fields: dict[str, A
 
 
 def test_the_method_follows_from_the_rest() -> None:
-    assert make_recipe({"remove": 1}).method_name == "auto"
-    assert make_recipe({"remove": 1}).healing == ("distill",)
-    assert make_recipe({"remove": 1, "replacement": "mlp"}).method_name == "llm-streamline"
-    assert make_recipe({"remove": 1, "replacement": "linear"}).method_name == "shortgpt"
-    assert make_recipe({"remove": 1, "replacement": "none"}).method_name == "auto"
-    assert make_recipe({"layers": "1"}).method_name == "explicit"
-    assert make_recipe({"layers": "1", "replacement": "linear"}).method_name == "explicit"
-    assert make_recipe({"remove": 1, "replacement": "mlp"}).healing == ("hidden-mse",)
-    assert make_recipe({"remove": 1, "replacement": "mlp", "heal": "none"}).healing == ()
-    assert make_recipe({"remove": 1, "method": "layerchop"}).healing == ("lm",)
-    assert make_recipe({"remove": 1, "replacement": "ffn", "heal": "hidden-mse+distill"}).healing == (
+    assert make_recipe({"remove": 1}).resolved_method == "auto"
+    assert make_recipe({"remove": 1}).resolved_trainings == ("distill",)
+    assert make_recipe({"remove": 1, "replacement": "mlp"}).resolved_method == "llm-streamline"
+    assert make_recipe({"remove": 1, "replacement": "linear"}).resolved_method == "shortgpt"
+    assert make_recipe({"remove": 1, "replacement": "none"}).resolved_method == "auto"
+    assert make_recipe({"layers": "1"}).resolved_method == "explicit"
+    assert make_recipe({"layers": "1", "replacement": "linear"}).resolved_method == "explicit"
+    assert make_recipe({"remove": 1, "replacement": "mlp"}).resolved_trainings == ("hidden-mse",)
+    assert make_recipe({"remove": 1, "replacement": "mlp", "heal": "none"}).resolved_trainings == ()
+    assert make_recipe({"remove": 1, "method": "layerchop"}).resolved_trainings == ("lm",)
+    assert make_recipe({"remove": 1, "replacement": "ffn", "heal": "hidden-mse+distill"}).resolved_trainings == (
         "hidden-mse",
         "distill",
     )
@@ -193,13 +205,62 @@ def test_layers_of_another_form_are_refused(text: str) -> None:
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
-    text = {"calibration": CHOOSING_TEXT, "heal_data": CHOOSING_TEXT, "eval_data": JUDGING_TEXT}
-    fields = {"remove": "25%", "replacement": "mlp", "seed": 3, "budget": {"max_ppl_ratio": 1.1}}
+    fields = {
+        "pruning": {"remove": "25%", "replacement": "mlp"},
+        "healing": {"tokens": 1000},
+        "budget": {"max_ppl_ratio": 1.1},
+        "seed": 3,
+    }
     recipe = make_recipe(fields)
     file = tmp_path / "recipe.yaml"
     file.write_text(write_recipe(recipe))
     assert make_recipe(read_recipe(file)) == recipe
-    assert read_recipe(file) == {**fields, **text}  # of which what is there by default is told too
+    fields["healing"]["data"] = CHOOSING_TEXT  # the text is written in any case
+    assert read_recipe(file) == {
+        **fields,
+        "calibration": {"data": CHOOSING_TEXT},
+        "evaluation": {"data": JUDGING_TEXT},
+    }
+
+
+def test_either_key_of_an_option_makes_the_same_recipe() -> None:
+    flags = {"remove": "25%", "heal_tokens": 1000, "heal_lr": 1, "calibration": "stdlib", "max_kl": 0.5, "seed": 3}
+    groups = {
+        "pruning": {"remove": "25%"},
+        "healing": Healing(tokens=1000, lr=1.0),
+        "calibration": {"data": "stdlib"},
+        "budget": Budget(max_kl=0.5),
+        "seed": 3,
+    }
+    assert make_recipe(flags) == make_recipe(groups)
+    assert make_recipe(flags).fingerprint == make_recipe(groups).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Healing(tokens=-1), "Healing: tokens is -1: .* greater than 0"),
+        (lambda: Pruning(protect="1"), "Pruning: protect is '1': must be two numbers"),
+        (lambda: Recipe(length=2), "Recipe: length is 2: .* greater than 7"),
+        (lambda: Recipe(healing={"tokens": 3}), "Recipe: healing is {'tokens': 3}: must be of class Healing"),
+    ],
+)
+def test_no_group_holds_a_bad_value(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(StreamlineError, match=f"^{message}"):
+        make()
+
+
+def test_the_docstring_of_a_group_tells_each_option() -> None:
+    told = " ".join((Healing.__doc__ or "").split())
+    for option in OPTIONS.values():
+        if option.group == "healing":
+            assert f"{option.name}: {option.option.help}" in told
+
+
+def test_the_fingerprint_is_that_of_version_0_1() -> None:
+    # A run that an earlier version began goes on: it is known by this number.
+    fields = {"remove": "25%", "heal_minutes": 1, "heal_lr": 1e-3, "quantize": "int8", "max_kl": 1}
+    assert make_recipe(fields).fingerprint == "4c1f9e0755da80900ab65c2b162c0a18802350865b8c22b48871abde7e7a2fd9"
 
 
 @pytest.mark.parametrize(
@@ -229,9 +290,9 @@ def test_what_is_spelled_out_and_what_follows_are_one_recipe() -> None:
 
 def test_llm_streamline_is_its_papers_unless_told() -> None:
     plain = make_recipe({"method": "llm-streamline", "remove": 1})
-    assert (plain.stand_in, plain.healing) == ("layer", ("hidden-mse",))
+    assert (plain.resolved_replacement, plain.resolved_trainings) == ("layer", ("hidden-mse",))
     bare = make_recipe({"method": "llm-streamline", "remove": 1, "replacement": "none"})
-    assert (bare.stand_in, bare.healing) == ("none", ())
+    assert (bare.resolved_replacement, bare.resolved_trainings) == ("none", ())
     for recipe in (plain, bare):
         assert make_recipe(recipe.to_dict()) == recipe
     assert plain.fingerprint != bare.fingerprint

@@ -85,8 +85,8 @@ def recipe_or_line(text: str, folder: Path) -> Recipe | str:
         ("budget: {max_kl: .inf}", "budget.max-kl is inf: .* finite"),
         ("budget: {max_kl: true}", "budget.max-kl is True: must be a number"),
         ("budget: {1: 2}", "budget: unknown key 1; known are max_ppl_ratio"),
-        ("budget: []", r"budget is \[\]: must be limits with their values, such as max_ppl_ratio: 1.1"),
-        ("budget:", "budget is None: must be limits"),
+        ("budget: []", r"budget is \[\]: must be options with their values; known are max_ppl_ratio"),
+        ("budget:", "budget is None: must be options with their values"),
         ("method: 3", r"method is 3: must be a string \(in quotes"),
         ("calibration: [a.txt]", r"calibration is \['a.txt'\]: must be a string"),
         ("calibration: ~", "calibration is None: must be a string"),
@@ -191,7 +191,7 @@ def test_limits_over_a_budget_that_is_none_do_not_hide_it(
     words = ("streamline", "run", "-m", REFERENCE, tmp_path / "recipe.yaml", tmp_path / "out", "--max-kl", 1)
     outcome = optimum_cli(monkeypatch, capsys, *words)
     assert outcome.code == 2
-    assert "budget is []: must be limits" in outcome.err
+    assert "budget is []: must be options with their values" in outcome.err
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,16 @@ from .console import notifier
 
 def dry_run(source: Any, recipe: Recipe, console: Console) -> int:
     """Print the plan of a recipe and the ideal speed-up; returns the exit code 0."""
-    if recipe.quantize_first and recipe.format != "none":
-        raise StreamlineError(f"dry-run: with steps {recipe.steps!r} layers are scored in an export, which is not made")
+    if recipe.quantize_first and recipe.export.format != "none":
+        raise StreamlineError(
+            f"dry-run: with steps {recipe.quantization.steps!r} layers are scored in an export, which is not made"
+        )
     prepared = prepare(source, recipe, notifier(console))
     before = cost_of(prepared.model.config, "fp32")
     after = cost_of(planned_config(prepared.model.config, prepared.plan), "fp32")
     context = recipe.length
-    if recipe.quantize != "none":
-        console.print(f"of the removal alone, before quantize {recipe.quantize!r}:", markup=False)
+    if recipe.quantization.quantizer != "none":
+        console.print(f"of the removal alone, before quantize {recipe.quantization.quantizer!r}:", markup=False)
     console.print(
         f"parameters: {before.parameters:,} -> {after.parameters:,} ({after.live_parameters:,} to compute with)"
     )

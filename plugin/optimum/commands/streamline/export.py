@@ -9,25 +9,12 @@ from typing import TYPE_CHECKING, Any
 from optimum.commands.base import CommandInfo
 
 from .base import Command
-from .options import (
-    CHOOSING_TEXT,
-    ENGINE_QUANTIZATION_LINES,
-    QUANTIZATION_LINES,
-    SPEC,
-    add_exclude_flag,
-    add_model_flags,
-    add_output_flags,
-)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from optimum.exporters.streamline import EngineOptions
     from optimum.streamline.text.windows import Windows
-
-# Of an export's calibration, which is for those of its quantizers that take one.
-CALIBRATION_DEFAULTS: dict[str, Any] = {"calibration": CHOOSING_TEXT, "samples": 32, "length": 256, "seed": 0}
-
 
 OPSETS = {"onnx": 23, "tensorrt": 24}
 
@@ -41,50 +28,76 @@ class ExportCommand(Command):
     COMMAND = CommandInfo(name="export", help="Export a checkpoint, checked against torch.")
 
     @staticmethod
-    def parse_args(parser: argparse.ArgumentParser) -> None:
+    def add_flags(parser: argparse.ArgumentParser) -> None:
         """Flags of `export`."""
-        from optimum.streamline.recipe.recipe import CHOOSING_TEXT
+        from optimum.exporters.streamline import ENGINE_QUANTIZERS, GRAPH_QUANTIZERS
 
-        Command.parse_args(parser)
+        from .options import SPEC, add_model_flags, add_option, add_output_flags, listed, texts_of
+
         add_model_flags(parser)
         add_output_flags(parser)
-        parser.add_argument("--format", default="onnx", help="onnx (default) or tensorrt")
-        parser.add_argument("--task", default="text-generation", help="text-generation (default)")
-        parser.add_argument("--opset", type=int, help="23 of onnx, 24 of tensorrt: there is no other")
-        parser.add_argument("--dtype", default="fp32", help="fp32 (default), fp16, or bf16: of onnx on cuda alone")
-        parser.add_argument("--device", default="cpu", help="cpu (default) or cuda: where it is compared with torch")
+        parser.add_argument("--format", default="onnx", help="onnx or tensorrt. (default: onnx)")
+        parser.add_argument(
+            "--task", default="text-generation", help="text-generation, the only one. (default: text-generation)"
+        )
+        parser.add_argument(
+            "--opset", type=int, metavar="N", help="Only 23 for onnx and 24 for tensorrt, which are the defaults."
+        )
+        parser.add_argument(
+            "--dtype",
+            default="fp32",
+            help="Number type of the export: fp32, fp16, or bf16 (for onnx on device cuda only). (default: fp32)",
+        )
+        parser.add_argument(
+            "--device", default="cpu", help="Where the export is compared with torch: cpu or cuda. (default: cpu)"
+        )
         parser.add_argument(
             "--max-memory",
             metavar="SIZE",
-            help="memory to make do with, such as 1.5GB; what is free by default, and never less than two layers\n"
-            "take, or about five times the largest weight",
+            help="Most memory to use, such as 1.5GB. The least possible is what two layers take, or about five times "
+            "the largest weight. (default: what is free)",
         )
         parser.add_argument(
             "--last-logits",
             action="store_true",
-            help="logits of each row's last token only, for a shorter prefill where text is generated; fed 0 as\n"
-            "num_logits_to_keep the graph gives all, which scoring text needs",
+            help="Compute the logits of the last token of each row only, for a faster prefill. With 0 as the input "
+            "num_logits_to_keep the graph computes all logits, which scoring text needs.",
         )
-        group = parser.add_argument_group("engine, of format tensorrt")
-        group.add_argument("--builder", help="tensorrt (default), on and for the GPU that is here, or tensorrt-rtx")
-        group.add_argument("--compute-capability", help="GPUs to build for without one, as 89,120: of tensorrt-rtx")
-        group.add_argument("--max-batch", type=int, help="rows (default 1)")
-        group.add_argument("--max-length", type=int, help="tokens of a text (default 2048, or what the model has)")
-        group.add_argument("--max-input", type=int, help="new tokens a call (default as many as a text has)")
-        group = parser.add_argument_group("quantization, of the graph that was compared with torch")
-        tables = (QUANTIZATION_LINES, ENGINE_QUANTIZATION_LINES)
-        ways, engines = ("\n".join(f"  {name}: {line}" for name, line in table.items()) for table in tables)
+        group = parser.add_argument_group("engine", "The engine that format tensorrt builds.")
         group.add_argument(
-            "--quantize", default="none", help=f"none (default), or one of\n{ways}\nof tensorrt\n{engines}"
+            "--builder",
+            help="tensorrt, which builds for the GPU of this machine, or tensorrt-rtx. (default: tensorrt)",
         )
-        add_exclude_flag(group)
         group.add_argument(
-            "--calibration",
-            help=f"for int8-static and int4-gptq, of tensorrt int8 and fp8: {SPEC}\n(default {CHOOSING_TEXT})",
+            "--compute-capability",
+            metavar="NUMBERS",
+            help="GPUs that tensorrt-rtx builds for on a machine without them, such as 89,120.",
         )
-        group.add_argument("--samples", type=int, help="calibration windows (default 32)")
-        group.add_argument("--length", type=int, help="tokens a window (default 256)")
-        group.add_argument("--seed", type=int, help="of what text is drawn (default 0)")
+        group.add_argument("--max-batch", type=int, metavar="N", help="Largest number of rows. (default: 1)")
+        group.add_argument(
+            "--max-length",
+            type=int,
+            metavar="N",
+            help="Largest number of tokens of a text. (default: 2048, or fewer if the model reads fewer)",
+        )
+        group.add_argument(
+            "--max-input",
+            type=int,
+            metavar="N",
+            help="Most new tokens in one call. (default: --max-length)",
+        )
+        group = parser.add_argument_group(
+            "quantization", "The exported graph is quantized after it was compared with torch."
+        )
+        choices = f"For onnx one of\n{listed(texts_of(GRAPH_QUANTIZERS))}\nfor tensorrt one of\n"
+        add_option(group, "quantize", choices=choices + listed(texts_of(ENGINE_QUANTIZERS)), default="none")
+        add_option(group, "quantize_exclude", default="")
+        group = parser.add_argument_group(
+            "calibration", "For the quantizers int8-static and int4-gptq, and for int8 and fp8 of tensorrt."
+        )
+        for key, value in _calibration_defaults().items():
+            add_option(group, key, default=None, told_default=value)
+        parser.epilog = SPEC
 
     @staticmethod
     def execute(args: Namespace, console: Console) -> int:
@@ -149,6 +162,14 @@ def _engine(args: Namespace) -> EngineOptions | None:
     return EngineOptions(**given)
 
 
+def _calibration_defaults() -> dict[str, Any]:
+    """Defaults of the calibration of a graph: those of a recipe, with fewer and shorter windows."""
+    from optimum.streamline.recipe.recipe import OPTIONS
+
+    names = ("calibration", "samples", "length", "seed")
+    return {name: OPTIONS[name].default for name in names} | {"samples": 32, "length": 256}
+
+
 def _calibration(args: Namespace, console: Console) -> Windows | None:
     """The windows that a way to quantize asks for; none where it asks for none."""
     from optimum.exporters.streamline import ENGINE_QUANTIZERS, GRAPH_QUANTIZERS
@@ -158,13 +179,13 @@ def _calibration(args: Namespace, console: Console) -> Windows | None:
 
     from .inputs import model_source
 
-    given = {name: getattr(args, name) for name in CALIBRATION_DEFAULTS if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in _calibration_defaults() if getattr(args, name) is not None}
     ways: Any = ENGINE_QUANTIZERS if args.format == "tensorrt" else GRAPH_QUANTIZERS
     if args.quantize not in ways or not ways[args.quantize].calibrated:
         for name, value in given.items():
             raise StreamlineError(f"{name} {value}: quantize {args.quantize!r} is not calibrated; leave it out")
         return None
-    source, asked = model_source(args, args.model), CALIBRATION_DEFAULTS | given
+    source, asked = model_source(args, args.model), _calibration_defaults() | given
     config = read_config(source)
     limit = config.max_position_embeddings
     if engine := _engine(args):  # whose caches have no room for more

@@ -5,9 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -16,27 +14,18 @@ from optimum.streamline.checkpoints.loading import read_config
 from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.bare_layers import NEEDS_LOAD, bare_layers
-from optimum.streamline.recipe.parsing import make_recipe, read_recipe, write_recipe
-from optimum.streamline.recipe.recipe import Budget, Recipe
+from optimum.streamline.recipe.parsing import given_options, read_recipe, recipe_of_given, write_recipe
+from optimum.streamline.recipe.recipe import OPTIONS, Recipe
 from optimum.streamline.system.atomic_output import check_output, write_file
 from optimum.streamline.system.distributed import is_main
 
-BUDGET_FIELDS = {field.name for field in fields(Budget)}
-
-
-RECIPE_FIELDS = {field.name for field in fields(Recipe)}
-
 
 def recipe_of(args: Namespace) -> Recipe:
-    """The recipe that a recipe file, if any, and the flags over it amount to."""
+    """The recipe of a recipe file, if there is one, with the flags in place of its values."""
     file = getattr(args, "recipe", None)
-    given: dict[str, Any] = read_recipe(file) if file else {}
-    flags = {key: value for key, value in vars(args).items() if key in RECIPE_FIELDS and key != "recipe"}
-    limits = {key: value for key, value in vars(args).items() if key in BUDGET_FIELDS}
-    budget = given.get("budget", {})
-    if limits and isinstance(budget, dict):
-        flags["budget"] = {**budget, **limits}
-    return make_recipe({**given, **flags}, f"recipe {file}" if file else "flags")
+    given = given_options(read_recipe(file), f"recipe {file}") if file else {}
+    flags = {key: value for key, value in vars(args).items() if key in OPTIONS}
+    return recipe_of_given({**given, **given_options(flags, "flags")})
 
 
 def model_source(args: Namespace, model: str) -> ModelSource:

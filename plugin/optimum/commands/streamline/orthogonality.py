@@ -10,13 +10,6 @@ from typing import TYPE_CHECKING
 from optimum.commands.base import CommandInfo
 
 from .base import Command
-from .options import (
-    CHECKPOINT_QUANTIZATION_LINES,
-    QUANTIZATION_LINES,
-    add_evaluation_flags,
-    add_model_flags,
-    add_pruning_flags,
-)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,23 +24,32 @@ class OrthogonalityCommand(Command):
     )
 
     @staticmethod
-    def parse_args(parser: argparse.ArgumentParser) -> None:
+    def add_flags(parser: argparse.ArgumentParser) -> None:
         """Flags of `orthogonality`."""
-        Command.parse_args(parser)
+        from optimum.exporters.streamline import GRAPH_QUANTIZERS
+        from optimum.streamline.quantization.quantizers import QUANTIZERS
+
+        from .options import add_model_flags, add_options, add_overwrite_flag, listed, texts_of
+
         add_model_flags(parser)
-        parser.add_argument("recipe", type=Path, nargs="?", help="a YAML recipe of the pruning; flags go over it")
+        parser.add_argument("recipe", type=Path, nargs="?", help="YAML file with options; a flag replaces its value.")
         parser.add_argument(
-            "--output", type=Path, default=Path("streamline-orthogonality"), help="a folder for the report"
+            "--output",
+            type=Path,
+            default=Path("streamline-orthogonality"),
+            metavar="FOLDER",
+            help="Folder for the report. (default: streamline-orthogonality)",
         )
-        parser.add_argument("--overwrite", action="store_true", help="replace an earlier output of this program")
-        names = ", ".join((*QUANTIZATION_LINES, *CHECKPOINT_QUANTIZATION_LINES))
+        add_overwrite_flag(parser)
         parser.add_argument(
             "--quantizers",
             default="int8,int4",
-            help=f"by commas (default int8,int4), of\n{names};\nthe first five in ONNX Runtime, the others in torch",
+            metavar="NAMES",
+            help="Quantizers to try, by commas. (default: int8,int4)\nIn ONNX Runtime:\n"
+            f"{listed(texts_of(GRAPH_QUANTIZERS))}\nIn torch:\n{listed(texts_of(QUANTIZERS))}",
         )
-        add_pruning_flags(parser, quantizes=False)
-        add_evaluation_flags(parser)
+        shared = ("length", "dtype", "device", "seed")
+        add_options(parser, "pruning", "healing", "calibration", "evaluation", "budget", *shared)
 
     @staticmethod
     def execute(args: Namespace, console: Console) -> int:

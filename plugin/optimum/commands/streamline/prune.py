@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from optimum.commands.base import CommandInfo
 
 from .base import Command
-from .options import add_model_flags, add_output_flags, add_plan_flags, add_pruning_flags
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,13 +20,14 @@ class PruneCommand(Command):
     COMMAND = CommandInfo(name="prune", help="Score, plan, edit, heal and save a checkpoint.")
 
     @staticmethod
-    def parse_args(parser: argparse.ArgumentParser) -> None:
+    def add_flags(parser: argparse.ArgumentParser) -> None:
         """Flags of `prune`."""
-        Command.parse_args(parser)
+        from .options import add_model_flags, add_options, add_output_flags, add_plan_flags
+
         add_model_flags(parser)
         add_output_flags(parser)
         add_plan_flags(parser)
-        add_pruning_flags(parser)
+        add_options(parser, "pruning", "healing", "calibration", "quantization", "length", "dtype", "device", "seed")
 
     @staticmethod
     def execute(args: Namespace, console: Console) -> int:

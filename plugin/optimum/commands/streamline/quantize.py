@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from optimum.commands.base import CommandInfo
 
 from .base import Command
-from .options import CHECKPOINT_QUANTIZATION_LINES, add_exclude_flag, add_model_flags, add_output_flags
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,15 +20,17 @@ class QuantizeCommand(Command):
     COMMAND = CommandInfo(name="quantize", help="Quantize a checkpoint for torch; an ONNX export has its own.")
 
     @staticmethod
-    def parse_args(parser: argparse.ArgumentParser) -> None:
+    def add_flags(parser: argparse.ArgumentParser) -> None:
         """Flags of `quantize`."""
-        Command.parse_args(parser)
+        from optimum.streamline.quantization.quantizers import QUANTIZERS
+
+        from .options import add_model_flags, add_option, add_output_flags, listed, texts_of
+
         add_model_flags(parser)
         add_output_flags(parser)
-        lines = "\n".join(f"  {name}: {line}" for name, line in CHECKPOINT_QUANTIZATION_LINES.items())
-        parser.add_argument("--quantize", required=True, help=f"one of\n{lines}")
-        add_exclude_flag(parser)
-        parser.add_argument("--device", default="cpu", help="cpu (default) or cuda: where it is quantized")
+        add_option(parser, "quantize", choices=listed(texts_of(QUANTIZERS)), required=True)
+        add_option(parser, "quantize_exclude", default="")
+        add_option(parser, "device", default="cpu")
 
     @staticmethod
     def execute(args: Namespace, console: Console) -> int:

@@ -10,14 +10,6 @@ from typing import TYPE_CHECKING
 from optimum.commands.base import CommandInfo
 
 from .base import Command
-from .options import (
-    add_evaluation_flags,
-    add_model_flags,
-    add_output_flags,
-    add_plan_flags,
-    add_pruning_flags,
-    add_recipe_flag,
-)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,16 +23,17 @@ class RunCommand(Command):
     )
 
     @staticmethod
-    def parse_args(parser: argparse.ArgumentParser) -> None:
+    def add_flags(parser: argparse.ArgumentParser) -> None:
         """Flags of `run`."""
-        Command.parse_args(parser)
+        from optimum.streamline.recipe.recipe import OPTIONS
+
+        from .options import add_model_flags, add_options, add_output_flags, add_plan_flags
+
         add_model_flags(parser)
-        parser.add_argument("recipe", type=Path, nargs="?", help="a YAML recipe; flags go over what it says")
+        parser.add_argument("recipe", type=Path, nargs="?", help="YAML file with options; a flag replaces its value.")
         add_output_flags(parser)
         add_plan_flags(parser)
-        add_pruning_flags(parser)
-        add_recipe_flag(parser, "--format", "what to export to: none (default) or onnx")
-        add_evaluation_flags(parser)
+        add_options(parser, *OPTIONS)
 
     @staticmethod
     def execute(args: Namespace, console: Console) -> int:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from optimum.commands.base import CommandInfo
 
 from .base import Command
-from .options import add_calibration_flags, add_model_flags
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,13 +22,14 @@ class ScoreCommand(Command):
     COMMAND = CommandInfo(name="score", help="How much each layer matters: table, JSON and plot.")
 
     @staticmethod
-    def parse_args(parser: argparse.ArgumentParser) -> None:
+    def add_flags(parser: argparse.ArgumentParser) -> None:
         """Flags of `score`."""
-        Command.parse_args(parser)
+        from .options import add_model_flags, add_options, add_overwrite_flag
+
         add_model_flags(parser)
-        parser.add_argument("output", type=Path, nargs="?", help="a folder for scores.json and the plot")
-        parser.add_argument("--overwrite", action="store_true", help="replace an earlier output of this program")
-        add_calibration_flags(parser)
+        parser.add_argument("output", type=Path, nargs="?", help="Folder for scores.json and the plot.")
+        add_overwrite_flag(parser)
+        add_options(parser, "calibration", "length", "device", "seed")
 
     @staticmethod
     def execute(args: Namespace, console: Console) -> int:

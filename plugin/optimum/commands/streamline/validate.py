@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from optimum.commands.base import CommandInfo
 
 from .base import Command
-from .options import add_evaluation_flags, add_recipe_flag, add_shared_recipe_flags, add_source_flags
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,30 +21,37 @@ class ValidateCommand(Command):
     COMMAND = CommandInfo(name="validate", help="Accuracy and latency of candidates against the original.")
 
     @staticmethod
-    def parse_args(parser: argparse.ArgumentParser) -> None:
+    def add_flags(parser: argparse.ArgumentParser) -> None:
         """Flags of `validate`."""
-        Command.parse_args(parser)
-        parser.add_argument("original", help="the original checkpoint, which --revision is of")
+        from .options import add_options, add_overwrite_flag, add_source_flags
+
+        parser.add_argument("original", help="The original checkpoint: a folder, or an id on the Hub (see --revision).")
         parser.add_argument(
             "candidate",
             nargs="+",
-            help="checkpoints or exports; an export of the original is recognised. A Hub id as name@revision",
+            help="Checkpoints or exports to compare with the original: folders, or ids on the Hub as name@revision. "
+            "An export of the original itself is recognised.",
         )
-        parser.add_argument("--output", type=Path, default=Path("streamline-report"), help="a folder for the report")
-        parser.add_argument("--overwrite", action="store_true", help="replace an earlier output of this program")
+        parser.add_argument(
+            "--output",
+            type=Path,
+            default=Path("streamline-report"),
+            metavar="FOLDER",
+            help="Folder for the report. (default: streamline-report)",
+        )
+        add_overwrite_flag(parser)
         add_source_flags(parser)
-        add_evaluation_flags(parser)
+        parser.add_argument(
+            "--rounds", type=int, default=10, metavar="N", help="Times that each model is timed, in turn. (default: 10)"
+        )
         parser.add_argument(
             "--questions",
             type=Path,
             metavar="FILE",
-            help="multiple-choice questions, for accuracy and stability: one JSON object a line, such as\n"
+            help="Multiple-choice questions, for accuracy and stability: one JSON object a line, such as\n"
             '{"question": "The capital of France is", "options": [" Paris", " London"], "answer": 0}',
         )
-        group = parser.add_argument_group("how it is measured")
-        add_recipe_flag(group, "--dtype", "what checkpoints are computed in: fp32 (default), fp16 or bf16")
-        group.add_argument("--rounds", type=int, default=10, help="timed rounds of every model in turn (default 10)")
-        add_shared_recipe_flags(group)
+        add_options(parser, "evaluation", "budget", "length", "dtype", "device", "seed")
 
     @staticmethod
     def execute(args: Namespace, console: Console) -> int:
@@ -71,8 +77,8 @@ class ValidateCommand(Command):
                 console.print(f"{compared.label}: {line}", markup=False)
         tokenizer = load_tokenizer(compared_models[0].source)
         questions = read_questions(args.questions, tokenizer) if args.questions else None
-        how = (recipe.eval_samples, recipe.length, recipe.seed, configs[0].vocab_size, "eval")
-        windows = read_windows(recipe.eval_data, tokenizer, *how)
+        how = (recipe.evaluation.samples, recipe.length, recipe.seed, configs[0].vocab_size, "eval")
+        windows = read_windows(recipe.evaluation.data, tokenizer, *how)
         console.print(windows.line("evaluation"), markup=False)
         for compared in compared_models[1:]:
             refuse_seen_text(str(compared.source.folder), windows)
@@ -80,7 +86,7 @@ class ValidateCommand(Command):
             compared_models,
             windows,
             recipe.budget,
-            recipe.judge,
+            recipe.evaluation.judge,
             questions=questions,
             dtype=recipe.dtype or "fp32",
             device=recipe.device,

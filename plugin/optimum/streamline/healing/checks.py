@@ -25,19 +25,19 @@ def check_healing(recipe: Recipe) -> None:
     """
     _check_what_is_trained(recipe)
     _check_distillation(recipe)
-    told = recipe.to_dict()
+    told = recipe.told_options()
     needed = [("heal_scope", {"lm", "distill"}), ("heal_normalised", {"hidden-mse"})]
-    if recipe.heal is None:
+    if recipe.healing.trainings is None:
         needed += [(field, {"hidden-mse", "lm", "distill"}) for field in _OF_ANY_TRAINING]
     for field, goals in needed:
-        if field in told and not goals & set(recipe.healing):
-            having = "nothing" if not recipe.healing else " and ".join(recipe.healing)
+        if field in told and not goals & set(recipe.resolved_trainings):
+            having = "nothing" if not recipe.resolved_trainings else " and ".join(recipe.resolved_trainings)
             raise StreamlineError(
-                f"{field.replace('_', '-')} {getattr(recipe, field)!r}: {having} is trained to; "
+                f"{field.replace('_', '-')} {recipe.option(field)!r}: {having} is trained to; "
                 f"it is of heal {' or '.join(sorted(goals))}"
             )
-    if "lora_rank" in told and not recipe.lora:
-        raise StreamlineError(f"lora-rank {recipe.lora_rank}: there are no adapters; add lora")
+    if "lora_rank" in told and not recipe.healing.lora:
+        raise StreamlineError(f"lora-rank {recipe.healing.lora_rank}: there are no adapters; add lora")
 
 
 def check_heal_windows(recipe: Recipe, layers: int) -> None:
@@ -50,37 +50,41 @@ def check_heal_windows(recipe: Recipe, layers: int) -> None:
     Raises:
         StreamlineError: naming the field, the value and what would be right.
     """
-    if recipe.healing:
-        stepwise = METHODS[recipe.method_name].stepwise
-        trainings = parse_remove(str(recipe.remove), layers) if stepwise else 1
-        windows = heal_windows(recipe.heal_tokens, recipe.length)
-        check_sharing(windows, recipe.heal_batch, recipe.heal_epochs, trainings)
+    if recipe.resolved_trainings:
+        stepwise = METHODS[recipe.resolved_method].stepwise
+        trainings = parse_remove(str(recipe.pruning.remove), layers) if stepwise else 1
+        windows = heal_windows(recipe.healing.tokens, recipe.length)
+        check_sharing(windows, recipe.healing.batch, recipe.healing.epochs, trainings)
 
 
 def _check_what_is_trained(recipe: Recipe) -> None:
-    trained, one_of = recipe.stand_in in TRAINED, ", ".join(TRAINED)
-    if "hidden-mse" in recipe.healing and not trained:
-        raise StreamlineError(f"heal {recipe.heal!r}: hidden-mse trains a replacement; use replacement {one_of}")
-    if recipe.heal_scope == "replacement" and not trained:
-        raise StreamlineError(f"heal-scope 'replacement': there is none; use replacement {one_of}, or scope model")
-    if recipe.lora and (recipe.heal_scope == "replacement" or not {"lm", "distill"} & set(recipe.healing)):
-        raise StreamlineError("lora: adapters are trained by heal lm or distill with heal-scope model")
-    scopes = [scope_of(recipe, number, trained) for number in range(len(recipe.healing))]
-    if recipe.lora and recipe.stand_in in ("ffn", "swiglu") and "replacement" not in scopes:
+    trained, one_of = recipe.resolved_replacement in TRAINED, ", ".join(TRAINED)
+    if "hidden-mse" in recipe.resolved_trainings and not trained:
         raise StreamlineError(
-            f"lora: adapters alone would leave the {recipe.stand_in}'s own weights random; "
-            f"train them first, as heal hidden-mse+{recipe.healing[-1]} does"
+            f"heal {recipe.healing.trainings!r}: hidden-mse trains a replacement; use replacement {one_of}"
+        )
+    if recipe.healing.scope == "replacement" and not trained:
+        raise StreamlineError(f"heal-scope 'replacement': there is none; use replacement {one_of}, or scope model")
+    if recipe.healing.lora and (
+        recipe.healing.scope == "replacement" or not {"lm", "distill"} & set(recipe.resolved_trainings)
+    ):
+        raise StreamlineError("lora: adapters are trained by heal lm or distill with heal-scope model")
+    scopes = [scope_of(recipe, number, trained) for number in range(len(recipe.resolved_trainings))]
+    if recipe.healing.lora and recipe.resolved_replacement in ("ffn", "swiglu") and "replacement" not in scopes:
+        raise StreamlineError(
+            f"lora: adapters alone would leave the {recipe.resolved_replacement}'s own weights random; "
+            f"train them first, as heal hidden-mse+{recipe.resolved_trainings[-1]} does"
         )
 
 
 def _check_distillation(recipe: Recipe) -> None:
     for field in ("heal_kl", "heal_hidden"):
-        if getattr(recipe, field) is not None and "distill" not in recipe.healing:
-            raise StreamlineError(f"{field.replace('_', '-')} {getattr(recipe, field)}: is of heal distill only")
-    if recipe.method in ("come-sp", "come-mp") and "distill" not in recipe.healing:
+        if recipe.option(field) is not None and "distill" not in recipe.resolved_trainings:
+            raise StreamlineError(f"{field.replace('_', '-')} {recipe.option(field)}: is of heal distill only")
+    if recipe.pruning.method in ("come-sp", "come-mp") and "distill" not in recipe.resolved_trainings:
         raise StreamlineError(
-            f"heal {recipe.heal!r}: method {recipe.method} is come and its distillation; "
+            f"heal {recipe.healing.trainings!r}: method {recipe.pruning.method} is come and its distillation; "
             "use heal distill, or method come"
         )
-    if (recipe.heal_kl, recipe.heal_hidden) == (0, 0):
+    if (recipe.healing.kl, recipe.healing.hidden) == (0, 0):
         raise StreamlineError("heal-kl 0 and heal-hidden 0: nothing of the original is left in heal distill; use lm")

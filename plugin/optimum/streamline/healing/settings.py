@@ -87,7 +87,7 @@ def default_model_lr(width: int, goal: str) -> float:
 
     Args:
         width: The model's hidden size.
-        goal: One of `Recipe.healing`.
+        goal: One of `Recipe.resolved_trainings`.
     """
     return 3e-4 * math.sqrt(4096 / width) if goal == "distill" else 3e-4
 
@@ -98,7 +98,7 @@ def default_lora_lr(width: int, goal: str) -> float:
 
 
 def scope_of(recipe: Recipe, number: int, trained: bool) -> Scope:
-    """What the training of that number in `recipe.healing` trains.
+    """What the training of that number in `recipe.resolved_trainings` trains.
 
     Left out, `heal_scope` is LLM-Streamline's own order: an `lm` that comes first trains the replacement, whose weights
     are new, and what follows trains the model, by adapters where there is `lora`. A single `lm` with `lora` is the
@@ -107,12 +107,12 @@ def scope_of(recipe: Recipe, number: int, trained: bool) -> Scope:
     Args:
         trained: Whether a trained layer stands in for the block.
     """
-    if recipe.healing[number] == "hidden-mse":
+    if recipe.resolved_trainings[number] == "hidden-mse":
         return "replacement"
-    if recipe.heal_scope is not None:
-        return recipe.heal_scope
-    first = recipe.healing[number] == "lm" and number == 0 and trained
-    return "replacement" if first and (not recipe.lora or len(recipe.healing) > 1) else "model"
+    if recipe.healing.scope is not None:
+        return recipe.healing.scope
+    first = recipe.resolved_trainings[number] == "lm" and number == 0 and trained
+    return "replacement" if first and (not recipe.healing.lora or len(recipe.resolved_trainings) > 1) else "model"
 
 
 def replacement_settings(recipe: Recipe, width: int, goal: str) -> HealSettings:
@@ -120,13 +120,13 @@ def replacement_settings(recipe: Recipe, width: int, goal: str) -> HealSettings:
 
     Args:
         width: The model's hidden size.
-        goal: One of `recipe.healing`.
+        goal: One of `recipe.resolved_trainings`.
     """
     return HealSettings(
-        lr=recipe.heal_lr or default_lr(width),
-        epochs=recipe.heal_epochs,
-        batch=recipe.heal_batch,
-        minutes=recipe.heal_minutes,
+        lr=recipe.healing.lr or default_lr(width),
+        epochs=recipe.healing.epochs,
+        batch=recipe.healing.batch,
+        minutes=recipe.healing.minutes,
         betas=(0.9, 0.999) if goal == "hidden-mse" else (0.9, 0.95),
         seed=recipe.seed,
     )
@@ -142,21 +142,21 @@ def model_settings(recipe: Recipe, width: int, goal: str) -> HealSettings:
 
     Args:
         width: The model's hidden size.
-        goal: One of `recipe.healing`.
+        goal: One of `recipe.resolved_trainings`.
     """
-    lr = default_lora_lr(width, goal) if recipe.lora else default_model_lr(width, goal)
+    lr = default_lora_lr(width, goal) if recipe.healing.lora else default_model_lr(width, goal)
     distils = goal == "distill"
     return HealSettings(
-        lr=recipe.heal_lr or lr,
-        epochs=recipe.heal_epochs,
-        batch=recipe.heal_batch,
-        minutes=recipe.heal_minutes,
+        lr=recipe.healing.lr or lr,
+        epochs=recipe.healing.epochs,
+        batch=recipe.healing.batch,
+        minutes=recipe.healing.minutes,
         min_lr_share=0.0 if distils else 0.1,
         betas=(0.9, 0.999) if distils else (0.9, 0.95),
-        weight_decay=0.0 if distils or recipe.lora else 0.1,
+        weight_decay=0.0 if distils or recipe.healing.lora else 0.1,
         decay_vectors=False,
         clip=1.0,
-        lora_rank=recipe.lora_rank if recipe.lora else None,
+        lora_rank=recipe.healing.lora_rank if recipe.healing.lora else None,
         seed=recipe.seed,
     )
 

@@ -35,7 +35,7 @@ class HealingResult:
     """One training of a run.
 
     Args:
-        stage: What it trained to: one of `Recipe.healing`.
+        stage: What it trained to: one of `Recipe.resolved_trainings`.
         scope: What it trained.
         windows: How many windows it trained on, those it held out not among them.
     """
@@ -90,9 +90,9 @@ class Healer:
         Args:
             student: `None` where no layer of its own stands in for a block.
         """
-        if "distill" in self._recipe.healing:
+        if "distill" in self._recipe.resolved_trainings:
             self._teacher = copy.deepcopy(self._model).requires_grad_(False)
-        if student is None or "hidden-mse" not in self._recipe.healing:
+        if student is None or "hidden-mse" not in self._recipe.resolved_trainings:
             return
         settings = replacement_settings(self._recipe, self._model.config.hidden_size, "hidden-mse")
         self._announce("hidden-mse", "replacement", settings)
@@ -102,7 +102,7 @@ class Healer:
             student,
             self._text,
             settings,
-            normalised=self._recipe.heal_normalised,
+            normalised=self._recipe.healing.normalised,
             workspace=self._place(),
         )
         self._note("hidden-mse", "replacement", settings, log)
@@ -110,8 +110,8 @@ class Healer:
     @property
     def after_merge(self) -> Callable[[tuple[PlannedLayer, ...]], None] | None:
         """The `EditInputs.after_merge` of a `stepwise` method: it trains the model after each merge."""
-        stepwise = METHODS[self._recipe.method_name].stepwise
-        return self._train_places if stepwise and self._recipe.healing else None
+        stepwise = METHODS[self._recipe.resolved_method].stepwise
+        return self._train_places if stepwise and self._recipe.resolved_trainings else None
 
     def after_edit(self, new_layers: tuple[PlannedLayer, ...]) -> None:
         """Train the edited model, whose layers are `places`; with `after_merge` before it, on the last share."""
@@ -120,7 +120,7 @@ class Healer:
     def _train_places(self, new_layers: tuple[PlannedLayer, ...]) -> None:
         merges = len(self._plan.merges) if self.after_merge else 1
         made = sum(len(place.originals) - 1 for place in new_layers) if self.after_merge else 1
-        for number, stage in enumerate(self._recipe.healing):
+        for number, stage in enumerate(self._recipe.resolved_trainings):
             if stage != "hidden-mse":
                 self._train(number, stage, new_layers, (made - 1, merges))
 
@@ -152,7 +152,7 @@ class Healer:
         if stage == "lm":
             return NextToken()
         assert self._teacher is not None, "before_edit keeps the original"
-        kl, hidden = self._recipe.heal_kl, self._recipe.heal_hidden
+        kl, hidden = self._recipe.healing.kl, self._recipe.healing.hidden
         return Distillation(
             self._teacher,
             depths_of(new_layers, self._plan.total),

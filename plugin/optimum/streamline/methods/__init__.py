@@ -12,6 +12,7 @@ __all__ = [
     "gromov",
     "layerchop",
     "llm_streamline",
+    "names",
     "protected_ends",
     "registry",
     "shortened_ppl",

@@ -48,13 +48,12 @@ class Auto(Method):
     Not a paper's: each candidate is its own paper's method. Memory holds the model twice while plans are tried.
     """
 
-    summary = "the default: blockpruner or come-p, unhealed also linear maps, by held-out loss; then heal distill"
     needs_float = "tries blockpruner, come-p and linear maps"
     replacements = ("none",)
 
     def held_out(self, recipe: Recipe) -> int:
         """Windows of about `HELD_OUT_TOKENS` tokens in all, but no more than four times the calibration windows."""
-        return min(4 * recipe.samples, math.ceil(HELD_OUT_TOKENS / recipe.length))
+        return min(4 * recipe.calibration.samples, math.ceil(HELD_OUT_TOKENS / recipe.length))
 
     def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
         """The best of the candidates' plans, with the candidate's name in `Plan.by`."""
@@ -80,8 +79,8 @@ class Auto(Method):
 
     def candidates(self, recipe: Recipe, config: PreTrainedConfig) -> list[str]:
         """Those that are of use before this healing, and can be followed on a model of this config."""
-        maps = not recipe.healing and recipe.replacement is None
-        useful = [name for name in CANDIDATES if maps or _recipe_of(recipe, name).stand_in == "none"]
+        maps = not recipe.resolved_trainings and recipe.pruning.replacement is None
+        useful = [name for name in CANDIDATES if maps or _recipe_of(recipe, name).resolved_replacement == "none"]
         return [name for name in useful if _possible(recipe, name, config)]
 
     def _loss_sum(self, plan: Plan, inputs: MethodInputs, windows: Windows) -> torch.Tensor:
@@ -95,7 +94,7 @@ class Auto(Method):
 
 def _recipe_of(recipe: Recipe, name: str) -> Recipe:
     method, _, patch = name.partition(" + ")
-    return replace(recipe, method=method, replacement="linear" if patch else "none")
+    return recipe.with_options(method=method, replacement="linear" if patch else "none")
 
 
 def _possible(recipe: Recipe, name: str, config: PreTrainedConfig) -> bool:

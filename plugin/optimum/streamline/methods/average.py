@@ -23,7 +23,6 @@ class Average(CoMe):
     The weights are BI_i / (BI_i + BI_{i+1}) and the rest; norm gains are folded into the projections first.
     """
 
-    summary = "the same neighbours as come, their weights averaged (baseline of 2510.15304)"
     by_channel = False
 
     def choose(

@@ -46,12 +46,10 @@ class Method(ABC):
     One deviation is common to all that choose by text: it is the recipe's `calibration`, not the paper's.
     """
 
-    summary: ClassVar[str]
-    """One line for the help text."""
     replacements: ClassVar[tuple[str, ...]] = ("none", "linear")
     """What may stand in for the layers it takes; a trained layer needs one contiguous block."""
     options: ClassVar[tuple[str, ...]] = ()
-    """Fields of the recipe that only some methods have, and this one has."""
+    """Options of the recipe that only some methods have, and this one has."""
     needs_float: ClassVar[str] = ""
     """What it does with weights beside dropping whole layers, which quantized ones do not allow; empty if nothing."""
     by_scores: ClassVar[bool] = False
@@ -65,23 +63,24 @@ class Method(ABC):
         Raises:
             StreamlineError: naming the field, the value and what would be right.
         """
-        if recipe.layers is not None:
+        if recipe.pruning.layers is not None:
             raise StreamlineError(
-                f"layers {recipe.layers!r}: method {recipe.method_name} chooses its own; use method explicit"
+                f"layers {recipe.pruning.layers!r}: method {recipe.resolved_method} chooses its own; "
+                "use method explicit"
             )
         self.count(recipe, config.num_hidden_layers)
         self.check_replacement(recipe, config)
 
     def check_replacement(self, recipe: Recipe, config: PreTrainedConfig) -> None:
         """Refuse a replacement that this method's choice has no place for."""
-        if recipe.stand_in not in self.replacements:
-            trained = recipe.stand_in in TRAINED
+        if recipe.resolved_replacement not in self.replacements:
+            trained = recipe.resolved_replacement in TRAINED
             needs = "one block, as llm-streamline's" if trained else "layers removed whole, as shortgpt's"
             raise StreamlineError(
-                f"replacement {recipe.stand_in!r}: method {recipe.method_name} takes "
-                f"{' or '.join(self.replacements)}; {recipe.stand_in} needs {needs}"
+                f"replacement {recipe.resolved_replacement!r}: method {recipe.resolved_method} takes "
+                f"{' or '.join(self.replacements)}; {recipe.resolved_replacement} needs {needs}"
             )
-        if recipe.stand_in == "linear":
+        if recipe.resolved_replacement == "linear":
             check_linear(config)
 
     def count(self, recipe: Recipe, total: int) -> int:
@@ -90,9 +89,9 @@ class Method(ABC):
         Raises:
             StreamlineError: it is not said, or nothing or everything would go.
         """
-        if recipe.remove is None:
+        if recipe.pruning.remove is None:
             raise StreamlineError("remove is missing: say how many layers, such as 4, or what share, such as 25%")
-        return parse_remove(recipe.remove, total)
+        return parse_remove(recipe.pruning.remove, total)
 
     def held_out(self, recipe: Recipe) -> int:
         """How many windows it needs beside the calibration windows, to compare plans on: `MethodInputs.held_out`."""
@@ -109,7 +108,7 @@ class Method(ABC):
 
 def first_choice(recipe: Recipe) -> int:
     """The first layer that may go: a linear map is folded into the layer before each gap, so that layer 0 stays."""
-    return int(recipe.stand_in == "linear")
+    return int(recipe.resolved_replacement == "linear")
 
 
 def check_attention_stays(recipe: Recipe, length: int, total: int) -> None:
@@ -121,8 +120,8 @@ def check_attention_stays(recipe: Recipe, length: int, total: int) -> None:
     Raises:
         StreamlineError: nothing would be left to hold the cache.
     """
-    if length == total and recipe.stand_in in TRAINED and recipe.stand_in != "layer":
+    if length == total and recipe.resolved_replacement in TRAINED and recipe.resolved_replacement != "layer":
         raise StreamlineError(
-            f"replacement {recipe.stand_in!r}: no layer with attention would be left of {total}; "
+            f"replacement {recipe.resolved_replacement!r}: no layer with attention would be left of {total}; "
             "replace fewer, or use replacement layer"
         )

@@ -24,7 +24,6 @@ class BlockPruner(Method):
     around sublayers do not count. A layer that has lost both goes entirely; the last attention stays, for the cache.
     """
 
-    summary = "attentions and MLPs, one at a time by loss, to the weight of so many layers (2406.10594)"
     needs_float = "zeroes attentions and MLPs"
     replacements = ("none",)
 
@@ -36,7 +35,7 @@ class BlockPruner(Method):
         while sum(sizes[part] for part in removed - skipped) < target:
             left = _candidates(sizes, removed)
             if not left:
-                raise StreamlineError(f"remove {recipe.remove!r}: the last attention has to stay; remove fewer")
+                raise StreamlineError(f"remove {recipe.pruning.remove!r}: the last attention has to stay; remove fewer")
             losses = removal_losses(inputs.model, inputs.calibration, [frozenset({part}) for part in left], removed)
             removed |= {left[losses.index(min(losses))]}
         gone = gone_layers(removed)

@@ -40,7 +40,6 @@ class CoMe(Method):
     one kind of attention (full or of a sliding window, rotary or not) may be a pair, where the code looks at no kind.
     """
 
-    summary = "the two neighbours most alike merged by their channels, step by step (2510.15304)"
     needs_float = "merges weights"
     replacements = ("none",)
     by_channel: ClassVar[bool] = True
@@ -49,12 +48,13 @@ class CoMe(Method):
     def check(self, recipe: Recipe, config: PreTrainedConfig) -> None:
         """Refuse a model whose layers cannot be merged, or not so many of them."""
         super().check(recipe, config)
-        check_mergeable(config, recipe.method_name)
+        check_mergeable(config, recipe.resolved_method)
         possible = sum(ours == theirs for ours, theirs in pairwise(layer_kinds(config)))
         if self.count(recipe, config.num_hidden_layers) > possible:
             raise StreamlineError(
-                f"remove {recipe.remove!r}: method {recipe.method_name} merges neighbours of one kind of attention; "
-                f"that way this model can lose at most {possible}; remove fewer, or use a method that removes layers"
+                f"remove {recipe.pruning.remove!r}: method {recipe.resolved_method} merges neighbours of one kind of "
+                f"attention; that way this model can lose at most {possible}; remove fewer, or use a method "
+                "that removes layers"
             )
 
     def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
@@ -102,8 +102,6 @@ class CoMeSp(CoMe):
     could be read, is plain: a few tokens of massive activation would decide that alone (`healing.goals.Distillation`).
     """
 
-    summary = "as come, then healed by one distillation (2510.15304)"
-
 
 class CoMeMp(CoMe):
     """CoMe-mp, the paper's Algorithm 4, "CoMe Multi-Process Post-training": CoMe, with a distillation at each merge.
@@ -114,5 +112,4 @@ class CoMeMp(CoMe):
     hyper-parameters are this program's own.
     """
 
-    summary = "as come, healed by a distillation after each merge (2510.15304)"
     stepwise = True

@@ -32,8 +32,6 @@ class CoMeP(CoMe):
     tokens, this one's by that on last tokens, as in CoMe.
     """
 
-    summary = "as come, the ratio of each merge by trying 21 of them on calibration text (2510.15304)"
-
     def choose(
         self, model: PreTrainedModel, scores: Scores, channels: Sequence[Channels], calibration: Windows
     ) -> Merge:

@@ -31,7 +31,7 @@ class OneBlock(Method):
 
     def length(self, recipe: Recipe, total: int) -> int:
         """How many of `total` layers the block has."""
-        return self.count(recipe, total) + (recipe.stand_in in TRAINED)
+        return self.count(recipe, total) + (recipe.resolved_replacement in TRAINED)
 
     @abstractmethod
     def distances(self, scores: Scores, length: int) -> Sequence[float]:
@@ -42,4 +42,4 @@ class OneBlock(Method):
         length = self.length(recipe, inputs.layers)
         distances = self.distances(inputs.scores, length)
         first = min(range(first_choice(recipe), len(distances)), key=lambda start: (distances[start], start))
-        return Plan(inputs.layers, tuple(range(first, first + length)), recipe.stand_in)
+        return Plan(inputs.layers, tuple(range(first, first + length)), recipe.resolved_replacement)

@@ -15,29 +15,34 @@ from .base import Method, MethodInputs, check_attention_stays
 class Explicit(Method):
     """Takes out the layers of `layers`, whatever their scores."""
 
-    summary = "the layers given by --layers, such as 3,7,11-13"
     by_scores = True
     replacements = ("none", "linear", *TRAINED)
 
     def check(self, recipe: Recipe, config: PreTrainedConfig) -> None:
         """Refuse missing or impossible layers, and a replacement for layers with gaps between them."""
-        if recipe.layers is None:
+        if recipe.pruning.layers is None:
             raise StreamlineError("layers is missing: method explicit needs it, such as 3,7,11-13")
-        if recipe.remove is not None:
-            raise StreamlineError(f"remove {recipe.remove!r}: give remove or layers, not both")
+        if recipe.pruning.remove is not None:
+            raise StreamlineError(f"remove {recipe.pruning.remove!r}: give remove or layers, not both")
         self.check_replacement(recipe, config)
         total = config.num_hidden_layers
-        layers = parse_layers(recipe.layers, total)
-        if recipe.stand_in not in TRAINED and len(layers) == total:
-            raise StreamlineError(f"layers {recipe.layers!r}: these are all {total} layers; at least 1 must stay")
-        if recipe.stand_in in TRAINED and (not is_contiguous(layers) or len(layers) < 2):
+        layers = parse_layers(recipe.pruning.layers, total)
+        if recipe.resolved_replacement not in TRAINED and len(layers) == total:
             raise StreamlineError(
-                f"layers {recipe.layers!r}: a replacement needs one block of at least 2 layers, such as 5-9"
+                f"layers {recipe.pruning.layers!r}: these are all {total} layers; at least 1 must stay"
+            )
+        if recipe.resolved_replacement in TRAINED and (not is_contiguous(layers) or len(layers) < 2):
+            raise StreamlineError(
+                f"layers {recipe.pruning.layers!r}: a replacement needs one block of at least 2 layers, such as 5-9"
             )
         check_attention_stays(recipe, len(layers), total)
-        if recipe.stand_in == "linear" and 0 in layers:
-            raise StreamlineError(f"layers {recipe.layers!r}: a linear map needs a layer before it; leave layer 0")
+        if recipe.resolved_replacement == "linear" and 0 in layers:
+            raise StreamlineError(
+                f"layers {recipe.pruning.layers!r}: a linear map needs a layer before it; leave layer 0"
+            )
 
     def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
         """The layers named."""
-        return Plan(inputs.layers, parse_layers(recipe.layers or "", inputs.layers), recipe.stand_in)
+        return Plan(
+            inputs.layers, parse_layers(recipe.pruning.layers or "", inputs.layers), recipe.resolved_replacement
+        )

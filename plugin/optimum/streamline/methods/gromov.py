@@ -17,7 +17,6 @@ class Gromov(OneBlock):
     and the last block see `OneBlock`.
     """
 
-    summary = "the block of least angular distance on last tokens, removed or replaced (2403.17887)"
     by_scores = True
 
     def distances(self, scores: Scores, length: int) -> Sequence[float]:

@@ -70,7 +70,6 @@ class LayerChop(Method):
     schedule of its own (`healing.settings.model_settings`).
     """
 
-    summary = "layers by their place: evenly spread, or near input, output, middle or both (2305.14864)"
     by_scores = True
     options = ("pattern",)
 
@@ -80,12 +79,12 @@ class LayerChop(Method):
         total = config.num_hidden_layers
         if self.count(recipe, total) > total - 2:
             raise StreamlineError(
-                f"remove {recipe.remove!r}: method layerchop keeps the first and the last of {total} layers; "
+                f"remove {recipe.pruning.remove!r}: method layerchop keeps the first and the last of {total} layers; "
                 f"at most {total - 2} can go"
             )
 
     def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
         """All layers but those the pattern keeps."""
         total = inputs.layers
-        kept = PATTERNS[recipe.pattern or "max-gap"](total, total - self.count(recipe, total))
-        return Plan(total, tuple(layer for layer in range(total) if layer not in kept), recipe.stand_in)
+        kept = PATTERNS[recipe.pruning.pattern or "max-gap"](total, total - self.count(recipe, total))
+        return Plan(total, tuple(layer for layer in range(total) if layer not in kept), recipe.resolved_replacement)

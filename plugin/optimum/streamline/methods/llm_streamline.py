@@ -21,7 +21,6 @@ class LLMStreamline(OneBlock):
     width, theirs at a width of 4096 (`healing.settings.default_lr`).
     """
 
-    summary = "the block of highest input-output cosine, removed or replaced (2403.19135)"
     by_scores = True
 
     def distances(self, scores: Scores, length: int) -> Sequence[float]:

@@ -32,7 +32,7 @@ class Protecting(Method):
 
     def protect(self, recipe: Recipe) -> str:
         """The recipe's `protect`, or the method's own."""
-        return recipe.protect or self.default_protect
+        return recipe.pruning.protect or self.default_protect
 
     def removable(self, recipe: Recipe, total: int) -> range:
         """The layers that may go."""

@@ -48,9 +48,9 @@ def method_of(recipe: Recipe, config: PreTrainedConfig) -> Method:
     Raises:
         StreamlineError: there is no such method, or it cannot follow the recipe.
     """
-    if recipe.method_name not in METHODS:
-        raise StreamlineError(f"method {recipe.method!r}: unknown; known are {', '.join(METHODS)}")
-    method = METHODS[recipe.method_name]
+    if recipe.resolved_method not in METHODS:
+        raise StreamlineError(f"method {recipe.pruning.method!r}: unknown; known are {', '.join(METHODS)}")
+    method = METHODS[recipe.resolved_method]
     refuse_bare(config)
     _check_options(recipe, method)
     method.check(recipe, config)
@@ -59,10 +59,12 @@ def method_of(recipe: Recipe, config: PreTrainedConfig) -> Method:
 
 def _check_options(recipe: Recipe, method: Method) -> None:
     for field in ("iterative", "protect", "pattern"):
-        value = getattr(recipe, field)
+        value = recipe.option(field)
         if value and field not in method.options:
             having = [name for name, other in METHODS.items() if field in other.options]
-            raise StreamlineError(f"{field} {value!r}: method {recipe.method_name} has no such choice; {_has(having)}")
+            raise StreamlineError(
+                f"{field} {value!r}: method {recipe.resolved_method} has no such choice; {_has(having)}"
+            )
 
 
 def _has(names: list[str]) -> str:

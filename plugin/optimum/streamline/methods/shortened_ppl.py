@@ -17,7 +17,6 @@ class ShortenedPPL(Protecting):
     windows of 128 tokens of BookCorpus.
     """
 
-    summary = "the layers without each of which perplexity is lowest, all at once (2402.02834)"
     default_protect = "0,0"
 
     def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
@@ -25,4 +24,4 @@ class ShortenedPPL(Protecting):
         layers = self.removable(recipe, inputs.layers)
         losses = removal_losses(inputs.model, inputs.calibration, [whole_layer(layer) for layer in layers])
         lowest = sorted(zip(losses, layers, strict=True))[: self.count(recipe, inputs.layers)]
-        return Plan(inputs.layers, tuple(sorted(layer for _, layer in lowest)), recipe.stand_in)
+        return Plan(inputs.layers, tuple(sorted(layer for _, layer in lowest)), recipe.resolved_replacement)

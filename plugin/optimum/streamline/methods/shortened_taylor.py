@@ -20,7 +20,6 @@ class ShortenedTaylor(Protecting):
     128 tokens of BookCorpus.
     """
 
-    summary = "the layers of lowest sum of |weight x gradient|, all at once (2402.02834)"
     needs_float = "takes gradients"
     default_protect = "4,2"
 
@@ -29,4 +28,4 @@ class ShortenedTaylor(Protecting):
         importance = taylor_importance(inputs.model, inputs.calibration)
         layers = self.removable(recipe, inputs.layers)
         lowest = sorted(layers, key=lambda layer: (importance[layer], layer))[: self.count(recipe, inputs.layers)]
-        return Plan(inputs.layers, tuple(sorted(lowest)), recipe.stand_in)
+        return Plan(inputs.layers, tuple(sorted(lowest)), recipe.resolved_replacement)

@@ -23,7 +23,6 @@ class ShortGPT(Method):
     is judged by its raw output and not by its output after the model's final norm, and ties go to the first layer.
     """
 
-    summary = "the layers of lowest Block Influence, all at once or iteratively (2403.03853)"
     by_scores = True
     options = ("iterative",)
 
@@ -31,11 +30,11 @@ class ShortGPT(Method):
         """The `remove` layers of lowest Block Influence."""
         count = self.count(recipe, inputs.layers)
         spared = first_choice(recipe)
-        if recipe.iterative:
+        if recipe.pruning.iterative:
             gone = _one_by_one(inputs, count, spared)
         else:
             gone = _by_influence(range(inputs.layers), inputs.scores.block_influence, spared)[:count]
-        return Plan(inputs.layers, tuple(sorted(gone)), recipe.stand_in)
+        return Plan(inputs.layers, tuple(sorted(gone)), recipe.resolved_replacement)
 
 
 def _by_influence(layers: Sequence[int], influence: Sequence[float], spared: int) -> list[int]:

@@ -17,7 +17,6 @@ class SLEB(Protecting):
     last layer are protected unless `protect` says otherwise, and ties go to the first layer.
     """
 
-    summary = "one layer at a time, each time the one whose loss hurts least (2402.09025)"
     default_protect = "1,1"
 
     def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
@@ -28,4 +27,4 @@ class SLEB(Protecting):
             left = [layer for layer in self.removable(recipe, inputs.layers) if layer not in gone]
             losses = removal_losses(inputs.model, inputs.calibration, [whole_layer(i) for i in left], removed)
             removed |= whole_layer(left[losses.index(min(losses))])
-        return Plan(inputs.layers, gone_layers(removed), recipe.stand_in)
+        return Plan(inputs.layers, gone_layers(removed), recipe.resolved_replacement)

@@ -44,15 +44,15 @@ def check_exportable(recipe: Recipe) -> None:
     Raises:
         StreamlineError: as `check_export` of the exporters.
     """
-    if recipe.format != "none":
+    if recipe.export.format != "none":
         from optimum.exporters.streamline import check_export
 
-        check_export(recipe.format, recipe.dtype or "fp32", recipe.device, graph_quantization(recipe))
+        check_export(recipe.export.format, recipe.dtype or "fp32", recipe.device, graph_quantization(recipe))
 
 
 def graph_quantization(recipe: Recipe) -> str:
     """How the export is quantized: the recipe's `quantize`, unless that is of the checkpoint."""
-    return NONE if recipe.quantize in QUANTIZERS else recipe.quantize
+    return NONE if recipe.quantization.quantizer in QUANTIZERS else recipe.quantization.quantizer
 
 
 def score_graph(artifact: Artifact, windows: Windows) -> Scores:

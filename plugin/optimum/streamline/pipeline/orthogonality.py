@@ -83,7 +83,7 @@ def orthogonality(
     rows = tuple(row if row.label == DENSE else replace(row, path="") for row in measured.rows)
     report = Report(
         rows,
-        judge(rows, recipe.budget, recipe.judge),
+        judge(rows, recipe.budget, recipe.evaluation.judge),
         measured.settings,
         describe_machine(recipe.device),
         texts.judged_on.describe(),
@@ -98,7 +98,7 @@ def orthogonality(
 def _check(source: ModelSource, recipe: Recipe, quantizers: Sequence[str]) -> None:
     """Refuse what cannot be made, before anything is."""
     for field in ("quantize", "quantize_exclude", "steps", "format"):
-        value = getattr(recipe, field)
+        value = recipe.option(field)
         if value not in (None, NONE):
             raise StreamlineError(
                 f"{field.replace('_', '-')} {value!r}: orthogonality makes every model itself; leave it out"
@@ -108,7 +108,7 @@ def _check(source: ModelSource, recipe: Recipe, quantizers: Sequence[str]) -> No
     if name := quantization_name(config):
         raise StreamlineError(f"model {source.model!r}: is quantized ({name}) already; give the float model")
     for how in quantizers:
-        asked = replace(recipe, quantize=how, format="none" if how in QUANTIZERS else "onnx")
+        asked = recipe.with_options(quantize=how, format="none" if how in QUANTIZERS else "onnx")
         check_quantization(asked, config)
         check_exportable(asked)
 
@@ -148,7 +148,7 @@ class _Models:
             quantize(source, folder, how, device=self._recipe.device, verbose=self._verbose, notify=_unheard)
             self._add(label, str(folder))
         interactions = [Interaction(how, LAST, DENSE, PRUNED, how, f"{PRUNED}, {how}")]
-        recipe = replace(self._recipe, quantize=how, steps=FIRST)  # type: ignore[arg-type]
+        recipe = self._recipe.with_options(quantize=how, steps=FIRST)
         missing = self._refused(recipe)
         if not missing:
             label = f"{how}, {PRUNED}"
@@ -163,7 +163,7 @@ class _Models:
         self._export(how, self.compared_models[DENSE].path, how)
         self._export(f"{PRUNED}, {how}", self.compared_models[PRUNED].path, how)
         interactions = [Interaction(how, LAST, dense, pruned, how, f"{PRUNED}, {how}")]
-        recipe = replace(self._recipe, quantize=how, steps=FIRST, format="onnx")  # type: ignore[arg-type]
+        recipe = self._recipe.with_options(quantize=how, steps=FIRST, format="onnx")
         missing = self._refused(recipe)
         if not missing:
             checkpoint = self._prune(f"{how}, {PRUNED}, before its export", recipe, self._graphs[how])

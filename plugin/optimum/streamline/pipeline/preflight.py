@@ -39,33 +39,34 @@ def check_quantization(recipe: Recipe, config: PreTrainedConfig) -> None:
     Raises:
         StreamlineError: naming the field, the value and what would be right.
     """
+    quantizer = recipe.quantization.quantizer
     for field in ("quantize_exclude", "steps"):
-        value = getattr(recipe, field)
-        if value is not None and recipe.quantize == NONE:
+        value = recipe.option(field)
+        if value is not None and quantizer == NONE:
             raise StreamlineError(f"{field.replace('_', '-')} {value!r}: nothing is quantized; give quantize too")
     name = quantization_name(config)
     check_writable(config, recipe.device)
     # Tried on a copy, to hear now whether the layers' new numbers could be written where it names them by the old.
     renumber_quantization(copy.deepcopy(config), architecture_of(config).layers, range(config.num_hidden_layers))
-    if recipe.quantize in QUANTIZERS:
-        check_quantizable(config, recipe.quantize, recipe.excluded)
-        if recipe.format != "none":
+    if quantizer in QUANTIZERS:
+        check_quantizable(config, quantizer, recipe.excluded)
+        if recipe.export.format != "none":
             raise StreamlineError(
-                f"format {recipe.format!r}: quantize {recipe.quantize!r} makes a checkpoint that torch runs; use a "
-                "quantizer of ONNX graphs, such as 'int4', or format 'none'"
+                f"format {recipe.export.format!r}: quantize {quantizer!r} makes a checkpoint that "
+                "torch runs; use a quantizer of ONNX graphs, such as 'int4', or format 'none'"
             )
-    elif recipe.quantize != NONE:
+    elif quantizer != NONE:
         _check_graph_quantization(recipe)
         select_modules(linear_modules_of(meta_model(float_config(config))), recipe.excluded)
     if name is not None or recipe.quantize_first:
-        _check_removal_alone(recipe, name or recipe.quantize)
-    if recipe.quantize in QUANTIZERS and recipe.stand_in in get_args(BareKind):
+        _check_removal_alone(recipe, name or quantizer)
+    if quantizer in QUANTIZERS and recipe.resolved_replacement in get_args(BareKind):
         raise StreamlineError(
-            f"replacement {recipe.stand_in!r}: leaves bare layers, which quantize {recipe.quantize!r} cannot take; use "
-            "another replacement"
+            f"replacement {recipe.resolved_replacement!r}: leaves bare layers, which quantize {quantizer!r} "
+            "cannot take; use another replacement"
         )
-    if recipe.dtype is not None and (name is not None or (recipe.quantize_first and recipe.quantize in QUANTIZERS)):
-        quantized = name or recipe.quantize
+    if recipe.dtype is not None and (name is not None or (recipe.quantize_first and quantizer in QUANTIZERS)):
+        quantized = name or quantizer
         raise StreamlineError(
             f"dtype {recipe.dtype!r}: the model is quantized ({quantized}) and stays so; leave it out"
         )
@@ -86,23 +87,23 @@ def refuse_unpacking(model: PreTrainedModel) -> None:
 
 
 def _check_graph_quantization(recipe: Recipe) -> None:
-    ways = graph_quantizers()
-    if recipe.quantize not in ways:
-        raise StreamlineError(f"quantize {recipe.quantize!r}: unknown; one of {', '.join((NONE, *QUANTIZERS, *ways))}")
-    if recipe.format != "onnx":
-        raise StreamlineError(f"quantize {recipe.quantize!r}: is made of an ONNX graph; give format 'onnx' to `run`")
+    ways, quantizer = graph_quantizers(), recipe.quantization.quantizer
+    if quantizer not in ways:
+        raise StreamlineError(f"quantize {quantizer!r}: unknown; one of {', '.join((NONE, *QUANTIZERS, *ways))}")
+    if recipe.export.format != "onnx":
+        raise StreamlineError(f"quantize {quantizer!r}: is made of an ONNX graph; give format 'onnx' to `run`")
     if not recipe.quantize_first:
         return
-    if ways[recipe.quantize]:
+    if ways[quantizer]:
         raise StreamlineError(
-            f"steps {recipe.steps!r}: {recipe.quantize} is calibrated on what the layers before give, which those that "
-            "go would change; use steps 'prune,quantize', or a quantizer without calibration, such as 'int4'"
+            f"steps {recipe.quantization.steps!r}: {quantizer} is calibrated on what the layers before give, which "
+            "those that go would change; use steps 'prune,quantize', or a quantizer without calibration, such as 'int4'"
         )
-    if not METHODS[recipe.method_name].by_scores or recipe.iterative:
+    if not METHODS[recipe.resolved_method].by_scores or recipe.pruning.iterative:
         able = [name for name, method in METHODS.items() if method.by_scores]
         raise StreamlineError(
-            f"method {recipe.method_name!r}: tries changes on the model, and a quantized graph is only scored; with "
-            f"steps {recipe.steps!r} use one of {', '.join(able)}, not iterative"
+            f"method {recipe.resolved_method!r}: tries changes on the model, and a quantized graph is only scored; "
+            f"with steps {recipe.quantization.steps!r} use one of {', '.join(able)}, not iterative"
         )
 
 
@@ -110,17 +111,19 @@ def _check_removal_alone(recipe: Recipe, quantization: str) -> None:
     """Refuse all that needs float weights."""
     instead = "prune the float model and quantize then (steps 'prune,quantize')"
     refused = f"needs float weights, and here they are quantized ({quantization})"
-    method = METHODS[recipe.method_name]
+    method = METHODS[recipe.resolved_method]
     if method.needs_float:
         able = [name for name, each in METHODS.items() if not each.needs_float]
         raise StreamlineError(
-            f"method {recipe.method_name!r}: {method.needs_float}, so it {refused}; {instead}, or use one of "
+            f"method {recipe.resolved_method!r}: {method.needs_float}, so it {refused}; {instead}, or use one of "
             f"{', '.join(able)}"
         )
-    if recipe.stand_in != "none":
-        raise StreamlineError(f"replacement {recipe.stand_in!r}: {refused}; {instead}, or use replacement 'none'")
-    if recipe.healing:
-        raise StreamlineError(f"heal {'+'.join(recipe.healing)!r}: {refused}; {instead}, or use heal 'none'")
+    if recipe.resolved_replacement != "none":
+        raise StreamlineError(
+            f"replacement {recipe.resolved_replacement!r}: {refused}; {instead}, or use replacement 'none'"
+        )
+    if recipe.resolved_trainings:
+        raise StreamlineError(f"heal {'+'.join(recipe.resolved_trainings)!r}: {refused}; {instead}, or use heal 'none'")
 
 
 def check_recipe(source: ModelSource, recipe: Recipe) -> None:

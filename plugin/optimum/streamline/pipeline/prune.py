@@ -84,7 +84,7 @@ class Prepared:
     @property
     def calibration(self) -> Windows:
         """What layers are scored, maps fitted and channels measured on: the recipe's `samples` windows."""
-        return self.chosen_on.part(0, self.recipe.samples)
+        return self.chosen_on.part(0, self.recipe.calibration.samples)
 
 
 def score(source: ModelSource, recipe: Recipe, notify: Notify) -> tuple[Scores, Windows]:
@@ -96,7 +96,9 @@ def score(source: ModelSource, recipe: Recipe, notify: Notify) -> tuple[Scores, 
     config = _checked_config(source, recipe)
     for line in source_notes(source, config):
         notify(line)
-    windows = _windows(recipe, load_tokenizer(source), config, recipe.calibration, recipe.samples, "calibration")
+    windows = _windows(
+        recipe, load_tokenizer(source), config, recipe.calibration.data, recipe.calibration.samples, "calibration"
+    )
     notify(windows.line("calibration"))
     return measure_scores(load_stock(source, torch.float32, recipe.device), windows), windows
 
@@ -117,10 +119,14 @@ def prepare(source: ModelSource, recipe: Recipe, notify: Notify, scored: Score |
         notify(line)
     tokenizer = load_tokenizer(source)
     chosen_on = _text_of_choice(recipe, tokenizer, config)
-    calibration = chosen_on.part(0, recipe.samples)
-    held_out = chosen_on.part(recipe.samples, len(chosen_on.ids)) if len(chosen_on.ids) > recipe.samples else None
+    calibration = chosen_on.part(0, recipe.calibration.samples)
+    held_out = (
+        chosen_on.part(recipe.calibration.samples, len(chosen_on.ids))
+        if len(chosen_on.ids) > recipe.calibration.samples
+        else None
+    )
     # Not needed yet, but a text that cannot be read is better found now than after hours of a greedy search.
-    heal_text = _heal_text(recipe, tokenizer, config) if recipe.healing else None
+    heal_text = _heal_text(recipe, tokenizer, config) if recipe.resolved_trainings else None
     notify(chosen_on.line("calibration"))
     if heal_text is not None:
         notify(heal_text.line("healing"))
@@ -128,10 +134,10 @@ def prepare(source: ModelSource, recipe: Recipe, notify: Notify, scored: Score |
     begun = time.monotonic()
     scored_elsewhere = scored(calibration) if scored else None
     scoring = time.monotonic() - begun
-    quantizes = recipe.quantize_first and recipe.quantize in QUANTIZERS
+    quantizes = recipe.quantize_first and recipe.quantization.quantizer in QUANTIZERS
     if quantizes:
-        in_float = check_quantizable(config, recipe.quantize, recipe.excluded)
-        model = load_quantizing(source, recipe.quantize, in_float, recipe.device)
+        in_float = check_quantizable(config, recipe.quantization.quantizer, recipe.excluded)
+        model = load_quantizing(source, recipe.quantization.quantizer, in_float, recipe.device)
     else:
         model = load_stock(source, torch.float32, recipe.device)
         refuse_unpacking(model)
@@ -207,18 +213,18 @@ def _save(prepared: Prepared, record: PruningRecord, folder: Path, notify: Notif
         ParityError: what was written is not the model.
     """
     source, recipe, model = prepared.source, prepared.recipe, prepared.model
-    quantizes = recipe.quantize in QUANTIZERS
+    quantizes = recipe.quantization.quantizer in QUANTIZERS
     if quantizes and not recipe.quantize_first:
-        in_float = check_quantizable(read_config(source), recipe.quantize, recipe.excluded)
+        in_float = check_quantizable(read_config(source), recipe.quantization.quantizer, recipe.excluded)
         now = [new for new, _ in renumbered_names(in_float, [place.originals for place in record.change.new_layers])]
         with TemporaryDirectory(dir=folder) as scratch:
             save_model(model, prepared.tokenizer, prepared.stored, Path(scratch))
             release_weights(model)
-            model = load_quantizing(source.with_model(scratch), recipe.quantize, now, recipe.device)
+            model = load_quantizing(source.with_model(scratch), recipe.quantization.quantizer, now, recipe.device)
     save_model(model, prepared.tokenizer, None if quantizes else prepared.stored, folder)
     carry_code(source, folder)
     if quantizes:
-        notify(write_quantization(model, source, recipe.quantize, recipe.excluded, folder))
+        notify(write_quantization(model, source, recipe.quantization.quantizer, recipe.excluded, folder))
     start = time.monotonic()
     found = read_back(folder, model, prepared.tokenizer, prepared.calibration.ids, source.trust_remote_code)
     prepared.seconds["read back"] = time.monotonic() - start

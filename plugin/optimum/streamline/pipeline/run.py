@@ -65,7 +65,7 @@ def run(source: ModelSource, recipe: Recipe, out: Path, *, overwrite: bool, verb
     chain = _Chain(source, recipe, out, verbose, notify)
     if overwrite or not chain.resumes(texts):
         chain.step("prune", lambda: chain.prune(overwrite))
-    if recipe.format != "none":
+    if recipe.export.format != "none":
         chain.export(source.model, ORIGINAL_EXPORT)
         chain.export(str(out), EXPORT, texts)
     return chain.report(texts.judged_on)
@@ -97,7 +97,7 @@ class _Chain:
         for purpose, windows in texts.chosen_on.items():
             if record["data"].get(purpose, {}).get("fingerprint") != windows.fingerprint:
                 return f"made from another {purpose} text, though of the same name"
-        if (self._out / QUANTIZATION_FILE).is_file() and self._recipe.quantize not in QUANTIZERS:
+        if (self._out / QUANTIZATION_FILE).is_file() and self._recipe.quantization.quantizer not in QUANTIZERS:
             return "quantized since it was made"
         changed = changed_files(ModelSource(str(self._out)))
         if changed is None:
@@ -114,7 +114,7 @@ class _Chain:
     def prune(self, overwrite: bool) -> None:
         """Make the checkpoint; its layers are scored in the quantized graph of the original where that comes first."""
         source, recipe, how = self._source, self._recipe, graph_quantization(self._recipe)
-        options: dict[str, Any] = {"overwrite": overwrite, "verbose": self._verbose, "say": self._notify}
+        options: dict[str, Any] = {"overwrite": overwrite, "verbose": self._verbose, "notify": self._notify}
         if not recipe.quantize_first or how == NONE:
             prune(source, recipe, self._out, **options)
             return
@@ -171,7 +171,7 @@ class _Chain:
         return export(
             checkpoint,
             folder,
-            format=self._recipe.format,
+            format=self._recipe.export.format,
             dtype=self._recipe.dtype or "fp32",
             device=self._recipe.device,
             verbose=self._verbose,
@@ -191,7 +191,7 @@ class _Chain:
         if earlier is None:
             report = self._measured(compared_models, windows)
         else:
-            verdict = judge(earlier.rows, self._recipe.budget, self._recipe.judge)
+            verdict = judge(earlier.rows, self._recipe.budget, self._recipe.evaluation.judge)
             report = dataclasses.replace(earlier, verdict=verdict, recipe=dataclasses.asdict(self._recipe))
             judged = "" if report.to_json() == earlier.to_json() else ": judged anew"
             self._notify(f"{self._out / REPORT_FILE} is there already, of these very files{judged}")
@@ -208,7 +208,7 @@ class _Chain:
                 compared_models,
                 windows,
                 self._recipe.budget,
-                self._recipe.judge,
+                self._recipe.evaluation.judge,
                 dtype=self._recipe.dtype or "fp32",
                 device=self._recipe.device,
                 seed=self._recipe.seed,
@@ -253,10 +253,10 @@ class _Chain:
             original,
             ComparedModel("candidate", str(self._out), trust_remote_code=source.trust_remote_code),
         ]
-        if self._recipe.format != "none":
+        if self._recipe.export.format != "none":
             compared_models += [
-                ComparedModel(f"original, {self._recipe.format}", str(self._out / ORIGINAL_EXPORT), "original"),
-                ComparedModel(f"candidate, {self._recipe.format}", str(self._out / EXPORT)),
+                ComparedModel(f"original, {self._recipe.export.format}", str(self._out / ORIGINAL_EXPORT), "original"),
+                ComparedModel(f"candidate, {self._recipe.export.format}", str(self._out / EXPORT)),
             ]
         return compared_models
 
@@ -271,4 +271,5 @@ class _Chain:
 
 def _measures(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe's fields, but for those that decide nothing but how the figures are judged."""
-    return {key: value for key, value in recipe.items() if key not in ("budget", "judge")}
+    evaluation = {key: value for key, value in recipe.get("evaluation", {}).items() if key != "judge"}
+    return {**recipe, "budget": None, "evaluation": evaluation}

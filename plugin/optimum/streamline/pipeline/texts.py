@@ -22,28 +22,30 @@ from optimum.streamline.text.windows import TooShortError, Windows, read_windows
 
 def inputs_of(source: ModelSource, recipe: Recipe) -> tuple[str, ...]:
     """What a run reads, which no output may replace."""
-    texts = (recipe.calibration, recipe.heal_data, recipe.eval_data)
+    texts = (recipe.calibration.data, recipe.healing.data, recipe.evaluation.data)
     models = (source.model, *([source.base.model] if source.base else []))
     return *models, *(str(local_path(spec)[0]) for spec in texts)
 
 
 def _text_of_choice(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Windows:
     """The calibration windows, and after them those to compare plans on where the method does."""
-    held_out = METHODS[recipe.method_name].held_out(recipe)
+    held_out = METHODS[recipe.resolved_method].held_out(recipe)
     try:
-        return _windows(recipe, tokenizer, config, recipe.calibration, recipe.samples + held_out, "calibration")
+        return _windows(
+            recipe, tokenizer, config, recipe.calibration.data, recipe.calibration.samples + held_out, "calibration"
+        )
     except TooShortError as error:
         if not held_out:
             raise
         raise StreamlineError(
-            f"{error}; samples are {recipe.samples}, and method {recipe.method_name} reads {held_out} more windows to "
-            "compare what its candidates choose"
+            f"{error}; samples are {recipe.calibration.samples}, and method {recipe.resolved_method} reads {held_out} "
+            "more windows to compare what its candidates choose"
         ) from None
 
 
 def _heal_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Windows:
-    count = heal_windows(recipe.heal_tokens, recipe.length)
-    return _windows(recipe, tokenizer, config, recipe.heal_data, count, "train")
+    count = heal_windows(recipe.healing.tokens, recipe.length)
+    return _windows(recipe, tokenizer, config, recipe.healing.data, count, "train")
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,9 @@ def read_texts(source: ModelSource, recipe: Recipe) -> Texts:
         StreamlineError: a text cannot be read or is too short, or the choices are made on what they are judged on.
     """
     tokenizer, config = load_tokenizer(source), read_config(source)
-    judged_on = _windows(recipe, tokenizer, config, recipe.eval_data, recipe.eval_samples, "eval")
+    judged_on = _windows(recipe, tokenizer, config, recipe.evaluation.data, recipe.evaluation.samples, "eval")
     chosen_on = {"calibration": _text_of_choice(recipe, tokenizer, config)}
-    if recipe.healing:
+    if recipe.resolved_trainings:
         chosen_on["heal"] = _heal_text(recipe, tokenizer, config)
     for windows in chosen_on.values():
         check_disjoint(windows.sketch, windows.spec, judged_on.sketch, judged_on.spec)

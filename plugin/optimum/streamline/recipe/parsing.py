@@ -1,97 +1,130 @@
-"""From plain fields or a YAML file to a `Recipe`, and back; every fault becomes one line."""
+"""From the keys of YAML, flags or Python to a `Recipe`, and back; every fault becomes one line.
+
+An option has two keys: its name in its group (`healing: {tokens: 100}`), and the name of its flag with underscores
+(`heal_tokens: 100`). Files are written with the first.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import ValidationError
+from typing import Any
 
 from optimum.streamline.errors import StreamlineError, shown
 
-from .recipe import Budget, Recipe
+from .options import DefinedOption, options_of
+from .recipe import GROUPS, OPTIONS, Recipe
 from .yaml12 import dump_yaml, parse_yaml
 
 _LONGEST_FILE = 2**16  # bytes of a recipe
 
 
-# What a field that has a form of its own should look like.
-_FORMS = {
-    "heal": "must be none, or one or more of hidden-mse (first), lm and distill, joined by +",
-    "budget": "must be limits with their values, such as max_ppl_ratio: 1.1",
-    "protect": "must be two numbers, how many of the first and of the last layers, such as 1,1",
-}
-# What a field of a type takes, where pydantic's words leave that open.
-_TYPES = {
-    "bool_type": "must be true or false",
-    "int_type": "must be an integer",
-    "float_type": "must be a number",
-    "string_type": "must be a string (in quotes, if it looks like a number)",
-}
-_LISTS = {"layers": "3,7,11-13", "quantize_exclude": "0,*.mlp.down_proj", "steps": "quantize,prune"}
+@dataclass(frozen=True)
+class Given:
+    """One option as it was given.
+
+    Args:
+        value: Not yet checked.
+        name: What a message calls the option: its key as it was given, with dashes.
+        origin: What a message calls the place it was given in.
+    """
+
+    value: Any
+    name: str
+    origin: str
 
 
 def make_recipe(fields: dict[str, Any], origin: str = "recipe") -> Recipe:
-    """A recipe from plain fields.
+    """A recipe from plain fields, by either key of each option.
 
     Args:
+        fields: The keys and values; a group is a mapping, or an instance of its class.
         origin: What a message calls the fields' source.
 
     Raises:
-        StreamlineError: the first field that is unknown, of another type or out of range, and what would be right.
+        StreamlineError: the first field that is unknown, given twice, of another type or out of range, and what would
+            be right.
     """
-    _refuse_unknown(Recipe, fields, origin)
-    remove = fields.get("remove")
-    if remove is not None and (isinstance(remove, bool) or not isinstance(remove, (int, str))):
-        raise StreamlineError(f"{origin}: remove is {shown(remove)}: must be a number of layers or a share such as 25%")
-    fields = {**fields, **{name: _joined(name, fields[name], origin) for name in _LISTS if name in fields}}
-    for name, value in fields.items():
-        if isinstance(value, str) and not _is_text(value):
-            field = name.replace("_", "-")
-            raise StreamlineError(f"{origin}: {field} is {shown(value)}: holds a character that cannot be printed")
-    if isinstance(fields.get("budget"), dict):
-        _refuse_unknown(Budget, fields["budget"], f"{origin}: budget")
-        fields["budget"] = _validated(Budget, fields["budget"], origin, "budget.")
-    return _validated(Recipe, fields, origin)
+    return recipe_of_given(given_options(fields, origin))
 
 
-_Fields = TypeVar("_Fields", Budget, Recipe)
+def given_options(fields: dict[str, Any], origin: str) -> dict[str, Given]:
+    """The options in `fields`, by the names of their flags with underscores.
+
+    Raises:
+        StreamlineError: a key is unknown, or an option is given by both of its keys.
+    """
+    found: dict[str, Given] = {}
+    for key, value in fields.items():
+        for option, given in _options_under(key, value, origin):
+            if option.key in found:
+                raise StreamlineError(
+                    f"{origin}: {given.name} is {shown(given.value)}: is given as {found[option.key].name} too; leave "
+                    "one out"
+                )
+            found[option.key] = given
+    return found
 
 
-def _refuse_unknown(kind: type[Budget | Recipe], fields: dict[str, Any], where: str) -> None:
-    known = [field.name for field in dataclasses.fields(kind)]
-    for key in fields:
-        if key not in known:
-            raise StreamlineError(f"{where}: unknown key {shown(key)}; known are {', '.join(known)}")
+def recipe_of_given(given: dict[str, Given]) -> Recipe:
+    """The recipe of these options, by the names of their flags with underscores.
+
+    Raises:
+        StreamlineError: the first that is of another type or out of range, and what would be right.
+    """
+    return Recipe().with_options(**{key: _checked(OPTIONS[key], each) for key, each in given.items()})
 
 
-def _validated(kind: type[_Fields], fields: dict[str, Any], origin: str, prefix: str = "") -> _Fields:
-    try:
-        return kind(**fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-    field = prefix + str(first["loc"][0]).replace("_", "-")
-    message = _TYPES.get(first["type"], first["msg"])
-    if first["type"] in ("string_pattern_mismatch", "dataclass_exact_type"):
-        message = _FORMS[field]
-    raise StreamlineError(f"{origin}: {field} is {shown(first['input'])}: {message}")
+def _options_under(key: Any, value: Any, origin: str) -> Iterator[tuple[DefinedOption, Given]]:
+    """What a key gives: one option, or those of a group. `calibration` is both: a group, or its text."""
+    group = GROUPS.get(key)
+    if group is not None and isinstance(value, group):
+        defaults = {each.name: each.default for each in options_of(group)}
+        value = {name: each for name, each in vars(value).items() if each != defaults[name]}
+    if group is not None and isinstance(value, dict):
+        names = {each.name: dataclasses.replace(each, group=key) for each in options_of(group)}
+        for name, each in value.items():
+            if name not in names:
+                raise StreamlineError(f"{origin}: {key}: unknown key {shown(name)}; known are {', '.join(names)}")
+            yield names[name], Given(each, f"{key}.{name.replace('_', '-')}", origin)
+    elif key in OPTIONS:
+        yield OPTIONS[key], Given(value, key.replace("_", "-"), origin)
+    elif group is not None:
+        names = {each.name: each for each in options_of(group)}
+        raise StreamlineError(
+            f"{origin}: {key} is {shown(value)}: must be options with their values; known are {', '.join(names)}"
+        )
+    else:
+        known = ", ".join(OPTIONS)
+        raise StreamlineError(
+            f"{origin}: unknown key {shown(key)}; known are {known}, and the groups {', '.join(GROUPS)}"
+        )
 
 
-def _joined(name: str, value: Any, origin: str) -> Any:
-    """What a field that is a list by commas is given: the text itself, one number, or a list of both."""
+def _checked(option: DefinedOption, given: Given) -> Any:
+    value, name = given.value, f"{given.origin}: {given.name}"
+    if option.option.commas:
+        value = _joined(option, value, name)
+    if isinstance(value, str) and not _is_text(value):
+        raise StreamlineError(f"{name} is {shown(value)}: holds a character that cannot be printed")
+    return option.checked(value, name)
+
+
+def _joined(option: DefinedOption, value: Any, name: str) -> Any:
+    """A list with commas, from the string itself, one number, or a list of both."""
     items = value if isinstance(value, list) else [value]
     if all(isinstance(each, (int, str)) and not isinstance(each, bool) for each in items):
         return ",".join(str(each) for each in items)
     if isinstance(value, list):
-        name, form = name.replace("_", "-"), _LISTS[name]
-        raise StreamlineError(f"{origin}: {name} is {shown(value)}: must be one list, or written as {form}")
+        raise StreamlineError(f"{name} is {shown(value)}: must be one list, or written as {option.option.commas}")
     return value
 
 
 def _is_text(value: str) -> bool:
-    """Whether it could name a file (bytes of one that are no UTF-8 are surrogates) and has no control characters."""
+    """Whether it can name a file (bytes of a name that are not UTF-8 are surrogates) and has no control characters."""
     try:
         value.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:

@@ -78,9 +78,9 @@ def model_card(record: PruningRecord) -> str:
         f"The choice: {_choice(record)}, on {_data(record, 'calibration')}.",
     ]
     lines += [_training(healed, record) for healed in record.healing]
-    if record.recipe.quantize in QUANTIZERS:
+    if record.recipe.quantization.quantizer in QUANTIZERS:
         when = "before layers were chosen" if record.recipe.quantize_first else "afterwards"
-        lines.append(f"Quantized {when}: {QUANTIZERS[record.recipe.quantize].text}.")
+        lines.append(f"Quantized {when}: {QUANTIZERS[record.recipe.quantization.quantizer].text}.")
     elif record.quantized:
         lines.append(
             f"The original is quantized ({record.quantized}); the layers that stayed have its weights as they were."
@@ -156,7 +156,7 @@ def _choice(record: PruningRecord) -> str:
     if record.plan.by:
         method = record.plan.by.partition(" + ")[0]
         return f"{CITATIONS[method]}, of the methods that `auto` tried the one of lowest loss on a part held out"
-    return CITATIONS.get(record.recipe.method_name, record.recipe.method_name)
+    return CITATIONS.get(record.recipe.resolved_method, record.recipe.resolved_method)
 
 
 def _data(record: PruningRecord, purpose: str) -> str:

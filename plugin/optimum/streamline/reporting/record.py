@@ -60,7 +60,7 @@ class PruningRecord:
                 "fingerprint": self.source_fingerprint,
                 "layers": self.plan.total,
             },
-            "method": self.recipe.method_name,
+            "method": self.recipe.resolved_method,
             "plan": self.plan.describe(),
             "tried": dict(self.plan.tried),
             "layers": layer_origins(self.change),

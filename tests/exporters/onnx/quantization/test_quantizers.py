@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from console import Outcome, optimum_cli
-from optimum.commands.streamline.options import QUANTIZATION_LINES
 from optimum.exporters.streamline import GRAPH_QUANTIZERS, export_checkpoint, open_artifact
 from optimum.exporters.streamline.onnx.quantization.quantizers import GraphQuantizer
 from optimum.exporters.streamline.onnx.quantization.settings import Quantization
@@ -267,10 +266,6 @@ def test_an_export_remembers_the_text_of_its_checkpoint(tmp_path: Path) -> None:
     export_checkpoint(str(tmp_path / "in"), tmp_path / "out")
     with pytest.raises(StreamlineError, match="stdlib"):
         refuse_seen_text(str(tmp_path / "out"), calibration())
-
-
-def test_the_help_repeats_the_table() -> None:
-    assert {name: way.text for name, way in GRAPH_QUANTIZERS.items()} == QUANTIZATION_LINES
 
 
 @pytest.mark.parametrize(

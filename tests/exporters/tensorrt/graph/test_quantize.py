@@ -15,7 +15,6 @@ import pytest
 import torch
 from onnx import TensorProto
 
-from optimum.commands.streamline.options import ENGINE_QUANTIZATION_LINES
 from optimum.exporters.streamline import ENGINE_QUANTIZERS, EngineOptions, export_checkpoint
 from optimum.exporters.streamline.tensorrt.engine_record import EngineRecord
 from optimum.exporters.streamline.tensorrt.graph.reference_runner import StaticOnnxRunner
@@ -178,7 +177,3 @@ def test_a_quantized_engine_computes_its_graph_on_a_gpu(tmp_path: Path, how: str
     logits = np.concatenate([found, last], axis=1)
     assert np.abs(logits - expected).max() < 0.1 * np.abs(expected).max()
     assert (logits.argmax(-1) == expected.argmax(-1)).mean() > 0.9
-
-
-def test_the_help_repeats_the_table() -> None:
-    assert {name: each.text for name, each in ENGINE_QUANTIZERS.items()} == ENGINE_QUANTIZATION_LINES

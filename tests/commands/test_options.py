@@ -1,0 +1,93 @@
+"""An option is written once; the flags and their help come from that, without anything heavy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from console import optimum_cli
+from optimum.streamline.recipe.recipe import OPTIONS
+from reference import REFERENCE
+
+# A process in which one option more is written into the definition of the recipe, and into nothing else.
+WITH_WARMUP = """
+import importlib.util, sys
+from pathlib import Path
+name = "optimum.streamline.recipe.recipe"
+spec = importlib.util.find_spec(name)
+lines = Path(spec.origin).read_text(encoding="utf-8").splitlines()
+option = '    warmup: Annotated[int, Option("Updates until the peak.", key="heal_warmup"), Ge(0)] = 7'
+[place] = [number for number, line in enumerate(lines) if line.startswith("    epochs: ")]
+lines.insert(place, option)
+sys.modules[name] = module = importlib.util.module_from_spec(spec)
+exec(compile("\\n".join(lines), spec.origin, "exec"), module.__dict__)
+from optimum.commands.optimum_cli import main
+main()
+"""
+# A process that says which of these packages a command has imported when it has printed its help.
+IMPORTS = """
+import sys
+from optimum.commands.optimum_cli import main
+try:
+    main()
+except SystemExit:
+    pass
+names = ("torch", "transformers", "pydantic", "onnx", "onnxruntime", "optimum.streamline")
+print("imported:", *(name for name in names if name in sys.modules))
+"""
+
+
+def run_process(script: str, *words: object) -> subprocess.CompletedProcess[str]:
+    script = f"import sys; sys.argv = {['optimum-cli', *map(str, words)]!r}\n{script}"
+    return subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+
+
+def test_a_new_option_is_written_once(tmp_path: Path) -> None:
+    done = run_process(WITH_WARMUP, "streamline", "prune", "--help")
+    assert "--heal-warmup N Updates until the peak. (default: 7)" in " ".join(done.stdout.split()), done.stderr
+    recipe, saved = tmp_path / "recipe.yaml", tmp_path / "saved.yaml"
+    words = ("streamline", "run", "-m", REFERENCE, recipe, tmp_path / "out", "--dry-run", "--save-recipe", saved)
+    for text in ("layers: 3\nhealing: {warmup: 3}\n", "layers: 3\nheal_warmup: 3\n"):
+        recipe.write_text(text)
+        done = run_process(WITH_WARMUP, *words, "--calibration", "stdlib", "--samples", 2, "--length", 32)
+        assert done.returncode == 0, done.stderr
+        assert "healing:\n  warmup: 3\n" in saved.read_text()  # what `Recipe.to_dict` gives
+        saved.unlink()
+    done = run_process(WITH_WARMUP, *words, "--heal-warmup", 9, "--calibration", "stdlib", "--samples", 2)
+    assert "healing:\n  warmup: 9\n" in saved.read_text(), done.stderr
+    recipe.write_text("layers: 3\nhealing: {warmup: -1}\n")
+    done = run_process(WITH_WARMUP, *words)
+    assert done.returncode == 2
+    assert f"recipe {recipe}: healing.warmup is -1: Input should be greater than or equal to 0" in done.stderr
+
+
+def test_the_help_of_run_tells_every_option(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = " ".join(optimum_cli(monkeypatch, capsys, "streamline", "run", "--help").out.split())
+    for option in OPTIONS.values():
+        assert f" {option.flag} " in told
+        assert option.help() in told
+        assert option.option.help.endswith(".")
+
+
+def test_the_help_names_methods_of_other_packages_and_imports_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    info = tmp_path / "elsewhere-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: elsewhere\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[optimum_streamline.methods]\nnewest = no_such_module:Newest\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "newest: of another package" in optimum_cli(monkeypatch, capsys, "streamline", "run", "--help").out
+
+
+@pytest.mark.parametrize(
+    ("words", "imported"),
+    [(("--help",), ""), (("streamline", "--help"), ""), (("streamline", "run", "--help"), " optimum.streamline")],
+)
+def test_help_imports_nothing_heavy(words: tuple[str, ...], imported: str) -> None:
+    assert run_process(IMPORTS, *words).stdout.endswith(f"\nimported:{imported}\n")
