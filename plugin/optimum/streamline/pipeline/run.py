@@ -114,7 +114,7 @@ class _Chain:
     def prune(self, overwrite: bool) -> None:
         """Make the checkpoint; its layers are scored in the quantized graph of the original where that comes first."""
         source, recipe, how = self._source, self._recipe, graph_quantization(self._recipe)
-        options: dict[str, Any] = {"overwrite": overwrite, "verbose": self._verbose, "say": self._notify}
+        options: dict[str, Any] = {"overwrite": overwrite, "verbose": self._verbose, "notify": self._notify}
         if not recipe.quantize_first or how == NONE:
             prune(source, recipe, self._out, **options)
             return
