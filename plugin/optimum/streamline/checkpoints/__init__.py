@@ -6,6 +6,7 @@ __all__ = [
     "adapters",
     "artifact",
     "loading",
+    "model_in_memory",
     "provenance",
     "read_back",
     "record_file",
@@ -14,6 +15,7 @@ __all__ = [
     "source",
     "transformers4_config",
     "transformers4_tokenizer",
+    "upload",
     "weight_files",
     "wrong_folders",
 ]

@@ -40,4 +40,8 @@ class Explicit(Method):
 
     def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
         """The layers named."""
-        return Plan(inputs.layers, parse_layers(recipe.layers or "", inputs.layers), recipe.stand_in)
+        return self.named_plan(recipe, inputs.layers)
+
+    def named_plan(self, recipe: Recipe, total: int) -> Plan:
+        """The same, for a model of `total` layers that nothing was measured of."""
+        return Plan(total, parse_layers(recipe.layers or "", total), recipe.stand_in)
