@@ -5,14 +5,17 @@ Works on loaded models, so that the commands and Python share each step.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum.streamline.checkpoints.loading import load_stock
+from optimum.streamline.checkpoints.model_in_memory import ModelInMemory
 from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.editing.apply import planned_config
+from optimum.streamline.editing.merging import shared_copy
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.methods.base import MethodInputs
@@ -121,3 +124,27 @@ def refuse_no_attention(config: PreTrainedConfig, plan: Plan) -> None:
 def chooses_by_scores_alone(recipe: Recipe) -> bool:
     """Whether scores that were measured earlier are all that the recipe's method looks at."""
     return METHODS[recipe.method_name].by_scores and not recipe.iterative
+
+
+def names_layers(recipe: Recipe) -> bool:
+    """Whether the recipe names its layers and needs no text to take them out."""
+    return recipe.method_name == "explicit" and recipe.stand_in != "linear"
+
+
+def original_in_fp32(source: ModelSource, device: str) -> PreTrainedModel:
+    """The original to compute with, in fp32, in evaluation mode; nobody may change its weights.
+
+    Args:
+        source: A checkpoint, or a model in memory, which stays as it is. The result shares its weights if they are
+            fp32 already.
+        device: Where a checkpoint is loaded.
+
+    Raises:
+        StreamlineError: a weight is missing, of the wrong shape, truncated or not finite.
+    """
+    if not isinstance(source, ModelInMemory):
+        return load_stock(source, torch.float32, device)
+    floats = {value.dtype for value in source.loaded.parameters()}
+    model = shared_copy(source.loaded) if floats == {torch.float32} else copy.deepcopy(source.loaded).float()
+    model.eval()
+    return model
