@@ -9,17 +9,39 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from optimum.streamline.api import StreamlineConfig, Streamliner
+    from optimum.streamline.api import Artifact, Plan, Report, Scores, StreamlineConfig, Streamliner, Verdict
     from optimum.streamline.checkpoints.loading import load
     from optimum.streamline.errors import StreamlineError
+    from optimum.streamline.recipe.recipe import Budget, Recipe
     from optimum.streamline.runtime.opening import open_runner
 
-__all__ = ["StreamlineConfig", "StreamlineError", "Streamliner", "__version__", "load", "open_runner"]
+__all__ = [
+    "Artifact",
+    "Budget",
+    "Plan",
+    "Recipe",
+    "Report",
+    "Scores",
+    "StreamlineConfig",
+    "StreamlineError",
+    "Streamliner",
+    "Verdict",
+    "__version__",
+    "load",
+    "open_runner",
+]
 
 _HOMES = {
+    "Artifact": "api",
+    "Budget": "recipe.recipe",
+    "Plan": "api",
+    "Recipe": "recipe.recipe",
+    "Report": "api",
+    "Scores": "api",
     "StreamlineConfig": "api",
     "StreamlineError": "errors",
     "Streamliner": "api",
+    "Verdict": "api",
     "load": "checkpoints.loading",
     "open_runner": "runtime.opening",
 }

@@ -8,6 +8,7 @@ __all__ = [
     "artifact",
     "hub",
     "loading",
+    "model_in_memory",
     "provenance",
     "read_back",
     "record_file",
@@ -17,6 +18,7 @@ __all__ = [
     "tokenizer_files",
     "transformers4_config",
     "transformers4_tokenizer",
+    "upload",
     "weight_files",
     "wrong_folders",
 ]

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -126,6 +127,11 @@ class ModelSource:
         commit = self.own_folder.name
         return commit if _COMMIT.fullmatch(commit) else ""
 
+    def contents(self) -> Iterator[tuple[str, str]]:
+        """Name and SHA-256, in hexadecimal, of each part of the model that decides what it computes."""
+        for file in weight_and_config_files(self.folder):
+            yield file.name, content_hash(file)
+
 
 def _is_path(name: str) -> bool:
     """Whether a name cannot be a Hub id, only a path."""
@@ -138,9 +144,9 @@ def fingerprint(source: ModelSource) -> str:
     Two checkpoints with the same fingerprint are the same model.
     """
     digest = hashlib.sha256()
-    for file in weight_and_config_files(source.folder):
-        digest.update(file.name.encode())
-        digest.update(bytes.fromhex(content_hash(file)))
+    for name, content in source.contents():
+        digest.update(name.encode())
+        digest.update(bytes.fromhex(content))
     return digest.hexdigest()
 
 

@@ -52,12 +52,12 @@ class EditInputs:
     """What an edit needs beside the plan.
 
     Args:
-        calibration: The text that choices are made on.
+        calibration: The text that choices are made on; only merges by channels read it.
         replacement: What stands in for what goes, where there is such a thing.
         after_merge: Called with the model's places after each merge but the last.
     """
 
-    calibration: Windows
+    calibration: Windows | None = None
     replacement: Replacement | None = None
     after_merge: Callable[[tuple[PlannedLayer, ...]], None] | None = None
 

@@ -71,11 +71,16 @@ class CoMe(Method):
     def apply(self, model: PreTrainedModel, plan: Plan, edit_inputs: EditInputs) -> Change:
         """Make the merges one by one, the channels measured anew before each: healing in between counts."""
         for step, merge in enumerate(plan.merges, start=1):
-            channels = measure_channels(model, edit_inputs.calibration)[1] if self.by_channel else ()
+            channels = self._channels(model, edit_inputs.calibration) if self.by_channel else ()
             replace_pair(model, merge.first, self.merged(model, merge, channels))
             if edit_inputs.after_merge is not None and step < len(plan.merges):
                 edit_inputs.after_merge(merge_plan(plan.total, plan.merges[:step]).new_layers)
         return Change(plan.new_layers, {})
+
+    def _channels(self, model: PreTrainedModel, calibration: Windows | None) -> Sequence[Channels]:
+        if calibration is None:
+            raise StreamlineError("plan: its merges go by channels, measured on calibration text; there is none")
+        return measure_channels(model, calibration)[1]
 
     def choose(
         self, model: PreTrainedModel, scores: Scores, channels: Sequence[Channels], calibration: Windows

@@ -15,6 +15,7 @@ from .base import Method, MethodInputs, check_attention_stays
 class Explicit(Method):
     """Takes out the layers of `layers`, whatever their scores."""
 
+    summary = "the layers given by --layers, such as 3,7,11-13"
     by_scores = True
     replacements = ("none", "linear", *TRAINED)
 
@@ -43,6 +44,8 @@ class Explicit(Method):
 
     def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
         """The layers named."""
-        return Plan(
-            inputs.layers, parse_layers(recipe.pruning.layers or "", inputs.layers), recipe.resolved_replacement
-        )
+        return self.named_plan(recipe, inputs.layers)
+
+    def named_plan(self, recipe: Recipe, total: int) -> Plan:
+        """The same, for a model of `total` layers that nothing was measured of."""
+        return Plan(total, parse_layers(recipe.pruning.layers or "", total), recipe.resolved_replacement)

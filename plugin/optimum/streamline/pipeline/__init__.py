@@ -1,5 +1,18 @@
-"""The work of each command, step by step: prune, quantize, run, orthogonality. What they check first is in
-`preflight.py`, what they read in `texts.py`, what they export in `exporting.py`.
+"""The work of each command, step by step: prune, quantize, run, validate, orthogonality.
+
+`preflight.py` holds what they check first, `texts.py` what they read, `prepared.py` and `checkpoint.py` the steps of
+`prune.py` that work on a loaded model, and `exporting.py` the way to the exporters.
 """
 
-__all__ = ["exporting", "orthogonality", "preflight", "prune", "quantize", "run", "texts"]
+__all__ = [
+    "checkpoint",
+    "exporting",
+    "orthogonality",
+    "preflight",
+    "prepared",
+    "prune",
+    "quantize",
+    "run",
+    "texts",
+    "validation",
+]

@@ -38,6 +38,14 @@ def graph_quantizers() -> dict[str, bool]:
     return {name: way.calibrated for name, way in GRAPH_QUANTIZERS.items()}
 
 
+def is_calibrated(format: str, quantize: str) -> bool:  # noqa: A002 - the command's word
+    """Whether a way to quantize an export is calibrated on text."""
+    from optimum.exporters.streamline import ENGINE_QUANTIZERS, GRAPH_QUANTIZERS
+
+    ways: Any = ENGINE_QUANTIZERS if format == "tensorrt" else GRAPH_QUANTIZERS
+    return quantize in ways and bool(ways[quantize].calibrated)
+
+
 def check_exportable(recipe: Recipe) -> None:
     """Refuse an export that a recipe asks for and that cannot be made here.
 

@@ -30,8 +30,8 @@ from optimum.streamline.system.library_logs import captured_logs
 
 from .exporting import CALIBRATION_WINDOWS, check_exportable, export, graph_quantizers, score_graph
 from .preflight import check_quantization, check_recipe
-from .prune import Notify, prune
-from .quantize import quantize
+from .prune import prune
+from .quantize import Notify, quantize
 from .texts import Texts, inputs_of, read_texts
 
 DENSE, PRUNED = "dense", "pruned"

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 from typing import get_args
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from optimum.streamline.checkpoints.loading import (
-    check_checkpoint,
-    stored_dtype,
-)
+from optimum.streamline.checkpoints.loading import DTYPES, check_checkpoint, stored_dtype
+from optimum.streamline.checkpoints.model_in_memory import ModelInMemory
 from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing.checks import check_heal_windows, check_healing
@@ -132,17 +131,47 @@ def check_recipe(source: ModelSource, recipe: Recipe) -> None:
     Raises:
         StreamlineError: the model, the method, a count or a length is wrong.
     """
-    config = _checked_config(source, recipe)
-    if recipe.dtype is None and quantization_name(config) is None:
-        stored_dtype(source)  # refuses what a result could not be stored in
+    config = checked_config(source, recipe)
+    if quantization_name(config) is None:
+        result_dtype(source, recipe)  # refuses what a result could not be stored in
     method_of(recipe, config)
     check_quantization(recipe, config)
     check_healing(recipe)
     check_heal_windows(recipe, config.num_hidden_layers)
 
 
-def _checked_config(source: ModelSource, recipe: Recipe) -> PreTrainedConfig:
-    config = check_checkpoint(source)
+def result_dtype(source: ModelSource, recipe: Recipe) -> torch.dtype:
+    """What the result of a recipe is stored in, where the original's weights are float.
+
+    Raises:
+        StreamlineError: the original's own type is asked for, and nothing can be stored in it.
+    """
+    if recipe.dtype is not None:
+        return DTYPES[recipe.dtype]
+    if not isinstance(source, ModelInMemory):
+        return DTYPES[stored_dtype(source)]
+    dtype: torch.dtype = source.loaded.dtype
+    if dtype not in DTYPES.values():
+        raise StreamlineError(
+            f"model: its weights are {dtype}; convert it to one of {', '.join(DTYPES)}, or give dtype"
+        )
+    return dtype
+
+
+def checked_config(source: ModelSource, recipe: Recipe) -> PreTrainedConfig:
+    """The config of a model that can be handled, and that takes the recipe's windows.
+
+    Raises:
+        StreamlineError: it cannot, or does not; or a model in memory is on another device than the recipe says.
+    """
+    if isinstance(source, ModelInMemory):
+        config = source.loaded.config
+        if (device := source.loaded.device.type) != recipe.device:
+            raise StreamlineError(
+                f"device {recipe.device!r}: the model in memory is on {device}; give device {device!r}, or move it"
+            )
+    else:
+        config = check_checkpoint(source)
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and recipe.length > longest:
         raise StreamlineError(

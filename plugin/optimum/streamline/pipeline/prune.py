@@ -7,43 +7,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum.streamline.checkpoints.loading import (
-    DTYPES,
     load_stock,
     load_tokenizer,
     read_config,
     source_notes,
-    stored_dtype,
 )
-from optimum.streamline.checkpoints.provenance import write_record
-from optimum.streamline.checkpoints.read_back import read_back, release_weights
-from optimum.streamline.checkpoints.remote_code import carry_code
-from optimum.streamline.checkpoints.saving import save_model
 from optimum.streamline.checkpoints.source import ModelSource, fingerprint
-from optimum.streamline.editing.apply import EditInputs, build_replacement, planned_config
+from optimum.streamline.editing.apply import EditInputs, build_replacement
 from optimum.streamline.editing.plan import Plan
-from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing.stages import Healer, HealingResult
 from optimum.streamline.healing.training_checkpoints import healing_workspace, open_workspace
-from optimum.streamline.methods.base import MethodInputs
 from optimum.streamline.methods.registry import method_of
 from optimum.streamline.models.bare_layers import NEEDS_LOAD, bare_layers
-from optimum.streamline.models.module_patterns import renumbered_names
 from optimum.streamline.models.quantization_config import quantization_name
-from optimum.streamline.models.skipped_sublayers import layers_without_attention
-from optimum.streamline.quantization.loading import check_quantizable, load_quantizing
-from optimum.streamline.quantization.quantizers import QUANTIZERS
 from optimum.streamline.recipe.recipe import Recipe
-from optimum.streamline.reporting.model_card import CARD_FILE, model_card
 from optimum.streamline.reporting.record import PruningRecord
 from optimum.streamline.scoring.similarity import Scores, measure_scores
 from optimum.streamline.system.atomic_output import locked_output_by_main, staged_by_main
@@ -52,39 +35,13 @@ from optimum.streamline.system.environment import package_version
 from optimum.streamline.system.library_logs import LOG_FILE, captured_logs
 from optimum.streamline.text.windows import Windows, seen_text
 
-from .preflight import _checked_config, check_recipe, refuse_unpacking
-from .quantize import write_quantization
-from .texts import _heal_text, _text_of_choice, _windows, inputs_of
+from .checkpoint import write_checkpoint
+from .preflight import check_recipe, checked_config, result_dtype
+from .prepared import Prepared, choose_plan, load_original, quantizes_first
+from .quantize import Notify
+from .texts import calibration_text, inputs_of, text_of_choice, text_of_healing
 
-Notify = Callable[[str], None]
 Score = Callable[[Windows], Scores]
-
-
-@dataclass
-class Prepared:
-    """A model, its scores and the plan for it, before any weight moves.
-
-    Args:
-        stored: What the result is stored in; `None` if as it was read, which is how quantized weights stay.
-        chosen_on: What the choice is made on: `calibration`, and what plans are compared on where they are.
-        heal_text: What is trained on, where something is.
-    """
-
-    source: ModelSource
-    recipe: Recipe
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    stored: torch.dtype | None
-    chosen_on: Windows
-    heal_text: Windows | None
-    scores: Scores
-    plan: Plan
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def calibration(self) -> Windows:
-        """What layers are scored, maps fitted and channels measured on: the recipe's `samples` windows."""
-        return self.chosen_on.part(0, self.recipe.calibration.samples)
 
 
 def score(source: ModelSource, recipe: Recipe, notify: Notify) -> tuple[Scores, Windows]:
@@ -93,20 +50,16 @@ def score(source: ModelSource, recipe: Recipe, notify: Notify) -> tuple[Scores, 
     Raises:
         StreamlineError: a bad model or text.
     """
-    config = _checked_config(source, recipe)
+    config = checked_config(source, recipe)
     for line in source_notes(source, config):
         notify(line)
-    windows = _windows(
-        recipe, load_tokenizer(source), config, recipe.calibration.data, recipe.calibration.samples, "calibration"
-    )
+    windows = calibration_text(recipe, load_tokenizer(source), config)
     notify(windows.line("calibration"))
     return measure_scores(load_stock(source, torch.float32, recipe.device), windows), windows
 
 
 def prepare(source: ModelSource, recipe: Recipe, notify: Notify, scored: Score | None = None) -> Prepared:
     """Load a model, score its layers and plan what becomes of them.
-
-    Computation is in fp32 whatever the checkpoint is stored in: a score is a difference of nearly equal numbers.
 
     Args:
         scored: Scores the layers, if that is not to be done in the model as it is loaded.
@@ -118,15 +71,10 @@ def prepare(source: ModelSource, recipe: Recipe, notify: Notify, scored: Score |
     for line in source_notes(source, config):
         notify(line)
     tokenizer = load_tokenizer(source)
-    chosen_on = _text_of_choice(recipe, tokenizer, config)
+    chosen_on = text_of_choice(recipe, tokenizer, config)
     calibration = chosen_on.part(0, recipe.calibration.samples)
-    held_out = (
-        chosen_on.part(recipe.calibration.samples, len(chosen_on.ids))
-        if len(chosen_on.ids) > recipe.calibration.samples
-        else None
-    )
     # Not needed yet, but a text that cannot be read is better found now than after hours of a greedy search.
-    heal_text = _heal_text(recipe, tokenizer, config) if recipe.resolved_trainings else None
+    heal_text = text_of_healing(recipe, tokenizer, config) if recipe.resolved_trainings else None
     notify(chosen_on.line("calibration"))
     if heal_text is not None:
         notify(heal_text.line("healing"))
@@ -134,27 +82,18 @@ def prepare(source: ModelSource, recipe: Recipe, notify: Notify, scored: Score |
     begun = time.monotonic()
     scored_elsewhere = scored(calibration) if scored else None
     scoring = time.monotonic() - begun
-    quantizes = recipe.quantize_first and recipe.quantization.quantizer in QUANTIZERS
-    if quantizes:
-        in_float = check_quantizable(config, recipe.quantization.quantizer, recipe.excluded)
-        model = load_quantizing(source, recipe.quantization.quantizer, in_float, recipe.device)
-    else:
-        model = load_stock(source, torch.float32, recipe.device)
-        refuse_unpacking(model)
+    model = load_original(source, recipe, config)
     loaded = time.monotonic()
     if scored_elsewhere is None:
         notify(f"scoring {config.num_hidden_layers} layers on {len(calibration.ids)} windows of {recipe.length} tokens")
     scores = scored_elsewhere or measure_scores(model, calibration)
-    plan = method_of(recipe, config).plan(recipe, MethodInputs(model, calibration, scores, held_out))
-    planned = planned_config(model.config, plan)
-    if len(layers_without_attention(planned)) == planned.num_hidden_layers:
-        raise StreamlineError("model: no layer with attention would be left; remove fewer, or other layers")
+    plan = choose_plan(model, recipe, config, chosen_on, scores)
     if plan.tried:
         notify(f"loss on held-out text, nats per token: {_losses(plan)}")
     notify(plan.describe())
     seconds = {"load": loaded - start - scoring, "score": time.monotonic() - loaded + scoring}
-    kept = quantizes or quantization_name(config) is not None
-    stored = None if kept else DTYPES[recipe.dtype or stored_dtype(source)]
+    kept = quantizes_first(recipe) or quantization_name(config) is not None
+    stored = None if kept else result_dtype(source, recipe)
     return Prepared(source, recipe, model, tokenizer, stored, chosen_on, heal_text, scores, plan, seconds)
 
 
@@ -195,40 +134,10 @@ def prune(
         prepared.plan = from_main(prepared.plan)
         record = change(prepared, notify, workspace)
         if staging is not None:
-            record = replace(record, read_back=_save(prepared, record, staging, notify))
-            write_record(record.to_dict(), staging)
-            (staging / CARD_FILE).write_text(model_card(record), encoding="utf-8")
+            record = write_checkpoint(prepared, record, staging, notify)
     note = f", which {NEEDS_LOAD}" if bare_layers(prepared.model.config) else ""
     notify(f"saved {out}{note}")
     return record
-
-
-def _save(prepared: Prepared, record: PruningRecord, folder: Path, notify: Notify) -> dict[str, Any]:
-    """Write the checkpoint, quantized if that comes last, and read it back; the model is of no use afterwards.
-
-    Returns:
-        As `read_back`.
-
-    Raises:
-        ParityError: what was written is not the model.
-    """
-    source, recipe, model = prepared.source, prepared.recipe, prepared.model
-    quantizes = recipe.quantization.quantizer in QUANTIZERS
-    if quantizes and not recipe.quantize_first:
-        in_float = check_quantizable(read_config(source), recipe.quantization.quantizer, recipe.excluded)
-        now = [new for new, _ in renumbered_names(in_float, [place.originals for place in record.change.new_layers])]
-        with TemporaryDirectory(dir=folder) as scratch:
-            save_model(model, prepared.tokenizer, prepared.stored, Path(scratch))
-            release_weights(model)
-            model = load_quantizing(source.with_model(scratch), recipe.quantization.quantizer, now, recipe.device)
-    save_model(model, prepared.tokenizer, None if quantizes else prepared.stored, folder)
-    carry_code(source, folder)
-    if quantizes:
-        notify(write_quantization(model, source, recipe.quantization.quantizer, recipe.excluded, folder))
-    start = time.monotonic()
-    found = read_back(folder, model, prepared.tokenizer, prepared.calibration.ids, source.trust_remote_code)
-    prepared.seconds["read back"] = time.monotonic() - start
-    return found
 
 
 def _notify_nobody(message: str) -> None:
@@ -246,7 +155,7 @@ def change(prepared: Prepared, notify: Notify, workspace: Path | None = None) ->
     """
     recipe, model, plan = prepared.recipe, prepared.model, prepared.plan
     source = fingerprint(prepared.source)
-    data = {"calibration": seen_text(prepared.chosen_on)}
+    data = {} if prepared.chosen_on is None else {"calibration": seen_text(prepared.chosen_on)}
     replacement = build_replacement(model, plan, prepared.calibration, recipe.seed)
     healer: Healer | None = None
     if prepared.heal_text is not None:
@@ -282,7 +191,7 @@ def _workspace_key(prepared: Prepared, source: str, text: Windows) -> dict[str, 
     return {
         "recipe": prepared.recipe.fingerprint,
         "source": source,
-        "calibration": prepared.chosen_on.fingerprint,
+        "calibration": prepared.chosen_on.fingerprint if prepared.chosen_on else "",
         "heal": text.fingerprint,
         # It does not follow from the rest: what is chosen is nearly equal numbers' order, which hangs on the machine.
         "plan": repr(prepared.plan),

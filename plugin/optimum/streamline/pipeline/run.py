@@ -40,8 +40,8 @@ from optimum.streamline.text.windows import Windows
 
 from .exporting import CALIBRATION_WINDOWS, check_exportable, export, graph_quantization, has_graph, score_graph
 from .preflight import check_recipe
-from .prune import Notify, prune
-from .quantize import QUANTIZATION_FILE
+from .prune import prune
+from .quantize import QUANTIZATION_FILE, Notify
 from .texts import Texts, inputs_of, read_texts
 
 STEPS_FILE = "steps.json"

@@ -27,8 +27,12 @@ def inputs_of(source: ModelSource, recipe: Recipe) -> tuple[str, ...]:
     return *models, *(str(local_path(spec)[0]) for spec in texts)
 
 
-def _text_of_choice(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Windows:
-    """The calibration windows, and after them those to compare plans on where the method does."""
+def text_of_choice(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Windows:
+    """The calibration windows, and after them those to compare plans on where the method does.
+
+    Raises:
+        StreamlineError: the text cannot be read or is too short.
+    """
     held_out = METHODS[recipe.resolved_method].held_out(recipe)
     try:
         return _windows(
@@ -43,7 +47,30 @@ def _text_of_choice(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: 
         ) from None
 
 
-def _heal_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Windows:
+def calibration_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Windows:
+    """The recipe's `samples` calibration windows.
+
+    Raises:
+        StreamlineError: the text cannot be read or is too short.
+    """
+    return _windows(recipe, tokenizer, config, recipe.calibration.data, recipe.calibration.samples, "calibration")
+
+
+def evaluation_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Windows:
+    """The recipe's `eval_samples` evaluation windows.
+
+    Raises:
+        StreamlineError: the text cannot be read or is too short.
+    """
+    return _windows(recipe, tokenizer, config, recipe.evaluation.data, recipe.evaluation.samples, "eval")
+
+
+def text_of_healing(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Windows:
+    """The windows that `heal_tokens` tokens are, to train on.
+
+    Raises:
+        StreamlineError: the text cannot be read or is too short.
+    """
     count = heal_windows(recipe.healing.tokens, recipe.length)
     return _windows(recipe, tokenizer, config, recipe.healing.data, count, "train")
 
@@ -68,10 +95,10 @@ def read_texts(source: ModelSource, recipe: Recipe) -> Texts:
         StreamlineError: a text cannot be read or is too short, or the choices are made on what they are judged on.
     """
     tokenizer, config = load_tokenizer(source), read_config(source)
-    judged_on = _windows(recipe, tokenizer, config, recipe.evaluation.data, recipe.evaluation.samples, "eval")
-    chosen_on = {"calibration": _text_of_choice(recipe, tokenizer, config)}
+    judged_on = evaluation_text(recipe, tokenizer, config)
+    chosen_on = {"calibration": text_of_choice(recipe, tokenizer, config)}
     if recipe.resolved_trainings:
-        chosen_on["heal"] = _heal_text(recipe, tokenizer, config)
+        chosen_on["heal"] = text_of_healing(recipe, tokenizer, config)
     for windows in chosen_on.values():
         check_disjoint(windows.sketch, windows.spec, judged_on.sketch, judged_on.spec)
     return Texts(judged_on, chosen_on)

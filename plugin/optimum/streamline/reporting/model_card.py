@@ -75,7 +75,7 @@ def model_card(record: PruningRecord) -> str:
         f"# {record.source.name.rpartition('/')[2]}, made shallower",
         "",
         f"Made by optimum-streamline from {_origin(record.source)}: {plan.describe()}.",
-        f"The choice: {_choice(record)}, on {_data(record, 'calibration')}.",
+        f"The choice: {_choice(record)}{_chosen_on(record)}.",
     ]
     lines += [_training(healed, record) for healed in record.healing]
     if record.recipe.quantization.quantizer in QUANTIZERS:
@@ -157,6 +157,10 @@ def _choice(record: PruningRecord) -> str:
         method = record.plan.by.partition(" + ")[0]
         return f"{CITATIONS[method]}, of the methods that `auto` tried the one of lowest loss on a part held out"
     return CITATIONS.get(record.recipe.resolved_method, record.recipe.resolved_method)
+
+
+def _chosen_on(record: PruningRecord) -> str:
+    return f", on {_data(record, 'calibration')}" if "calibration" in record.data else ""
 
 
 def _data(record: PruningRecord, purpose: str) -> str:

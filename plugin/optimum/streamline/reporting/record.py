@@ -27,6 +27,7 @@ class PruningRecord:
     Args:
         source: The original.
         source_fingerprint: `source.fingerprint` of it.
+        scores: What the layers were chosen by; `None` where they were named and nothing was measured.
         healing: The trainings, in order.
         data: What text was used, by purpose (`seen_text`).
         seconds: How long each step took.
@@ -37,7 +38,7 @@ class PruningRecord:
     source: ModelSource
     source_fingerprint: str
     recipe: Recipe
-    scores: Scores
+    scores: Scores | None
     plan: Plan
     change: Change
     healing: tuple[HealingResult, ...]
@@ -68,7 +69,7 @@ class PruningRecord:
             "merged": [list(place.originals) for place in self.change.new_layers if place.kind == "merged"],
             "replaced": list(self.plan.gone) if self.plan.replacement in TRAINED else [],
             "dead": {str(index): skip for index, skip in self.change.skipped.items()},
-            "scores": scores_to_dict(self.scores),
+            "scores": None if self.scores is None else scores_to_dict(self.scores),
             "recipe": self.recipe.to_dict(),
             "recipe_fingerprint": self.recipe.fingerprint,
             "seed": self.recipe.seed,
