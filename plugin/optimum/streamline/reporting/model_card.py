@@ -11,10 +11,11 @@ from pathlib import Path
 
 from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.healing.stages import HealingResult
+from optimum.streamline.methods.registry import METHODS
 from optimum.streamline.models.bare_layers import NEEDS_LOAD
 from optimum.streamline.quantization.quantizers import QUANTIZERS
 
-from .record import PruningRecord
+from .record import PruningRecord, method_origin
 
 CARD_FILE = "README.md"
 CITATIONS = {
@@ -156,7 +157,15 @@ def _choice(record: PruningRecord) -> str:
     if record.plan.by:
         method = record.plan.by.partition(" + ")[0]
         return f"{CITATIONS[method]}, of the methods that `auto` tried the one of lowest loss on a part held out"
-    return CITATIONS.get(record.recipe.method_name, record.recipe.method_name)
+    return _citation(record.recipe.method_name)
+
+
+def _citation(method: str) -> str:
+    """The paper of a method of this distribution, or the distribution of another."""
+    if method in CITATIONS:
+        return CITATIONS[method]
+    origin = method_origin(method)
+    return f"`{method}` ({METHODS[method].summary}), a method of {origin['distribution']} {origin['version']}"
 
 
 def _data(record: PruningRecord, purpose: str) -> str:

@@ -7,12 +7,13 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("optimum-streamline", "torch", "transformers", "onnxruntime", "onnxruntime-gpu")
+OWN_DISTRIBUTION = "optimum-streamline"
+PACKAGES = (OWN_DISTRIBUTION, "torch", "transformers", "onnxruntime", "onnxruntime-gpu")
 
 
 def package_version() -> str:
     """The installed version of optimum-streamline."""
-    return version(PACKAGES[0])
+    return version(OWN_DISTRIBUTION)
 
 
 def describe_machine(device: str) -> dict[str, str | int]:
