@@ -7,6 +7,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import psutil
+
 OWN_DISTRIBUTION = "optimum-streamline"
 PACKAGES = (OWN_DISTRIBUTION, "torch", "transformers", "onnxruntime", "onnxruntime-gpu")
 
@@ -22,7 +24,7 @@ def describe_machine(device: str) -> dict[str, str | int]:
         "processor": _processor(),
         # Those this process may use, where the system can say.
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
     }
@@ -39,6 +41,7 @@ def describe_machine(device: str) -> dict[str, str | int]:
 
 
 def _processor() -> str:
+    # psutil does not name it, and py-cpuinfo, which does, has had no release since 2022.
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
