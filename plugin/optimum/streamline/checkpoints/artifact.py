@@ -1,4 +1,7 @@
-"""An exported model on disk: `artifact.json`, which says what was exported and how equal it is to its checkpoint."""
+"""An exported model on disk: `artifact.json`, which says what was exported and how equal it is to its checkpoint.
+
+Not read by pydantic, which adds about 6 MiB and 0.2 s to each timing worker, whose memory is measured.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Which files are the checkpoint: the weights that its index names, or its single file, and nothing that lies beside.
 
 Size, fingerprint, download, copy and the types of the stored tensors all ask here. Files are found in the order in
-which transformers looks for them. Knows no architecture, and reads no values but those of a `.bin` file's header.
+which transformers looks for them, which it does only to load a model. Knows no architecture, and reads no values but
+those of a `.bin` file's header.
 """
 
 from __future__ import annotations

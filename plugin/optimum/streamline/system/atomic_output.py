@@ -1,6 +1,7 @@
 """Writing a result whole or not at all, by one run at a time: beside its final name, then renamed.
 
-Knows nothing of what is written.
+Knows nothing of what is written. The lock is not filelock's, which leaves its file beside the output and raises on a
+file system without locks; atomicwrites, for single files, is no longer maintained, and no library publishes a folder.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""SHA-256 of files, each read once as long as it stays what it was. Knows nothing of what is in them."""
+"""SHA-256 of files, each read once as long as it stays what it was. Knows nothing of what is in them.
+
+hashlib reads them; nothing that is installed remembers a hash by a file's state, and huggingface_hub reads anew.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Which of several processes this one is, where a launcher such as `accelerate launch` started more than one.
 
-Every process makes the same choices; the main one alone prints and writes. Knows nothing of training.
+Every process makes the same choices; the main one alone prints and writes. Knows nothing of training. Processes meet
+through accelerate; the environment says who they are, because to ask `PartialState` imports torch and makes them meet.
 """
 
 from __future__ import annotations

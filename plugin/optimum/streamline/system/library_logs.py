@@ -1,5 +1,8 @@
 """Keeping other libraries' chatter off the terminal: `captured_logs` sends it to a file.
 
+Each library has a switch of its own to be quiet, and none that keeps what it says; contextlib moves the streams, but
+not the handlers that hold them.
+
 Python's streams only: a C++ library that writes to the file descriptor is told to be quiet where it is opened.
 """
 

@@ -34,7 +34,7 @@ COMPRESSED = (".bz2", ".gz", ".xz", ".zst")
 _TITLE = re.compile(r" = [^=]+ = \n")
 # Rows that are lines are joined to a document of about so many characters at most.
 LONGEST = 200_000
-# What a file seems to be that begins so: for messages only, nothing is read by it.
+# What a file seems to be that begins so: for messages only, nothing is read by it, which is worth no library.
 _BEGINNINGS = {
     b"version https://git-lfs": "a git-lfs pointer and not the file itself; fetch it with `git lfs pull`",
     b"\x1f\x8b": "gzip; name it .gz",

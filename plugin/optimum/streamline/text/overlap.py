@@ -1,7 +1,9 @@
 """Whether two texts share text, by what a bounded sketch of each keeps.
 
 A text is compared as its characters without white space, so that neither a tokenizer nor line breaks decide; and by
-whole lines too, so that the order of short ones does not. This file knows neither windows nor what they are for.
+whole lines too, so that the order of short ones does not. The MinHash of datasketch estimates the share of both texts
+together, which is next to nothing where a short text was copied from a long one. This file knows neither windows nor
+what they are for.
 """
 
 from __future__ import annotations
@@ -108,6 +110,7 @@ def sketch_of(documents: Sequence[str]) -> Sketch:
     return _made[known]
 
 
+# Not `lru_cache`, which would keep whole texts as its keys.
 _made: dict[bytes, Sketch] = {}
 _KEPT_SKETCHES = 8
 

@@ -1,7 +1,7 @@
 """Windows of tokens drawn by a seed over all of a text that was read, each beginning as its tokenizer begins a text.
 
-Of a text that is large for what is asked only what is drawn is tokenized. This file knows tokenizers and documents,
-neither SPECs nor models.
+Of a text that is large for what is asked only what is drawn is tokenized, where `datasets` draws whole rows. This file
+knows tokenizers and documents, neither SPECs nor models.
 """
 
 from __future__ import annotations
