@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from console import Outcome, optimum_cli
 from optimum.streamline.methods.protected_ends import Protecting
-from optimum.streamline.methods.registry import METHODS
+from optimum.streamline.methods.registry import BUILT_IN
 from optimum.streamline.recipe.recipe import CHOOSING_TEXT, JUDGING_TEXT
 from optimum.streamline.reporting.model_card import CITATIONS
 from reference import HEALED, LIBRARY, REFERENCE
@@ -250,7 +250,7 @@ def test_the_card_says_what_each_training_saw(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_every_method_is_named_in_the_card_by_its_paper() -> None:
-    assert CITATIONS.keys() == METHODS.keys() - {"auto"}  # it cites the one it follows
+    assert CITATIONS.keys() == BUILT_IN.keys() - {"auto"}  # it cites the one it follows
 
 
 @pytest.mark.onnx
@@ -435,7 +435,7 @@ def test_a_recipe_is_saved_with_what_it_made(cli: Cli, tmp_path: Path) -> None:
 
 def test_the_help_says_what_each_method_protects(cli: Cli) -> None:
     text = " ".join(cli("prune", "--help").out.split())
-    for name, method in METHODS.items():
+    for name, method in BUILT_IN.items():
         if isinstance(method, Protecting):
             assert f"{name}: {method.default_protect}" in text
 

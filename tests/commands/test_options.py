@@ -82,7 +82,7 @@ def test_the_help_names_methods_of_other_packages_and_imports_none(
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: elsewhere\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[optimum_streamline.methods]\nnewest = no_such_module:Newest\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert "newest: of another package" in optimum_cli(monkeypatch, capsys, "streamline", "run", "--help").out
+    assert "newest: from elsewhere 1.0" in optimum_cli(monkeypatch, capsys, "streamline", "run", "--help").out
 
 
 @pytest.mark.parametrize(

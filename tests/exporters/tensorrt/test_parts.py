@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,6 +115,18 @@ def test_what_is_no_record_is_said_to_be_none(tmp_path: Path, text: str) -> None
     (tmp_path / "engine.json").write_text(text)
     with pytest.raises(StreamlineError, match=r"engine\.json: not the record of an engine"):
         EngineRecord.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("capabilities", "89"), ("layers", "12"), ("limits", {"batch": 4}), ("speed", 1)]
+)
+def test_a_record_with_a_wrong_field_names_it(tmp_path: Path, field: str, value: object) -> None:
+    record().write(tmp_path)
+    file = tmp_path / "engine.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
+    with pytest.raises(StreamlineError, match=rf"engine\.json: not the record of an engine \({field}") as error:
+        EngineRecord.read(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_an_engine_is_refused_elsewhere_by_name() -> None:

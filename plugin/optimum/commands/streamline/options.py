@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from optimum.exporters.streamline import GRAPH_QUANTIZERS
 from optimum.streamline.methods.names import METHOD_SUMMARIES
+from optimum.streamline.methods.third_party import third_party_methods
 from optimum.streamline.quantization.quantizers import NONE, QUANTIZERS
 from optimum.streamline.recipe.options import DefinedOption, summary_of
 from optimum.streamline.recipe.recipe import GROUPS, OPTIONS
 
-METHOD_ENTRY_POINTS = "optimum_streamline.methods"
-"""Entry points under which other packages offer pruning methods."""
 SPEC = (
     "SPEC names a text: a text file, a table (FILE[,COLUMN]), a folder of these, "
     "hub:DATASET[@REVISION][,CONFIG[,SPLIT[,COLUMN]]] of the Hugging Face Hub, or stdlib (the source code of Python's "
@@ -88,9 +86,8 @@ def _metavar(option: DefinedOption) -> str:
 
 
 def _method_lines() -> str:
-    # The names of other packages' methods alone: their code is imported when one is used.
-    others = sorted(each.name for each in entry_points(group=METHOD_ENTRY_POINTS))
-    return listed(METHOD_SUMMARIES | dict.fromkeys(others, "of another package"))
+    others = {each.name: f"from {each.package}" for each in third_party_methods()}  # imports none of them
+    return listed(METHOD_SUMMARIES | others)
 
 
 def _quantizer_lines() -> str:

@@ -1,4 +1,7 @@
-"""Artifacts, which are exported models on disk, and their description in `artifact.json`."""
+"""Artifacts, which are exported models on disk, and their description in `artifact.json`.
+
+Pydantic does not read it: that would add about 6 MiB and 0.2 s to each timing worker, whose memory is measured.
+"""
 
 from __future__ import annotations
 

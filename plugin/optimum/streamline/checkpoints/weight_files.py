@@ -1,7 +1,8 @@
 """Find the weight files of a checkpoint, as transformers does, and read the tensors' names, types and shapes.
 
 A checkpoint's weights are the files that its index names, or its single weight file. Other weight files in the folder
-are ignored. Size, fingerprint, download and type checks all use this file.
+are ignored. Size, fingerprint, download and type checks all use this file. transformers searches in the same order, but
+only while it loads a model.
 """
 
 from __future__ import annotations

@@ -67,8 +67,8 @@ class Change:
     """What was done to a model.
 
     Args:
-        places: The new model's layers.
-        dead: Sublayers that compute nothing, by new layer number.
+        new_layers: The new model's layers, first to last.
+        skipped: Names of the sublayers that compute nothing, by number of the new layer.
     """
 
     new_layers: tuple[PlannedLayer, ...]

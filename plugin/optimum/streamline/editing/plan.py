@@ -54,11 +54,14 @@ class Plan:
         total: Layers of the original.
         gone: The layers that lose their place, rising, 0-based.
         replacement: What stands in for them: a trained layer for one contiguous block, or a linear map for each run.
-        dead: Sublayers that go from layers that stay, as (layer, sublayer), rising.
+        skipped: Sublayers to remove from layers that stay, as (layer, `attention` or `mlp`), rising.
         merges: Pairs to merge, in order; `gone` then names the layers that were merged into an earlier one.
         by: Which of several methods chose, where the recipe left that open.
         tried: Each method that was tried then, with its plan's loss on held-out text, nats per token; `None` where it
             could make no plan.
+
+    Raises:
+        ValueError: `gone` or `skipped` names layers that cannot be removed, a defect of the method that chose them.
     """
 
     total: int
@@ -68,6 +71,16 @@ class Plan:
     merges: tuple[Merge, ...] = ()
     by: str = ""
     tried: tuple[tuple[str, float | None], ...] = ()
+
+    def __post_init__(self) -> None:
+        # Here, and not hours later where layers are moved or where JSON refuses an integer of numpy.
+        if any(type(layer) is not int for layer in self.gone) or list(self.gone) != sorted({*self.gone}):
+            raise ValueError(f"gone {self.gone!r}: must be a tuple of ints, rising and each once")
+        if self.gone and not 0 <= self.gone[0] <= self.gone[-1] < self.total:
+            raise ValueError(f"gone {self.gone!r}: must be layers of the original, 0 to {self.total - 1}")
+        lost = [layer for layer, _ in self.skipped if layer in self.gone or not 0 <= layer < self.total]
+        if lost:
+            raise ValueError(f"skipped {self.skipped!r}: layer {lost[0]} is not one that stays")
 
     @property
     def net(self) -> int:

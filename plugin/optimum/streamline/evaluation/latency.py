@@ -1,7 +1,8 @@
 """Prefill and decode times of anything that has the form of a `Runner`, in rounds that alternate between models.
 
 Pure: the clock and the runners are given, so this is tested with plain objects. It knows neither processes nor
-models, and imports no framework, so that a worker on ONNX Runtime stays free of torch.
+models, and imports no framework, so that a worker on ONNX Runtime stays free of torch: `torch.utils.benchmark` would
+not do, and it times one thing after the other.
 """
 
 from __future__ import annotations

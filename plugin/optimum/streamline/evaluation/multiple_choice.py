@@ -1,7 +1,8 @@
 """LLM-Streamline's stability: does a model answer multiple-choice questions right and wrong where its original does?
 
-Questions come from a JSON-lines file; models are asked through the `Runner` protocol. This file knows neither what
-runs behind a runner nor how the figures are shown.
+Questions come from a JSON-lines file; models are asked through the `Runner` protocol. lm-eval, an extra, scores tasks
+of its own, and not one model against another. This file knows neither what runs behind a runner nor how the figures are
+shown.
 """
 
 from __future__ import annotations

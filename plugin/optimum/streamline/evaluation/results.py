@@ -262,6 +262,7 @@ def _digest(fields: dict[str, Any]) -> str:
 
 
 def _spell_out(value: Any) -> Any:
+    # pydantic's `ser_json_inf_nan` does this as it writes JSON, which is too late for the digest.
     if isinstance(value, dict):
         return {key: _spell_out(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):

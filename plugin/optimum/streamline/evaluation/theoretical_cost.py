@@ -1,7 +1,8 @@
 """What a model must cost, from its config alone: parameters, cache, bytes read per token, FLOPs of a prompt.
 
 The ideal that a measured speed-up is held against: decoding one sequence is bound by the bytes that each token
-has to read, a long prompt by arithmetic. Nothing is loaded, and no runtime's overheads are known here.
+has to read, a long prompt by arithmetic. Nothing is loaded, and no runtime's overheads are known here. torch's
+`FlopCounterMode` counts the arithmetic of one call, but not the bytes that a token reads.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The parent's side of `timing_worker.py`: one process a model, asked in turn.
 
-Knows processes and the lines they speak; nothing of models, nor of what the times mean.
+Knows processes and the lines they speak; nothing of models, nor of what the times mean. The workers of multiprocessing
+and concurrent.futures begin with the parent's memory, or its main module, which would count in what is measured.
 """
 
 from __future__ import annotations

@@ -51,8 +51,8 @@ def peak_memory(device: str, runtime: str) -> int:
 
         # Bytes on macOS, where alone this is reached.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux hands ru_maxrss down from the parent, which may have held far more than this process ever does;
-    # the high-water mark starts anew with the program.
+    # psutil has no such figure on Linux. The system hands ru_maxrss down from the parent, which may have held far more
+    # than this process ever does; the high-water mark starts anew with the program.
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 

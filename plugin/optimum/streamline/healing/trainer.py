@@ -218,6 +218,7 @@ class _Course(TrainerCallback):
 
     def share_of_peak(self, done: int) -> float:
         """The rate of the update after `done` of them, as a share of the peak's."""
+        # Not a schedule of transformers: those go by updates alone, and this training may end by the clock.
         warmup = round(self.updates * self.settings.warmup_share) / self.updates
         progress = self._progress(done + 1, self._elapsed)
         if progress < warmup:
@@ -383,6 +384,7 @@ def _checkpoints(workspace: Path | None) -> Iterator[tuple[Path, Path | None]]:
 
 
 def _last_whole(workspace: Path) -> Path | None:
+    # `get_last_checkpoint` of transformers takes the last one even if a killed run left it unfinished.
     found = {int(file.parent.name.rpartition("-")[2]): file.parent for file in workspace.glob(f"*/{WHOLE_FILE}")}
     return found[max(found)] if found else None
 

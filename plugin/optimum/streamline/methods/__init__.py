@@ -1,4 +1,4 @@
-"""The pruning methods, one file each. `base.py` says what a method is, `registry.py` lists them."""
+"""The pruning methods, one file each. `base.py` says how to write one, `registry.py` lists them."""
 
 __all__ = [
     "auto",
@@ -19,4 +19,5 @@ __all__ = [
     "shortened_taylor",
     "shortgpt",
     "sleb",
+    "third_party",
 ]

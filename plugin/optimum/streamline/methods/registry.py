@@ -1,10 +1,14 @@
-"""The pruning methods: one table, one file each."""
+"""The pruning methods: this distribution's own, one file each, and those that other distributions register."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 from transformers import PreTrainedConfig
 
-from optimum.streamline.errors import StreamlineError
+from optimum.streamline.errors import StreamlineError, first_line
 from optimum.streamline.models.bare_layers import refuse_bare
 from optimum.streamline.recipe.recipe import Recipe
 
@@ -22,8 +26,9 @@ from .shortened_ppl import ShortenedPPL
 from .shortened_taylor import ShortenedTaylor
 from .shortgpt import ShortGPT
 from .sleb import SLEB
+from .third_party import ThirdPartyMethod, third_party_methods
 
-METHODS: dict[str, Method] = {
+BUILT_IN: dict[str, Method] = {
     "auto": Auto(),
     "average": Average(),
     "blockpruner": BlockPruner(),
@@ -40,6 +45,69 @@ METHODS: dict[str, Method] = {
     "shortgpt": ShortGPT(),
     "sleb": SLEB(),
 }
+
+
+class _Methods(Mapping[str, Method]):
+    """Every method by name, built in or third-party; a third-party one is imported when its value is asked for."""
+
+    def __getitem__(self, name: str) -> Method:
+        """The method of this name.
+
+        Raises:
+            KeyError: there is none.
+            StreamlineError: more than one has the name, or the distribution that registers it does not give a method.
+        """
+        registered = [each for each in third_party_methods() if each.name == name]
+        if name in BUILT_IN:
+            if registered:
+                raise StreamlineError(
+                    f"method {name!r}: {registered[0].package} registers this name, which is one of "
+                    f"optimum-streamline's own; uninstall {registered[0].distribution}, or rename its method"
+                )
+            return BUILT_IN[name]
+        if not registered:
+            raise KeyError(name)
+        if len(registered) > 1:
+            packages = " and ".join(each.package for each in registered)
+            raise StreamlineError(f"method {name!r}: {packages} each register this name; uninstall all but one")
+        return _made(registered[0])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*BUILT_IN, *(each.name for each in third_party_methods())]))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __contains__(self, name: object) -> bool:
+        return any(each == name for each in self)
+
+
+METHODS: Mapping[str, Method] = _Methods()
+
+
+def _made(registered: ThirdPartyMethod) -> Method:
+    """The method that an entry point names."""
+    where = f"method {registered.name!r} of {registered.package}"
+    try:
+        found: Any = registered.entry_point.load()
+    except Exception as error:  # a stranger's module may raise anything
+        raise StreamlineError(
+            f"{where}: cannot be imported ({type(error).__name__}: {first_line(error)}); repair or uninstall "
+            f"{registered.distribution}"
+        ) from error
+    value = registered.entry_point.value
+    if not (inspect.isclass(found) and issubclass(found, Method)):
+        raise StreamlineError(f"{where}: {value} must be a subclass of optimum.streamline.methods.base.Method")
+    missing = [*sorted(found.__abstractmethods__), *(["summary"] if not getattr(found, "summary", "") else [])]
+    if missing:
+        raise StreamlineError(f"{where}: {value} must define {' and '.join(missing)}")
+    try:
+        made: Method = found()
+    except Exception as error:
+        raise StreamlineError(
+            f"{where}: {value}() must work without arguments ({type(error).__name__}: {first_line(error)})"
+        ) from error
+    return made
 
 
 def method_of(recipe: Recipe, config: PreTrainedConfig) -> Method:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.healing.stages import HealingResult
+from optimum.streamline.methods.registry import METHODS
 from optimum.streamline.models.bare_layers import NEEDS_LOAD
 from optimum.streamline.quantization.quantizers import QUANTIZERS
 
-from .record import PruningRecord
+from .record import PruningRecord, method_origin
 
 CARD_FILE = "README.md"
 CITATIONS = {
@@ -156,11 +157,20 @@ def _choice(record: PruningRecord) -> str:
     if record.plan.by:
         method = record.plan.by.partition(" + ")[0]
         return f"{CITATIONS[method]}, of the methods that `auto` tried the one of lowest loss on a part held out"
-    return CITATIONS.get(record.recipe.resolved_method, record.recipe.resolved_method)
+    return _citation(record.recipe.resolved_method)
 
 
 def _chosen_on(record: PruningRecord) -> str:
     return f", on {_data(record, 'calibration')}" if "calibration" in record.data else ""
+
+
+def _citation(method: str) -> str:
+    """The paper of a built-in method, or the distribution of a third-party one."""
+    if method in CITATIONS:
+        return CITATIONS[method]
+    origin = method_origin(method)
+    summary = f" ({METHODS[method].summary})" if METHODS[method].summary else ""
+    return f"`{method}`{summary}, a method of {origin['distribution']} {origin['version']}"
 
 
 def _data(record: PruningRecord, purpose: str) -> str:

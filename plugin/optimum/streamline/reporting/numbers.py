@@ -1,4 +1,7 @@
-"""Figures as a report prints them: significant digits, intervals, percentages, sizes."""
+"""Figures as a report prints them: significant digits, intervals, percentages, sizes.
+
+`rich.filesize` and humanize round to decimal places, not to significant digits.
+"""
 
 from __future__ import annotations
 

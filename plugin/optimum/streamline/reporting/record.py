@@ -13,9 +13,10 @@ from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.editing.apply import Change
 from optimum.streamline.editing.plan import TRAINED, Plan
 from optimum.streamline.healing.stages import HealingResult
+from optimum.streamline.methods.third_party import third_party_methods
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.scoring.similarity import Scores
-from optimum.streamline.system.environment import package_version
+from optimum.streamline.system.environment import OWN_DISTRIBUTION, package_version
 
 FORMAT = 1
 
@@ -62,6 +63,7 @@ class PruningRecord:
                 "layers": self.plan.total,
             },
             "method": self.recipe.resolved_method,
+            "method_from": method_origin(self.recipe.resolved_method),
             "plan": self.plan.describe(),
             "tried": dict(self.plan.tried),
             "layers": layer_origins(self.change),
@@ -79,11 +81,19 @@ class PruningRecord:
             "seconds": {step: round(value, 2) for step, value in self.seconds.items()},
             "versions": {
                 "python": platform.python_version(),
-                "optimum-streamline": package_version(),
+                OWN_DISTRIBUTION: package_version(),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             },
         }
+
+
+def method_origin(name: str) -> dict[str, str]:
+    """The distribution that a method came from, and its version."""
+    for each in third_party_methods():
+        if each.name == name:
+            return {"distribution": each.distribution, "version": each.version}
+    return {"distribution": OWN_DISTRIBUTION, "version": package_version()}
 
 
 def layer_origins(change: Change) -> list[dict[str, Any]]:

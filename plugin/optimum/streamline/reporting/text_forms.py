@@ -60,5 +60,6 @@ def _comparison(report: Report) -> str:
 
 
 def _rows(rows: list[list[str]] | list[tuple[str, str]]) -> str:
+    # The Markdown box of rich wraps cells to a width and escapes no bar; tabulate would be a dependency for two lines.
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])

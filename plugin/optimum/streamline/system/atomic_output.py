@@ -1,7 +1,8 @@
 """Write an output folder or file completely or not at all.
 
 An output is first written under a temporary name in the same parent folder, and then renamed. A lock file keeps a
-second run from writing the same output at the same time.
+second run from writing the same output at the same time. No library does this: filelock leaves its file beside the
+output and fails on a file system without locks, and atomicwrites writes single files and is no longer maintained.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""SHA-256 hashes of files. A file that has not changed is read only once in a process."""
+"""SHA-256 hashes of files. A file that has not changed is read only once in a process.
+
+The standard library's hashlib computes them; no installed library remembers the hash of an unchanged file.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The processes of one distributed run, as a launcher such as `accelerate launch` starts them.
 
-Every process makes the same choices. Only the main process, rank 0, prints and writes files.
+Every process makes the same choices. Only the main process, rank 0, prints and writes files. accelerate connects the
+processes. Their ranks are read from the environment, because asking `PartialState` imports torch and connects them.
 """
 
 from __future__ import annotations

@@ -10,12 +10,15 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("optimum-streamline", "torch", "transformers", "onnxruntime", "onnxruntime-gpu")
+import psutil
+
+OWN_DISTRIBUTION = "optimum-streamline"
+PACKAGES = (OWN_DISTRIBUTION, "torch", "transformers", "onnxruntime", "onnxruntime-gpu")
 
 
 def package_version() -> str:
     """The installed version of optimum-streamline."""
-    return version(PACKAGES[0])
+    return version(OWN_DISTRIBUTION)
 
 
 def describe_machine(device: str) -> dict[str, str | int]:
@@ -32,7 +35,7 @@ def describe_machine(device: str) -> dict[str, str | int]:
         "processor": _processor(),
         # A container or scheduler may allow this process fewer cores than the machine has.
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
     }
@@ -50,6 +53,7 @@ def describe_machine(device: str) -> dict[str, str | int]:
 
 def _processor() -> str:
     """The processor's model name, from `/proc/cpuinfo` where it exists."""
+    # psutil does not give the name, and py-cpuinfo, which does, has had no release since 2022.
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

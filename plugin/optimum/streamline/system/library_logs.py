@@ -1,7 +1,7 @@
 """Keep the messages of other libraries off the terminal, and write them to a log file.
 
 Only Python's own streams are redirected. A C++ library that writes to the file descriptor itself is silenced where it
-is loaded.
+is loaded. contextlib's redirect functions do not suffice: logging handlers keep the streams they were made with.
 """
 
 from __future__ import annotations

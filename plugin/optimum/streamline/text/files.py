@@ -34,7 +34,7 @@ COMPRESSED = (".bz2", ".gz", ".xz", ".zst")
 _TITLE = re.compile(r" = [^=]+ = \n")
 # The number of characters at which a document of joined rows ends.
 MAX_JOINED_CHARACTERS = 200_000
-# What a file is that begins with these bytes, for error messages only.
+# What a file is that begins with these bytes, for error messages only, which is not worth a library.
 _MAGIC_BYTES = {
     POINTER_START: "a git-lfs pointer and not the file itself; fetch it with `git lfs pull`",
     b"\x1f\x8b": "gzip; name it .gz",

@@ -2,7 +2,8 @@
 
 Texts are compared as bytes without white space, so the tokenizer and line breaks do not matter. Whole lines are also
 compared, so the order of short rows does not matter either. The sketch of a calibration text is kept in the record, so
-that a later evaluation can be checked without that text.
+that a later evaluation can be checked without that text. The MinHash of datasketch would not do: it estimates the share
+of both texts together, which is close to zero when a short text was copied from a long one.
 """
 
 from __future__ import annotations
@@ -124,6 +125,7 @@ def sketch_of(documents: Sequence[str]) -> Sketch:
     return _sketches[key]
 
 
+# Not `lru_cache`, which would keep whole texts as its keys.
 _sketches: dict[bytes, Sketch] = {}
 _MAX_CACHED_SKETCHES = 8
 

@@ -1,6 +1,6 @@
 """Draw token windows at random positions of a text. Each begins as the tokenizer begins a text, for example with BOS.
 
-Of a large text, only the drawn parts are tokenized.
+Of a large text, only the drawn parts are tokenized; `datasets` can only draw whole rows.
 """
 
 from __future__ import annotations

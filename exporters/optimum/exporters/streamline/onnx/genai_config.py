@@ -1,4 +1,7 @@
-"""`genai_config.json`: what onnxruntime-genai, and lm-eval's `onnxruntime` model, read to run the graph."""
+"""`genai_config.json`: what onnxruntime-genai, and lm-eval's `onnxruntime` model, read to run the graph.
+
+onnxruntime-genai writes this file only for graphs of its own model builder.
+"""
 
 from __future__ import annotations
 

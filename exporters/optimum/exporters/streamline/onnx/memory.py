@@ -14,7 +14,7 @@ Half precision is computed as float there, twice the size, beside what was read;
 read. Measured: 2.2 for a graph in fp16, 1.5 in fp32.
 """
 
-_GROUP = Path("/sys/fs/cgroup")
+_GROUP = Path("/sys/fs/cgroup")  # which psutil does not look at
 
 
 def free_memory() -> int:

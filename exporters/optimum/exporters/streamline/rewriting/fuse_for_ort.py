@@ -1,4 +1,8 @@
-"""Fewer and larger steps for ONNX Runtime: products that read the same are one, and a norm takes the sum before it."""
+"""Fewer and larger steps for ONNX Runtime: products that read the same are one, and a norm takes the sum before it.
+
+The `ort_fusions` of onnxscript match ONNX Runtime's `SimplifiedLayerNormalization`, not the standard `RMSNormalization`
+of these graphs, and join the products of attention alone.
+"""
 
 from __future__ import annotations
 

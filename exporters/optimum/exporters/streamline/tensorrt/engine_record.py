@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from optimum.exporters.streamline.rewriting.public_names import MaskInput
 from optimum.streamline.errors import StreamlineError
 
 from .engine_options import Limits
-from .profiles import Profile, Range
+from .profiles import Profile
 
 ENGINE_FILE, RECORD_FILE, TIMING_FILE = "model.engine", "engine.json", "timing.cache"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Machine:
     """Where an engine is to run.
 
@@ -31,7 +33,7 @@ class Machine:
     capability: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class EngineRecord:
     """What is known of an engine.
 
@@ -81,7 +83,7 @@ class EngineRecord:
 
     def write(self, folder: Path) -> None:
         """Write `engine.json` into `folder`."""
-        (folder / RECORD_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        (folder / RECORD_FILE).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> EngineRecord:
@@ -92,20 +94,12 @@ class EngineRecord:
         """
         file = folder / RECORD_FILE
         try:
-            fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            profiles = [
-                {
-                    name: Range(**{each: tuple(sizes) for each, sizes in shapes.items()})
-                    for name, shapes in profile.items()
-                }
-                for profile in fields.pop("profiles")
-            ]
-            return cls(
-                capabilities=tuple(fields.pop("capabilities")),
-                limits=Limits(**fields.pop("limits")),
-                profiles=tuple(profiles),
-                masks=tuple(MaskInput(**mask) for mask in fields.pop("masks")),
-                **fields,
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return TypeAdapter(cls).validate_json(file.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise StreamlineError(
+                f"{file}: not the record of an engine ({place or 'the text'}: {first['msg']})"
+            ) from None
+        except OSError as error:
             raise StreamlineError(f"{file}: not the record of an engine ({error})") from None

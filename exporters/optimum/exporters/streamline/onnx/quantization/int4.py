@@ -1,6 +1,7 @@
 """Weights in 4 bits: `MatMulNBits`, and one table of 4 bits for an embedding that is also the output projection.
 
 Rounding to nearest and HQQ take a weight at a time, read as the graph is written; GPTQ takes the whole graph and text.
+The arithmetic is ONNX Runtime's. Its `MatMulNBitsQuantizer` around it holds all weights of a graph at once.
 The operators are ONNX Runtime's own, so the graph is brought into the form that it runs fastest.
 """
 
