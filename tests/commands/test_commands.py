@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from console import Outcome, optimum_cli
-from optimum.streamline.methods.protected_ends import Protecting
+from optimum.streamline.methods.protected_ends import ProtectedEndsMethod
 from optimum.streamline.methods.registry import METHODS
 from optimum.streamline.recipe.recipe import CHOOSING_TEXT, JUDGING_TEXT
 from optimum.streamline.reporting.model_card import CITATIONS
@@ -435,7 +435,7 @@ def test_a_recipe_is_saved_with_what_it_made(cli: Cli, tmp_path: Path) -> None:
 def test_the_help_says_what_each_method_protects(cli: Cli) -> None:
     text = cli("prune", "--help").out
     for name, method in METHODS.items():
-        if isinstance(method, Protecting):
+        if isinstance(method, ProtectedEndsMethod):
             assert f"{name}: {method.default_protect}" in text
 
 

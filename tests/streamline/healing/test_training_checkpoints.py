@@ -334,7 +334,7 @@ recipe = make_recipe({"layers": "1" if is_main() else "2", "samples": 2, "length
 for name in ("claimed", "free"):
     try:
         options = {"overwrite": False, "verbose": False, "say": lambda _: None}
-        end = prune(Source(model), recipe, Path(folder) / name, **options).plan.gone
+        end = prune(Source(model), recipe, Path(folder) / name, **options).plan.removed
     except StreamlineError as error:
         end = error
     (Path(folder) / f"{name}-{1 - is_main()}").write_text(str(end))

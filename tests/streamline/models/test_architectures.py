@@ -94,7 +94,7 @@ def test_edit_survives_disk_stock_transformers_and_the_cache(architecture: str, 
     before = logits(model, ids)
     expected_config = planned_config(model.config, plan)
     apply_plan(model, plan, build_replacement(model, plan))
-    assert model.config.num_hidden_layers == LAYERS - plan.net
+    assert model.config.num_hidden_layers == LAYERS - plan.net_removed
     assert model.config.to_dict() == expected_config.to_dict()
     edited = logits(model, ids)
     assert (edited - before).abs().max() > 1e-3
@@ -194,7 +194,7 @@ def test_removal_is_skipping(architecture: str) -> None:
     kept = tiny_model(architecture)
     apply_plan(kept, REMOVAL, None)
     # A skipped layer is one that returns what it was given.
-    for index in REMOVAL.gone:
+    for index in REMOVAL.removed:
         layer = decoder_layers(model, architecture_of(model.config))[index]
 
         def passed_on(

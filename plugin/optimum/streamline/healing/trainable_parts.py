@@ -47,7 +47,7 @@ def train_replacement(
     Raises:
         StreamlineError: as `trainer.train`.
     """
-    goal = BlockOutput(model.eval(), plan.gone, normalised)
+    goal = BlockOutput(model.eval(), plan.removed, normalised)
     student.requires_grad_(True).eval()
     loss = partial(goal.loss, student)
     title = "training the replacement"

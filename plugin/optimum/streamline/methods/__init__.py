@@ -1,4 +1,4 @@
-"""The pruning methods, one file each. `base.py` says what a method is, `registry.py` lists them."""
+"""The pruning methods, one file each. `base.py` defines the interface, `registry.py` lists the methods by name."""
 
 __all__ = [
     "auto",

@@ -1,4 +1,4 @@
-"""The layers a user names."""
+"""Method `explicit`: remove or replace the layers that the recipe names."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .base import Method, MethodInputs, check_attention_stays
 
 
 class Explicit(Method):
-    """Takes out the layers of `layers`, whatever their scores."""
+    """Remove or replace the layers that `Recipe.layers` names; no score counts."""
 
-    summary = "the layers given by --layers, such as 3,7,11-13"
+    summary = "removes the layers of --layers, such as 3,7,11-13"
     by_scores = True
     replacements = ("none", "linear", *TRAINED)
 
     def check(self, recipe: Recipe, config: PreTrainedConfig) -> None:
-        """Refuse missing or impossible layers, and a replacement for layers with gaps between them."""
+        """Refuse missing or invalid layers, and a trained replacement for layers that are not one block."""
         if recipe.layers is None:
             raise StreamlineError("layers is missing: method explicit needs it, such as 3,7,11-13")
         if recipe.remove is not None:
@@ -36,8 +36,10 @@ class Explicit(Method):
             )
         check_attention_stays(recipe, len(layers), total)
         if recipe.stand_in == "linear" and 0 in layers:
-            raise StreamlineError(f"layers {recipe.layers!r}: a linear map needs a layer before it; leave layer 0")
+            raise StreamlineError(
+                f"layers {recipe.layers!r}: a linear map is folded into the layer before; keep layer 0"
+            )
 
     def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
-        """The layers named."""
+        """Remove or replace the named layers."""
         return Plan(inputs.layers, parse_layers(recipe.layers or "", inputs.layers), recipe.stand_in)

@@ -153,8 +153,8 @@ def _training(healed: HealingResult, record: PruningRecord) -> str:
 
 
 def _choice(record: PruningRecord) -> str:
-    if record.plan.by:
-        method = record.plan.by.partition(" + ")[0]
+    if record.plan.chosen_by:
+        method = record.plan.chosen_by.partition(" + ")[0]
         return f"{CITATIONS[method]}, of the methods that `auto` tried the one of lowest loss on a part held out"
     return CITATIONS.get(record.recipe.method_name, record.recipe.method_name)
 
