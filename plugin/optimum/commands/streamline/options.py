@@ -228,9 +228,9 @@ CHECKPOINT_QUANTIZATION_LINES = {
 
 # Repeated from `registry.METHODS`, which cannot be imported here; a test holds the two together.
 METHOD_LINES = {
-    "auto": "the default: the best of blockpruner, come-p and, unhealed, linear maps, by held-out loss; heals by distill",
+    "auto": "the default: blockpruner, come-p or (unhealed) linear maps, by held-out loss; heals by distill",
     "average": "merges the same neighbours as come by averaging their weights (baseline of 2510.15304)",
-    "blockpruner": "removes attentions and MLPs one at a time, by loss, until they weigh as much as the layers to remove (2406.10594)",
+    "blockpruner": "removes attentions and MLPs one at a time by loss, as many weights as the layers have (2406.10594)",
     "come": "merges the two most similar neighbours by their channels, step by step (2510.15304)",
     "come-mp": "as come, with a distillation after each merge (2510.15304)",
     "come-p": "as come, with the best of 21 ratios for each merge, by loss on the calibration text (2510.15304)",

@@ -56,9 +56,7 @@ class Auto(Method):
     This method is the program's own, and from no paper. Memory holds the model twice while plans are tried.
     """
 
-    summary = (
-        "the default: the best of blockpruner, come-p and, unhealed, linear maps, by held-out loss; heals by distill"
-    )
+    summary = "the default: blockpruner, come-p or (unhealed) linear maps, by held-out loss; heals by distill"
     needs_float = "tries blockpruner, come-p and linear maps"
     replacements = ("none",)
 

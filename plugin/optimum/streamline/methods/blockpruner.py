@@ -31,7 +31,7 @@ class BlockPruner(Method):
     - The last attention of the model stays, because the cache needs one.
     """
 
-    summary = "removes attentions and MLPs one at a time, by loss, until they weigh as much as the layers to remove (2406.10594)"
+    summary = "removes attentions and MLPs one at a time by loss, as many weights as the layers have (2406.10594)"
     needs_float = "zeroes attentions and MLPs"
     replacements = ("none",)
 
@@ -47,9 +47,7 @@ class BlockPruner(Method):
         while sum(sizes[sublayer] for sublayer in removed - skipped) < target:
             candidates = _candidates(sizes, removed)
             if not candidates:
-                raise StreamlineError(
-                    f"remove {recipe.remove!r}: the last attention of the model must stay; remove fewer"
-                )
+                raise StreamlineError(f"remove {recipe.remove!r}: the last attention must stay; remove fewer")
             single = [frozenset({sublayer}) for sublayer in candidates]
             losses = removal_losses(inputs.model, inputs.calibration, single, removed)
             removed |= {candidates[losses.index(min(losses))]}

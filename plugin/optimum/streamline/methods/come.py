@@ -1,4 +1,4 @@
-"""Methods `come`, `come-sp` and `come-mp` (CoMe, arXiv 2510.15304): merge neighbours by their most sensitive channels."""
+"""Methods `come`, `come-sp` and `come-mp` (CoMe, arXiv 2510.15304): merge neighbouring layers by their channels."""
 
 from __future__ import annotations
 

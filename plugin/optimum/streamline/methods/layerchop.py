@@ -55,7 +55,8 @@ class LayerChop(Method):
     - `input`: keep the first layer and the last k - 1.
     - `output`: keep the first k - 1 layers and the last.
     - `middle`: keep the first ceil(k / 2) layers and the last floor(k / 2).
-    - `both`: keep the first layer, the last, and k - 2 in the centre (shifted toward the output if L - k is odd).
+    - `both`: keep the first layer, the last, and k - 2 in the centre (one layer more is removed after them if L - k is
+      odd).
 
     The default healing is `heal: lm` for the whole model, with the paper's peak learning rate of 3e-4 for LLaMA2 and
     its cosine schedule down to a tenth of the peak.
