@@ -299,7 +299,9 @@ def test_it_is_said_which_text_was_used_for_what(cli: Cli, tmp_path: Path) -> No
 
 def test_healing_that_would_be_passed_over_is_refused(cli: Cli, tmp_path: Path) -> None:
     words = ("--method", "shortgpt", "--remove", 2, "--heal-tokens", 1344, *QUICK)
-    assert_refused(cli("prune", "-m", REFERENCE, *words, tmp_path / "out"), "heal-tokens 1344: nothing is trained to")
+    assert_refused(
+        cli("prune", "-m", REFERENCE, *words, tmp_path / "out"), "heal-tokens 1344: has no effect with heal none"
+    )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -220,9 +220,9 @@ ENGINE_QUANTIZATION_LINES = {
 
 # What `optimum.streamline.quantizers.QUANTIZERS` says of each; the same test.
 CHECKPOINT_QUANTIZATION_LINES = {
-    "bnb-int8": "weights in 8 bits, activations too (LLM.int8, bitsandbytes)",
-    "bnb-nf4": "weights in 4 bits, NormalFloat, blocks of 64 (bitsandbytes)",
-    "torchao-int4": "weights in 4 bits, groups of 32 (torchao; on a CPU a byte holds one)",
+    "bnb-int8": "8-bit weights and activations (LLM.int8, bitsandbytes)",
+    "bnb-nf4": "4-bit NormalFloat weights in blocks of 64 (bitsandbytes)",
+    "torchao-int4": "4-bit weights in groups of 32 (torchao; one byte each on a CPU)",
 }
 
 
