@@ -23,8 +23,8 @@ class EveryOther(Method):
         count, most = self.count(recipe, total), len(removable(total))
         if count > most:
             raise StreamlineError(
-                f"remove {recipe.pruning.remove!r}: every other of {total} layers is at most {most}, and {count} are to "
-                f"go; remove {most} or fewer, or use another method"
+                f"remove {recipe.pruning.remove!r}: every other of {total} layers is at most {most}, and {count} are "
+                f"to go; remove {most} or fewer, or use another method"
             )
 
     def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:

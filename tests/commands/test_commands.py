@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from console import Outcome, optimum_cli
-from optimum.streamline.methods.protected_ends import Protecting
+from optimum.streamline.methods.protected_ends import ProtectedEndsMethod
 from optimum.streamline.methods.registry import BUILT_IN
 from optimum.streamline.recipe.recipe import CHOOSING_TEXT, JUDGING_TEXT
 from optimum.streamline.reporting.model_card import CITATIONS
@@ -301,7 +301,9 @@ def test_it_is_said_which_text_was_used_for_what(cli: Cli, tmp_path: Path) -> No
 
 def test_healing_that_would_be_passed_over_is_refused(cli: Cli, tmp_path: Path) -> None:
     words = ("--method", "shortgpt", "--remove", 2, "--heal-tokens", 1344, *QUICK)
-    assert_refused(cli("prune", "-m", REFERENCE, *words, tmp_path / "out"), "heal-tokens 1344: nothing is trained to")
+    assert_refused(
+        cli("prune", "-m", REFERENCE, *words, tmp_path / "out"), "heal-tokens 1344: has no effect with heal none"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -436,7 +438,7 @@ def test_a_recipe_is_saved_with_what_it_made(cli: Cli, tmp_path: Path) -> None:
 def test_the_help_says_what_each_method_protects(cli: Cli) -> None:
     text = " ".join(cli("prune", "--help").out.split())
     for name, method in BUILT_IN.items():
-        if isinstance(method, Protecting):
+        if isinstance(method, ProtectedEndsMethod):
             assert f"{name}: {method.default_protect}" in text
 
 

@@ -130,7 +130,7 @@ def test_without_the_provider_it_says_so(tmp_path: Path) -> None:
         open_runner(str(folder), device="cuda", tensorrt=OPTIONS)
     with pytest.raises(StreamlineError, match="device 'cpu': TensorRT runs on a GPU; give device 'cuda'"):
         open_runner(str(folder), tensorrt=OPTIONS)
-    with pytest.raises(StreamlineError, match="is a checkpoint; export it, to ONNX or to TensorRT itself"):
+    with pytest.raises(StreamlineError, match="is a checkpoint; export it to ONNX or TensorRT first"):
         open_runner(str(tmp_path / "checkpoint"), device="cuda", tensorrt=OPTIONS)
 
 

@@ -146,7 +146,7 @@ def test_patched_model_is_a_plain_checkpoint_and_the_original_is_left_alone(arch
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3_moe"])
 def test_endless_strength_is_plain_removal(architecture: str) -> None:
     removed, patched, original = (tiny_model(architecture) for _ in range(3))
-    apply_plan(removed, Plan(LAYERS, TWO_RUNS.gone), None)
+    apply_plan(removed, Plan(LAYERS, TWO_RUNS.removed), None)
     maps = fit_maps(original, TWO_RUNS, TEXT, strength=1e12)
     for transform in maps.values():
         np.testing.assert_allclose(transform, np.eye(32), atol=1e-9)
@@ -167,13 +167,13 @@ def test_a_norm_behind_the_mlp_is_refused_by_name(architecture: str) -> None:
 def test_other_impossible_maps_are_refused() -> None:
     with pytest.raises(StreamlineError, match="architecture 'opt' has a norm"):
         check_linear(tiny_model("opt", do_layer_norm_before=False).config)
-    with pytest.raises(StreamlineError, match="leave layer 0"):
+    with pytest.raises(StreamlineError, match="keep layer 0"):
         fit_maps(tiny_model(), Plan(LAYERS, (0, 1), "linear"), TEXT)
-    with pytest.raises(StreamlineError, match="calibration text; there is none"):
+    with pytest.raises(StreamlineError, match="has no calibration text"):
         build_replacement(tiny_model(), ONE_RUN)
     silent = tiny_model()
     nn.init.zeros_(silent.model.layers[1].mlp.down_proj.weight)
-    with pytest.raises(StreamlineError, match="MLP of layer 1 writes nothing.*; remove other layers than those behind"):
+    with pytest.raises(StreamlineError, match="MLP of layer 1 adds only zeros.*; keep the layer after it"):
         fit_maps(silent, ONE_RUN, TEXT)
 
 
@@ -185,7 +185,7 @@ def test_on_the_reference_model_it_beats_plain_removal_on_unseen_text() -> None:
     recipe = make_recipe({"method": "llm-streamline", "remove": 4, "replacement": "linear"})
     plan = LLMStreamline().plan(recipe, MethodInputs(model, calibration, measure_scores(model, calibration)))
     removed, patched = copy.deepcopy(model), copy.deepcopy(model)
-    apply_plan(removed, Plan(plan.total, plan.gone), None)
+    apply_plan(removed, Plan(plan.total, plan.removed), None)
     apply_plan(patched, plan, build_replacement(patched, plan, calibration))
     assert len(decoder_layers(patched, architecture_of(patched.config))) == 12
 

@@ -254,7 +254,7 @@ def test_an_lm_before_adapters_trains_the_replacements_own_weights() -> None:
     healer.before_edit(None)
     healer.after_edit(plan.new_layers)
     states.append(model.state_dict())
-    trained = [(healed.scope, healed.settings.lora_rank) for healed in healer.done]
+    trained = [(healed.scope, healed.settings.lora_rank) for healed in healer.results]
     assert trained == [("replacement", None), ("model", 2)]
     alone, whole = (
         {name for name in before if not torch.equal(before[name], after[name])}
@@ -325,11 +325,11 @@ def test_come_mp_distils_after_every_merge_each_time_on_other_windows() -> None:
     stages.append((copy.deepcopy(model), plan.depths))
     healer.after_edit(change.new_layers)
 
-    assert [(healed.stage, healed.scope) for healed in healer.done] == [("distill", "model")] * 2
-    assert said == ["training the model (distill) on 19 windows, 1 times"] * 2
+    assert [(healed.stage, healed.scope) for healed in healer.results] == [("distill", "model")] * 2
+    assert said == ["training the model (distill) on 19 windows, 1 pass"] * 2
     assert [len(depths) for _, depths in stages] == [4, 3]
     # Of the 38 windows that are not held out, the first half after the first merge, the other after the second.
-    for (before, depths), healed, ids in zip(stages, healer.done, WINDOWS.ids[:38].split(19), strict=True):
+    for (before, depths), healed, ids in zip(stages, healer.results, WINDOWS.ids[:38].split(19), strict=True):
         expected = literal_kl(original, before, ids) + 10 * literal_hidden(original, before, depths, ids)
         assert [step.loss for step in healed.log.steps] == [pytest.approx(expected, rel=1e-4)]
 
@@ -347,9 +347,9 @@ def test_all_trainings_between_merges_take_the_time_of_one(
     healer = Healer(recipe, model, plan, WINDOWS, [].append)
     healer.before_edit(None)
     healer.after_edit(chosen.apply(model, plan, EditInputs(calibration, None, healer.after_merge)).new_layers)
-    assert len(healer.done) == trainings
-    assert 55 <= sum(len(healed.log.steps) for healed in healer.done) <= 62
-    assert {healed.settings.minutes for healed in healer.done} == {1 / trainings}
+    assert len(healer.results) == trainings
+    assert 55 <= sum(len(healed.log.steps) for healed in healer.results) <= 62
+    assert {healed.settings.minutes for healed in healer.results} == {1 / trainings}
 
 
 def test_come_sp_distils_once() -> None:
@@ -361,7 +361,7 @@ def test_come_sp_distils_once() -> None:
     healer.before_edit(None)
     assert healer.after_merge is None
     healer.after_edit(method.apply(model, plan, EditInputs(calibration)).new_layers)
-    [healed] = healer.done
+    [healed] = healer.results
     assert len(healed.log.steps) == 38 // 4
 
 

@@ -56,9 +56,9 @@ def test_the_replacement_learns_what_its_block_does(kind: str) -> None:
     untouched = copy.deepcopy(model.state_dict())
     replacement = build_replacement(model, plan)
     held_out = token_ids(8, 24, seed=9)
-    before = block_error(model, replacement.layer, plan.gone, held_out)
+    before = block_error(model, replacement.layer, plan.removed, held_out)
     log = train_replacement(model, plan, replacement.layer, WINDOWS, HealSettings(lr=3e-3, epochs=8))
-    after = block_error(model, replacement.layer, plan.gone, held_out)
+    after = block_error(model, replacement.layer, plan.removed, held_out)
     assert after < 0.9 * before
     assert log.best < log.before
     assert all(torch.equal(value, untouched[name]) for name, value in model.state_dict().items())
@@ -85,16 +85,16 @@ def test_the_loss_logged_is_the_error_of_the_block() -> None:
     model, plan = tiny_model(), Plan(LAYERS, (1, 2), "layer")
     student = build_replacement(model, plan).layer
     held_out = WINDOWS.ids[-3:]  # 5% of 64, rounded
-    expected = block_error(model, student, plan.gone, held_out)
+    expected = block_error(model, student, plan.removed, held_out)
     log = train_replacement(model, plan, student, WINDOWS, HealSettings(lr=1e-3, epochs=1))
     assert log.before == pytest.approx(expected, rel=1e-4)
-    assert log.best == pytest.approx(block_error(model, student, plan.gone, held_out), rel=1e-4)
+    assert log.best == pytest.approx(block_error(model, student, plan.removed, held_out), rel=1e-4)
 
 
 def test_a_normalised_error_is_each_tokens_own_share() -> None:
     model, plan = tiny_model(), Plan(LAYERS, (1, 2), "layer")
     student = build_replacement(model, plan).layer
-    output, target = outputs(model, student, plan.gone, WINDOWS.ids[-3:])
+    output, target = outputs(model, student, plan.removed, WINDOWS.ids[-3:])
     errors = []
     for ours, theirs in zip(output.double().flatten(0, 1), target.double().flatten(0, 1), strict=True):
         errors.append(float(((ours - theirs) @ (ours - theirs)) / (theirs @ theirs)))
@@ -150,7 +150,7 @@ def test_a_training_that_makes_it_worse_keeps_the_best_weights() -> None:
     log = train_replacement(model, plan, student, WINDOWS, HealSettings(lr=1.0, epochs=2))
     assert log.steps[-1].held_out > log.before  # the rate is absurd: it did get worse
     assert log.best <= log.before
-    assert block_error(model, student, plan.gone, WINDOWS.ids[-3:]) == pytest.approx(log.best, rel=1e-4)
+    assert block_error(model, student, plan.removed, WINDOWS.ids[-3:]) == pytest.approx(log.best, rel=1e-4)
 
 
 def test_weights_that_nothing_makes_better_stay_as_they_were() -> None:

@@ -155,7 +155,7 @@ def test_what_was_saved_outlives_all_but_a_training_that_came_to_nothing(
                 saved(workspace)
             raise error
         assert workspace.exists() == (stays and has_saved)
-        note = f"checkpoints kept in {workspace}: the same command goes on from them"
+        note = f"checkpoints kept in {workspace}: the same command resumes from them"
         assert (note in getattr(raised.value, "__notes__", ())) == (stays and has_saved)
         shutil.rmtree(workspace, ignore_errors=True)
 
@@ -250,7 +250,7 @@ def test_what_ends_a_command_says_what_it_leaves(
     [workspace] = tmp_path.iterdir()
     assert workspace.name.startswith(".out.healing-")
     assert stopped.code == code
-    assert stopped.err == f"{line}checkpoints kept in {workspace}: the same command goes on from them\n"
+    assert stopped.err == f"{line}checkpoints kept in {workspace}: the same command resumes from them\n"
     again = optimum_cli(monkeypatch, capsys, *words, *SHORT, tmp_path / "out")
     assert (again.code, again.err) == (0, "")
     assert f"going on from the checkpoints in {workspace}" in again.out
@@ -334,7 +334,7 @@ recipe = make_recipe({"layers": "1" if is_main() else "2", "samples": 2, "length
 for name in ("claimed", "free"):
     try:
         options = {"overwrite": False, "verbose": False, "say": lambda _: None}
-        end = prune(Source(model), recipe, Path(folder) / name, **options).plan.gone
+        end = prune(Source(model), recipe, Path(folder) / name, **options).plan.removed
     except StreamlineError as error:
         end = error
     (Path(folder) / f"{name}-{1 - is_main()}").write_text(str(end))

@@ -35,7 +35,7 @@ def scores(request: pytest.FixtureRequest) -> Scores:
 
 @pytest.mark.parametrize("count", range(1, LAYERS))
 def test_shortgpt_takes_the_lowest_influence(scores: Scores, count: int) -> None:
-    gone = planned("shortgpt", scores, remove=count).gone
+    gone = planned("shortgpt", scores, remove=count).removed
     influence = {layer: 1 - scores.similarity[layer][layer + 1] for layer in range(LAYERS)}
     assert len(gone) == count
     assert max(influence[layer] for layer in gone) <= min(influence[layer] for layer in influence if layer not in gone)
@@ -47,8 +47,8 @@ def test_llm_streamline_takes_the_most_similar_block(scores: Scores, count: int,
     plan = planned("llm-streamline", scores, remove=count, replacement=replacement)
     length = count if replacement == "none" else count + 1
     best = max((scores.similarity[j][j + length], -j) for j in range(LAYERS - length + 1))
-    assert plan.gone == tuple(range(-best[1], -best[1] + length))
-    assert plan.net == count
+    assert plan.removed == tuple(range(-best[1], -best[1] + length))
+    assert plan.net_removed == count
     assert len(plan.new_layers) == LAYERS - count
 
 
@@ -84,12 +84,12 @@ def test_whose_choice_it_is_is_said() -> None:
 
 def test_ties_go_to_the_first() -> None:
     flat = Scores(tuple((0.5,) * (LAYERS + 1) for _ in range(LAYERS + 1)))
-    assert planned("shortgpt", flat, remove=2).gone == (0, 1)
-    assert planned("llm-streamline", flat, remove=3, replacement="none").gone == (0, 1, 2)
+    assert planned("shortgpt", flat, remove=2).removed == (0, 1)
+    assert planned("llm-streamline", flat, remove=3, replacement="none").removed == (0, 1, 2)
 
 
 def test_explicit_takes_what_it_is_told(scores: Scores) -> None:
-    assert planned("explicit", scores, layers="1,4-5").gone == (1, 4, 5)
+    assert planned("explicit", scores, layers="1,4-5").removed == (1, 4, 5)
 
 
 def test_places_name_the_originals() -> None:

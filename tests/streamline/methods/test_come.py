@@ -221,9 +221,9 @@ def test_a_merged_model_can_be_trained() -> None:
     [
         ("mixtral", {}, "mixtral model cannot be merged, its MLPs are mixtures of experts"),
         ("qwen3_moe", {}, "qwen3_moe model cannot be merged, its MLPs are mixtures of experts"),
-        ("gemma2", {}, "gemma2 model cannot be merged, its norms stand behind"),
-        ("olmo2", {}, "olmo2 model cannot be merged, its norms stand behind"),
-        ("opt", {"do_layer_norm_before": False}, "opt model cannot be merged, its norms stand behind"),
+        ("gemma2", {}, "gemma2 model cannot be merged, its norms come after"),
+        ("olmo2", {}, "olmo2 model cannot be merged, its norms come after"),
+        ("opt", {"do_layer_norm_before": False}, "opt model cannot be merged, its norms come after"),
         ("opt", {"enable_bias": False}, "config.enable_bias is false"),
         ("gpt_neox", {"attention_bias": False}, "config.attention_bias is false"),
         ("starcoder2", {"use_bias": False}, "config.use_bias is false"),

@@ -97,9 +97,9 @@ def test_shortened_taylor_takes_the_lowest_that_are_not_protected() -> None:
     importance = taylor_importance(model, Windows(IDS, "random"))
     recipe = make_recipe({"method": "shortened-taylor", "remove": 2})
     scores = Scores(tuple((0.5,) * 10 for _ in range(10)))
-    gone = METHODS["shortened-taylor"].plan(recipe, MethodInputs(model, Windows(IDS, "random"), scores)).gone
+    gone = METHODS["shortened-taylor"].plan(recipe, MethodInputs(model, Windows(IDS, "random"), scores)).removed
     assert gone == tuple(sorted(sorted(range(4, 7), key=lambda layer: importance[layer])[:2]))
-    everywhere = planned(tiny_model(), "shortened-taylor", remove=2, protect="0,0").gone
+    everywhere = planned(tiny_model(), "shortened-taylor", remove=2, protect="0,0").removed
     ours = taylor_importance(tiny_model(), Windows(IDS, "random"))
     assert everywhere == tuple(sorted(sorted(range(LAYERS), key=lambda layer: ours[layer])[:2]))
 
@@ -159,7 +159,7 @@ def test_blockpruner_stops_at_the_weight_of_so_many_layers() -> None:
     assert sizes[3, "mlp"] != sizes[2, "mlp"]
     plan = planned(model, "blockpruner", remove=2)
     taken = [sizes[part] for part in plan.skipped]
-    taken += [sizes[layer, "attention"] + sizes[layer, "mlp"] for layer in plan.gone]
+    taken += [sizes[layer, "attention"] + sizes[layer, "mlp"] for layer in plan.removed]
     assert sum(taken) >= 2 * sum(sizes.values()) / LAYERS
     assert sum(taken) - max(sizes.values()) < 2 * sum(sizes.values()) / LAYERS
 
@@ -167,7 +167,7 @@ def test_blockpruner_stops_at_the_weight_of_so_many_layers() -> None:
 def test_blockpruner_keeps_an_attention() -> None:
     plan = planned(tiny_model("opt"), "blockpruner", remove=LAYERS - 1)
     skipped = {layer for layer, sublayer in plan.skipped if sublayer == "attention"}
-    assert len(skipped | set(plan.gone)) < LAYERS
+    assert len(skipped | set(plan.removed)) < LAYERS
 
 
 def test_blockpruner_goes_on_where_an_earlier_run_stopped() -> None:
@@ -179,7 +179,7 @@ def test_blockpruner_goes_on_where_an_earlier_run_stopped() -> None:
     plan = planned(model, "blockpruner", remove=3)
     assert not skipped & set(plan.skipped)
     change = apply_plan(model, plan, None)
-    kept = [layer for layer in range(LAYERS) if layer not in plan.gone]
+    kept = [layer for layer in range(LAYERS) if layer not in plan.removed]
     expected = {
         index: sorted(sublayer for at, sublayer in {*plan.skipped, *skipped} if at == layer)
         for index, layer in enumerate(kept)
@@ -190,14 +190,14 @@ def test_blockpruner_goes_on_where_an_earlier_run_stopped() -> None:
 @pytest.mark.parametrize("method", ["sleb", "shortened-ppl", "shortened-taylor"])
 def test_a_linear_map_needs_layer_0(method: str) -> None:
     plan = planned(tiny_model("gpt2"), method, remove=4, protect="0,0", replacement="linear")
-    assert plan.gone == (1, 2, 3, 4)
+    assert plan.removed == (1, 2, 3, 4)
     assert plan.replacement == "linear"
 
 
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"method": "sleb", "remove": 4}, r"protect '1,1': leaves 3 of 5 layers to choose from, 4 are to go; "),
+        ({"method": "sleb", "remove": 4}, r"protect '1,1': leaves 3 of 5 layers to choose from, but 4 must go; "),
         ({"method": "shortened-taylor", "remove": 1}, r"protect '4,2': leaves 0 of 5 layers"),
         ({"method": "shortened-ppl", "remove": 3, "protect": "9,0"}, r"protect '9,0': leaves 0 of 5 layers"),
         ({"method": "sleb", "remove": 5, "protect": "0,0"}, r"remove 5: that is 5 of 5 layers"),

@@ -52,7 +52,7 @@ def test_the_block_is_the_one_of_least_distance(architecture: str, seed: int) ->
         plan = METHODS["gromov"].plan(
             make_recipe({"method": "gromov", "remove": length}), MethodInputs(model, DATA, scores)
         )
-        assert plan.gone == tuple(range(first, first + length))
+        assert plan.removed == tuple(range(first, first + length))
 
 
 def test_it_is_not_llm_streamlines_measure() -> None:
@@ -63,7 +63,7 @@ def test_it_is_not_llm_streamlines_measure() -> None:
         inputs = MethodInputs(model, DATA, measure_scores(model, DATA))
         for count in (1, 2, 3):
             recipe = make_recipe({"remove": count})
-            choices.add(tuple(METHODS[name].plan(recipe, inputs).gone for name in ("gromov", "llm-streamline")))
+            choices.add(tuple(METHODS[name].plan(recipe, inputs).removed for name in ("gromov", "llm-streamline")))
     assert any(mine != theirs for mine, theirs in choices)
 
 
@@ -82,13 +82,13 @@ def test_a_replacement_has_its_place(replacement: str, gone: tuple[int, ...]) ->
     recipe = make_recipe({"method": "gromov", "remove": 2, "replacement": replacement})
     method_of(recipe, tiny_model(num_hidden_layers=8).config)
     plan = METHODS["gromov"].plan(recipe, MethodInputs(None, None, scores))
-    assert plan.gone == gone
-    assert plan.net == 2
+    assert plan.removed == gone
+    assert plan.net_removed == 2
 
 
 def test_ties_go_to_the_first_block() -> None:
     recipe = make_recipe({"method": "gromov", "remove": 2})
-    assert METHODS["gromov"].plan(recipe, MethodInputs(None, None, angles(*[0.0] * 6))).gone == (0, 1)
+    assert METHODS["gromov"].plan(recipe, MethodInputs(None, None, angles(*[0.0] * 6))).removed == (0, 1)
 
 
 def test_layers_that_change_nothing_are_at_distance_zero() -> None:

@@ -57,7 +57,7 @@ def kept_of(total: int, remove: int | str, pattern: str | None) -> list[int]:
     recipe = make_recipe({"method": "layerchop", "remove": remove, "pattern": pattern})
     blank = tuple((0.0,) * (total + 1) for _ in range(total + 1))
     plan = METHODS["layerchop"].plan(recipe, MethodInputs(None, None, Scores(blank)))
-    return [layer for layer in range(total) if layer not in plan.gone]
+    return [layer for layer in range(total) if layer not in plan.removed]
 
 
 @pytest.mark.parametrize(("total", "pattern", "kept"), CASES)
@@ -90,7 +90,7 @@ def test_the_first_and_the_last_always_stay() -> None:
     config = tiny_model(num_hidden_layers=6).config
     method_of(make_recipe({"method": "layerchop", "remove": 4, "pattern": "input"}), config)
     with pytest.raises(
-        StreamlineError, match="remove 5: method layerchop keeps the first and the last of 6 layers; at most 4 can go"
+        StreamlineError, match="remove 5: method layerchop keeps the first and the last of 6 layers; remove at most 4"
     ):
         method_of(make_recipe({"method": "layerchop", "remove": 5}), config)
 

@@ -29,7 +29,7 @@ def evidence_of(model: PreTrainedModel) -> MethodInputs:
 
 def chosen(inputs: MethodInputs, count: int, **fields: object) -> tuple[int, ...]:
     recipe = make_recipe({"method": "shortgpt", "remove": count, **fields})
-    return METHODS["shortgpt"].plan(recipe, inputs).gone
+    return METHODS["shortgpt"].plan(recipe, inputs).removed
 
 
 def influence_of(model: PreTrainedModel) -> list[float]:

@@ -73,7 +73,7 @@ def test_a_registered_method_is_one_among_all(register: Register) -> None:
     assert [(each.name, each.package) for each in third_party_methods()] == [("good", "stranger 1.2")]
     assert "stranger" not in sys.modules  # nobody has asked for it yet
     recipe = make_recipe({"method": "good", "remove": 1})
-    assert method_of(recipe, tiny_model().config).plan(recipe, MethodInputs(None, None, FLAT)).gone == (1,)
+    assert method_of(recipe, tiny_model().config).plan(recipe, MethodInputs(None, None, FLAT)).removed == (1,)
     assert dict(METHODS)["good"].summary == "nothing in particular"
     with pytest.raises(StreamlineError, match=r"method 'bad': unknown; known are .*sleb, good$"):
         method_of(make_recipe({"method": "bad", "remove": 1}), tiny_model().config)
@@ -158,7 +158,7 @@ def test_the_page_is_true(register: Register) -> None:
     register(f"last-layers = {json.loads(entries)}", code, "last_layers")
     recipe = make_recipe({"method": "last-layers", "remove": 2})
     plan = method_of(recipe, tiny_model().config).plan(recipe, MethodInputs(None, None, FLAT))
-    assert plan.gone == (LAYERS - 2, LAYERS - 1)
+    assert plan.removed == (LAYERS - 2, LAYERS - 1)
     exec(compile(code + check, "add-a-method.md", "exec"), {})
 
 

@@ -94,7 +94,7 @@ def test_edit_survives_disk_stock_transformers_and_the_cache(architecture: str, 
     before = logits(model, ids)
     expected_config = planned_config(model.config, plan)
     apply_plan(model, plan, build_replacement(model, plan))
-    assert model.config.num_hidden_layers == LAYERS - plan.net
+    assert model.config.num_hidden_layers == LAYERS - plan.net_removed
     assert model.config.to_dict() == expected_config.to_dict()
     edited = logits(model, ids)
     assert (edited - before).abs().max() > 1e-3
@@ -193,8 +193,8 @@ def test_removal_is_skipping(architecture: str) -> None:
     model, ids = tiny_model(architecture), token_ids()
     kept = tiny_model(architecture)
     apply_plan(kept, REMOVAL, None)
-    # A layer with both sublayers skipped returns its input.
-    for index in REMOVAL.gone:
+    # A skipped layer is one that returns what it was given.
+    for index in REMOVAL.removed:
         layer = decoder_layers(model, architecture_of(model.config))[index]
 
         def passed_on(

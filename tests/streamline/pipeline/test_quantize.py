@@ -71,7 +71,7 @@ def test_layers_are_removed_from_a_quantized_model_as_from_any(
 ) -> None:
     source = saved(architecture)
     if (how, architecture) == ("torchao-int4", "gpt2"):  # its products are of a class of transformers' own
-        with pytest.raises(StreamlineError, match="nothing of this model would be quantized"):
+        with pytest.raises(StreamlineError, match="no module of this model would be quantized"):
             quietly(source, tmp_path / "q", how)
         return
     model = load_stock(ModelSource(quietly(source, tmp_path / "q", how, "3")))
@@ -386,17 +386,22 @@ def test_experts_that_stay_in_float_are_named_with_their_share(
             "llama",
             {},
             ("--quantize", "int4"),
-            "quantize 'int4': not of a checkpoint; one of bnb-int8, bnb-nf4, torchao",
+            "quantize 'int4': cannot quantize a checkpoint; use one of bnb-int8, bnb-nf4, torchao",
         ),
-        ("llama", {}, ("--quantize", "bnb-nf4", "--quantize-exclude", "*"), "nothing of this model would be quantized"),
+        (
+            "llama",
+            {},
+            ("--quantize", "bnb-nf4", "--quantize-exclude", "*"),
+            "no module of this model would be quantized",
+        ),
         ("llama", {}, ("--quantize", "bnb-nf4", "--device", "gpu"), "device 'gpu': unknown; one of cpu, cuda"),
         (
             "llama",
             {"intermediate_size": 80},
             ("--quantize", "torchao-int4"),
-            "model.layers.0.mlp.down_proj multiplies 80 numbers, which are not whole groups of 32",
+            "model.layers.0.mlp.down_proj has 80 inputs, not a multiple of 32",
         ),
-        ("gpt2", {}, ("--quantize", "torchao-int4"), "nothing of this model would be quantized"),
+        ("gpt2", {}, ("--quantize", "torchao-int4"), "no module of this model would be quantized"),
     ],
 )
 def test_what_cannot_be_quantized_is_one_line(

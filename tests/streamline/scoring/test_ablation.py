@@ -1,4 +1,4 @@
-"""Losses without parts of a model, against the losses of models that really lack them."""
+"""Losses after a removal, compared with the losses of models edited by `apply_plan`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.architectures import ARCHITECTURES, decoder_layers
 from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP
-from optimum.streamline.scoring.ablation import Parts, gone_layers, removal_losses, whole_layer
+from optimum.streamline.scoring.ablation import SublayerSet, fully_removed_layers, removal_losses, whole_layer
 from optimum.streamline.scoring.loss import cross_entropy_sum
 from optimum.streamline.text.windows import Windows
 from tiny import LAYERS, tiny_model, token_ids
@@ -30,13 +30,13 @@ def literal_loss(model: PreTrainedModel, ids: torch.Tensor) -> float:
     return sum(losses) / len(losses)
 
 
-def zeroed(model: PreTrainedModel, parts: Parts) -> PreTrainedModel:
-    """A copy whose sublayers `parts` compute zeros, and whose layers that have lost both are skipped by a hook."""
+def zeroed(model: PreTrainedModel, sublayers: SublayerSet) -> PreTrainedModel:
+    """A copy in which hooks zero the output of `sublayers`, and skip the layers that have lost both."""
     model = copy.deepcopy(model)
     row = ARCHITECTURES[model.config.model_type]
     layers = decoder_layers(model, row)
-    for layer, sublayer in parts:
-        if whole_layer(layer) <= parts:
+    for layer, sublayer in sublayers:
+        if whole_layer(layer) <= sublayers:
             layers[layer].register_forward_hook(lambda _, args, out: args[0])
             continue
         module = layers[layer].get_submodule(row.attention if sublayer == ATTENTION else row.mlp[-1])
@@ -46,14 +46,15 @@ def zeroed(model: PreTrainedModel, parts: Parts) -> PreTrainedModel:
     return model
 
 
-def edited(model: PreTrainedModel, parts: Parts) -> PreTrainedModel:
-    """A copy that has lost `parts` for good, as it would be saved."""
-    model, gone = copy.deepcopy(model), gone_layers(parts)
-    apply_plan(model, Plan(LAYERS, gone, skipped=tuple(sorted(part for part in parts if part[0] not in gone))), None)
+def edited(model: PreTrainedModel, sublayers: SublayerSet) -> PreTrainedModel:
+    """A copy with `sublayers` removed by `apply_plan`, as it would be saved."""
+    model, removed = copy.deepcopy(model), fully_removed_layers(sublayers)
+    skipped = tuple(sorted(sublayer for sublayer in sublayers if sublayer[0] not in removed))
+    apply_plan(model, Plan(LAYERS, removed, skipped=skipped), None)
     return model
 
 
-CANDIDATES: list[Parts] = [
+CANDIDATES: list[SublayerSet] = [
     whole_layer(0),
     frozenset({(1, ATTENTION)}),
     frozenset({(2, MLP)}),
@@ -61,12 +62,12 @@ CANDIDATES: list[Parts] = [
     frozenset({(3, MLP), (4, ATTENTION)}),
     whole_layer(4),
 ]
-REMOVED: Parts = frozenset({*whole_layer(1), (2, ATTENTION), (4, MLP)})
+REMOVED: SublayerSet = frozenset({*whole_layer(1), (2, ATTENTION), (4, MLP)})
 
 
 @pytest.mark.parametrize("removed", [frozenset(), REMOVED], ids=["whole", "less"])
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
-def test_losses_are_those_of_models_that_lack_the_parts(architecture: str, removed: Parts) -> None:
+def test_losses_are_those_of_models_that_lack_the_parts(architecture: str, removed: SublayerSet) -> None:
     model = tiny_model(architecture)
     candidates = [part for part in CANDIDATES if not part & removed]
     losses = removal_losses(model, WINDOWS, candidates, removed)
@@ -117,9 +118,9 @@ def test_what_stands_before_a_candidate_runs_once_a_batch() -> None:
 
 
 def test_whole_layers_are_those_with_both_sublayers_out() -> None:
-    assert gone_layers(REMOVED) == (1,)
-    assert gone_layers(whole_layer(3) | whole_layer(0)) == (0, 3)
-    assert gone_layers(frozenset()) == ()
+    assert fully_removed_layers(REMOVED) == (1,)
+    assert fully_removed_layers(whole_layer(3) | whole_layer(0)) == (0, 3)
+    assert fully_removed_layers(frozenset()) == ()
 
 
 def test_a_loss_that_is_not_a_number_is_never_the_lowest() -> None:
@@ -128,7 +129,7 @@ def test_a_loss_that_is_not_a_number_is_never_the_lowest() -> None:
         model.model.layers[2].mlp.down_proj.weight[0, 0] = torch.nan
     losses = removal_losses(model, WINDOWS, [whole_layer(1), whole_layer(2)])
     assert losses[0] == float("inf") > losses[1]
-    with pytest.raises(StreamlineError, match="whatever is removed, the loss on the calibration text is not finite"):
+    with pytest.raises(StreamlineError, match="the loss on the calibration text is not finite for any removal"):
         removal_losses(model, WINDOWS, [whole_layer(1)])
 
 

@@ -139,12 +139,12 @@ class Original:
 
     def _recipe_of(self, plan: Plan) -> Recipe:
         """The recipe of a plan written by hand."""
-        layers = {"layers": list(plan.gone), "replacement": plan.replacement}
-        recipe = make_recipe(layers if plan.gone else {**layers, "layers": ""}, "plan")
+        layers = {"layers": list(plan.removed), "replacement": plan.replacement}
+        recipe = make_recipe(layers if plan.removed else {**layers, "layers": ""}, "plan")
         method_of(recipe, self.config)
         if Explicit().named_plan(recipe, self.layers) != plan.plain():
             raise StreamlineError(
-                "plan: one written by hand names whole layers in `gone`, rising, and nothing else but `replacement`; "
-                "for the rest give a config"
+                "plan: one written by hand names whole layers in `removed`, rising, and nothing else but "
+                "`replacement`; for the rest give a config"
             )
         return recipe

@@ -43,7 +43,7 @@ class Scores(similarity.Scores):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Plan(plan.Plan):
-    """What becomes of each layer, from `Streamliner.plan`, or written by hand: `Plan(total=16, gone=(5, 6))`.
+    """What becomes of each layer, from `Streamliner.plan`, or written by hand: `Plan(total=16, removed=(5, 6))`.
 
     Args:
         total: How many layers the original has.

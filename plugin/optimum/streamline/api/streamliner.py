@@ -163,7 +163,7 @@ class Streamliner:
         Pruning again starts from the original again.
 
         Args:
-            config: A config to plan by, or a plan: from `plan`, or by hand as `Plan(total=16, gone=(5, 6))`.
+            config: A config to plan by, or a plan: from `plan`, or by hand as `Plan(total=16, removed=(5, 6))`.
 
         Returns:
             This object, so that steps can be chained.

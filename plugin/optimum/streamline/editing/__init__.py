@@ -1,5 +1,3 @@
-"""Changing a model's layers in place: what a `Plan` says, and how layers are removed, merged, replaced, or patched by
-a linear map.
-"""
+"""The plan of an edit, and the edits: removing, merging and replacing layers, and folding in linear maps."""
 
 __all__ = ["apply", "linear_map", "merging", "plan"]

@@ -1,7 +1,6 @@
-"""Changing a model's layers, in place, into what a plan says.
+"""Applying a plan: building the replacement it asks for, and changing the model's layers in place.
 
-The only file that moves layers. It chooses nothing and trains nothing: a replacement comes in built by
-`build_replacement` and, between the two calls, trained by whoever wants it trained.
+`build_replacement` makes the replacement, the caller trains it if need be (`healing/`), and `apply_plan` puts it in.
 """
 
 from __future__ import annotations
@@ -34,12 +33,13 @@ from .plan import TRAINED, Plan, PlannedLayer
 
 @dataclass(frozen=True)
 class Replacement:
-    """What will stand in for removed layers: a layer for one block of them, or a linear map for each gap.
+    """The replacement of removed layers: one layer for a block of them, or a linear map for each run of them.
 
     Args:
-        layer: A layer on its own (not yet part of the model), which takes and gives what the host's decoder layers do.
-        attention: The attention that was taken out of it, `None` where it keeps its attention or never had one.
-        maps: `linear_map.fit_maps`: by the original number of the layer that each is folded into.
+        layer: A layer that is not yet part of the model. Its inputs and outputs are those of the model's decoder
+            layers.
+        attention: For replacement `mlp`: the attention module that was dropped from `layer`. Otherwise `None`.
+        maps: For replacement `linear`: the result of `linear_map.fit_maps`.
     """
 
     layer: nn.Module | None = None
@@ -49,12 +49,12 @@ class Replacement:
 
 @dataclass(frozen=True)
 class EditInputs:
-    """What an edit needs beside the plan.
+    """The inputs of an edit, beside the model and the plan.
 
     Args:
-        calibration: The text that choices are made on; only merges by channels read it.
-        replacement: What stands in for what goes, where there is such a thing.
-        after_merge: Called with the model's places after each merge but the last.
+        calibration: The calibration text, on which CoMe measures channel sensitivities.
+        replacement: The replacement that the plan asks for; `None` if it asks for none.
+        after_merge: A function to call after every merge but the last, with the layers that the model then has.
     """
 
     calibration: Windows | None = None
@@ -64,11 +64,11 @@ class EditInputs:
 
 @dataclass(frozen=True)
 class Change:
-    """What was done to a model.
+    """The result of an edit.
 
     Args:
-        new_layers: The new model's layers, first to last.
-        skipped: Names of the sublayers that compute nothing, by number of the new layer.
+        new_layers: The layers of the new model, in order.
+        skipped: Skipped sublayers, by number of the new layer.
     """
 
     new_layers: tuple[PlannedLayer, ...]
@@ -78,46 +78,61 @@ class Change:
 def build_replacement(
     model: PreTrainedModel, plan: Plan, calibration: Windows | None = None, seed: int = 0
 ) -> Replacement | None:
-    """The replacement `plan` asks for; `model` is left alone.
+    """Build the replacement that a plan asks for.
 
-    `layer` is LLM-Streamline's (layer replacement, arXiv 2403.19135), initialised from the block's first layer. `mlp`
-    is that layer without its attention: its MLP, norm and residual stay, unlike in the paper's bare feed-forward
-    networks, which are `ffn` and `swiglu`, with random weights (`bare_layers`). `linear` is `linear_map.fit_maps`.
+    - `layer`: a copy of the first layer of the removed block, as in LLM-Streamline (arXiv 2403.19135).
+    - `mlp`: the same copy without its attention. It keeps the MLP, its norm and its residual connection.
+    - `ffn`, `swiglu`: LLM-Streamline's feed-forward networks, bare layers without norm and residual connection, with
+      random weights (`models.bare_layers`).
+    - `linear`: a linear map for each run of removed layers (`linear_map.fit_maps`).
 
     Args:
-        calibration: The text that linear maps are fitted on; nothing else needs it.
-        seed: Of random weights.
+        model: The original; it is unchanged.
+        plan: The plan.
+        calibration: The text that linear maps are fitted on; the other kinds do not need it.
+        seed: The seed of the random weights.
+
+    Returns:
+        The replacement, or `None` if the plan asks for none.
 
     Raises:
         StreamlineError: the model cannot take this replacement.
     """
     if plan.replacement == "linear":
         if calibration is None:
-            raise StreamlineError("replacement 'linear': is fitted on calibration text; there is none")
+            raise StreamlineError("replacement 'linear': has no calibration text to be fitted on; give calibration")
         return Replacement(maps=fit_maps(model, plan, calibration))
     if plan.replacement == "ffn" or plan.replacement == "swiglu":
         return Replacement(_seeded_bare_layer(plan.replacement, model, seed))
     if plan.replacement not in TRAINED:
         return None
     architecture = architecture_of(model.config)
-    layer = copy_layer(model, plan.gone[0])
+    layer = copy_layer(model, plan.removed[0])
     if plan.replacement == "layer":
         return Replacement(layer)
     return Replacement(layer, replace_sublayer(layer, architecture, ATTENTION)[architecture.attention])
 
 
 def apply_plan(model: PreTrainedModel, plan: Plan, replacement: Replacement | None) -> Change:
-    """Give `model` the layers of `plan`, in place, with every count and index in its config kept true.
+    """Change the layers of `model` as `plan` says, in place, and update its config.
 
-    A skipped sublayer stays in, or goes back into, its layer with a zero output projection, so that the model stays
-    one that stock transformers computes, and is named in `config.per_layer_config`.
+    A skipped sublayer stays in its layer with a zero output projection, so that stock transformers can run the model.
+    `config.per_layer_config` names it.
+
+    Args:
+        model: The original.
+        plan: The plan.
+        replacement: From `build_replacement`, trained if need be.
+
+    Returns:
+        The new layers and the skipped sublayers.
 
     Raises:
-        StreamlineError: the plan asks for a replacement and there is none.
+        StreamlineError: the plan asks for a replacement and `replacement` is `None`.
     """
     refuse_bare(model.config)
     if plan.replacement != "none" and replacement is None:
-        raise StreamlineError(f"replacement {plan.replacement!r}: there is none; give what build_replacement makes")
+        raise StreamlineError(f"replacement {plan.replacement!r}: is missing; give the result of build_replacement")
     architecture = architecture_of(model.config)
     layers = decoder_layers(model, architecture)
     for layer, transform in (replacement.maps if replacement else {}).items():
@@ -125,26 +140,26 @@ def apply_plan(model: PreTrainedModel, plan: Plan, replacement: Replacement | No
     for layer, sublayer in plan.skipped:
         zero_output(layers[layer], architecture, sublayer)
     new: list[nn.Module] = []
-    for place in plan.new_layers:
-        if replacement is None or replacement.layer is None or place.kind not in TRAINED:
-            new.append(layers[place.originals[0]])
+    for planned in plan.new_layers:
+        if replacement is None or replacement.layer is None or planned.kind not in TRAINED:
+            new.append(layers[planned.originals[0]])
             continue
         if replacement.attention is not None:
             setattr(replacement.layer, architecture.attention, replacement.attention)
             zero_output(replacement.layer, architecture, ATTENTION)
         new.append(replacement.layer)
     set_decoder_layers(model, architecture, new, _origins(plan))
-    mark_bare(model.config, _bare_places(plan))
-    return Change(plan.new_layers, _mark_dead(model.config, plan))
+    mark_bare(model.config, _bare_kinds(plan))
+    return Change(plan.new_layers, _mark_skipped(model.config, plan))
 
 
 def planned_config(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
-    """The config that `apply_plan` will leave; `config` is left alone."""
+    """The config that a model will have after `apply_plan`; `config` itself is unchanged."""
     refuse_bare(config)
     planned = copy.deepcopy(config)
     renumber_config(planned, _origins(plan))
-    mark_bare(planned, _bare_places(plan))
-    _mark_dead(planned, plan)
+    mark_bare(planned, _bare_kinds(plan))
+    _mark_skipped(planned, plan)
     return planned
 
 
@@ -154,24 +169,24 @@ def _seeded_bare_layer(kind: BareKind, model: PreTrainedModel, seed: int) -> nn.
         return bare_layer(kind, model.config).to(model.device)
 
 
-def _bare_places(plan: Plan) -> dict[int, BareKind]:
-    kinds = {index: place.kind for index, place in enumerate(plan.new_layers)}
+def _bare_kinds(plan: Plan) -> dict[int, BareKind]:
+    kinds = {index: planned.kind for index, planned in enumerate(plan.new_layers)}
     return {index: kind for index, kind in kinds.items() if kind == "ffn" or kind == "swiglu"}
 
 
 def _origins(plan: Plan) -> list[int]:
-    return [place.originals[0] for place in plan.new_layers]
+    return [planned.originals[0] for planned in plan.new_layers]
 
 
-def _mark_dead(config: PreTrainedConfig, plan: Plan) -> dict[int, list[str]]:
-    skipped = skipped_sublayers(config)  # of the original's, those whose layers stay
-    for index, place in enumerate(plan.new_layers):
-        if place.kind == "mlp":
+def _mark_skipped(config: PreTrainedConfig, plan: Plan) -> dict[int, list[str]]:
+    skipped = skipped_sublayers(config)  # already skipped in the original, in layers that stay
+    for index, planned in enumerate(plan.new_layers):
+        if planned.kind == "mlp":
             skipped[index] = [ATTENTION]
-        elif place.kind in TRAINED:
+        elif planned.kind in TRAINED:
             skipped.pop(index, None)
-        newly = {sublayer for layer, sublayer in plan.skipped if layer == place.originals[0]}
-        if newly:
-            skipped[index] = sorted({*skipped.get(index, []), *newly})
+        newly_skipped = {sublayer for layer, sublayer in plan.skipped if layer == planned.originals[0]}
+        if newly_skipped:
+            skipped[index] = sorted({*skipped.get(index, []), *newly_skipped})
     mark_skipped(config, skipped)
     return skipped

@@ -1,7 +1,7 @@
-"""Linear maps that stand in for removed layers, found in closed form and folded into the layer before each gap.
+"""Replacement `linear`: a linear map for each run of removed layers, folded into the MLP of the layer before the run.
 
-ReplaceMe's idea (arXiv 2505.02819): a training-free linear map at the cut. It chooses no layers and moves none: what
-is removed is the plan's affair, and `apply.apply_plan` does the removing and calls `fold` here.
+The maps have a closed form and need no training (ReplaceMe, arXiv 2505.02819). `fit_maps` finds them before the edit,
+and `apply.apply_plan` calls `fold` when it removes the layers.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from optimum.streamline.text.windows import BATCH, Windows
 
 from .plan import Plan, runs_of
 
-# Measured on the reference model, fitted on 64 windows of 256 tokens and judged on other text, perplexity there (plain
-# removal; strength 0, 0.01, 0.1, 1): one block of 4 of 16 layers 41.7; 39.9, 39.7, 39.5, 40.0. Toward zero instead, at
-# 0.1 and 1: 39.6, 40.2, and past plain removal from there on. 4 scattered layers: 33.49; 31.05, 31.04, 31.09, 31.44.
+# The default ridge strength. Perplexities measured on the reference model (16 layers), with maps fitted on 64 windows
+# of 256 tokens, on other text: one block of 4 layers removed without a map 41.7; strength 0: 39.9; 0.01: 39.7; 0.1:
+# 39.5; 1: 40.0. A ridge toward zero instead of the identity: 39.6 at 0.1, 40.2 at 1, and above 41.7 for larger
+# strengths. 4 scattered layers removed without maps 33.49; strength 0: 31.05; 0.01: 31.04; 0.1: 31.09; 1: 31.44.
 STRENGTH = 0.1
 
 
@@ -41,59 +42,62 @@ STRENGTH = 0.1
 def fit_maps(
     model: PreTrainedModel, plan: Plan, calibration: Windows, strength: float = STRENGTH
 ) -> dict[int, torch.Tensor]:
-    """For each layer before a gap, the map T `[width, width]` that makes up best for the layers behind it.
+    """Fit one linear map T `[width, width]` for each run of removed layers (ReplaceMe, arXiv 2505.02819).
 
-    For every run of removed layers, with p the layer before it, x `[tokens, width]` the stream after p, M the part of x
-    that p's MLP wrote (M = s m, with m the MLP's output and s what the architecture multiplies it by), and h the
-    original's raw stream after the run's last layer,
+    Take a run of removed layers, and the layer p before it. Let x `[tokens, width]` be the residual stream after p, M
+    the part of x that the MLP of p added, and h the residual stream of the original after the last layer of the run.
+    Then
 
         T = argmin |(x - M) + M T - h|^2 + lambda |T - I|^2,    lambda = strength * trace(M^T M) / width,
 
-    which is T = I + (M^T M + lambda I)^-1 M^T (h - x). The pull is toward the identity, which is plain removal, and not
-    toward zero, which would remove p's MLP as well: where calibration text says little of a direction, what p did
-    there stays. M^T M and M^T (h - x) are summed up in float64, batch by batch; no hidden states are kept.
+    with the solution T = I + (M^T M + lambda I)^-1 M^T (h - x). M is the output m of the MLP times the residual scale
+    of the architecture, which is 1 for most. M^T M and M^T (h - x) are summed in float64, batch by batch.
 
-    Several runs are patched front to back: x and M are those of the model whose earlier runs are removed and patched
-    already, while h is always the original's, so that each map also corrects what the ones before it left.
+    Deviations from ReplaceMe:
 
-    The map, estimated on calibration text and merged into the layer before the cut, is that of ReplaceMe (arXiv
-    2505.02819); the pull toward the identity, its size and the treatment of several runs are this program's.
+    - The ridge pulls T toward the identity, which means plain removal. A ridge toward zero would remove the MLP of p
+      too in every direction that the calibration text says little about.
+    - Several runs are allowed, and fitted from the first to the last. x and M come from the model whose earlier runs
+      are removed and patched already, while h comes from the original. So each map also corrects the errors of earlier
+      ones.
 
     Args:
-        model: The original, in fp32, in evaluation mode, which stays as it is.
-        plan: Its `gone` are the layers removed.
-        strength: The ridge's size as a share of the mean square that the MLP writes into a channel.
+        model: The original, in fp32 and in evaluation mode; it is unchanged.
+        plan: The plan, whose `removed` layers the maps replace.
+        calibration: The text to fit on.
+        strength: lambda as a multiple of the mean diagonal entry of M^T M.
 
     Returns:
-        T by the original number of the layer whose MLP it is folded into, in float64; row vectors, as in m T.
+        T in float64, for row vectors (m T), by the original number of the layer p.
 
     Raises:
-        StreamlineError: `check_linear`'s, layer 0 is removed, or an MLP writes nothing or nothing finite.
+        StreamlineError: no map can be folded into this model (`check_linear`), layer 0 is removed, or the MLP of a
+            layer p adds only zeros or numbers that are not finite.
     """
     check_linear(model.config)
-    runs = runs_of(plan.gone)
-    if 0 in plan.gone:
-        raise StreamlineError("replacement 'linear': a linear map needs a layer before each gap; leave layer 0")
+    runs = runs_of(plan.removed)
+    if 0 in plan.removed:
+        raise StreamlineError("replacement 'linear': a linear map is folded into the layer before; keep layer 0")
     maps: dict[int, torch.Tensor] = {}
     with progress_bar("fitting linear maps", len(runs) * len(calibration.ids)) as bar:
         for run in runs:
             layer = run[0] - 1
-            fit = _Fit.of_width(model.config.hidden_size, model.device)
+            equations = _NormalEquations.of_width(model.config.hidden_size, model.device)
             for batch in calibration.ids.split(BATCH):
                 ids = batch.to(model.device)
-                written, stream = _patched_stream(model, ids, layer, plan.gone, maps)
-                fit.add(written, _stream_after(model, ids, run[-1]) - stream)
+                written, stream = _patched_stream(model, ids, layer, plan.removed, maps)
+                equations.add(written, _stream_after(model, ids, run[-1]) - stream)
                 bar.advance(len(batch))
-            maps[layer] = fit.solve(layer, strength)
+            maps[layer] = equations.solve(layer, strength)
     return maps
 
 
 def check_linear(config: PreTrainedConfig) -> None:
-    """Refuse a model that no linear map can be folded into.
+    """Refuse an architecture that no linear map can be folded into.
 
     Raises:
-        StreamlineError: a norm stands between the MLP and the residual stream, so that no map of the MLP's output
-            projection is a map of what is added.
+        StreamlineError: the model normalises the output of its MLPs. A map folded into the MLP would then not be a
+            linear map of what the MLP adds to the residual stream.
     """
     if has_norms_after(config):
         raise StreamlineError(
@@ -104,10 +108,12 @@ def check_linear(config: PreTrainedConfig) -> None:
 
 @torch.no_grad()
 def fold(layer: nn.Module, architecture: Architecture, transform: torch.Tensor) -> None:
-    """Make a layer's MLP write m T where it wrote m, in place: into weight and bias of its output projection.
+    """Fold a linear map into the output projection of a layer's MLP, in place: its output m becomes m T.
 
     Args:
-        transform: T `[width, width]`, as `fit_maps` gives it.
+        layer: A decoder layer.
+        architecture: The architecture of its model.
+        transform: T `[width, width]`, from `fit_maps`.
     """
     for parameter, out_axis in _output_parameters(layer, architecture):
         exact = torch.tensordot(parameter.double(), transform.to(parameter.device), dims=([out_axis], [0]))
@@ -115,13 +121,13 @@ def fold(layer: nn.Module, architecture: Architecture, transform: torch.Tensor) 
 
 
 def _output_parameters(layer: nn.Module, architecture: Architecture) -> Iterator[tuple[nn.Parameter, int]]:
-    """The parameters whose products make up the MLP's output, each with the axis that is the stream's width."""
+    """The weight and bias of the MLP's output projection, each with the axis of length `width`."""
     for path in architecture.mlp_out:
         parent, _, name = path.rpartition(".")
-        with suppress(AttributeError):  # layers of one architecture differ: each has one of the paths
+        with suppress(AttributeError):  # a layer has one of these paths: dense and mixture-of-experts layers differ
             found = getattr(submodule(layer, parent), name)
             if isinstance(found, nn.Parameter):
-                yield found, 1  # all experts' [experts, width, inner]
+                yield found, 1  # one tensor for all experts: [experts, width, inner]
                 return
             yield found.weight, 1 if isinstance(found, Conv1D) else 0
             if found.bias is not None:
@@ -130,14 +136,14 @@ def _output_parameters(layer: nn.Module, architecture: Architecture) -> Iterator
 
 
 @dataclass
-class _Fit:
-    """Normal equations, summed up in float64."""
+class _NormalEquations:
+    """The sums M^T M (`gram`) and M^T (h - x) (`cross`) of `fit_maps`, both `[width, width]` in float64."""
 
     gram: torch.Tensor
     cross: torch.Tensor
 
     @classmethod
-    def of_width(cls, width: int, device: torch.device) -> _Fit:
+    def of_width(cls, width: int, device: torch.device) -> _NormalEquations:
         return cls(*(torch.zeros(width, width, dtype=torch.float64, device=device) for _ in range(2)))
 
     def add(self, written: torch.Tensor, missing: torch.Tensor) -> None:
@@ -149,8 +155,8 @@ class _Fit:
         size = float(self.gram.diagonal().mean())
         if not 0 < size < float("inf") or not bool(self.cross.isfinite().all()):
             raise StreamlineError(
-                f"replacement 'linear': the MLP of layer {layer} writes nothing, or nothing finite, to be mapped; "
-                f"remove other layers than those behind it, or use replacement none"
+                f"replacement 'linear': the MLP of layer {layer} adds only zeros or numbers that are not finite; "
+                f"keep the layer after it, or use replacement none"
             )
         identity = torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
         solved: torch.Tensor = torch.linalg.solve(self.gram + strength * size * identity, self.cross)
@@ -158,11 +164,11 @@ class _Fit:
 
 
 class _StopForward(Exception):
-    """Ends a forward pass: what comes after is not needed."""
+    """Ends a forward pass early."""
 
 
 def _stream_after(model: PreTrainedModel, ids: torch.Tensor, layer: int) -> torch.Tensor:
-    """The raw stream `[batch, length, width]` after a layer; the layers behind it are not run."""
+    """The raw residual stream `[batch, length, width]` after a layer; the layers after it do not run."""
     seen: list[torch.Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -170,15 +176,15 @@ def _stream_after(model: PreTrainedModel, ids: torch.Tensor, layer: int) -> torc
         raise _StopForward
 
     layers = decoder_layers(model, architecture_of(model.config))
-    with _removed_afterwards([layers[layer].register_forward_hook(keep)]), suppress(_StopForward):
+    with _hooks_removed_afterwards([layers[layer].register_forward_hook(keep)]), suppress(_StopForward):
         model.base_model(ids, use_cache=False)
     return seen[0]
 
 
 def _patched_stream(
-    model: PreTrainedModel, ids: torch.Tensor, layer: int, gone: Sequence[int], maps: dict[int, torch.Tensor]
+    model: PreTrainedModel, ids: torch.Tensor, layer: int, removed: Sequence[int], maps: dict[int, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a layer's MLP adds, and the stream after the layer, with the gaps before it closed and patched."""
+    """M and x of `fit_maps` for layer p = `layer`, with the earlier `removed` layers skipped and `maps` applied."""
     architecture = architecture_of(model.config)
     layers = decoder_layers(model, architecture)
     written: list[torch.Tensor] = []
@@ -186,10 +192,10 @@ def _patched_stream(
     def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         written.append(layer_output(output))
 
-    hooks = [layers[index].register_forward_hook(_pass_on, with_kwargs=True) for index in gone if index < layer]
+    hooks = [layers[index].register_forward_hook(_return_input, with_kwargs=True) for index in removed if index < layer]
     hooks += [_mlp(layers[index], architecture).register_forward_hook(_mapped_by(maps[index])) for index in maps]
     hooks.append(_mlp(layers[layer], architecture).register_forward_hook(keep))
-    with _removed_afterwards(hooks):
+    with _hooks_removed_afterwards(hooks):
         stream = _stream_after(model, ids, layer)
     return written[0].reshape(stream.shape) * residual_scale(model.config), stream
 
@@ -198,7 +204,7 @@ def _mlp(layer: nn.Module, architecture: Architecture) -> nn.Module:
     return submodule(layer, architecture.mlp[-1])
 
 
-def _pass_on(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def _return_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     hidden = args[0] if args else kwargs["hidden_states"]
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
@@ -212,7 +218,7 @@ def _mapped_by(transform: torch.Tensor) -> Callable[[nn.Module, tuple[Any, ...],
 
 
 @contextmanager
-def _removed_afterwards(hooks: Sequence[Any]) -> Iterator[None]:
+def _hooks_removed_afterwards(hooks: Sequence[Any]) -> Iterator[None]:
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
-"""Two decoder layers into one of the same size, by channels or by weighted sum, and its place in the model.
+"""Merging two neighbouring decoder layers into one of the same size, by concatenating channels or averaging weights.
 
-Knows what a channel is in every architecture: a neuron of the MLP, or a key-value head with the query heads it
-serves. It knows neither which layers are worth merging nor which channels matter: those come in.
+A channel is a neuron of the MLP, or a key-value head with its query heads. The caller gives the pair and the
+sensitivities of the channels (`scoring.channel_sensitivity`).
 """
 
 from __future__ import annotations
@@ -32,35 +32,46 @@ from .plan import Merge
 
 
 def check_mergeable(config: PreTrainedConfig, method: str) -> None:
-    """Refuse a model whose layers have no channels to merge.
+    """Refuse a model whose layers cannot be merged.
+
+    Args:
+        config: The model's config.
+        method: The name of the method, for the message.
 
     Raises:
-        StreamlineError: its MLPs are mixtures of experts, its norms stand behind the projections or have biases that
-            no projection can take up, or its layers are not all alike.
+        StreamlineError: the MLPs are mixtures of experts, the norms come after the projections or have biases that no
+            projection can absorb, or the layers differ in structure.
     """
     refuse_bare(config)
     architecture = architecture_of(config)
-    why = ""
+    reason = ""
     if architecture.experts:
-        why = "its MLPs are mixtures of experts"
+        reason = "its MLPs are mixtures of experts"
     elif has_norms_after(config):
-        why = "its norms stand behind the projections, where nothing is linear in their channels"
+        reason = "its norms come after the projections, and their gains cannot be folded into them"
     elif architecture.bias_field and not getattr(config, architecture.bias_field):
-        why = f"config.{architecture.bias_field} is false: the norms' biases have no bias to be folded into"
+        reason = f"config.{architecture.bias_field} is false, so that the projections have no bias to absorb the norms'"
     elif config.to_dict().get("per_layer_config"):
-        why = "config.per_layer_config makes its layers differ"
-    if why:
+        reason = "config.per_layer_config makes its layers differ"
+    if reason:
         raise StreamlineError(
-            f"method {method!r}: layers of this {config.model_type} model cannot be merged, {why}; "
+            f"method {method!r}: layers of this {config.model_type} model cannot be merged, {reason}; "
             "use a method that removes layers, such as shortgpt"
         )
 
 
 def share_of_first(ratio: float | Fraction, channels: int) -> float:
-    """The share of its channels that the first of two layers gives, where its part should be `ratio`.
+    """Round a merging ratio to a whole number of channels, and return it as a share.
 
-    The layer of the smaller part, the second if they are equal, gives the whole channels that its part holds, and
-    the other gives the rest, so that the share is k / `channels` with a whole k.
+    The layer with the smaller ratio (the second layer if both are equal) gives the floor of its ratio times `channels`,
+    and the other layer gives the rest. So the share is k / `channels` with a whole number k (CoMe, arXiv 2510.15304).
+
+    Args:
+        ratio: The ratio of the first layer, 0 to 1.
+        channels: The number of channels of the sublayer.
+
+    Returns:
+        The share of channels that the first layer gives, 0 to 1.
 
     >>> share_of_first(0.3, 8), share_of_first(0.7, 8)
     (0.25, 0.75)
@@ -71,53 +82,60 @@ def share_of_first(ratio: float | Fraction, channels: int) -> float:
 
 @torch.no_grad()
 def fold_norms(layer: nn.Module, architecture: Architecture) -> None:
-    """Move the gains and biases of a layer's norms into the projections that read them, in place.
+    """Fold the gains g and biases b of a layer's norms into the projections after them, in place.
 
-    W (g * x + b) + c = (W diag(g)) x + (W b + c): the function stays, and every norm's gain becomes 1.
+    W (g * x + b) + c = (W diag(g)) x + (W b + c). The layer computes the same as before, and every gain becomes 1.
     """
-    for half in sublayer_weights(architecture).values():
-        norm = submodule(layer, half.norm)
-        if getattr(norm, "weight", None) is None:  # OPT's layer_norm_elementwise_affine
+    for weights in sublayer_weights(architecture).values():
+        norm = submodule(layer, weights.norm)
+        if getattr(norm, "weight", None) is None:  # OPT with layer_norm_elementwise_affine=False
             continue
-        weight, bias = norm.get_parameter("weight"), getattr(norm, "bias", None)
-        for path in half.inputs:
+        gain, bias = norm.get_parameter("weight"), getattr(norm, "bias", None)
+        for path in weights.inputs:
             projection = submodule(layer, path)
             if bias is not None:
                 projection.get_parameter("bias").add_(rows_of(projection) @ bias)
-            rows_of(projection).mul_(weight + architecture.gain_offset)
-        weight.fill_(1.0 - architecture.gain_offset)
+            rows_of(projection).mul_(gain + architecture.gain_offset)
+        gain.fill_(1.0 - architecture.gain_offset)
         if bias is not None:
             bias.zero_()
 
 
 @torch.no_grad()
 def merge_layers(model: PreTrainedModel, merge: Merge, channels: Sequence[Channels]) -> nn.Module:
-    """Concatenate the channels that matter most of two neighbours into a new layer (CoMe, arXiv 2510.15304).
+    """Concatenate the most sensitive channels of two neighbours into a new layer (CoMe, arXiv 2510.15304).
 
-    Of N channels of a sublayer the first layer gives its k = share N of highest sensitivity, the second its N - k;
-    they keep their order, the first layer's before the second's. A channel takes its rows of the input projections,
-    with their biases, and its columns of the output projection; a key-value head takes the query heads it serves.
-    Norm gains are folded first, so that a share of 0 or 1 leaves exactly one layer's sublayer. What all channels
-    share is a sum weighted by the shares: biases of output projections, gains of the norms of queries and keys.
+    For each sublayer with N channels, the first layer gives its k = share * N most sensitive channels and the second
+    its N - k most sensitive. They keep their order within a layer, and the first layer's come first. A channel consists
+    of its rows of the input projections, with biases, and its columns of the output projection. A key-value head brings
+    its query heads.
+
+    Norm gains are folded into the projections first, so that a share of 0 or 1 copies one layer's sublayer exactly. The
+    parameters that belong to no single channel are averaged with the shares as weights: the biases of output
+    projections, and the gains of the query and key norms.
 
     Args:
-        model: Left alone; the new layer is not part of it.
-        channels: The sensitivities of every layer's channels.
+        model: The model; it is unchanged, and the new layer is not part of it.
+        merge: The pair and the shares.
+        channels: The channel sensitivities of every layer (`scoring.channel_sensitivity.measure_channels`).
+
+    Returns:
+        The merged layer.
     """
     architecture = architecture_of(model.config)
     new, other = (_folded(model, layer) for layer in (merge.first, merge.first + 1))
-    for name, half in sublayer_weights(architecture).items():
+    for name, weights in sublayer_weights(architecture).items():
         share = merge.attention if name == "attention" else merge.mlp
         sensitivity = [channels[layer][name] for layer in (merge.first, merge.first + 1)]
         count = len(sensitivity[0])
-        given = round(share * count)
-        keep = (_most(sensitivity[0], given), _most(sensitivity[1], count - given))
-        output, other_output = submodule(new, half.output), submodule(other, half.output)
+        from_first = round(share * count)
+        keep = (_most(sensitivity[0], from_first), _most(sensitivity[1], count - from_first))
+        output, other_output = submodule(new, weights.output), submodule(other, weights.output)
         inner = rows_of(output).shape[1]
         _join(rows_of(output).T, rows_of(other_output).T, [inner], count, keep)
         if getattr(output, "bias", None) is not None:
             _blend(output.get_parameter("bias"), other_output.get_parameter("bias"), share)
-        for path in half.inputs:
+        for path in weights.inputs:
             projection, other_projection = submodule(new, path), submodule(other, path)
             rows = rows_of(projection)
             sizes = _stacked_sizes(name, len(rows), inner) if path in architecture.stacked else [len(rows)]
@@ -131,10 +149,17 @@ def merge_layers(model: PreTrainedModel, merge: Merge, channels: Sequence[Channe
 
 @torch.no_grad()
 def average_layers(model: PreTrainedModel, first: int, share: float) -> nn.Module:
-    """`share` of every parameter of layer `first` and the rest of the next one's, norm gains folded first.
+    """Average the parameters of layers i = `first` and i + 1: share * W_i + (1 - share) * W_{i+1}.
+
+    Norm gains are folded into the projections first.
 
     Args:
-        model: Left alone; the new layer is not part of it.
+        model: The model; it is unchanged, and the new layer is not part of it.
+        first: Number of the first layer of the pair.
+        share: The weight of the first layer, 0 to 1.
+
+    Returns:
+        The averaged layer.
     """
     new, other = (_folded(model, layer) for layer in (first, first + 1))
     for parameter, other_parameter in zip(new.parameters(), other.parameters(), strict=True):
@@ -143,7 +168,7 @@ def average_layers(model: PreTrainedModel, first: int, share: float) -> nn.Modul
 
 
 def replace_pair(model: PreTrainedModel, first: int, layer: nn.Module) -> None:
-    """Put `layer` in the place of layers `first` and `first` + 1, in place, with the config kept true."""
+    """Replace layers `first` and `first` + 1 of `model` by `layer`, in place, and update the config."""
     architecture = architecture_of(model.config)
     layers = list(decoder_layers(model, architecture))
     origins = [index for index in range(len(layers)) if index != first + 1]
@@ -152,16 +177,14 @@ def replace_pair(model: PreTrainedModel, first: int, layer: nn.Module) -> None:
 
 
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of its own structure and config that shares every weight: to change layers of, never weights."""
+    """A copy with its own modules and config, but the same weight tensors. Change its layers, never its weights."""
     tensors: Iterator[torch.Tensor] = chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def copy_layer(model: PreTrainedModel, index: int) -> nn.Module:
-    """A decoder layer with weights of its own, for the same model.
-
-    Layers of one model have one config: a copy of it would not follow the model's.
-    """
+    """A copy of decoder layer number `index`, with its own weights."""
+    # The copy refers to the model's config object: with a config of its own it would miss later changes.
     layers = decoder_layers(model, architecture_of(model.config))
     return copy.deepcopy(layers[index], {id(model.config): model.config})
 
@@ -178,8 +201,8 @@ def _most(sensitivity: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _stacked_sizes(sublayer: Sublayer, rows: int, inner: int) -> list[int]:
-    # Queries are as wide as what comes out of the attention, keys and values share the rest; gates are as wide as
-    # what comes out of the MLP, and so is what they gate.
+    # The sizes of the matrices stacked in one weight: query, key and value, or gate and up projection. `inner` is the
+    # width of the query and of the gate. Key and value halve the remaining rows.
     others = 2 if sublayer == "attention" else 1
     return [inner, *[(rows - inner) // others] * others]
 
@@ -187,10 +210,11 @@ def _stacked_sizes(sublayer: Sublayer, rows: int, inner: int) -> list[int]:
 def _join(
     new: torch.Tensor, other: torch.Tensor, sizes: list[int], channels: int, keep: Sequence[torch.Tensor]
 ) -> None:
+    # For each stacked matrix: the kept channels of the first layer, then those of the second.
     joined = [
-        part.unflatten(0, (channels, -1))[kept.to(part.device)].flatten(0, 1)
-        for parts in zip(new.split(sizes), other.split(sizes), strict=True)
-        for part, kept in zip(parts, keep, strict=True)
+        matrix.unflatten(0, (channels, -1))[kept.to(matrix.device)].flatten(0, 1)
+        for matrices in zip(new.split(sizes), other.split(sizes), strict=True)
+        for matrix, kept in zip(matrices, keep, strict=True)
     ]
     new.copy_(torch.cat(joined))
 

@@ -1,4 +1,4 @@
-"""What is to become of each layer: the outcome of a method's choice, before any weight moves."""
+"""The plan of an edit: which original layers a method removes, replaces or merges. It holds no weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Kind = Literal["kept", "thinned", "layer", "mlp", "ffn", "swiglu", "patched", "m
 ReplacementKind = Literal["none", "layer", "mlp", "ffn", "swiglu", "linear"]
 
 
-# Replacements that are a layer of their own, which training makes useful.
+# Replacements that are a layer of their own. They need training to be useful.
 TRAINED = ("layer", "mlp", "ffn", "swiglu")
 
 
@@ -21,10 +21,10 @@ class PlannedLayer:
     """One layer of the new model.
 
     Args:
-        kind: `kept` as it was, `thinned`: without its attention or its MLP, a replacement of that kind, `merged` out
-            of several layers, or `patched`: kept, with the linear map that stands for the layers removed behind it
-            folded in.
-        originals: The original layers it stands for, one if kept.
+        kind: `kept`: unchanged. `thinned`: its attention or its MLP is skipped. `layer`, `mlp`, `ffn` or `swiglu`: a
+            replacement of that kind. `patched`: kept, with a linear map folded in that stands for the layers removed
+            after it. `merged`: made of several layers.
+        originals: Numbers of the original layers that it stands for, 0-based; a kept layer stands for itself.
     """
 
     kind: Kind
@@ -33,12 +33,12 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class Merge:
-    """Two neighbours become one layer.
+    """The merge of two neighbouring layers into one.
 
     Args:
-        first: Number of the first of the two in the model as the merges before this one left it.
-        attention: Share of the attention's channels that the first of the two gives, the second gives the rest.
-        mlp: The same of the MLP's channels.
+        first: Number of the first layer of the pair, counted after all earlier merges.
+        attention: Share of the key-value heads that come from the first layer, 0 to 1. The rest come from the second.
+        mlp: Share of the MLP neurons that come from the first layer, 0 to 1.
     """
 
     first: int
@@ -48,103 +48,106 @@ class Merge:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which original layers lose their place, and what stands in for them.
+    """The layers that an edit removes, and what replaces them.
 
     Args:
-        total: Layers of the original.
-        gone: The layers that lose their place, rising, 0-based.
-        replacement: What stands in for them: a trained layer for one contiguous block, or a linear map for each run.
-        skipped: Sublayers to remove from layers that stay, as (layer, `attention` or `mlp`), rising.
-        merges: Pairs to merge, in order; `gone` then names the layers that were merged into an earlier one.
-        by: Which of several methods chose, where the recipe left that open.
-        tried: Each method that was tried then, with its plan's loss on held-out text, nats per token; `None` where it
-            could make no plan.
+        total: The number of layers of the original.
+        removed: Numbers of the original layers that the new model does not have, 0-based, in rising order. A layer
+            that is replaced, or merged into an earlier one, counts as removed.
+        replacement: The kind of replacement: a trained layer for one contiguous block, a linear map for each run of
+            removed layers, or none.
+        skipped: Sublayers to skip in layers that stay, as (layer, sublayer), in rising order.
+        merges: Pairs to merge, in order.
+        chosen_by: For method `auto`: the candidate whose plan this is, such as "sleb + linear". Otherwise empty.
+        tried: For method `auto`: every candidate with the loss of its plan on held-out text, nats per token; `None`
+            where the candidate could make no plan.
 
     Raises:
-        ValueError: `gone` or `skipped` names layers that cannot be removed, a defect of the method that chose them.
+        ValueError: `removed` or `skipped` names layers that cannot be removed, a defect of the method that chose them.
     """
 
     total: int
-    gone: tuple[int, ...]
+    removed: tuple[int, ...]
     replacement: ReplacementKind = "none"
     skipped: tuple[tuple[int, Sublayer], ...] = ()
     merges: tuple[Merge, ...] = ()
-    by: str = ""
+    chosen_by: str = ""
     tried: tuple[tuple[str, float | None], ...] = ()
 
     def __post_init__(self) -> None:
         # Here, and not hours later where layers are moved or where JSON refuses an integer of numpy.
-        if any(type(layer) is not int for layer in self.gone) or list(self.gone) != sorted({*self.gone}):
-            raise ValueError(f"gone {self.gone!r}: must be a tuple of ints, rising and each once")
-        if self.gone and not 0 <= self.gone[0] <= self.gone[-1] < self.total:
-            raise ValueError(f"gone {self.gone!r}: must be layers of the original, 0 to {self.total - 1}")
-        lost = [layer for layer, _ in self.skipped if layer in self.gone or not 0 <= layer < self.total]
+        if any(type(layer) is not int for layer in self.removed) or list(self.removed) != sorted({*self.removed}):
+            raise ValueError(f"removed {self.removed!r}: must be a tuple of ints, rising and each once")
+        if self.removed and not 0 <= self.removed[0] <= self.removed[-1] < self.total:
+            raise ValueError(f"removed {self.removed!r}: must be layers of the original, 0 to {self.total - 1}")
+        lost = [layer for layer, _ in self.skipped if layer in self.removed or not 0 <= layer < self.total]
         if lost:
             raise ValueError(f"skipped {self.skipped!r}: layer {lost[0]} is not one that stays")
 
     @property
-    def net(self) -> int:
-        """By how much `num_hidden_layers` falls."""
-        return len(self.gone) - (self.replacement in TRAINED)
+    def net_removed(self) -> int:
+        """The number by which `num_hidden_layers` falls: a trained replacement counts as a layer."""
+        return len(self.removed) - (self.replacement in TRAINED)
 
     @property
     def new_layers(self) -> tuple[PlannedLayer, ...]:
-        """The new model's layers, first to last."""
+        """The layers of the new model, in order."""
         if self.merges:
             groups = merged_groups(self.total, self.merges)
             return tuple(PlannedLayer("merged" if len(group) > 1 else "kept", group) for group in groups)
-        thinned = {layer for layer, _ in self.skipped}
+        with_skips = {layer for layer, _ in self.skipped}
         new_layers: list[PlannedLayer] = []
         for layer in range(self.total):
-            if layer not in self.gone:
-                behind = self._run_behind(layer) if self.replacement == "linear" else ()
-                kind: Kind = "patched" if behind else "thinned" if layer in thinned else "kept"
-                new_layers.append(PlannedLayer(kind, (layer, *behind)))
-            elif self.replacement in TRAINED and layer == self.gone[0]:
-                new_layers.append(PlannedLayer(self.replacement, self.gone))  # type: ignore[arg-type]
+            if layer not in self.removed:
+                after = self._removed_after(layer) if self.replacement == "linear" else ()
+                kind: Kind = "patched" if after else "thinned" if layer in with_skips else "kept"
+                new_layers.append(PlannedLayer(kind, (layer, *after)))
+            elif self.replacement in TRAINED and layer == self.removed[0]:
+                new_layers.append(PlannedLayer(self.replacement, self.removed))  # type: ignore[arg-type]
         return tuple(new_layers)
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """For each new layer, how many original layers its output stands for: h_k is what it should put out.
+        """For each new layer, the index k of the original hidden state h_k that its output should match.
 
-        The layers removed behind a layer are its own to make up for, up to the next layer that stays.
+        h_k is the original's residual stream after k layers. A layer stands for itself and for the removed layers after
+        it, up to the next layer that stays. Distillation compares the two (`healing.losses.Distillation`).
         """
         return depths_of(self.new_layers, self.total)
 
     def describe(self) -> str:
-        """One line for a person."""
-        return f"by {self.by}: {self._what()}" if self.by else self._what()
+        """The plan in one line, such as "remove layers 3-6: 16 layers become 12"."""
+        return f"by {self.chosen_by}: {self._edit()}" if self.chosen_by else self._edit()
 
-    def _what(self) -> str:
+    def _edit(self) -> str:
         counts = f"{self.total} layers become {len(self.new_layers)}"
         if self.merges:
             groups = [group for group in merged_groups(self.total, self.merges) if len(group) > 1]
             return f"merge layers {' and '.join(layer_ranges(group) for group in groups)}: {counts}"
         if self.replacement in TRAINED:
-            return f"replace layers {layer_ranges(self.gone)} by one {self.replacement}: {counts}"
-        parts = [f"remove layers {layer_ranges(self.gone)}"] if self.gone else []
+            return f"replace layers {layer_ranges(self.removed)} by one {self.replacement}: {counts}"
+        edits = [f"remove layers {layer_ranges(self.removed)}"] if self.removed else []
         for sublayer in ("attention", "mlp"):
             layers = tuple(layer for layer, kind in self.skipped if kind == sublayer)
             if layers:
-                parts.append(f"remove the {sublayer} of layers {layer_ranges(layers)}")
+                edits.append(f"remove the {sublayer} of layers {layer_ranges(layers)}")
         patched = ", a linear map folded in before each gap" if self.replacement == "linear" else ""
-        return f"{'; '.join(parts)}{patched}: {counts}"
+        return f"{'; '.join(edits)}{patched}: {counts}"
 
-    def _run_behind(self, layer: int) -> tuple[int, ...]:
+    def _removed_after(self, layer: int) -> tuple[int, ...]:
         end = layer + 1
-        while end in self.gone:
+        while end in self.removed:
             end += 1
         return tuple(range(layer + 1, end))
 
 
 def depths_of(new_layers: Sequence[PlannedLayer], total: int) -> tuple[int, ...]:
-    """`Plan.depths` of layers that are these places of an original of `total` layers."""
-    return (*(place.originals[0] for place in new_layers[1:]), total)
+    """`Plan.depths` for these layers of an original with `total` layers."""
+    return (*(planned.originals[0] for planned in new_layers[1:]), total)
 
 
 def merged_groups(total: int, merges: Sequence[Merge]) -> tuple[tuple[int, ...], ...]:
-    """The original layers that each layer is made of after `merges`.
+    """For each layer after `merges`, the original layers that it is made of.
 
     >>> merged_groups(5, [Merge(1, 0.5, 0.5), Merge(1, 0.5, 0.5)])
     ((0,), (1, 2, 3), (4,))
@@ -156,18 +159,18 @@ def merged_groups(total: int, merges: Sequence[Merge]) -> tuple[tuple[int, ...],
 
 
 def merge_plan(total: int, merges: Sequence[Merge]) -> Plan:
-    """The plan that makes these merges."""
-    gone = sorted(layer for group in merged_groups(total, merges) for layer in group[1:])
-    return Plan(total, tuple(gone), merges=tuple(merges))
+    """The plan of these merges, for an original with `total` layers."""
+    removed = sorted(layer for group in merged_groups(total, merges) for layer in group[1:])
+    return Plan(total, tuple(removed), merges=tuple(merges))
 
 
 def is_contiguous(layers: tuple[int, ...]) -> bool:
-    """Whether rising layer numbers have no gap."""
+    """Whether layer numbers in rising order have no gap."""
     return layers[-1] - layers[0] == len(layers) - 1
 
 
 def runs_of(layers: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Rising layer numbers, cut where there is a gap.
+    """Split layer numbers in rising order into runs without a gap.
 
     >>> runs_of((1, 2, 5))
     ((1, 2), (5,))
@@ -182,7 +185,7 @@ def runs_of(layers: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
 
 
 def layer_ranges(layers: tuple[int, ...]) -> str:
-    """Rising layer numbers for a person.
+    """Layer numbers in rising order as text, with a range for each run.
 
     >>> layer_ranges((1, 3, 4, 5))
     '1, 3-5'

@@ -1,5 +1,3 @@
-"""Repairing a pruned model by training: the order of the trainings, their losses and settings, the training loop, and
-its checkpoints.
-"""
+"""Healing, the training that repairs a pruned model: its stages, losses, settings, training loop and checkpoints."""
 
 __all__ = ["checks", "lora", "losses", "settings", "stages", "trainable_parts", "trainer", "training_checkpoints"]

@@ -1,4 +1,4 @@
-"""Low-rank adapters in the place of full weights: put in before a training, merged into the weights after it."""
+"""LoRA adapters for healing: added before a training, and merged into the weights after it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from transformers.pytorch_utils import Conv1D
 
 @contextmanager
 def adapters(model: PreTrainedModel, rank: int, seed: int) -> Iterator[list[nn.Parameter]]:
-    """LoRA (arXiv 2106.09685) on every linear layer but the head, W + 2 B A, merged into W when the block ends.
+    """Add LoRA adapters (arXiv 2106.09685) inside the `with` block, and merge them into the weights at its end.
 
-    Experts that are one tensor, as those of mixtures are, are no linear layer: they stay as they are.
+    Every linear module but the output head becomes W + 2 B A. The experts of a mixture share one tensor, which is not a
+    linear module, and get no adapter.
 
     Args:
-        rank: Of B A.
-        seed: Of the first A; the first B is zero.
+        model: The model; it has plain weights again after the block.
+        rank: The rank of B A.
+        seed: The seed of the random initial A. The initial B is zero.
 
     Yields:
-        The adapters' weights.
+        The weights of the adapters.
     """
     transposed = any(isinstance(module, Conv1D) for module in model.modules())
     config = LoraConfig(

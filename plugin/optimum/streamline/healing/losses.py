@@ -1,4 +1,4 @@
-"""What a training brings down: the losses, each a mean over the tokens of a batch. Updates no weight."""
+"""The losses that healing minimises: next-token, distillation, and hidden-state error. Each is a mean over tokens."""
 
 from __future__ import annotations
 
@@ -15,37 +15,40 @@ from optimum.streamline.models.architectures import architecture_of, decoder_lay
 
 
 class HealingLoss(Protocol):
-    """What a model is trained to."""
+    """A loss of a whole model."""
 
     def loss(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-        """The loss of `model` on token ids `[windows, length]`: a scalar, with its graph."""
+        """The loss of `model` on token ids `[windows, length]`: a scalar, ready for `backward`."""
 
 
 @dataclass(frozen=True)
 class NextToken:
-    """Cross-entropy of the next token, nats: -1/N sum log p(x_{t+1} | x_1..x_t)."""
+    """The next-token cross-entropy -1/N sum_t log p(x_{t+1} | x_1..x_t), in nats."""
 
     def loss(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-        """Mean over all tokens but each window's first, from logits in fp32."""
+        """The mean over all tokens but the first of each window, from logits in fp32."""
         return _cross_entropy(_logits(model, ids), ids)
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """The original's logits, and its hidden states layer by layer: a KL + (1 - a) CE + b H.
+    """Distillation of the original into the pruned model: a KL + (1 - a) CE + b H.
 
-    KL is KL(original || model), nats, and H = mean_k E[|s_k - t|^2 / |t|^2], s_k the raw output of the model's layer k
-    and t = h_{depths[k]} of the original, before any final norm: hierarchical distillation of CoMe (arXiv 2510.15304).
+    - KL = KL(original || model) of the next-token distributions, in nats.
+    - CE is the next-token cross-entropy (`NextToken`), in nats.
+    - H = mean over layers k of E[|s_k - t_k|^2 / |t_k|^2]. s_k is the raw output of layer k of the model. t_k is the
+      original's hidden state h_{depths[k]}, before any final norm.
 
-    Deviation: each token's squared error is divided by its target's squared norm, where the paper's, as far as it could
-    be read, is the plain mean squared error: in that a few tokens of massive activation, such as the first of a window,
-    would decide alone.
+    Source: the hierarchical distillation of CoMe (arXiv 2510.15304).
+
+    Deviation: the squared error of each token is divided by the squared norm of its target. The paper seems to use the
+    plain mean squared error. A few tokens with massive activations, such as the first of a window, would dominate that.
 
     Args:
-        teacher: The original: used in evaluation mode, without gradients.
-        depths: `Plan.depths`: for each of the model's layers, how many original layers its output stands for.
-        kl: a.
-        hidden: b.
+        teacher: The original. It runs in evaluation mode, without gradients.
+        depths: `Plan.depths`: for each layer of the model, the index of the original hidden state to match.
+        kl: a, the weight of the KL divergence, 0 to 1.
+        hidden: b, the weight of the hidden-state error.
     """
 
     teacher: PreTrainedModel
@@ -57,11 +60,11 @@ class Distillation:
         self.teacher.eval()
 
     def loss(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-        """The weighted sum of the three; a part whose weight is zero is not computed."""
-        outputs = range(len(self.depths)) if self.hidden else ()
-        with torch.no_grad(), _outputs_of(self.teacher, [self.depths[k] - 1 for k in outputs]) as wanted:
+        """The weighted sum of the three terms. A term whose weight is zero is not computed."""
+        layers = range(len(self.depths)) if self.hidden else ()
+        with torch.no_grad(), _outputs_of(self.teacher, [self.depths[k] - 1 for k in layers]) as targets:
             target = _logits(self.teacher, ids)
-        with _outputs_of(model, outputs) as states:
+        with _outputs_of(model, layers) as states:
             logits = _logits(model, ids)
         loss = logits.new_zeros(())
         if self.kl:
@@ -69,13 +72,18 @@ class Distillation:
         if self.kl != 1:
             loss = loss + (1 - self.kl) * _cross_entropy(logits, ids)
         if self.hidden:
-            errors = [relative_error(states[k], wanted[self.depths[k] - 1]) for k in outputs]
+            errors = [relative_error(states[k], targets[self.depths[k] - 1]) for k in layers]
             loss = loss + self.hidden * torch.stack(errors).mean()
         return loss
 
 
 def relative_error(states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of |s - t|^2 / |t|^2, for hidden states s and t `[windows, length, width]`."""
+    """The mean over tokens of |s - t|^2 / |t|^2.
+
+    Args:
+        states: s, hidden states `[windows, length, width]`.
+        target: t, hidden states of the same shape.
+    """
     states, target = states.float(), target.float()
     return ((states - target).square().sum(-1) / target.square().sum(-1)).mean()
 
@@ -96,7 +104,7 @@ def _kl_divergence(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _outputs_of(model: PreTrainedModel, numbers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """The raw outputs of these layers of `model`, by number, as a forward pass inside the block makes them."""
+    """Yield a dictionary that a forward pass in the block fills with the raw outputs of layers `numbers`."""
     outputs: dict[int, torch.Tensor] = {}
     layers = decoder_layers(model, architecture_of(model.config))
 
@@ -112,48 +120,54 @@ def _outputs_of(model: PreTrainedModel, numbers: Sequence[int]) -> Iterator[dict
 
 
 class _StopForward(Exception):
-    """Ends a forward pass once the block is through: what comes after it is not needed."""
+    """Ends a forward pass after the block of layers, because later layers are not needed."""
 
 
 class BlockOutput:
-    """What a block puts out, given what goes into it: layer replacement of LLM-Streamline, arXiv 2403.19135.
+    """The error of a replacement's output against the output of the block that it replaces, for the same input.
 
-    The input is h_j, the target h_{j+n}, n the length of the block; teacher and student see them in one pass, and the
-    rest of the model is not run.
+    For a block of layers j to j + n - 1, the input is the original's h_j and the target is its h_{j+n}. One forward
+    pass of the original, which stops after the block, gives both.
+
+    Source: the training of the replacement layer in LLM-Streamline (arXiv 2403.19135).
 
     Args:
         model: The original.
-        gone: The block's layers.
-        normalised: Divide each token's squared error by its target's squared norm, so that the few tokens of huge
-            norm do not decide alone.
+        block: Numbers of the block's layers, in rising order.
+        normalised: Divide the squared error of each token by the squared norm of its target, so that a few tokens of
+            very large norm do not dominate. This is not in the paper.
     """
 
-    def __init__(self, model: PreTrainedModel, gone: tuple[int, ...], normalised: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, block: tuple[int, ...], normalised: bool = False) -> None:
         layers = decoder_layers(model, architecture_of(model.config))
         self._model, self._normalised = model, normalised
-        self._first, self._last = layers[gone[0]], layers[gone[-1]]
+        self._first, self._last = layers[block[0]], layers[block[-1]]
 
     def loss(self, student: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-        """Mean squared error over tokens and width between the student's output and the block's, or relative error."""
+        """The loss of the replacement `student` on token ids `[windows, length]`.
+
+        It is the mean squared error over tokens and width, or `relative_error` if `normalised`.
+        """
         with torch.no_grad():
             args, kwargs, target = self._run(ids)
         output = layer_output(student(*args, **kwargs))
         return relative_error(output, target) if self._normalised else nn.functional.mse_loss(output, target)
 
     def _run(self, ids: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]:
-        seen: dict[str, Any] = {}
-        with _captured(self._first, self._last, seen), suppress(_StopForward):
+        # The arguments of the block's first layer, and the output of its last one.
+        captured: dict[str, Any] = {}
+        with _captured(self._first, self._last, captured), suppress(_StopForward):
             self._model.base_model(ids, use_cache=False)
-        return seen["args"], seen["kwargs"], seen["output"]
+        return captured["args"], captured["kwargs"], captured["output"]
 
 
 @contextmanager
-def _captured(first: nn.Module, last: nn.Module, seen: dict[str, Any]) -> Iterator[None]:
+def _captured(first: nn.Module, last: nn.Module, captured: dict[str, Any]) -> Iterator[None]:
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.update(args=args, kwargs=kwargs)
+        captured.update(args=args, kwargs=kwargs)
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen["output"] = layer_output(output)
+        captured["output"] = layer_output(output)
         raise _StopForward
 
     hooks = [first.register_forward_pre_hook(before, with_kwargs=True), last.register_forward_hook(after)]

@@ -1,4 +1,4 @@
-"""How a training goes and how it went: settings, their defaults, and the log. Trains nothing."""
+"""The settings of a training with their defaults, and the log of a training."""
 
 from __future__ import annotations
 
@@ -9,25 +9,30 @@ from typing import Literal
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.recipe.recipe import Recipe
 
+# The share of the healing windows that is not trained on, but used to choose the best weights.
 HELD_OUT_SHARE = 0.05
 Scope = Literal["replacement", "model"]
 
 
 @dataclass(frozen=True)
 class HealSettings:
-    """How weights are trained, by AdamW; decay, clipping and the cosine's end are LLM-Streamline's (arXiv 2403.19135).
+    """The settings of one training by AdamW, with linear warmup and a cosine schedule.
+
+    The default decay, clipping and end of the cosine are LLM-Streamline's (arXiv 2403.19135).
 
     Args:
-        lr: Peak learning rate, such as `default_lr`; the cosine ends at `min_lr_share` of it.
-        epochs: Passes over the training windows.
-        batch: Windows an update, over all processes.
-        minutes: Longest time; the rate then follows whichever is further on, updates or time.
-        warmup_share: Share of the updates that raise the rate from zero.
-        betas: AdamW's.
-        decay_vectors: Whether weight decay is on biases and norms too, and not on matrices only.
-        clip: Largest gradient norm.
-        lora_rank: Train adapters of this rank on every linear layer but the head, in place of the weights.
-        seed: Of the order of the windows, and of the adapters.
+        lr: The peak learning rate.
+        epochs: The number of passes over the training windows.
+        batch: The number of windows in an update, over all processes.
+        minutes: The time limit. The schedule then follows the updates or the time, whichever has progressed further.
+        min_lr_share: The learning rate at the end of the cosine, as a share of the peak.
+        warmup_share: The share of the updates in which the learning rate rises from zero to the peak.
+        betas: The betas of AdamW.
+        weight_decay: The weight decay of AdamW.
+        decay_vectors: Whether biases and norms decay too, and not only matrices.
+        clip: The largest gradient norm; a larger gradient is scaled down.
+        lora_rank: Train LoRA adapters of this rank instead of the weights, on every linear module but the output head.
+        seed: The seed of the order of the windows, and of the adapters.
     """
 
     lr: float
@@ -46,7 +51,14 @@ class HealSettings:
 
 @dataclass(frozen=True)
 class HealStep:
-    """One update: its number from 1, its learning rate, its loss, and the held-out loss where it was measured."""
+    """One update of a training.
+
+    Args:
+        step: The number of the update, from 1.
+        lr: Its learning rate.
+        loss: Its loss, before the update.
+        held_out: The loss on the held-out windows after the update; `None` if it was not measured.
+    """
 
     step: int
     lr: float
@@ -56,13 +68,13 @@ class HealStep:
 
 @dataclass(frozen=True)
 class HealLog:
-    """How a training went.
+    """The log of a training.
 
     Args:
-        before: Held-out loss before the first update.
-        best: Held-out loss of the weights that were kept.
-        best_step: The update they come from; 0 if no update made it better.
-        steps: Every update.
+        before: The held-out loss before the first update.
+        best: The held-out loss of the weights that were kept, the lowest one measured.
+        best_step: The number of the update that gave these weights; 0 if no update improved the held-out loss.
+        steps: Every update, in order.
     """
 
     before: float
@@ -72,40 +84,47 @@ class HealLog:
 
 
 def default_lr(width: int) -> float:
-    """The peak learning rate of a replacement alone, `width` the hidden size: LLM-Streamline's 2e-4 at 4096.
+    """The default peak learning rate for a replacement alone: 2e-4 x 4096 / width.
 
-    A layer of smaller width takes, and needs, a rate as many times higher (measured: `docs/methods.md`).
+    LLM-Streamline (arXiv 2403.19135) uses 2e-4 at width 4096. Narrower layers need a rate that is higher in inverse
+    proportion (measured: `docs/methods.md`).
+
+    Args:
+        width: The hidden size of the model.
     """
     return 2e-4 * 4096 / width
 
 
-def default_model_lr(width: int, goal: str) -> float:
-    """The peak learning rate of all weights: LayerChop's 3e-4 (arXiv 2305.14864), and more to distil a small model.
+def default_model_lr(width: int, stage: str) -> float:
+    """The default peak learning rate for all weights: 3e-4, or 3e-4 x sqrt(4096 / width) for distillation.
 
-    The original's logits and states say more than the next token does, so the smaller a model is, the higher a rate it
-    takes; to the next token it forgets at such a rate more than it learns (measured: `docs/methods.md`).
+    3e-4 is LayerChop's (arXiv 2305.14864). Distillation gives more signal per token than the next token does, so small
+    models profit from a higher rate. With the next-token loss, they would forget more at that rate than they learn
+    (measured: `docs/methods.md`).
 
     Args:
-        width: The model's hidden size.
-        goal: One of `Recipe.resolved_trainings`.
+        width: The hidden size of the model.
+        stage: One of `Recipe.healing`.
     """
-    return 3e-4 * math.sqrt(4096 / width) if goal == "distill" else 3e-4
+    return 3e-4 * math.sqrt(4096 / width) if stage == "distill" else 3e-4
 
 
-def default_lora_lr(width: int, goal: str) -> float:
-    """The peak learning rate of adapters on a whole model: three times `default_model_lr`."""
-    return 3 * default_model_lr(width, goal)
+def default_lora_lr(width: int, stage: str) -> float:
+    """The default peak learning rate for adapters: three times `default_model_lr`."""
+    return 3 * default_model_lr(width, stage)
 
 
 def scope_of(recipe: Recipe, number: int, trained: bool) -> Scope:
-    """What the training of that number in `recipe.resolved_trainings` trains.
+    """What stage `number` of `recipe.resolved_trainings` trains: the replacement, or the whole model.
 
-    Left out, `heal_scope` is LLM-Streamline's own order: an `lm` that comes first trains the replacement, whose weights
-    are new, and what follows trains the model, by adapters where there is `lora`. A single `lm` with `lora` is the
-    model's, or there would be no adapters.
+    `hidden-mse` always trains the replacement. Otherwise `heal_scope` decides. Without it, a first stage `lm` trains
+    the replacement, as in LLM-Streamline (arXiv 2403.19135), and all other stages train the model. A single stage `lm`
+    with `lora` trains the model too, because adapters need the model.
 
     Args:
-        trained: Whether a trained layer stands in for the block.
+        recipe: The recipe.
+        number: The number of the stage in `recipe.resolved_trainings`, from 0.
+        trained: Whether the plan has a trained replacement.
     """
     if recipe.resolved_trainings[number] == "hidden-mse":
         return "replacement"
@@ -115,37 +134,42 @@ def scope_of(recipe: Recipe, number: int, trained: bool) -> Scope:
     return "replacement" if first and (not recipe.healing.lora or len(recipe.resolved_trainings) > 1) else "model"
 
 
-def replacement_settings(recipe: Recipe, width: int, goal: str) -> HealSettings:
-    """How LLM-Streamline trains a replacement alone; its betas are .9/.95 where the loss is the language model's.
+def replacement_settings(recipe: Recipe, width: int, stage: str) -> HealSettings:
+    """The settings for training a replacement alone, after LLM-Streamline (arXiv 2403.19135).
+
+    As in the authors' code, the betas are 0.9 and 0.95 with the next-token loss.
 
     Args:
-        width: The model's hidden size.
-        goal: One of `recipe.resolved_trainings`.
+        recipe: The recipe.
+        width: The hidden size of the model.
+        stage: One of `recipe.resolved_trainings`.
     """
     return HealSettings(
         lr=recipe.healing.lr or default_lr(width),
         epochs=recipe.healing.epochs,
         batch=recipe.healing.batch,
         minutes=recipe.healing.minutes,
-        betas=(0.9, 0.999) if goal == "hidden-mse" else (0.9, 0.95),
+        betas=(0.9, 0.999) if stage == "hidden-mse" else (0.9, 0.95),
         seed=recipe.seed,
     )
 
 
-def model_settings(recipe: Recipe, width: int, goal: str) -> HealSettings:
-    """How all weights are trained: to the next token as by LayerChop (arXiv 2305.14864), or to the original.
+def model_settings(recipe: Recipe, width: int, stage: str) -> HealSettings:
+    """The settings for training a whole model, by the next-token loss or by distillation.
 
-    LayerChop's are the rate, the decay and a cosine that ends at a tenth of the peak; a decay of matrices only, the
-    betas and the clipping are this program's. Distillation goes on from weights that are good already: nothing pulls
-    them to zero, and the rate ends there, which leaves less of the error of single batches in them (measured:
-    `docs/methods.md`). Adapters do not decay: what they add is small as it is.
+    With the next-token loss, the learning rate, the weight decay and the end of the cosine at a tenth of the peak are
+    LayerChop's (arXiv 2305.14864). The betas, the clipping and the decay of matrices only are this program's own.
+    Distillation starts from weights that are good already. So it has no weight decay, and its learning rate ends at
+    zero, which leaves less noise of single batches in the weights (measured: `docs/methods.md`). Adapters do not decay,
+    because their updates are small anyway.
 
     Args:
-        width: The model's hidden size.
-        goal: One of `recipe.resolved_trainings`.
+        recipe: The recipe.
+        width: The hidden size of the model.
+        stage: One of `recipe.resolved_trainings`.
     """
-    lr = default_lora_lr(width, goal) if recipe.healing.lora else default_model_lr(width, goal)
-    distils = goal == "distill"
+    lr = default_lora_lr(width, stage) if recipe.healing.lora else default_model_lr(width, stage)
+    distils = stage == "distill"
     return HealSettings(
         lr=recipe.healing.lr or lr,
         epochs=recipe.healing.epochs,
@@ -162,10 +186,10 @@ def model_settings(recipe: Recipe, width: int, goal: str) -> HealSettings:
 
 
 def heal_windows(tokens: int, length: int) -> int:
-    """How many windows `tokens` tokens are, the held-out ones among them.
+    """The number of windows of `length` tokens in `tokens` tokens, with the held-out windows.
 
     Raises:
-        StreamlineError: too few to train on some and hold out one.
+        StreamlineError: there are fewer than two, one to train on and one to hold out.
     """
     if tokens < 2 * length:
         raise StreamlineError(f"heal-tokens {tokens}: must be at least two windows of {length} tokens, {2 * length}")

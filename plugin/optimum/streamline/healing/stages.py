@@ -1,4 +1,4 @@
-"""A recipe's trainings in their order, around the edit: the replacement before it, the model after or during it."""
+"""The healing stages of a recipe, in order: the replacement trains before the edit, the model after or during it."""
 
 from __future__ import annotations
 
@@ -22,22 +22,24 @@ from .settings import HealLog, HealSettings, Scope, model_settings, replacement_
 from .trainable_parts import train_model, train_replacement
 from .trainer import split_windows
 
-# Weight of the hidden states in distillation. CoMe's could not be had: this is this program's own, for all methods
+# The default weight of the hidden-state error in distillation, for all methods. CoMe's own weight is not published
 # (measured: `docs/methods.md`).
 _HIDDEN = 10.0
-# Share of the KL to the original's logits, of which the rest is cross-entropy: that helps the first pass over a text
-# and does harm in the fourth (measured there too).
+# The default weight of the KL divergence in distillation; the cross-entropy has the rest, so none. Cross-entropy helps
+# in the first pass over a text, and harms in the fourth (measured: `docs/methods.md`).
 _KL = 1.0
 
 
 @dataclass(frozen=True)
 class HealingResult:
-    """One training of a run.
+    """The result of one training.
 
     Args:
-        stage: What it trained to: one of `Recipe.resolved_trainings`.
-        scope: What it trained.
-        windows: How many windows it trained on, those it held out not among them.
+        stage: The kind of training: one of `Recipe.healing`.
+        scope: Whether it trained the replacement or the whole model.
+        windows: The number of windows that it trained on, without the held-out ones.
+        settings: Its settings.
+        log: Its log.
     """
 
     stage: str
@@ -47,7 +49,7 @@ class HealingResult:
     log: HealLog
 
     def to_dict(self) -> dict[str, Any]:
-        """As `streamline.json` has it."""
+        """The entry in the list `healing` of `streamline.json`."""
         return {
             "stage": self.stage,
             "scope": self.scope,
@@ -58,16 +60,18 @@ class HealingResult:
 
 
 class Healer:
-    """The trainings of one recipe on one model; what was done is in `done`.
+    """Runs the healing stages of a recipe on one model, and collects their results in `results`.
 
-    Call `before_edit`, edit the model with `after_merge` among its materials, then call `after_edit`.
+    Call `before_edit`, then edit the model with `after_merge` in its `EditInputs`, then call `after_edit`.
 
     Args:
-        model: The original, which is then edited in place.
-        text: What is trained on.
-        workspace: Where each training keeps its checkpoints, in a folder of its own; called again on the same model,
-            text and recipe, a training that ended is not done again, and one that did not goes on.
-        say: Told of each training before it starts.
+        recipe: The recipe.
+        model: The original. The caller edits it in place between the calls.
+        plan: The plan of the edit.
+        text: The windows to train on.
+        notify: A function that is told of each training before it starts, in one line.
+        workspace: The folder for checkpoints, one subfolder a training. If it holds checkpoints of the same model, text
+            and recipe, finished trainings are not repeated, and an unfinished one is resumed.
     """
 
     def __init__(
@@ -82,13 +86,13 @@ class Healer:
         self._recipe, self._model, self._plan, self._text = recipe, model, plan, text
         self._notify, self._workspace = notify, workspace
         self._teacher: PreTrainedModel | None = None
-        self.done: list[HealingResult] = []
+        self.results: list[HealingResult] = []
 
     def before_edit(self, student: nn.Module | None) -> None:
-        """Train `student`, the replacement's layer, on its own, if the recipe says so; keep the original to distil.
+        """Run stage `hidden-mse`, if the recipe has it, and keep a copy of the original if a stage distils.
 
         Args:
-            student: `None` where no layer of its own stands in for a block.
+            student: The layer of the replacement, which is trained in place; `None` if the plan has no such layer.
         """
         if "distill" in self._recipe.resolved_trainings:
             self._teacher = copy.deepcopy(self._model).requires_grad_(False)
@@ -103,52 +107,58 @@ class Healer:
             self._text,
             settings,
             normalised=self._recipe.healing.normalised,
-            workspace=self._place(),
+            workspace=self._checkpoint_folder(),
         )
         self._note("hidden-mse", "replacement", settings, log)
 
     @property
     def after_merge(self) -> Callable[[tuple[PlannedLayer, ...]], None] | None:
-        """The `EditInputs.after_merge` of a `stepwise` method: it trains the model after each merge."""
+        """The function for `EditInputs.after_merge`, which trains the model; `None` if the method is not stepwise."""
         stepwise = METHODS[self._recipe.resolved_method].stepwise
-        return self._train_places if stepwise and self._recipe.resolved_trainings else None
+        return self._train_stages if stepwise and self._recipe.resolved_trainings else None
 
     def after_edit(self, new_layers: tuple[PlannedLayer, ...]) -> None:
-        """Train the edited model, whose layers are `places`; with `after_merge` before it, on the last share."""
-        self._train_places(new_layers)
+        """Train the edited model, after a stepwise method on the last part of the text.
 
-    def _train_places(self, new_layers: tuple[PlannedLayer, ...]) -> None:
-        merges = len(self._plan.merges) if self.after_merge else 1
-        made = sum(len(place.originals) - 1 for place in new_layers) if self.after_merge else 1
+        Args:
+            new_layers: The layers of the edited model.
+        """
+        self._train_stages(new_layers)
+
+    def _train_stages(self, new_layers: tuple[PlannedLayer, ...]) -> None:
+        # A stepwise method trains after every merge, each time on the next of as many equal parts of the text.
+        parts = len(self._plan.merges) if self.after_merge else 1
+        merged = sum(len(planned.originals) - 1 for planned in new_layers) if self.after_merge else 1
         for number, stage in enumerate(self._recipe.resolved_trainings):
             if stage != "hidden-mse":
-                self._train(number, stage, new_layers, (made - 1, merges))
+                self._train(number, stage, new_layers, (merged - 1, parts))
 
     def _train(self, number: int, stage: str, new_layers: tuple[PlannedLayer, ...], share: tuple[int, int]) -> None:
         recipe, width = self._recipe, self._model.config.hidden_size
         scope = scope_of(recipe, number, self._plan.replacement in TRAINED)
-        alone = scope == "replacement"
-        settings = replacement_settings(recipe, width, stage) if alone else model_settings(recipe, width, stage)
-        if settings.minutes is not None:  # shared out as the windows are: all merges take no longer than one training
+        replacement_only = scope == "replacement"
+        choose = replacement_settings if replacement_only else model_settings
+        settings = choose(recipe, width, stage)
+        if settings.minutes is not None:  # divided like the windows, so that the limit holds for all merges together
             settings = replace(settings, minutes=settings.minutes / share[1])
         self._announce(stage, scope, settings, share)
         log = train_model(
             self._model,
-            self._goal(stage, new_layers),
+            self._healing_loss(stage, new_layers),
             self._text,
             settings,
-            part=self._replacement(new_layers) if alone else None,
+            part=self._replacement(new_layers) if replacement_only else None,
             share=share,
-            workspace=self._place(),
+            workspace=self._checkpoint_folder(),
         )
         self._note(stage, scope, settings, log, share)
 
     def _note(
         self, stage: str, scope: Scope, settings: HealSettings, log: HealLog, share: tuple[int, int] = (0, 1)
     ) -> None:
-        self.done.append(HealingResult(stage, scope, self._windows(share), settings, log))
+        self.results.append(HealingResult(stage, scope, self._windows(share), settings, log))
 
-    def _goal(self, stage: str, new_layers: tuple[PlannedLayer, ...]) -> HealingLoss:
+    def _healing_loss(self, stage: str, new_layers: tuple[PlannedLayer, ...]) -> HealingLoss:
         if stage == "lm":
             return NextToken()
         assert self._teacher is not None, "before_edit keeps the original"
@@ -161,17 +171,18 @@ class Healer:
         )
 
     def _replacement(self, new_layers: tuple[PlannedLayer, ...]) -> nn.Module:
-        [index] = [index for index, place in enumerate(new_layers) if place.kind in TRAINED]
+        [index] = [index for index, planned in enumerate(new_layers) if planned.kind in TRAINED]
         return decoder_layers(self._model, architecture_of(self._model.config))[index]
 
-    def _place(self) -> Path | None:
-        # Trainings come in the same order each time: the number of those before it is a training's name.
-        return None if self._workspace is None else self._workspace / str(len(self.done))
+    def _checkpoint_folder(self) -> Path | None:
+        # A training's folder is named after its number, because a resumed run has the same trainings in the same order.
+        return None if self._workspace is None else self._workspace / str(len(self.results))
 
     def _announce(self, stage: str, scope: Scope, settings: HealSettings, share: tuple[int, int] = (0, 1)) -> None:
-        what = "the replacement" if scope == "replacement" else "the model"
+        trained = "the replacement" if scope == "replacement" else "the model"
         by = "" if settings.lora_rank is None else f" by adapters of rank {settings.lora_rank}"
-        self._notify(f"training {what}{by} ({stage}) on {self._windows(share)} windows, {settings.epochs} times")
+        passes = "1 pass" if settings.epochs == 1 else f"{settings.epochs} passes"
+        self._notify(f"training {trained}{by} ({stage}) on {self._windows(share)} windows, {passes}")
 
     def _windows(self, share: tuple[int, int]) -> int:
         return len(split_windows(self._text, share)[0])

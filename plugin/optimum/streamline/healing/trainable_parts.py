@@ -1,6 +1,6 @@
-"""The two trainings there are, in memory: of a replacement apart from its model, and of a model or a part of it.
+"""The two kinds of training: a replacement on its own, and a model or one submodule of it.
 
-They say which weights are trained and to what; the loop is the engine's. Knows no recipe and no file but checkpoints.
+Both choose the parameters and the loss, and then call `trainer.train`.
 """
 
 from __future__ import annotations
@@ -33,23 +33,28 @@ def train_replacement(
     normalised: bool = False,
     workspace: Path | None = None,
 ) -> HealLog:
-    """Train `student`, in place, to put out what its block puts out: `BlockOutput`, without dropout.
+    """Train a replacement, in place, to give the output of the block that it replaces (`losses.BlockOutput`).
 
-    The last windows are held out; the weights that do best on them are the ones kept.
+    There is no dropout. The weights with the lowest loss on the held-out windows are kept.
 
     Args:
-        model: The original, which stays as it is.
-        student: The replacement's layer.
-        windows: `heal_windows` of them.
-        normalised: As `BlockOutput` says.
-        workspace: As `trainer.train` says.
+        model: The original; it is unchanged.
+        plan: The plan, whose `removed` layers are the block.
+        student: The layer of the replacement.
+        windows: The healing text, `settings.heal_windows` windows.
+        settings: The settings of the training.
+        normalised: See `losses.BlockOutput`.
+        workspace: See `trainer.train`.
+
+    Returns:
+        The log of the training.
 
     Raises:
         StreamlineError: as `trainer.train`.
     """
-    goal = BlockOutput(model.eval(), plan.gone, normalised)
+    block_output = BlockOutput(model.eval(), plan.removed, normalised)
     student.requires_grad_(True).eval()
-    loss = partial(goal.loss, student)
+    loss = partial(block_output.loss, student)
     title = "training the replacement"
     log = train(list(student.parameters()), loss, windows, settings, title=title, workspace=workspace)
     student.requires_grad_(False)
@@ -58,7 +63,7 @@ def train_replacement(
 
 def train_model(
     model: PreTrainedModel,
-    goal: HealingLoss,
+    healing_loss: HealingLoss,
     windows: Windows,
     settings: HealSettings,
     *,
@@ -66,16 +71,22 @@ def train_model(
     share: tuple[int, int] = (0, 1),
     workspace: Path | None = None,
 ) -> HealLog:
-    """Train `model`, in place, to `goal`, without dropout; a model with adapters comes out as a plain one.
+    """Train a model or one of its submodules, in place, to minimise `healing_loss`.
 
-    Skipped sublayers are neither computed nor trained: their zeros stay zeros. The last windows are held out; the
-    weights that do best on them are the ones kept.
+    There is no dropout. The weights with the lowest loss on the held-out windows are kept. Skipped sublayers are
+    neither computed nor trained, so their output stays zero. Adapters are merged into the weights at the end.
 
     Args:
-        windows: `heal_windows` of them.
-        part: The one submodule of `model` to train, through the rest; all weights by default.
-        share: As `trainer.train` says.
-        workspace: As `trainer.train` says.
+        model: The model.
+        healing_loss: The loss to minimise.
+        windows: The healing text, `settings.heal_windows` windows.
+        settings: The settings of the training.
+        part: The submodule of `model` to train; the whole model by default.
+        share: See `trainer.train`.
+        workspace: See `trainer.train`.
+
+    Returns:
+        The log of the training.
 
     Raises:
         StreamlineError: as `trainer.train`.
@@ -91,14 +102,14 @@ def train_model(
                 parameter.requires_grad_(True)
         else:
             parameters = stack.enter_context(adapters(model, settings.lora_rank, settings.seed))
-        loss = partial(goal.loss, model)
+        loss = partial(healing_loss.loss, model)
         title = "training the model" if part is None else "training the replacement"
         return train(parameters, loss, windows, settings, title=title, share=share, workspace=workspace)
 
 
 @contextmanager
 def _gradients_as_before(model: nn.Module) -> Iterator[None]:
-    """Ask for gradients afterwards where they were asked for before, and keep none."""
+    """Restore `requires_grad` of every parameter after the `with` block, and free the gradients."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield

@@ -1,7 +1,7 @@
-"""The one training loop: `transformers.Trainer` over token windows, for whatever weights and whatever loss.
+"""The training loop: `transformers.Trainer` over token windows, for any parameters and any loss.
 
-The models stay outside the Trainer: it sees the trained weights alone, so that nothing else is moved, saved or put
-into training mode. Any number of processes takes part, each with its share of every batch. Knows no model and no loss.
+The Trainer gets a module that holds only the trained parameters. So it moves, saves and switches to training mode
+nothing else. Several processes can take part; each computes its share of every batch.
 """
 
 from __future__ import annotations
@@ -32,17 +32,18 @@ from optimum.streamline.text.windows import Windows
 
 from .settings import HELD_OUT_SHARE, HealLog, HealSettings, HealStep
 
+# How often the held-out loss is measured during a training.
 EVALUATIONS = 10
-# Updates between two checkpoints, at most.
+# The largest number of updates between two checkpoints.
 CHECKPOINT_EVERY = 200
-# In a checkpoint's folder when all of it is written.
-WHOLE_FILE = "whole"
+# An empty file that is written last into the folder of a checkpoint, when the checkpoint is complete.
+COMPLETE_FILE = "whole"
 
 Loss = Callable[[torch.Tensor], torch.Tensor]
 
 
 class NotFiniteError(StreamlineError):
-    """A training came to a loss that is not finite: it would again."""
+    """The loss of a training is not finite. A resumed training would fail again, so its checkpoints are deleted."""
 
 
 def train(
@@ -55,34 +56,42 @@ def train(
     share: tuple[int, int] = (0, 1),
     workspace: Path | None = None,
 ) -> HealLog:
-    """Train `parameters`, in place, to bring `loss` down; those that do best on the held-out windows are kept.
+    """Train `parameters`, in place, to minimise `loss`, and keep the weights with the lowest held-out loss.
 
-    The last 5% of the windows are held out. The rest are seen `settings.epochs` times, each time in another order; the
-    last update is left out if its batch would not be full.
+    The last 5% of the windows are held out. The training passes over the other windows `settings.epochs` times, each
+    time in a new random order. A last batch that would not be full is left out.
 
     Args:
-        loss: From token ids `[windows, length]`, a mean over their tokens.
-        windows: `heal_windows` of them.
-        title: What the progress bar says.
-        share: `(i, n)`: train on the i-th of n equal parts of the windows that are not held out.
-        workspace: Where checkpoints go. If it holds some, the training goes on from the last; if it holds the last of
-            all, that is the result. On a CPU this ends with the same weights, bit for bit, as without a stop.
+        parameters: The parameters to train.
+        loss: A function from token ids `[windows, length]` to the loss, a mean over their tokens.
+        windows: The healing text, `settings.heal_windows` windows.
+        settings: The settings of the training.
+        title: The title of the progress bar.
+        share: `(i, n)`: train on part i, from 0, of n equal parts of the windows that are not held out.
+        workspace: The folder for checkpoints; none are kept if it is `None`. If it holds checkpoints, the training is
+            resumed from the last one. If that is the end of the training, its weights are loaded. On a CPU, a resumed
+            training ends with the same weights, bit for bit, as an uninterrupted one.
+
+    Returns:
+        The log of the training.
 
     Raises:
         NotFiniteError: the loss is not finite.
-        StreamlineError: the windows or the batch cannot be shared out.
+        StreamlineError: there are too few windows, or the batch cannot be divided among the processes.
     """
     training, held_out = split_windows(windows, share)
     batch = _batch(settings.batch, len(training) * settings.epochs)
     order = _order(len(training), settings, batch)
-    trained = _Trained(parameters, loss)
+    trained = _TrainedWeights(parameters, loss)
     with _checkpoints(workspace) as (folder, last):
-        course = _Course(trained, held_out, settings, updates=len(order) // batch, saves=workspace is not None)
-        if last is not None and _is_final(last, course):
+        progress = _TrainingProgress(
+            trained, held_out, settings, updates=len(order) // batch, saves=workspace is not None
+        )
+        if last is not None and _is_final(last, progress):
             trained.load_state_dict(load_file(last / "model.safetensors"))
-            rows = _rows(last)
+            rows = _log_rows(last)
         else:
-            rows = _run(trained, course, training[order], batch, settings, folder, last, title)
+            rows = _run(trained, progress, training[order], batch, settings, folder, last, title)
             if workspace is not None:
                 _keep_result_only(workspace)
     trained.restore()
@@ -90,32 +99,39 @@ def train(
 
 
 def split_windows(windows: Windows, share: tuple[int, int] = (0, 1)) -> tuple[torch.Tensor, torch.Tensor]:
-    """The windows to train on, as in `train`, and those that are held out.
+    """Split windows into those to train on and those held out.
+
+    Args:
+        windows: The healing text.
+        share: As in `train`.
+
+    Returns:
+        Token ids to train on and token ids held out, both `[windows, length]`.
 
     Raises:
         StreamlineError: a part would be empty.
     """
     number, parts = share
-    training = _to_train_on(len(windows.ids), parts)
+    training = _training_windows(len(windows.ids), parts)
     return windows.ids[:training].tensor_split(parts)[number], windows.ids[training:]
 
 
 def check_sharing(windows: int, batch: int, epochs: int, parts: int) -> None:
-    """Refuse, before any work is done, what `train` could not share out.
+    """Refuse windows or a batch that `train` could not divide, before any work is done.
 
     Args:
-        windows: All of them.
+        windows: The number of windows of the healing text.
         batch: `HealSettings.batch`.
         epochs: `HealSettings.epochs`.
-        parts: How many trainings there will be, each on its own windows.
+        parts: The number of trainings, each on an equal part of the windows.
 
     Raises:
-        StreamlineError: the windows or the batch cannot be shared out among trainings or processes.
+        StreamlineError: the windows or the batch cannot be divided among trainings or processes.
     """
-    _batch(batch, _to_train_on(windows, parts) // parts * epochs)  # that of the training with the fewest
+    _batch(batch, _training_windows(windows, parts) // parts * epochs)  # for the part with the fewest windows
 
 
-def _to_train_on(windows: int, parts: int) -> int:
+def _training_windows(windows: int, parts: int) -> int:
     training = windows - max(1, round(windows * HELD_OUT_SHARE))
     if training < parts:
         raise StreamlineError(f"heal-tokens: {training} windows to train on, too few for {parts} trainings; give more")
@@ -138,13 +154,13 @@ def _order(count: int, settings: HealSettings, batch: int) -> torch.Tensor:
     return order[: len(order) // batch * batch]
 
 
-class _Trained(nn.Module):
-    """The trained weights and, as buffers, the best of them so far: what a checkpoint holds."""
+class _TrainedWeights(nn.Module):
+    """The trained parameters and, as buffers, the best values of them so far. A checkpoint holds both."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], loss: Loss) -> None:
         super().__init__()
         for parameter in parameters:
-            parameter.data = parameter.data.contiguous()  # safetensors takes no other
+            parameter.data = parameter.data.contiguous()  # safetensors saves only contiguous tensors
         self.weights = nn.ParameterList(parameters)
         for number, parameter in enumerate(self.weights):
             self.register_buffer(f"best_{number}", parameter.detach().clone())
@@ -156,7 +172,7 @@ class _Trained(nn.Module):
 
     @torch.no_grad()
     def keep(self) -> None:
-        """Remember the weights as the best so far."""
+        """Keep the current weights as the best so far."""
         for number, parameter in enumerate(self.weights):
             self.get_buffer(f"best_{number}").copy_(parameter)
 
@@ -168,12 +184,12 @@ class _Trained(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         device: torch.device = self.weights[0].device
         return device
 
 
-class _Rows(Dataset[dict[str, torch.Tensor]]):
+class _WindowDataset(Dataset[dict[str, torch.Tensor]]):
     def __init__(self, ids: torch.Tensor) -> None:
         self._ids = ids
 
@@ -185,30 +201,33 @@ class _Rows(Dataset[dict[str, torch.Tensor]]):
 
 
 class _Trainer(Trainer):
-    """The Trainer, with windows in the order they are given and a loss that has to be finite."""
+    """A Trainer that takes the windows in their given order, and reports each loss to `progress`."""
 
-    course: _Course
+    progress: _TrainingProgress
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)  # type: ignore[arg-type]
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
-        """The loss of this process's windows; their mean over processes is noted."""
+        """The loss of this process's windows; `progress` gets its mean over all processes."""
         loss: torch.Tensor = model(inputs["ids"])
-        self.course.note(self.accelerator.reduce(loss.detach().clone(), "mean"), self.optimizer, self.state.global_step)
+        self.progress.note(
+            self.accelerator.reduce(loss.detach().clone(), "mean"), self.optimizer, self.state.global_step
+        )
         return loss
 
 
-class _Course(TrainerCallback):
-    """Where a training stands: the rate of the next update, the log, the best weights, and when to save and stop.
+class _TrainingProgress(TrainerCallback):
+    """The state of a training: its schedule and log. It decides when to measure, keep the best weights, save and stop.
 
-    The log is `TrainerState.log_history`, which every checkpoint holds: a row each update, and row 0 before the first.
+    The log is `TrainerState.log_history`, which every checkpoint holds. Row 0 is before the first update, and each
+    update adds a row.
     """
 
     bar: Bar
 
     def __init__(
-        self, trained: _Trained, held_out: torch.Tensor, settings: HealSettings, updates: int, saves: bool
+        self, trained: _TrainedWeights, held_out: torch.Tensor, settings: HealSettings, updates: int, saves: bool
     ) -> None:
         self.trained, self.settings, self.updates = trained, settings, updates
         self._held_out, self._saves = held_out, saves
@@ -217,8 +236,8 @@ class _Course(TrainerCallback):
         self._loss, self._lr = math.nan, math.nan
 
     def share_of_peak(self, done: int) -> float:
-        """The rate of the update after `done` of them, as a share of the peak's."""
-        # Not a schedule of transformers: those go by updates alone, and this training may end by the clock.
+        """The learning rate of the update after `done` updates, as a share of the peak rate."""
+        # Not a schedule of transformers: those count updates only, and this training may end by the clock.
         warmup = round(self.updates * self.settings.warmup_share) / self.updates
         progress = self._progress(done + 1, self._elapsed)
         if progress < warmup:
@@ -227,23 +246,23 @@ class _Course(TrainerCallback):
         return self.settings.min_lr_share + (1 - self.settings.min_lr_share) * fallen
 
     def is_over(self, step: int, elapsed: float) -> bool:
-        """Whether that was the last update."""
+        """Whether the training ends after update `step`, with `elapsed` seconds passed."""
         return self._progress(step, elapsed) >= 1
 
     def note(self, loss: torch.Tensor, optimizer: Any, done: int) -> None:
-        """Take down the loss and the rate of an update.
+        """Record the loss and the learning rate of the update after `done` updates.
 
         Raises:
-            NotFiniteError: the loss is not finite; in every process at once, since it is the mean over them.
+            NotFiniteError: the loss is not finite. All processes raise it together, because the loss is their mean.
         """
         if not bool(loss.isfinite()):
             raise NotFiniteError(
-                f"heal-lr {self.settings.lr}: the loss is no longer finite at update {done + 1}; try less"
+                f"heal-lr {self.settings.lr}: the loss is no longer finite at update {done + 1}; use a lower rate"
             )
         self._loss, self._lr = loss.item(), float(optimizer.param_groups[0]["lr"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Measure before the first update, or take up the log where the last checkpoint left it."""
+        """Measure the held-out loss before the first update, or continue from the log of the last checkpoint."""
         if not state.log_history:
             state.log_history.append({"step": 0, "held_out": self._measure(0), "elapsed": 0.0})
         self._elapsed = state.log_history[-1]["elapsed"]
@@ -251,7 +270,7 @@ class _Course(TrainerCallback):
         self.bar.advance(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Log an update; every tenth of the way measure, and save."""
+        """Log an update. At every tenth of the training, measure the held-out loss, and save."""
         step, before = state.global_step, self._progress(state.global_step - 1, state.log_history[-1]["elapsed"])
         self._elapsed = self._clock()
         over = self.is_over(step, self._elapsed)
@@ -268,16 +287,16 @@ class _Course(TrainerCallback):
         self.bar.advance(note=f"loss {self._loss:.4g}, held out {_best(state.log_history)['held_out']:.4g}")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Mark a checkpoint as whole."""
+        """Mark a checkpoint as complete."""
         if is_main():
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE_FILE).touch()
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE_FILE).touch()
 
     def _progress(self, step: int, elapsed: float) -> float:
         minutes = self.settings.minutes
         return min(1.0, max(step / self.updates, elapsed / (60 * minutes) if minutes else 0.0))
 
     def _clock(self) -> float:
-        # Where time decides, the main process's clock decides for all: they have to take the same steps.
+        # All processes must take the same updates. So with a time limit, all use the clock of the main process.
         elapsed = monotonic() - self._start
         if self.settings.minutes is None or process_count() == 1:
             return elapsed
@@ -285,16 +304,16 @@ class _Course(TrainerCallback):
 
     @torch.no_grad()
     def _measure(self, done: int) -> float:
-        """The held-out loss after so many updates, the windows shared out among processes.
+        """The held-out loss after `done` updates, computed by all processes together.
 
         Raises:
-            NotFiniteError: it is not finite; in every process at once.
+            NotFiniteError: it is not finite. All processes raise it together.
         """
         processes = process_count()
         rank = torch.distributed.get_rank() if processes > 1 else 0
         total = torch.zeros((), dtype=torch.float64, device=self.trained.device)
         for rows in self._held_out[rank::processes].split(self.settings.batch):
-            if len(rows):  # more processes than windows: the last ones have none, of which there is no mean
+            if len(rows):  # with more processes than windows, some processes have none
                 total += self.trained(rows.to(self.trained.device)).double() * len(rows)
         if processes > 1:
             torch.distributed.all_reduce(total)
@@ -303,7 +322,7 @@ class _Course(TrainerCallback):
             return held_out
         if done:
             raise NotFiniteError(
-                f"heal-lr {self.settings.lr}: the held-out loss is {held_out} at update {done}; try less"
+                f"heal-lr {self.settings.lr}: the held-out loss is {held_out} at update {done}; use a lower rate"
             )
         raise NotFiniteError(
             f"model: the held-out loss is {held_out} before the first update; remove fewer, or other layers"
@@ -311,8 +330,8 @@ class _Course(TrainerCallback):
 
 
 def _run(
-    trained: _Trained,
-    course: _Course,
+    trained: _TrainedWeights,
+    progress: _TrainingProgress,
     ids: torch.Tensor,
     batch: int,
     settings: HealSettings,
@@ -321,28 +340,29 @@ def _run(
     title: str,
 ) -> list[dict[str, Any]]:
     optimizer = _optimizer(trained, settings)
-    # The rate is that of the update to come: the first one moves, and the last one is where the cosine ends.
-    schedule = LambdaLR(optimizer, course.share_of_peak)
+    # The schedule counts from the next update. So the first update has a rate above zero, and the last one has the rate
+    # at the end of the cosine.
+    schedule = LambdaLR(optimizer, progress.share_of_peak)
     trainer = _Trainer(
         model=trained,
         args=_arguments(folder, batch, settings, trained.device),
-        train_dataset=_Rows(ids),
-        callbacks=[course],
+        train_dataset=_WindowDataset(ids),
+        callbacks=[progress],
         optimizers=(optimizer, schedule),
     )
-    trainer.course = course
+    trainer.progress = progress
     trainer.remove_callback(PrinterCallback)
-    with progress_bar(title, course.updates) as course.bar:
+    with progress_bar(title, progress.updates) as progress.bar:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     rows = [row for row in trainer.state.log_history if "held_out" in row]
-    # The Trainer hangs in cycles, with it the optimizer's state and, among several processes, what listens to the
-    # weights' gradients: none of it may live on into the next training.
+    # The Trainer is part of reference cycles, with the optimizer state and, for several processes, the gradient hooks.
+    # Without this they would stay in memory during the next training.
     del trainer
     gc.collect()
     return rows
 
 
-def _optimizer(trained: _Trained, settings: HealSettings) -> torch.optim.AdamW:
+def _optimizer(trained: _TrainedWeights, settings: HealSettings) -> torch.optim.AdamW:
     decayed = [each for each in trained.weights if settings.decay_vectors or each.ndim > 1]
     others = [each for each in trained.weights if not settings.decay_vectors and each.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -353,11 +373,11 @@ def _arguments(folder: Path, batch: int, settings: HealSettings, device: torch.d
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=batch // process_count(),
-        num_train_epochs=1,  # all passes are laid out in one
+        num_train_epochs=1,  # the data set already holds all passes
         learning_rate=settings.lr,
         max_grad_norm=settings.clip,
         seed=settings.seed % 2**32,
-        save_strategy="no",  # the course says when
+        save_strategy="no",  # `progress` decides when to save
         save_total_limit=2,
         logging_strategy="no",
         report_to="none",
@@ -365,10 +385,10 @@ def _arguments(folder: Path, batch: int, settings: HealSettings, device: torch.d
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
         use_cpu=device.type == "cpu",
-        ddp_find_unused_parameters=True,  # the norm before a skipped attention is of no use
+        ddp_find_unused_parameters=True,  # the norm before a skipped attention gets no gradient
         ddp_broadcast_buffers=False,
     )
-    # Several GPUs and one process: the Trainer would copy the weights to all, but the models stay on one.
+    # With several GPUs and one process, the Trainer would copy the weights to all GPUs, but the models stay on one.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
@@ -379,23 +399,23 @@ def _checkpoints(workspace: Path | None) -> Iterator[tuple[Path, Path | None]]:
         with TemporaryDirectory() as folder:
             yield Path(folder), None
         return
-    wait_for_all()  # for the main process to have the workspace in order
-    yield workspace, _last_whole(workspace)
+    wait_for_all()  # the main process may still prepare the workspace
+    yield workspace, _last_complete(workspace)
 
 
-def _last_whole(workspace: Path) -> Path | None:
+def _last_complete(workspace: Path) -> Path | None:
     # `get_last_checkpoint` of transformers takes the last one even if a killed run left it unfinished.
-    found = {int(file.parent.name.rpartition("-")[2]): file.parent for file in workspace.glob(f"*/{WHOLE_FILE}")}
+    found = {int(file.parent.name.rpartition("-")[2]): file.parent for file in workspace.glob(f"*/{COMPLETE_FILE}")}
     return found[max(found)] if found else None
 
 
 def _keep_result_only(workspace: Path) -> None:
-    """Drop what a training that ended would need to go on: all but the weights and the log of its last checkpoint.
+    """Delete all checkpoint files of a finished training but the weights and the log of the last checkpoint.
 
-    With it a run of many trainings, as CoMe-mp's, would fill the disk.
+    A run of many trainings, such as CoMe-mp's, would otherwise fill the disk.
     """
-    wait_for_all()  # for every process to have saved what it saves
-    last = _last_whole(workspace)
+    wait_for_all()  # other processes may still write their part of the checkpoint
+    last = _last_complete(workspace)
     if last is None or not is_main():
         return
     for checkpoint in workspace.glob("checkpoint-*"):
@@ -405,14 +425,14 @@ def _keep_result_only(workspace: Path) -> None:
         state.unlink(missing_ok=True)
 
 
-def _rows(checkpoint: Path) -> list[dict[str, Any]]:
+def _log_rows(checkpoint: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     return rows
 
 
-def _is_final(checkpoint: Path, course: _Course) -> bool:
-    row = _rows(checkpoint)[-1]
-    return course.is_over(row["step"], row["elapsed"])
+def _is_final(checkpoint: Path, progress: _TrainingProgress) -> bool:
+    row = _log_rows(checkpoint)[-1]
+    return progress.is_over(row["step"], row["elapsed"])
 
 
 def _best(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

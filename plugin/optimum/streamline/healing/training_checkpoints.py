@@ -1,7 +1,4 @@
-"""The hidden folder beside an output where trainings keep their checkpoints, for a run that is killed to go on from.
-
-Knows nothing of what is in it but for whom it is.
-"""
+"""The hidden folder beside an output that keeps the checkpoints of its trainings, so that a stopped run can resume."""
 
 from __future__ import annotations
 
@@ -14,51 +11,59 @@ from pathlib import Path
 from optimum.streamline.system.atomic_output import write_file
 from optimum.streamline.system.distributed import is_main, wait_for_all
 
-from .trainer import WHOLE_FILE, NotFiniteError
+from .trainer import COMPLETE_FILE, NotFiniteError
 
+# Holds the key of `open_workspace`, which tells whether the checkpoints fit a run.
 KEY_FILE = "key.json"
 
 
 @contextmanager
 def healing_workspace(out: Path, fingerprint: str) -> Iterator[Path]:
-    """The place, not yet made, for the checkpoints of a run into `out`.
+    """Provide the path of the checkpoint folder of a run inside the `with` block, and clean it up afterwards.
 
-    It is gone when the block ends well, when a training came to nothing, and where none has saved yet. Whatever else
-    ends the block, an interruption, a full disk, a text that cannot be fetched this time, leaves it to be gone on from,
-    and says so in a note on the exception.
+    The folder is deleted if the block succeeds, if a training fails with `NotFiniteError`, or if no checkpoint is
+    complete yet. After any other failure, such as an interruption or a full disk, the folder stays for the next run,
+    and a note on the exception says so.
 
     Args:
         out: The output, which this run has locked, so that no other run uses the files beside it.
         fingerprint: `Recipe.fingerprint`.
+
+    Yields:
+        The path of the checkpoint folder, which may not exist yet.
     """
     path = out.resolve()
     workspace = path.with_name(f".{path.name}.healing-{fingerprint[:12]}")
     try:
         yield workspace
     except BaseException as error:
-        if isinstance(error, NotFiniteError) or not any(workspace.glob(f"*/*/{WHOLE_FILE}")):
+        if isinstance(error, NotFiniteError) or not any(workspace.glob(f"*/*/{COMPLETE_FILE}")):
             _remove(workspace)
         else:
-            error.add_note(f"checkpoints kept in {workspace}: the same command goes on from them")
+            error.add_note(f"checkpoints kept in {workspace}: the same command resumes from them")
         raise
     _remove(workspace)
 
 
 def open_workspace(workspace: Path, key: dict[str, str]) -> bool:
-    """Make the folder, or keep it with what is in it if it was made for `key`; returns whether it was.
+    """Prepare the checkpoint folder: keep it if it was made for `key`, otherwise delete it and make an empty one.
 
     Args:
-        key: What its checkpoints hang on: text, model, versions.
+        workspace: The path of the folder.
+        key: Everything that the checkpoints depend on: text, model, versions.
+
+    Returns:
+        Whether the folder was kept.
     """
     text = json.dumps(key, indent=1, sort_keys=True) + "\n"
     file = workspace / KEY_FILE
-    known = file.is_file() and file.read_text(encoding="utf-8", errors="replace") == text
-    wait_for_all()  # for every process to have seen the same
-    if is_main() and not known:
+    kept = file.is_file() and file.read_text(encoding="utf-8", errors="replace") == text
+    wait_for_all()  # every process must read the file before the main process may replace it
+    if is_main() and not kept:
         _remove(workspace)
         write_file(file, text)
     wait_for_all()
-    return known
+    return kept
 
 
 def _remove(workspace: Path) -> None:

@@ -1,6 +1,6 @@
-"""The default: several methods choose, each plan is tried, and the one of lowest loss on held-out text is followed.
+"""Method `auto`, the default: several methods make a plan each, and the plan with the lowest held-out loss wins.
 
-Which methods these are is what `docs/methods.md` measures: on each model and at each share another one is best.
+No single method is best on every model and at every share of layers (measured: `docs/methods.md`).
 """
 
 from __future__ import annotations
@@ -31,56 +31,70 @@ CANDIDATES: dict[str, Method] = {
     "sleb + linear": SLEB(),
     "shortgpt + linear": ShortGPT(),
 }
-"""What is tried, by method and replacement, as far as `Auto.candidates` allows; ties go to the first."""
+"""The candidates by name: a method, or a method "+ linear" for the method with replacement `linear`.
+
+`Auto.candidates` leaves out those that a recipe or model rules out. Among equal losses the first candidate wins.
+"""
 
 HELD_OUT_TOKENS = 24_576
-"""What plans are compared on. A quarter of it mistook two plans that are 2% apart in perplexity (`docs/methods.md`)."""
+"""The number of tokens that plans are compared on.
+
+A quarter of it chose the worse of two plans whose perplexities differ by 2% (measured: `docs/methods.md`).
+"""
 
 
 class Auto(Method):
-    """The plan of lowest next-token loss on `MethodInputs.held_out` among those of `CANDIDATES`, all in `Plan.tried`.
+    """Choose the plan of lowest next-token loss on `MethodInputs.held_out`, among the plans of `CANDIDATES`.
 
-    The candidates choose on the calibration text, and are compared on text that none of them has seen: a search by
-    loss, or a fitted map, is better on its own text than elsewhere. Where something is trained afterwards, those with
-    linear maps are left out: distillation does what the maps do and more, so that the loss before it can make too much
-    of them, while the other two kept their order (measured: `docs/methods.md`). `heal`, left out, is `distill`.
+    The candidates make their plans on the calibration text. They are compared on other text, because a search by loss
+    and a fitted map do better on their own text than elsewhere. `Plan.tried` holds the loss of every candidate.
 
-    Not a paper's: each candidate is its own paper's method. Memory holds the model twice while plans are tried.
+    If the recipe heals the model, candidates with linear maps are left out. Distillation achieves what a map does, so
+    the loss before healing overrates the maps. The other candidates kept their order after healing (measured:
+    `docs/methods.md`). Where the recipe leaves out `heal`, it is `distill`.
+
+    This method is the program's own, and from no paper. Memory holds the model twice while plans are tried.
     """
 
     needs_float = "tries blockpruner, come-p and linear maps"
     replacements = ("none",)
 
     def held_out(self, recipe: Recipe) -> int:
-        """Windows of about `HELD_OUT_TOKENS` tokens in all, but no more than four times the calibration windows."""
+        """As many windows as hold `HELD_OUT_TOKENS` tokens, but at most four times as many as for calibration."""
         return min(4 * recipe.calibration.samples, math.ceil(HELD_OUT_TOKENS / recipe.length))
 
     def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
-        """The best of the candidates' plans, with the candidate's name in `Plan.by`."""
-        assert inputs.held_out is not None  # it asks for some
+        """The plan of lowest held-out loss, with the candidate's name in `Plan.chosen_by`.
+
+        Raises:
+            StreamlineError: no candidate can make a plan, or no plan has a finite loss.
+        """
+        assert inputs.held_out is not None, "`held_out` asks for windows"
         plans, losses, refusals = list[Plan](), list[torch.Tensor](), dict[str, StreamlineError]()
         for name in self.candidates(recipe, inputs.model.config):
             try:
-                plan = replace(CANDIDATES[name].plan(_recipe_of(recipe, name), inputs), by=name)
+                plan = replace(CANDIDATES[name].plan(_recipe_of(recipe, name), inputs), chosen_by=name)
                 losses.append(self._loss_sum(plan, inputs, inputs.held_out))
                 plans.append(plan)
-            except StreamlineError as error:  # some things only the weights show, such as an MLP that writes nothing
+            except StreamlineError as error:  # a fault that only the weights show, such as an MLP that outputs zeros
                 refusals[name] = error
         if not plans:
             raise next(iter(refusals.values()))
-        means = mean_losses(torch.stack(losses), inputs.held_out, "whichever method chooses")
-        tried = [(plan.by, mean if math.isfinite(mean) else None) for plan, mean in zip(plans, means, strict=True)]
+        means = mean_losses(torch.stack(losses), inputs.held_out, "method")
+        tried = [
+            (plan.chosen_by, mean if math.isfinite(mean) else None) for plan, mean in zip(plans, means, strict=True)
+        ]
         best = plans[means.index(min(means))]
         return replace(best, tried=(*tried, *((name, None) for name in refusals)))
 
     def apply(self, model: PreTrainedModel, plan: Plan, edit_inputs: EditInputs) -> Change:
-        """As the candidate that made the plan does."""
-        return CANDIDATES[plan.by].apply(model, plan, edit_inputs)
+        """Apply the plan as the candidate that made it would."""
+        return CANDIDATES[plan.chosen_by].apply(model, plan, edit_inputs)
 
     def candidates(self, recipe: Recipe, config: PreTrainedConfig) -> list[str]:
-        """Those that are of use before this healing, and can be followed on a model of this config."""
-        maps = not recipe.resolved_trainings and recipe.pruning.replacement is None
-        useful = [name for name in CANDIDATES if maps or _recipe_of(recipe, name).resolved_replacement == "none"]
+        """The candidates to try on a model of this config: those with linear maps only if nothing heals the model."""
+        with_maps = not recipe.resolved_trainings and recipe.pruning.replacement is None
+        useful = [name for name in CANDIDATES if with_maps or _recipe_of(recipe, name).resolved_replacement == "none"]
         return [name for name in useful if _possible(recipe, name, config)]
 
     def _loss_sum(self, plan: Plan, inputs: MethodInputs, windows: Windows) -> torch.Tensor:
@@ -93,8 +107,8 @@ class Auto(Method):
 
 
 def _recipe_of(recipe: Recipe, name: str) -> Recipe:
-    method, _, patch = name.partition(" + ")
-    return recipe.with_options(method=method, replacement="linear" if patch else "none")
+    method, _, replacement = name.partition(" + ")
+    return recipe.with_options(method=method, replacement="linear" if replacement else "none")
 
 
 def _possible(recipe: Recipe, name: str, config: PreTrainedConfig) -> bool:

@@ -1,4 +1,4 @@
-"""The weighted sum of neighbouring layers: what CoMe (arXiv 2510.15304) compares itself with."""
+"""Method `average`: merge neighbouring layers by averaging their weights, a baseline in CoMe's paper (2510.15304)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from .come import CoMe
 
 
 class Average(CoMe):
-    """The weighted sum that CoMe's paper compares itself with: CoMe's pairs, all parameters of the two summed.
+    """Merge CoMe's pairs (i, i+1) by W = r W_i + (1 - r) W_{i+1} for all parameters, r = BI_i / (BI_i + BI_{i+1}).
 
-    The weights are BI_i / (BI_i + BI_{i+1}) and the rest; norm gains are folded into the projections first.
+    BI is the Block Influence. This is the weighted-sum baseline of CoMe's paper (arXiv 2510.15304).
+
+    Deviation: norm gains are folded into the projections first, as in `CoMe`.
     """
 
     by_channel = False
@@ -28,11 +30,11 @@ class Average(CoMe):
     def choose(
         self, model: PreTrainedModel, scores: Scores, channels: Sequence[Channels], calibration: Windows
     ) -> Merge:
-        """The next pair, and the first one's weight as both shares."""
+        """CoMe's next pair, with the ratio r as both shares."""
         first = closest_pair(model, scores)
         ratio = ratio_of_first(scores, first)
         return Merge(first, ratio, ratio)
 
     def merged(self, model: PreTrainedModel, merge: Merge, channels: Sequence[Channels]) -> nn.Module:
-        """The weighted sum of the two."""
+        """The weighted sum of the two layers."""
         return average_layers(model, merge.first, merge.attention)

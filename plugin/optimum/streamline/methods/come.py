@@ -1,4 +1,4 @@
-"""CoMe (arXiv 2510.15304): merge neighbouring layers step by step, by concatenating the channels that matter."""
+"""Methods `come`, `come-sp` and `come-mp` (CoMe, arXiv 2510.15304): merge neighbouring layers by their channels."""
 
 from __future__ import annotations
 
@@ -24,41 +24,47 @@ from .base import Method, MethodInputs
 
 
 class CoMe(Method):
-    """Merge the two neighbours that turn the residual stream least together, until enough layers are gone.
+    """At each step, merge the pair of neighbours (i, i+1) that rotates the residual stream least.
 
-    At each step everything is measured anew on the model as it then is. The pair (i, i+1) of lowest d_i, the mean
-    angle between h_i and h_{i+2} on the windows' last tokens, becomes one layer of the same size
-    (`merging.merge_layers`). Layer k's part of the channels is BI_k / (BI_i + BI_{i+1}) (Block Influence of the model
-    as it is, `merging.share_of_first`); which channels those are,
-    follows from their sensitivities (`channel_sensitivity.measure_channels`).
+    The pair has the lowest d_i = E[arccos(cos(h_i, h_{i+2})) / pi] on the last tokens of the windows. It becomes one
+    layer of the same size. Layer i gives the share r = BI_i / (BI_i + BI_{i+1}) of the key-value heads and of the MLP
+    neurons, and layer i+1 gives the rest. BI is the Block Influence. Each layer gives its most sensitive channels
+    (`scoring.channel_sensitivity.measure_channels`, `editing.merging.merge_layers`). All scores are measured again
+    after every merge.
 
-    Deviations from the authors' code: query heads go with the key-value head that serves them, where the code mixes
-    them up under grouped-query attention; norm gains are folded into the projections first, where the code averages
-    them, so that taking all channels from one layer is the same as removing the other; what all channels share is
-    weighted by the channels' shares and not by the parts before rounding; BI and angle are of the raw residual
-    stream, without the final norm, and cosines below 0 count as they are, where the code takes 0; only neighbours of
-    one kind of attention (full or of a sliding window, rotary or not) may be a pair, where the code looks at no kind.
+    Source: CoMe (arXiv 2510.15304), concatenation-based merging.
+
+    Deviations from the authors' code:
+
+    - Query heads stay with their key-value head. The code assigns them wrongly under grouped-query attention.
+    - Norm gains are folded into the projections first, so that r = 0 and r = 1 equal the removal of a layer. The code
+      averages the gains.
+    - Parameters that belong to no channel are averaged with the shares after rounding, not with r.
+    - BI and angle use the raw output of the last layer, not its output after the final norm.
+    - Cosines below 0 keep their value. The code sets them to 0.
+    - Both layers of a pair have the same kind of attention (full or sliding-window, rotary or not). The code ignores
+      it.
     """
 
     needs_float = "merges weights"
     replacements = ("none",)
     by_channel: ClassVar[bool] = True
-    """Whether merging goes by the channels' sensitivities."""
+    """Whether `merged` uses channel sensitivities, so that `apply` measures them before each merge."""
 
     def check(self, recipe: Recipe, config: PreTrainedConfig) -> None:
-        """Refuse a model whose layers cannot be merged, or not so many of them."""
+        """Refuse a recipe as the base class does, and a model that does not allow so many merges."""
         super().check(recipe, config)
         check_mergeable(config, recipe.resolved_method)
-        possible = sum(ours == theirs for ours, theirs in pairwise(layer_kinds(config)))
+        possible = sum(kind == next_kind for kind, next_kind in pairwise(layer_kinds(config)))
         if self.count(recipe, config.num_hidden_layers) > possible:
             raise StreamlineError(
-                f"remove {recipe.pruning.remove!r}: method {recipe.resolved_method} merges neighbours of one kind of "
-                f"attention; that way this model can lose at most {possible}; remove fewer, or use a method "
+                f"remove {recipe.pruning.remove!r}: method {recipe.resolved_method} merges neighbours with the same "
+                f"kind of attention, and so can lose at most {possible} layers of this model; remove fewer, or use a method "
                 "that removes layers"
             )
 
     def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
-        """The merges, each found on the model that the ones before it leave; `evidence.model` is left alone."""
+        """Plan the merges, each on the model after all earlier ones; `inputs.model` is unchanged."""
         model = shared_copy(inputs.model)
         merges: list[Merge] = []
         for _ in range(self.count(recipe, inputs.layers)):
@@ -69,7 +75,7 @@ class CoMe(Method):
         return merge_plan(inputs.layers, merges)
 
     def apply(self, model: PreTrainedModel, plan: Plan, edit_inputs: EditInputs) -> Change:
-        """Make the merges one by one, the channels measured anew before each: healing in between counts."""
+        """Make the merges in order. Channels are measured again before each merge, because healing may come between."""
         for step, merge in enumerate(plan.merges, start=1):
             channels = self._channels(model, edit_inputs.calibration) if self.by_channel else ()
             replace_pair(model, merge.first, self.merged(model, merge, channels))
@@ -85,36 +91,49 @@ class CoMe(Method):
     def choose(
         self, model: PreTrainedModel, scores: Scores, channels: Sequence[Channels], calibration: Windows
     ) -> Merge:
-        """The next merge of `model` as it is."""
+        """The next merge: the closest pair, with shares from its merging ratio.
+
+        Args:
+            model: The model after all earlier merges.
+            scores: The scores of `model`.
+            channels: The channel sensitivities of every layer of `model`.
+            calibration: The calibration text, for methods that search by loss.
+        """
         first = closest_pair(model, scores)
         ratio = ratio_of_first(scores, first)
         heads, neurons = key_value_heads(model.config), len(channels[first]["mlp"])
         return Merge(first, share_of_first(ratio, heads), share_of_first(ratio, neurons))
 
     def merged(self, model: PreTrainedModel, merge: Merge, channels: Sequence[Channels]) -> nn.Module:
-        """The layer that takes the place of the two."""
+        """The layer that replaces the pair of `merge`; `model` is unchanged."""
         return merge_layers(model, merge, channels)
 
 
 class CoMeSp(CoMe):
-    """CoMe-sp, the paper's Algorithm 3, "CoMe Single-Process Post-training": CoMe, then one distillation.
+    """CoMe, then one distillation after the last merge.
 
-    A process is a stage of training: it runs once, after the last merge, with each layer's hidden state held to that
-    of the last original layer merged into it, and the logits to the original's. The authors' public code has no
-    post-training, so its hyper-parameters are this program's own.
+    The output of each new layer learns to match the output of the last original layer merged into it, and the logits
+    learn to match the original's (`healing.losses.Distillation`).
 
-    Deviation: the error of hidden states is relative to each token's squared norm, where the paper's, as far as it
-    could be read, is plain: a few tokens of massive activation would decide that alone (`healing.goals.Distillation`).
+    Source: CoMe (arXiv 2510.15304), Algorithm 3, "CoMe Single-Process Post-training". A process is a stage of training.
+
+    Deviations, besides those of `CoMe`:
+
+    - The authors' code has no post-training. The hyper-parameters are this program's own.
+    - The squared error of a hidden state is divided by the squared norm of its target. The paper seems to use the plain
+      error, which a few tokens with massive activations would dominate.
     """
 
 
 class CoMeMp(CoMe):
-    """CoMe-mp, the paper's Algorithm 4, "CoMe Multi-Process Post-training": CoMe, with a distillation at each merge.
+    """CoMe with a distillation, as in `CoMeSp`, after every merge.
 
-    As `CoMeSp`, and with its deviation, but a stage of training follows every merge, and the next merge is of the model
-    so healed: which pair and what share are planned on the unhealed model, which channels is measured after each stage.
-    Text and time are shared out evenly among the stages. The authors' public code has no post-training, so its
-    hyper-parameters are this program's own.
+    Each stage trains on an equal part of the text, and for an equal part of the time limit.
+
+    Source: CoMe (arXiv 2510.15304), Algorithm 4, "CoMe Multi-Process Post-training".
+
+    Deviations, besides those of `CoMeSp`: pairs and shares are planned on the unhealed model before the first merge.
+    Channel sensitivities are measured on the healed model, before each merge.
     """
 
     stepwise = True

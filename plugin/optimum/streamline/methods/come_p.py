@@ -1,4 +1,4 @@
-"""CoMe-P (arXiv 2510.15304): CoMe with each pair's ratio found by trying a grid of them."""
+"""Method `come-p` (CoMe-P, arXiv 2510.15304): CoMe with the ratio of each merge chosen by calibration loss."""
 
 from __future__ import annotations
 
@@ -19,26 +19,30 @@ from optimum.streamline.text.windows import Windows
 
 from .come import CoMe
 
-# The ratios tried are k / GRID: the paper's g.
+# The number of steps of the grid of ratios: g in the paper.
 GRID = 20
 
 
 class CoMeP(CoMe):
-    """Of the ratios r in {0, 1/20, .., 1} the first layer's part is the one of lowest calibration log-loss.
+    """Merge CoMe's pair with the ratio r in {0, 1/20, ..., 1} of lowest calibration loss.
 
-    The pair and the channels are `CoMe`'s, r is the first layer's part of the heads and of the neurons alike, and
-    ties go to the lowest r. As r = 0 and r = 1 are removals, no choice is worse on the calibration text than
-    removing either of the two. The authors' public code for it does not run; its pair goes by the angle over all
-    tokens, this one's by that on last tokens, as in CoMe.
+    r is the share of the key-value heads and of the MLP neurons that the first layer gives. The pair and the channels
+    are chosen as in `CoMe`. Among equal losses the lowest r wins. r = 0 and r = 1 remove one of the two layers, so no
+    merge has a higher calibration loss than the removal of either layer.
+
+    Source: CoMe-P (arXiv 2510.15304), g = 20.
+
+    Deviation, besides those of `CoMe`: the pair goes by the angle on last tokens, as in CoMe. The authors' code for
+    CoMe-P, which does not run as published, takes the angle over all tokens.
     """
 
     def choose(
         self, model: PreTrainedModel, scores: Scores, channels: Sequence[Channels], calibration: Windows
     ) -> Merge:
-        """The pair's merge of lowest log-loss."""
+        """The merge of the closest pair with the lowest loss on `calibration`."""
         first = closest_pair(model, scores)
         heads, neurons = key_value_heads(model.config), len(channels[first]["mlp"])
-        # Exact fractions: in floating point (1 - 0.9) * 10 is less than 1.
+        # Exact fractions, because in floating point (1 - 0.9) * 10 is less than 1 and would be rounded down to 0.
         ratios = [Fraction(step, GRID) for step in range(GRID + 1)]
         merges = [Merge(first, share_of_first(ratio, heads), share_of_first(ratio, neurons)) for ratio in ratios]
         merges = list(dict.fromkeys(merges))

@@ -1,4 +1,4 @@
-"""What the methods share that take one contiguous block of layers."""
+"""The base class of the methods that remove or replace one contiguous block of layers."""
 
 from __future__ import annotations
 
@@ -14,31 +14,33 @@ from optimum.streamline.scoring.similarity import Scores
 from .base import Method, MethodInputs, check_attention_stays, first_choice
 
 
-class OneBlock(Method):
-    """A method that takes, of all blocks of n layers, the one whose input and output are least apart.
+class ContiguousBlockMethod(Method):
+    """A method that removes the block of n layers with the lowest distance between its input and its output.
 
-    With a trained replacement the block is one layer longer than `remove`, so that the net fall is what was asked
-    for. Ties go to the first block. A block that ends at the last layer is judged by the raw residual stream, where
-    public code takes the stream after the model's final norm.
+    With a trained replacement, the block has one layer more than `remove`, because the replacement counts as a layer.
+    Among equal distances the first block wins.
+
+    Deviation from the authors' code of all such methods: a block that ends at the last layer is scored with the raw
+    output of that layer, not with its output after the final norm.
     """
 
     replacements = ("none", "linear", *TRAINED)
 
     def check(self, recipe: Recipe, config: PreTrainedConfig) -> None:
-        """Refuse what the base class refuses, and a replacement that leaves no attention."""
+        """Refuse a recipe as the base class does, and a replacement that leaves no layer with attention."""
         super().check(recipe, config)
         check_attention_stays(recipe, self.length(recipe, config.num_hidden_layers), config.num_hidden_layers)
 
     def length(self, recipe: Recipe, total: int) -> int:
-        """How many of `total` layers the block has."""
+        """The number of layers in the block, for a model with `total` layers."""
         return self.count(recipe, total) + (recipe.resolved_replacement in TRAINED)
 
     @abstractmethod
     def distances(self, scores: Scores, length: int) -> Sequence[float]:
-        """How far apart input and output are of each block of `length` layers, by its first layer."""
+        """The distance of every block of `length` layers, by the number of its first layer."""
 
     def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
-        """The best block of the length asked for."""
+        """Remove or replace the block of lowest distance."""
         length = self.length(recipe, inputs.layers)
         distances = self.distances(inputs.scores, length)
         first = min(range(first_choice(recipe), len(distances)), key=lambda start: (distances[start], start))

@@ -1,4 +1,4 @@
-"""The layers a user names."""
+"""Method `explicit`: remove or replace the layers that the recipe names."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from .base import Method, MethodInputs, check_attention_stays
 
 
 class Explicit(Method):
-    """Takes out the layers of `layers`, whatever their scores."""
+    """Remove or replace the layers that `Recipe.layers` names; no score counts."""
 
-    summary = "the layers given by --layers, such as 3,7,11-13"
     by_scores = True
     replacements = ("none", "linear", *TRAINED)
 
     def check(self, recipe: Recipe, config: PreTrainedConfig) -> None:
-        """Refuse missing or impossible layers, and a replacement for layers with gaps between them."""
+        """Refuse missing or invalid layers, and a trained replacement for layers that are not one block."""
         if recipe.pruning.layers is None:
             raise StreamlineError("layers is missing: method explicit needs it, such as 3,7,11-13")
         if recipe.pruning.remove is not None:
@@ -39,13 +38,13 @@ class Explicit(Method):
         check_attention_stays(recipe, len(layers), total)
         if recipe.resolved_replacement == "linear" and 0 in layers:
             raise StreamlineError(
-                f"layers {recipe.pruning.layers!r}: a linear map needs a layer before it; leave layer 0"
+                f"layers {recipe.pruning.layers!r}: a linear map is folded into the layer before; keep layer 0"
             )
 
     def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
-        """The layers named."""
+        """Remove or replace the named layers."""
         return self.named_plan(recipe, inputs.layers)
 
     def named_plan(self, recipe: Recipe, total: int) -> Plan:
-        """The same, for a model of `total` layers that nothing was measured of."""
+        """The plan for a model of `total` layers; it needs neither the model nor any text."""
         return Plan(total, parse_layers(recipe.pruning.layers or "", total), recipe.resolved_replacement)

@@ -1,4 +1,4 @@
-"""Gromov et al. (arXiv 2403.17887): remove the contiguous block that turns the last token's stream least."""
+"""Method `gromov` (Gromov et al., arXiv 2403.17887): remove the block of lowest angular distance on last tokens."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ from collections.abc import Sequence
 
 from optimum.streamline.scoring.similarity import Scores
 
-from .contiguous_block import OneBlock
+from .contiguous_block import ContiguousBlockMethod
 
 
-class Gromov(OneBlock):
-    """Of all blocks of n layers, the one of least mean angular distance d = arccos(cos(h_j, h_{j+n})) / pi.
+class Gromov(ContiguousBlockMethod):
+    """Remove the block of n layers with the lowest mean angular distance d_j = arccos(cos(h_j, h_{j+n})) / pi.
 
-    The distance is that of each window's last token alone, whose stream has seen the whole window. Cosines are clamped
-    to [-1, 1]: in public code a cosine that rounding put beyond 1 made its block's distance NaN. For ties, replacements
-    and the last block see `OneBlock`.
+    The mean is over the last token of every window, whose hidden state depends on the whole window.
+
+    Source: Gromov et al. (arXiv 2403.17887).
+
+    Deviation, besides those of `ContiguousBlockMethod`: cosines are clamped to [-1, 1]. In public code a cosine that is
+    rounded to more than 1 makes the distance of its block NaN.
     """
 
     by_scores = True
 
     def distances(self, scores: Scores, length: int) -> Sequence[float]:
-        """d of every block."""
+        """The mean angular distance d_j of every block."""
         return scores.block_angle(length)

@@ -1,4 +1,4 @@
-"""LayerChop (Just CHOP, arXiv 2305.14864): remove layers by their place alone, all at once."""
+"""Method `layerchop` (LayerChop, "Just CHOP", arXiv 2305.14864): remove layers by position alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .base import Method, MethodInputs
 
 
 def _max_gap(total: int, kept: int) -> list[int]:
-    # i (total - 1) / (kept - 1), to the nearest whole number, halves up: in integers, so the same everywhere.
+    # i (total - 1) / (kept - 1), rounded half up. Integer arithmetic gives the same result on every machine.
     steps = kept - 1
     return [(2 * i * (total - 1) + steps) // (2 * steps) for i in range(kept)]
 
@@ -47,44 +47,50 @@ PATTERNS: dict[str, Callable[[int, int], list[int]]] = {
 
 
 class LayerChop(Method):
-    """Keep k >= 2 of L layers, the first and the last always among them, whatever the layers compute.
+    """Keep k of L layers by position, always with the first and the last. No score counts.
 
-    `pattern` says which, and is named after where layers are taken out:
+    `pattern` names the place where layers are removed:
 
-    - `max-gap` (default): evenly spread, layer round(i (L - 1) / (k - 1)) for i = 0 .. k - 1, halves up
-    - `input`: the first layer and the last k - 1 stay
-    - `output`: the first k - 1 and the last
-    - `middle`: the first ceil(k / 2) and the last floor(k / 2)
-    - `both`: the first, the last, and k - 2 in the centre, the later ones where they cannot be centred
+    - `max-gap` (default): the kept layers are evenly spread, at round(i (L - 1) / (k - 1)) for i = 0 .. k - 1.
+    - `input`: keep the first layer and the last k - 1.
+    - `output`: keep the first k - 1 layers and the last.
+    - `middle`: keep the first ceil(k / 2) layers and the last floor(k / 2).
+    - `both`: keep the first layer, the last, and k - 2 in the centre (one layer more is removed after them if L - k is
+      odd).
 
-    The paper shows its configurations as pictures only, of half of the layers removed; these indices are
-    reconstructed from those figures and carried over to any L and k. It trains the whole model on afterwards with
-    its pretraining objective, which is the default healing (`heal: lm`) of this method, at the 3e-4 it has for LLaMA2
-    and along its cosine to a tenth of that. Scores are not used.
+    The default healing is `heal: lm` for the whole model, with the paper's peak learning rate of 3e-4 for LLaMA2 and
+    its cosine schedule down to a tenth of the peak.
 
-    Deviations in healing: the paper trains 500 steps before it removes layers, to fill the optimizer's state, which
-    this program, whose healing warms up anew, does not; its warmup of 2000 steps, of billions of tokens, is 5% of the
-    updates here. The paper's distillation, which it finds worse for the time it takes, adds to cross-entropy the KL to
-    the original's logits and the squared errors of hidden states, by a learned projection, of attention and of
-    embeddings; `distill` is this program's for all methods: without the last two and the projection, and with a
-    schedule of its own (`healing.settings.model_settings`).
+    Source: Just CHOP (arXiv 2305.14864), Figure 5.
+
+    Deviations:
+
+    - The paper shows the patterns only as pictures, with half of the layers removed. The indices above are
+      reconstructed from them, and extended to any L and k.
+    - The paper trains for 500 steps before it removes layers, to fill the state of the optimizer. Here healing starts
+      after the removal, with a warmup of its own.
+    - The warmup takes 5% of the updates, not 2000 steps.
+    - The paper's distillation adds to the cross-entropy the KL divergence of the logits, and squared errors of hidden
+      states (through a learned projection), attention and embeddings. `heal: distill` here is the same for all methods:
+      it has neither the projection nor the errors of attention and embeddings, and its own schedule
+      (`healing.settings.model_settings`).
     """
 
     by_scores = True
     options = ("pattern",)
 
     def check(self, recipe: Recipe, config: PreTrainedConfig) -> None:
-        """Refuse what the base class refuses, and to remove the first or the last layer."""
+        """Refuse a recipe as the base class does, and the removal of the first or the last layer."""
         super().check(recipe, config)
         total = config.num_hidden_layers
         if self.count(recipe, total) > total - 2:
             raise StreamlineError(
                 f"remove {recipe.pruning.remove!r}: method layerchop keeps the first and the last of {total} layers; "
-                f"at most {total - 2} can go"
+                f"remove at most {total - 2}"
             )
 
     def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
-        """All layers but those the pattern keeps."""
+        """Remove all layers that the pattern does not keep."""
         total = inputs.layers
         kept = PATTERNS[recipe.pruning.pattern or "max-gap"](total, total - self.count(recipe, total))
         return Plan(total, tuple(layer for layer in range(total) if layer not in kept), recipe.resolved_replacement)

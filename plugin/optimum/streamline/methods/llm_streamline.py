@@ -1,4 +1,4 @@
-"""LLM-Streamline (arXiv 2403.19135): replace the contiguous block that turns the residual stream least."""
+"""Method `llm-streamline` (LLM-Streamline, arXiv 2403.19135): replace the block of highest input-output cosine."""
 
 from __future__ import annotations
 
@@ -6,23 +6,27 @@ from collections.abc import Sequence
 
 from optimum.streamline.scoring.similarity import Scores
 
-from .contiguous_block import OneBlock
+from .contiguous_block import ContiguousBlockMethod
 
 
-class LLMStreamline(OneBlock):
-    """Of all blocks of n layers, the one whose input and output are most alike: highest mean cos(h_j, h_{j+n}).
+class LLMStreamline(ContiguousBlockMethod):
+    """Replace the block of n layers with the highest mean cosine E[cos(h_j, h_{j+n})] of its input and output.
 
-    A trained replacement counts as a layer that stays, as the authors count it. For ties, replacements and the last
-    block see `OneBlock`.
+    The mean is over all tokens. The replacement is one layer by default. It is trained to output what the block did
+    (`heal: hidden-mse`), as in the paper. The authors' code recommends the next-token loss instead (`heal: lm`).
 
-    The replacement, by default a layer, is trained to put out what the block did (`heal: hidden-mse`), the paper's
-    training; its authors' code recommends cross-entropy, `heal: lm`. Deviations in both: a warmup of 5% of the updates
-    (theirs 1%), 4 passes (theirs 1) of 4 windows an update (theirs 128 sequences), and a peak rate of 2e-4 x 4096 /
-    width, theirs at a width of 4096 (`healing.settings.default_lr`).
+    Source: LLM-Streamline (arXiv 2403.19135).
+
+    Deviations, besides those of `ContiguousBlockMethod`, all in the defaults of healing:
+
+    - Warmup over 5% of the updates, not 1%.
+    - 4 passes over the text, not 1, with 4 windows an update, not 128.
+    - A peak learning rate of 2e-4 x 4096 / width. The authors use 2e-4 for models of width 4096
+      (`healing.settings.default_lr`).
     """
 
     by_scores = True
 
     def distances(self, scores: Scores, length: int) -> Sequence[float]:
-        """The mean cosine of every block, negated."""
+        """The negated mean cosine of every block."""
         return [-cosine for cosine in scores.block_similarity(length)]

@@ -1,4 +1,4 @@
-"""What the methods share that never remove some of the first and of the last layers."""
+"""The base class of the methods that never remove some of the first and the last layers."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from optimum.streamline.recipe.recipe import Recipe
 from .base import Method, first_choice
 
 
-class Protecting(Method):
-    """A method with `protect`: how many of the first and of the last layers stay whatever they score."""
+class ProtectedEndsMethod(Method):
+    """A method with the option `protect`, such as "4,2": the first 4 and the last 2 layers always stay."""
 
     options = ("protect",)
     default_protect: ClassVar[str]
-    """What the method's paper protects."""
+    """The value of `protect` where the recipe gives none, from the method's paper."""
 
     def check(self, recipe: Recipe, config: PreTrainedConfig) -> None:
-        """Refuse also a protection that leaves fewer layers than are to go."""
+        """Refuse a recipe as the base class does, and a `protect` that leaves too few layers to remove."""
         super().check(recipe, config)
         total = config.num_hidden_layers
         count, free = self.count(recipe, total), len(self.removable(recipe, total))
         if free < count:
             raise StreamlineError(
-                f"protect {self.protect(recipe)!r}: leaves {free} of {total} layers to choose from, {count} are to go; "
-                "protect or remove fewer"
+                f"protect {self.protect(recipe)!r}: leaves {free} of {total} layers to choose from, but {count} must "
+                "go; protect or remove fewer"
             )
 
     def protect(self, recipe: Recipe) -> str:
-        """The recipe's `protect`, or the method's own."""
+        """The recipe's `protect`, or the default of the method."""
         return recipe.pruning.protect or self.default_protect
 
     def removable(self, recipe: Recipe, total: int) -> range:
-        """The layers that may go."""
+        """The layers that the method may remove, of `total`."""
         first, last = (int(number) for number in self.protect(recipe).split(","))
         return range(max(first, first_choice(recipe)), total - last)

@@ -1,4 +1,4 @@
-"""Shortened LLaMA by perplexity (arXiv 2402.02834): remove the layers that are missed least one by one, all at once."""
+"""Method `shortened-ppl` (Shortened LLaMA, arXiv 2402.02834): remove the layers with the lowest single-removal loss."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.scoring.ablation import removal_losses, whole_layer
 
 from .base import MethodInputs
-from .protected_ends import Protecting
+from .protected_ends import ProtectedEndsMethod
 
 
-class ShortenedPPL(Protecting):
-    """Importance of layer i is CE(model without layer i), the log of the paper's perplexity; the n lowest go at once.
+class ShortenedPPL(ProtectedEndsMethod):
+    """Score layer i by CE(model without layer i) on the calibration text, and remove the n lowest layers at once.
 
-    No layer is protected unless `protect` says so, and ties go to the first layer. The paper's calibration text is ten
-    windows of 128 tokens of BookCorpus.
+    CE is the mean cross-entropy, the logarithm of the paper's perplexity, so the order is the same. Among equal scores
+    the first layer wins. No layer is protected by default.
+
+    Source: Shortened LLaMA (arXiv 2402.02834), the perplexity criterion.
+
+    Deviation: the paper calibrates on ten windows of 128 tokens of BookCorpus; here the text is the recipe's.
     """
 
     default_protect = "0,0"
 
     def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
-        """The `remove` layers of lowest loss when each is out alone."""
+        """Remove the layers whose single removal gives the lowest loss."""
         layers = self.removable(recipe, inputs.layers)
         losses = removal_losses(inputs.model, inputs.calibration, [whole_layer(layer) for layer in layers])
         lowest = sorted(zip(losses, layers, strict=True))[: self.count(recipe, inputs.layers)]

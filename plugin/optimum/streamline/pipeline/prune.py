@@ -171,7 +171,7 @@ def change(prepared: Prepared, notify: Notify, workspace: Path | None = None) ->
     healed: tuple[HealingResult, ...] = ()
     if healer is not None:
         healer.after_edit(changed.new_layers)
-        healed = tuple(healer.done)
+        healed = tuple(healer.results)
         prepared.seconds["heal"] = time.monotonic() - start
     return PruningRecord(
         source=prepared.source,

@@ -1,5 +1,3 @@
-"""Quantized checkpoints: the table of quantizers (bitsandbytes, torchao), loading with one of them, and the way back
-to float weights.
-"""
+"""Quantized checkpoints: the quantizers (bitsandbytes, torchao), quantizing on load, and dequantizing."""
 
 __all__ = ["dequantize", "loading", "quantizers"]

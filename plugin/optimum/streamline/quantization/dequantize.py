@@ -1,6 +1,6 @@
-"""From a quantized checkpoint to a float one: every weight is the number that its quantized one stands for.
+"""Dequantizing a checkpoint: writing it again with float weights of the same values.
 
-For what reads float weights only, such as the tracing of a graph. Nothing is won back that quantizing lost.
+Graph tracing and other readers of float weights need this. The rounding errors of quantization stay.
 """
 
 from __future__ import annotations
@@ -22,18 +22,22 @@ from optimum.streamline.models.quantized_weights import float_values, quantized_
 
 
 def write_dequantized(source: ModelSource, folder: Path) -> None:
-    """Write the quantized checkpoint at `source` into `folder` with float weights, without a tokenizer.
+    """Write the quantized checkpoint at `source` into `folder` with float weights, without its tokenizer.
+
+    Args:
+        source: The quantized checkpoint.
+        folder: The folder to write into.
 
     Raises:
-        StreamlineError: its weights are in a form that cannot be read here.
+        StreamlineError: the quantizer is neither bitsandbytes nor torchao.
     """
     model = load_stock(source)
     names = quantized_modules(model)
     if not names:
         name = quantization_name(read_config(source))
         raise StreamlineError(
-            f"model {source.model!r}: its weights are quantized ({name}), and can be made float "
-            "only of bitsandbytes and torchao; give the float weights"
+            f"model {source.model!r}: its weights are quantized ({name}), and only bitsandbytes and torchao weights "
+            "can be dequantized; give the float weights"
         )
     skeleton = meta_model(float_config(model.config))
     for name in names:
@@ -43,11 +47,11 @@ def write_dequantized(source: ModelSource, folder: Path) -> None:
 
 
 def _float_module(module: nn.Module, like: nn.Module) -> nn.Module:
-    """A module of the class of `like` with the numbers that those of `module` stand for."""
+    """Fill `like`, a float module without weights, with the dequantized weight and the bias of `module`."""
     weight: Any = module.weight
     bias: Any = module.bias
     values = float_values(module, weight).to(weight.device)
-    if isinstance(like, Conv1D):  # which has its weight the other way round
+    if isinstance(like, Conv1D):  # its weight is [inputs, outputs]
         values = values.T.contiguous()
     like.weight = nn.Parameter(values, requires_grad=False)
     like.bias = bias
@@ -55,7 +59,7 @@ def _float_module(module: nn.Module, like: nn.Module) -> nn.Module:
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
-    loose: Any = model
-    loose.hf_quantizer, loose.is_quantized, loose.quantization_method = None, False, None
-    loose.is_loaded_in_4bit = loose.is_loaded_in_8bit = False
+    untyped: Any = model  # these attributes are not in transformers' types
+    untyped.hf_quantizer, untyped.is_quantized, untyped.quantization_method = None, False, None
+    untyped.is_loaded_in_4bit = untyped.is_loaded_in_8bit = False
     model.config = float_config(model.config)

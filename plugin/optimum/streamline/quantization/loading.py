@@ -1,4 +1,4 @@
-"""Loading a float checkpoint with its weights quantized as they are read, and the checks before it."""
+"""Loading a float checkpoint with a quantizer that quantizes its weights as they are read."""
 
 from __future__ import annotations
 
@@ -23,54 +23,66 @@ from optimum.streamline.models.quantized_weights import quantized_modules
 from .quantizers import check_quantizer
 
 
-def check_quantizable(config: PreTrainedConfig, how: str, exclude: Sequence[str] = ()) -> list[str]:
-    """Refuse a model that a quantizer cannot take, before a weight is read.
+def check_quantizable(config: PreTrainedConfig, quantizer: str, exclude: Sequence[str] = ()) -> list[str]:
+    """Refuse a model that a quantizer cannot quantize, before any weight is read.
+
+    Args:
+        config: The model's config.
+        quantizer: A name in `QUANTIZERS`.
+        exclude: Patterns of modules to keep in float (`models.module_patterns`).
 
     Returns:
-        The modules that are to stay in float.
+        The names of the modules that stay in float.
 
     Raises:
-        StreamlineError: it is quantized already, or has bare layers, or weights of a wrong width; there is no such
-            quantizer; or an exclusion names nothing.
+        StreamlineError: there is no such quantizer, the model is quantized already, it has bare layers, a weight does
+            not divide into whole groups, or a pattern matches no module.
     """
-    check_quantizer(how)
+    check_quantizer(quantizer)
     name = quantization_name(config)
     if name is not None:
-        raise StreamlineError(f"quantize {how!r}: the model is quantized already ({name}); give the float weights")
+        raise StreamlineError(
+            f"quantize {quantizer!r}: the model is quantized already ({name}); give the float weights"
+        )
     if bare_layers(config):
         raise StreamlineError(
-            f"quantize {how!r}: a bare feed-forward network stands for some layers, and transformers, which would "
-            "quantize it, cannot load that; export the model to ONNX and quantize there"
+            f"quantize {quantizer!r}: the model has bare layers (replacement ffn or swiglu), which transformers cannot "
+            "load; export it to ONNX and quantize the graph"
         )
     skeleton = meta_model(config)
-    products = linear_modules_of(skeleton)
-    kept = sorted({*get_keys_to_not_convert(skeleton), *select_modules(products, exclude)})
-    _check_groups(how, {name: product for name, product in products.items() if name not in kept})
+    modules = linear_modules_of(skeleton)
+    kept = sorted({*get_keys_to_not_convert(skeleton), *select_modules(modules, exclude)})
+    _check_groups(quantizer, {name: module for name, module in modules.items() if name not in kept})
     return kept
 
 
-def load_quantizing(source: ModelSource, how: str, kept: Sequence[str], device: str) -> PreTrainedModel:
-    """Load a float checkpoint with its weights quantized as they are read.
+def load_quantizing(source: ModelSource, quantizer: str, kept: Sequence[str], device: str) -> PreTrainedModel:
+    """Load a float checkpoint, and quantize its weights as they are read.
 
     Args:
-        kept: The names of the modules that stay in float.
+        source: The float checkpoint.
+        quantizer: A name in `QUANTIZERS`.
+        kept: The names of the modules that stay in float, from `check_quantizable`.
+        device: `cpu` or `cuda`.
 
     Raises:
-        StreamlineError: nothing would be quantized.
+        StreamlineError: no module would be quantized.
     """
     dtype = DTYPES[stored_dtype(source)]
-    quantization = check_quantizer(how).config(kept, dtype, device)
+    quantization = check_quantizer(quantizer).config(kept, dtype, device)
     model = load_stock(source, None, device, quantization=quantization)
     if not quantized_modules(model):
-        raise StreamlineError(f"quantize {how!r}: nothing of this model would be quantized; exclude less")
+        raise StreamlineError(
+            f"quantize {quantizer!r}: no module of this model would be quantized; exclude fewer modules"
+        )
     return model
 
 
-def _check_groups(how: str, products: dict[str, LinearModule]) -> None:
-    group = check_quantizer(how).group
-    for name, product in products.items():
-        if product.depth % group:
+def _check_groups(quantizer: str, modules: dict[str, LinearModule]) -> None:
+    group = check_quantizer(quantizer).group
+    for name, module in modules.items():
+        if module.depth % group:
             raise StreamlineError(
-                f"quantize {how!r}: {name} multiplies {product.depth} numbers, which are not whole groups of {group}; "
-                f"quantize-exclude it, or use another quantizer"
+                f"quantize {quantizer!r}: {name} has {module.depth} inputs, not a multiple of {group}; "
+                f"exclude it by quantize-exclude, or use another quantizer"
             )

@@ -1,7 +1,7 @@
-"""Quantizers of checkpoints: one table. bitsandbytes and torchao do the work, through transformers.
+"""The table of checkpoint quantizers. bitsandbytes and torchao quantize, through transformers.
 
-Weights only, of linear layers; the output projection and embeddings stay in float, as transformers has it. ONNX graphs
-have quantizers of their own, in `optimum.exporters.streamline.quantize`.
+They quantize the weights of linear modules. The output head and the embeddings stay in float, as transformers' own
+defaults have it. Exported graphs have other quantizers, in `optimum.exporters.streamline`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ GROUP = 32
 
 @dataclass(frozen=True)
 class Quantizer:
-    """One way to quantize a checkpoint.
+    """A quantizer of checkpoints.
 
     Args:
-        text: What it does, for a user who chooses.
-        package: The library that does it; an extra of this distribution has the same name.
-        group: How many weights share a scale where the numbers that a product reads must be whole groups; else 1.
-        config: Makes transformers' `quantization_config`, given the modules to leave in float, what the rest is
-            computed in, and the device.
+        text: What it does, in a few words for a user.
+        package: The library that quantizes. The extra of this distribution that installs it has the same name.
+        config: A function that makes the `quantization_config` of transformers, from the names of the modules that stay
+            in float, the dtype of the computation, and the device.
+        group: The number of weights that share a scale, if the inputs of every module must divide into whole groups.
+            Otherwise 1.
     """
 
     text: str
@@ -61,32 +62,32 @@ def _torchao_int4(kept: Sequence[str], dtype: torch.dtype, device: str) -> Any:
     from transformers import TorchAoConfig
 
     if device == "cuda":
-        # The form that its kernel reads, for which numbers are in bfloat16.
+        # The packing that torchao's CUDA kernel reads; that kernel computes in bfloat16.
         packed = Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format=Int4PackingFormat.TILE_PACKED_TO_4D)
         return TorchAoConfig(packed, modules_to_not_convert=list(kept))
-    # torchao 0.18 packs 4-bit numbers for accelerators only; what it can save for a CPU has one in each byte.
+    # torchao 0.18 packs 4-bit weights for accelerators only. On a CPU it can save them only with one weight in a byte.
     int4 = torch.int4  # type: ignore[attr-defined]  # torch's own types lack it
     apart = IntxWeightOnlyConfig(weight_dtype=int4, granularity=PerGroup(GROUP))
     return TorchAoConfig(apart, modules_to_not_convert=list(kept))
 
 
 QUANTIZERS: dict[str, Quantizer] = {
-    "bnb-int8": Quantizer("weights in 8 bits, activations too (LLM.int8, bitsandbytes)", "bitsandbytes", _bnb_int8),
-    "bnb-nf4": Quantizer("weights in 4 bits, NormalFloat, blocks of 64 (bitsandbytes)", "bitsandbytes", _bnb_nf4),
+    "bnb-int8": Quantizer("8-bit weights and activations (LLM.int8, bitsandbytes)", "bitsandbytes", _bnb_int8),
+    "bnb-nf4": Quantizer("4-bit NormalFloat weights in blocks of 64 (bitsandbytes)", "bitsandbytes", _bnb_nf4),
     "torchao-int4": Quantizer(
-        "weights in 4 bits, groups of 32 (torchao; on a CPU a byte holds one)", "torchao", _torchao_int4, GROUP
+        "4-bit weights in groups of 32 (torchao; one byte each on a CPU)", "torchao", _torchao_int4, GROUP
     ),
 }
 
 
 def check_quantizer(name: str) -> Quantizer:
-    """The quantizer of this name, if it can be used.
+    """Return the quantizer called `name`.
 
     Raises:
-        StreamlineError: there is none, or its library is not installed.
+        StreamlineError: there is no such quantizer, or its library is not installed.
     """
     if name not in QUANTIZERS:
-        raise StreamlineError(f"quantize {name!r}: not of a checkpoint; one of {', '.join(QUANTIZERS)}")
+        raise StreamlineError(f"quantize {name!r}: cannot quantize a checkpoint; use one of {', '.join(QUANTIZERS)}")
     quantizer = QUANTIZERS[name]
     require_extra(quantizer.package, quantizer.package)
     return quantizer

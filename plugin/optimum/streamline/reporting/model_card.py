@@ -154,8 +154,8 @@ def _training(healed: HealingResult, record: PruningRecord) -> str:
 
 
 def _choice(record: PruningRecord) -> str:
-    if record.plan.by:
-        method = record.plan.by.partition(" + ")[0]
+    if record.plan.chosen_by:
+        method = record.plan.chosen_by.partition(" + ")[0]
         return f"{CITATIONS[method]}, of the methods that `auto` tried the one of lowest loss on a part held out"
     return _citation(record.recipe.resolved_method)
 

@@ -1,5 +1,3 @@
-"""Running a model, whatever it runs on: the `Runner` protocol, its implementation in torch, and `open_runner`, which
-finds the right one.
-"""
+"""Running models in any runtime: the `Runner` protocol, its torch implementation, and `open_runner`."""
 
 __all__ = ["opening", "runner", "torch_runner"]

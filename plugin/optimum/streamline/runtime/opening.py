@@ -1,4 +1,4 @@
-"""Opening a checkpoint or an export in the runtime it belongs to."""
+"""`open_runner`: open a checkpoint in torch, or an artifact in its own runtime."""
 
 from __future__ import annotations
 
@@ -23,25 +23,27 @@ def open_runner(
     revision: str | None = None,
     tensorrt: EngineOptions | None = None,
 ) -> Runner:
-    """Open a checkpoint (torch) or an artifact (its own runtime) for running.
+    """Open a checkpoint in torch, or an artifact in its own runtime.
 
     Args:
-        path: A checkpoint's folder or Hub id, or an artifact's folder.
-        dtype: What a checkpoint is computed in; an artifact, and a quantized checkpoint, has its own.
-        cache_dir: Where Hub downloads are kept; transformers' own place by default.
-        trust_remote_code: Whether code from a checkpoint may run.
+        path: The folder or Hub id of a checkpoint, or the folder of an artifact.
+        dtype: The dtype that a float checkpoint computes in: `fp32`, `fp16` or `bf16`. Artifacts and quantized
+            checkpoints have their own.
+        device: `cpu` or `cuda`.
+        cache_dir: The folder for Hub downloads; by default transformers' own.
+        trust_remote_code: Whether Python code in the checkpoint may run.
         revision: A branch, tag or commit of a Hub repository.
-        tensorrt: As in `optimum.exporters.streamline.open_artifact`, for an ONNX export.
+        tensorrt: Run an ONNX artifact in TensorRT, with these options (`optimum.exporters.streamline.open_artifact`).
 
     Raises:
-        StreamlineError: it cannot be opened so.
+        StreamlineError: the model cannot be opened with these options.
     """
     if is_artifact(path):
         from optimum.exporters.streamline import open_artifact
 
         return open_artifact(Artifact.read(Path(path)), device, tensorrt)
     if tensorrt is not None:
-        raise StreamlineError(f"tensorrt: {path!r} is a checkpoint; export it, to ONNX or to TensorRT itself")
+        raise StreamlineError(f"tensorrt: {path!r} is a checkpoint; export it to ONNX or TensorRT first")
     from optimum.streamline.checkpoints.loading import DTYPES, load
     from optimum.streamline.models.quantized_weights import enable_cpu_kernel
 
@@ -50,5 +52,5 @@ def open_runner(
     model = load(
         path, DTYPES[dtype], device, cache_dir=cache_dir, trust_remote_code=trust_remote_code, revision=revision
     )
-    enable_cpu_kernel(model)  # as in stock transformers: nothing is saved from here
+    enable_cpu_kernel(model)  # faster, and allowed because this model is never saved
     return TorchRunner(model)

@@ -1,7 +1,6 @@
-"""What every runtime looks like to the code that times and scores it: the `Runner` protocol.
+"""The `Runner` protocol: the interface of a model in any runtime, for the code that times and evaluates it.
 
-Arrays are numpy, so that a runner's process imports no framework but its own. This file knows no
-runtime; `torch_runner.py` and `optimum.exporters.streamline` hold them, `open_runner` finds the right one.
+Arrays are numpy arrays, so that a process that runs ONNX Runtime does not need to import torch.
 """
 
 from __future__ import annotations
@@ -16,16 +15,28 @@ Logits = npt.NDArray[np.float32]
 
 
 class Runner(Protocol):
-    """A model in some runtime, ready to be fed tokens."""
+    """A model that is open in a runtime."""
 
     runtime: str
-    """What runs it, as a user would say it: `torch`, `onnxruntime`."""
+    """The name of the runtime, such as `torch` or `onnxruntime`."""
 
     def prefill(self, input_ids: TokenIds) -> tuple[Logits, Any]:
-        """Logits `[batch, length, vocabulary]` of a prompt `[batch, length]`, and its cache."""
+        """Run a prompt.
+
+        Args:
+            input_ids: Token ids `[batch, length]`.
+
+        Returns:
+            Logits `[batch, length, vocabulary]`, and the key-value cache of the prompt.
+        """
 
     def decode(self, input_ids: TokenIds, cache: Any) -> tuple[Logits, Any]:
-        """Logits of the tokens `[batch, length]` that follow `cache`, and the cache that holds them too.
+        """Run tokens that follow earlier ones.
 
-        The given cache may be consumed: use only the one returned.
+        Args:
+            input_ids: Token ids `[batch, length]`.
+            cache: The cache of the earlier tokens. It may change; use only the returned cache afterwards.
+
+        Returns:
+            Logits `[batch, length, vocabulary]`, and the cache of all tokens so far.
         """

@@ -1,7 +1,4 @@
-"""Running a model on torch: the `Runner` every other one is compared with.
-
-Knows nothing of clocks or of other runtimes.
-"""
+"""`TorchRunner`: a model in torch, the reference that all other runners are compared with."""
 
 from __future__ import annotations
 
@@ -12,10 +9,10 @@ from .runner import Logits, TokenIds
 
 
 class TorchRunner:
-    """A `Runner` over a model in this process.
+    """A `Runner` for a transformers model.
 
     Args:
-        model: In evaluation mode; `loading.load` gives one with its skipped sublayers dropped.
+        model: The model, in evaluation mode. `checkpoints.loading.load` gives one without its skipped sublayers.
     """
 
     runtime = "torch"
@@ -24,12 +21,12 @@ class TorchRunner:
         self.model = model
 
     def prefill(self, input_ids: TokenIds) -> tuple[Logits, Cache]:
-        """Logits `[batch, length, vocabulary]` of a prompt `[batch, length]`, and its cache."""
+        """Run a prompt; see `Runner.prefill`."""
         return self.decode(input_ids, DynamicCache(config=self.model.config))
 
     @torch.inference_mode()
     def decode(self, input_ids: TokenIds, cache: Cache) -> tuple[Logits, Cache]:
-        """Logits of the tokens `[batch, length]` that follow `cache`; the cache is extended in place."""
+        """Run tokens that follow `cache`, which grows in place; see `Runner.decode`."""
         tokens = torch.from_numpy(input_ids).to(self.model.device)
         output = self.model(input_ids=tokens, past_key_values=cache, use_cache=True)
         logits: Logits = output.logits.float().cpu().numpy()

@@ -1,5 +1,6 @@
-"""How much each layer matters: from the hidden states, from the loss without it, from gradients, and from its
-channels.
+"""Importance scores of layers and channels: from hidden states, the loss after a removal, gradients, or activations.
+
+Methods in `methods/` choose layers by these scores.
 """
 
 __all__ = ["ablation", "channel_sensitivity", "loss", "merge_search", "similarity", "taylor"]

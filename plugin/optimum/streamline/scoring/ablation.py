@@ -1,8 +1,8 @@
-"""What the loss would be without some layers or sublayers: tried for many candidates, the model left as it was.
+"""The loss of a model without some of its layers or sublayers, for many candidate removals.
 
-What stands before a candidate computes the same for all that come after it, so it runs once a batch and its output
-is kept: trying all L layers one by one costs L/2 forward passes and not L. The model's own forward is what runs, with
-stand-ins in its list of layers, so that masks, positions, norms and caps stay its business. Knows no method.
+The layers before a candidate compute the same for every candidate. So they run once a batch, and their output is kept:
+trying each of L layers costs about L/2 forward passes, not L. The model's own forward runs throughout, with placeholder
+modules in its list of layers. Masks, positions, norms and logit caps are therefore the model's own.
 """
 
 from __future__ import annotations
@@ -22,55 +22,58 @@ from optimum.streamline.text.windows import BATCH, Windows
 
 from .loss import cross_entropy_sum, mean_losses
 
-Parts: TypeAlias = frozenset[tuple[int, Sublayer]]
-"""Sublayers, as (layer, sublayer). A layer with both is a whole layer, its norms included."""
+SublayerSet: TypeAlias = frozenset[tuple[int, Sublayer]]
+"""Sublayers, each as (layer number, sublayer). Both sublayers of a layer mean the whole layer, with its norms."""
 
 
-class _Stored(nn.Module):
-    """Stands in for a layer before a candidate: gives what is known to come out before the candidate."""
+class _StoredOutput(nn.Module):
+    """Placeholder for a layer before the candidate: returns the hidden states that enter the candidate."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
         super().__init__()
         self.hidden = hidden
 
     def forward(self, hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
-        """The stored hidden states `[batch, length, width]`, whatever comes in."""
+        """Return the stored hidden states `[batch, length, width]`; the input is ignored."""
         return self.hidden
 
 
-class _Passing(nn.Module):
-    """Stands in for a layer that is gone."""
+class _Identity(nn.Module):
+    """Placeholder for a removed layer: returns its input."""
 
     def forward(self, hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
-        """What comes in: `[batch, length, width]`."""
+        """Return `hidden_states` `[batch, length, width]`."""
         return hidden_states
 
 
-def whole_layer(layer: int) -> Parts:
-    """A layer, as parts."""
+def whole_layer(layer: int) -> SublayerSet:
+    """Both sublayers of layer number `layer`."""
     return frozenset({(layer, ATTENTION), (layer, MLP)})
 
 
-def gone_layers(parts: Parts) -> tuple[int, ...]:
-    """The layers of which nothing is left without `parts`, rising."""
-    return tuple(sorted({layer for layer, _ in parts if whole_layer(layer) <= parts}))
+def fully_removed_layers(removed: SublayerSet) -> tuple[int, ...]:
+    """The layers whose attention and MLP are both in `removed`, in rising order."""
+    return tuple(sorted({layer for layer, _ in removed if whole_layer(layer) <= removed}))
 
 
 @torch.inference_mode()
 def removal_losses(
-    model: PreTrainedModel, windows: Windows, candidates: Sequence[Parts], removed: Parts = frozenset()
+    model: PreTrainedModel, windows: Windows, candidates: Sequence[SublayerSet], removed: SublayerSet = frozenset()
 ) -> list[float]:
-    """The mean next-token cross-entropy of `model` without `removed` and each of `candidates`, nats per token.
+    """The loss of `model` after each of several removals: mean next-token cross-entropy, in nats per token.
 
-    A sublayer that is out writes nothing into the residual stream, a layer that is out passes it on; those that stay
-    keep their own kind (window, rotation, experts). Memory holds the hidden states of one batch at every depth.
+    A removed sublayer adds nothing to the residual stream. A removed layer passes the residual stream on. The other
+    layers keep their own attention window, rotary embedding and experts. `model` is unchanged afterwards. Memory holds
+    the hidden states of one batch after every layer.
 
     Args:
-        candidates: What to try, each on its own, none empty.
-        removed: What is out in every trial.
+        model: The model, in evaluation mode.
+        windows: The text to compute the loss on.
+        candidates: The sublayers to remove, one set for each loss; none is empty.
+        removed: Sublayers to remove in addition, for every candidate.
 
     Returns:
-        One loss a candidate, infinite where it is not a number.
+        One loss for each candidate, in order; infinite where the loss is not a number.
 
     Raises:
         StreamlineError: no candidate's loss is finite.
@@ -85,15 +88,22 @@ def removal_losses(
                 with without(model, removed | candidate, start, depths[start]):
                     total[index] += cross_entropy_sum(model, ids).cpu()
             bar.advance(len(batch))
-    return mean_losses(total, windows, "whatever is removed")
+    return mean_losses(total, windows, "removal")
 
 
 def layer_inputs(
-    model: PreTrainedModel, ids: torch.Tensor, last: int, removed: Parts = frozenset()
+    model: PreTrainedModel, ids: torch.Tensor, last: int, removed: SublayerSet = frozenset()
 ) -> list[torch.Tensor]:
-    """What goes into layers 0 to `last` without `removed`, each `[windows, length, width]`.
+    """The input of each of the layers 0 to `last`, in a model without the sublayers `removed`.
 
-    Nothing beyond is computed.
+    Args:
+        model: The model, in evaluation mode; it is unchanged afterwards.
+        ids: Token ids `[windows, length]`.
+        last: Number of the last layer to run up to; later layers are not computed.
+        removed: Sublayers to leave out.
+
+    Returns:
+        `last` + 1 tensors of hidden states `[windows, length, width]`.
     """
     layers = decoder_layers(model, architecture_of(model.config))
     beyond = frozenset().union(*(whole_layer(layer) for layer in range(last, len(layers))))
@@ -107,24 +117,35 @@ def layer_inputs(
 
 
 @contextmanager
-def without(model: PreTrainedModel, parts: Parts, start: int = 0, hidden: torch.Tensor | None = None) -> Iterator[None]:
-    """Take `parts` out of `model`, and all before layer `start`, into which goes `hidden`; put back what was there."""
+def without(
+    model: PreTrainedModel, removed: SublayerSet, start: int = 0, hidden: torch.Tensor | None = None
+) -> Iterator[None]:
+    """Remove sublayers from `model` inside the `with` block, and restore them afterwards.
+
+    Args:
+        model: The model to change in place.
+        removed: The sublayers to remove.
+        start: The first layer to run, where `hidden` is given; the layers before it are not computed.
+        hidden: The input of layer `start`, `[windows, length, width]`.
+    """
     architecture = architecture_of(model.config)
     layers = decoder_layers(model, architecture)
-    whole = list(layers)
-    taken: list[tuple[nn.Module, dict[str, nn.Module]]] = []
+    original_layers = list(layers)
+    dropped: list[tuple[nn.Module, dict[str, nn.Module]]] = []
     try:
-        for index, layer in enumerate(whole):
+        for index, layer in enumerate(original_layers):
             if index < start and hidden is not None:
-                layers[index] = _Stored(hidden)
-            elif whole_layer(index) <= parts:
-                layers[index] = _Passing()
+                layers[index] = _StoredOutput(hidden)
+            elif whole_layer(index) <= removed:
+                layers[index] = _Identity()
             else:
-                taken += [(layer, replace_sublayer(layer, architecture, kind)) for at, kind in parts if at == index]
+                dropped += [
+                    (layer, replace_sublayer(layer, architecture, kind)) for number, kind in removed if number == index
+                ]
         yield
     finally:
-        for index, layer in enumerate(whole):
+        for index, layer in enumerate(original_layers):
             layers[index] = layer
-        for layer, modules in taken:
+        for layer, modules in dropped:
             for name, module in modules.items():
                 setattr(layer, name, module)

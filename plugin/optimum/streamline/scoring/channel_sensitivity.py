@@ -1,6 +1,7 @@
-"""What merging goes by: how alike neighbours are, and how much each channel of a layer matters; one streaming pass.
+"""The measurements that CoMe merges layers by: channel sensitivities, the closest pair, and the pair's ratio.
 
-Knows nothing of what is made of it.
+A channel is a neuron of the MLP or a key-value head of the attention. All figures come from one pass over the text.
+Source: CoMe, arXiv 2510.15304.
 """
 
 from __future__ import annotations
@@ -26,24 +27,31 @@ from .similarity import Scores, measure_scores
 
 
 def measure_channels(model: PreTrainedModel, windows: Windows) -> tuple[Scores, tuple[Channels, ...]]:
-    """`measure_scores` and, in the same pass, every layer's channel sensitivities (CoMe, arXiv 2510.15304).
+    """`measure_scores` and the channel sensitivities of every layer, in one pass (CoMe, arXiv 2510.15304).
 
-    With a_j the input j of a sublayer's output projection W: a neuron's sensitivity is E|a_j| sum_r |W_rj|, that of a
-    key-value head the mean of the same over the inputs that its query heads give. E is a mean over tokens.
+    Let W be the output projection of a sublayer (`down_proj` or `o_proj`) and a_j its input number j. Neuron j has the
+    sensitivity S_j = E|a_j| sum_r |W_rj|, where E is the mean over tokens. A key-value head has the mean of S_j over
+    the inputs j that come from its query heads.
+
+    Args:
+        model: The model, in evaluation mode; it is unchanged.
+        windows: The calibration text.
 
     Returns:
-        The scores, and for each layer its sensitivities, float64, on the CPU.
+        The scores, and for each layer its sensitivities `[key-value heads]` and `[neurons]`, float64, on the CPU.
 
     Raises:
         StreamlineError: a layer's output is not finite.
     """
     architecture = architecture_of(model.config)
-    outputs: list[dict[Sublayer, nn.Module]] = [
-        {name: submodule(layer, half.output) for name, half in sublayer_weights(architecture).items()}
+    projections: list[dict[Sublayer, nn.Module]] = [
+        {name: submodule(layer, weights.output) for name, weights in sublayer_weights(architecture).items()}
         for layer in decoder_layers(model, architecture)
     ]
     sums = {
-        module: torch.zeros_like(rows_of(module)[0], dtype=torch.float64) for of in outputs for module in of.values()
+        module: torch.zeros_like(rows_of(module)[0], dtype=torch.float64)
+        for by_sublayer in projections
+        for module in by_sublayer.values()
     }
 
     def add(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -59,23 +67,28 @@ def measure_channels(model: PreTrainedModel, windows: Windows) -> tuple[Scores, 
     return scores, tuple(
         {
             name: _sensitivity(module, sums[module] / windows.ids.numel(), heads if name == "attention" else None)
-            for name, module in of.items()
+            for name, module in by_sublayer.items()
         }
-        for of in outputs
+        for by_sublayer in projections
     )
 
 
 @torch.no_grad()
-def _sensitivity(output: nn.Module, size: torch.Tensor, channels: int | None) -> torch.Tensor:
-    each = (size * rows_of(output).abs().sum(0, dtype=torch.float64)).cpu()
-    return each if channels is None else each.unflatten(0, (channels, -1)).mean(1)
+def _sensitivity(output: nn.Module, mean_size: torch.Tensor, heads: int | None) -> torch.Tensor:
+    # `mean_size` is E|a_j| for every input j of the projection `output`. With `heads`, the inputs are averaged by head.
+    by_input = (mean_size * rows_of(output).abs().sum(0, dtype=torch.float64)).cpu()
+    return by_input if heads is None else by_input.unflatten(0, (heads, -1)).mean(1)
 
 
 def closest_pair(model: PreTrainedModel, scores: Scores) -> int:
-    """The first of the two neighbours whose input and output differ least in direction: lowest d_i.
+    """The number i of the first layer of the pair (i, i+1) that rotates the residual stream least: lowest d_i.
 
-    d_i is the mean over windows of arccos(cos(h_i, h_{i+2})) / pi on the window's last token. Only layers of one kind
-    of attention are a pair; ties go to the first.
+    d_i is the mean over windows of arccos(cos(h_i, h_{i+2})) / pi, on the last token of each window. Both layers of a
+    pair must have the same kind of attention. Among equal pairs the first one wins.
+
+    Args:
+        model: The model that `scores` were measured on.
+        scores: From `measure_channels` or `measure_scores`.
     """
     kinds = layer_kinds(model.config)
     angles = scores.block_angle(2)
@@ -84,7 +97,10 @@ def closest_pair(model: PreTrainedModel, scores: Scores) -> int:
 
 
 def ratio_of_first(scores: Scores, first: int) -> float:
-    """BI_i / (BI_i + BI_{i+1}) for i = `first`, of the model as it is; a half where neither changes the stream."""
-    # Rounding puts the cosine of equal streams beyond 1, and a part below 0 would be no part.
-    ours, theirs = (max(0.0, influence) for influence in scores.block_influence[first : first + 2])
-    return ours / (ours + theirs) if ours + theirs > 0 else 0.5
+    """The merging ratio of layer i = `first`: BI_i / (BI_i + BI_{i+1}), with BI the Block Influence.
+
+    It is 0.5 where neither layer changes the residual stream.
+    """
+    # Rounding can put the cosine of equal states above 1, and the Block Influence below 0.
+    influence, next_influence = (max(0.0, value) for value in scores.block_influence[first : first + 2])
+    return influence / (influence + next_influence) if influence + next_influence > 0 else 0.5

@@ -1,7 +1,7 @@
-"""What the loss would be with each of several layers in the place of two neighbours.
+"""The loss of a model with two neighbouring layers replaced by each of several candidate layers.
 
-The layers before that place run once a batch for all candidates. Memory grows with the number of neither candidates nor
-windows. Knows nothing of where candidates come from; `trials` is the same for removals.
+The layers before the pair run once a batch for all candidates. Memory grows neither with the number of candidates nor
+with the number of windows. `ablation.py` does the same for removals.
 """
 
 from __future__ import annotations
@@ -25,30 +25,33 @@ from .loss import cross_entropy_sum, mean_losses
 def candidate_losses(
     model: PreTrainedModel, first: int, candidates: Sequence[Callable[[], nn.Module]], windows: Windows
 ) -> list[float]:
-    """For each candidate in the place of layers `first` and `first` + 1, the mean next-token cross-entropy, in nats.
+    """The loss of `model` with each candidate in place of layers `first` and `first` + 1.
 
     Args:
-        model: Left alone.
-        candidates: Each builds its layer; it is built anew for every batch, so that only one is held at a time.
+        model: The model; it is unchanged.
+        first: Number of the first layer of the pair.
+        candidates: Functions that build one layer each. Every batch builds each layer again, so that memory holds one
+            candidate at a time.
+        windows: The text to compute the loss on.
 
     Returns:
-        One loss a candidate, infinite where it is not a number.
+        One mean next-token cross-entropy for each candidate, in nats per token; infinite where it is not a number.
 
     Raises:
-        StreamlineError: no candidate's loss is finite.
+        StreamlineError: no candidate has a finite loss.
     """
-    trial = shared_copy(model)
-    layers = decoder_layers(trial, architecture_of(trial.config))
-    replace_pair(trial, first, layers[first])
-    layers = decoder_layers(trial, architecture_of(trial.config))
+    shortened = shared_copy(model)
+    layers = decoder_layers(shortened, architecture_of(shortened.config))
+    replace_pair(shortened, first, layers[first])
+    layers = decoder_layers(shortened, architecture_of(shortened.config))
     total = torch.zeros(len(candidates), dtype=torch.float64)
     with progress_bar("trying merges", len(windows.ids)) as bar:
         for batch in windows.ids.split(BATCH):
             ids = batch.to(model.device)
-            before = layer_inputs(trial, ids, first)[first]
+            before = layer_inputs(shortened, ids, first)[first]
             for number, build in enumerate(candidates):
                 layers[first] = build()
-                with without(trial, frozenset(), first, before):
-                    total[number] += cross_entropy_sum(trial, ids).cpu()
+                with without(shortened, frozenset(), first, before):
+                    total[number] += cross_entropy_sum(shortened, ids).cpu()
             bar.advance(len(batch))
-    return mean_losses(total, windows, "however two layers are merged")
+    return mean_losses(total, windows, "merge")

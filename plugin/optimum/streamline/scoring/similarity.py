@@ -1,7 +1,7 @@
-"""How much each layer, and each block of layers, changes the residual stream: one streaming pass.
+"""Cosine similarity and angle between the hidden states at every two depths, in one pass over the calibration text.
 
-Scores say nothing of what to do about it; `methods/` does. Memory does not grow with the number of windows,
-nor with the square of their length.
+Block Influence and the block scores of LLM-Streamline and Gromov et al. follow from them. Memory grows neither with the
+number of windows nor with the square of their length.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ CHUNK_TOKENS = 512
 
 @dataclass(frozen=True)
 class Scores:
-    """How alike the residual stream is at every two depths.
+    """The similarity of the residual stream at every two depths.
 
-    h_0 are the embeddings, h_i is the raw output of layer i - 1, before any final norm.
+    h_0 is the output of the embeddings. h_i is the raw output of layer i - 1, before any final norm.
 
     Args:
         similarity: `[layers + 1][layers + 1]`; entry `[i][j]` is the mean over tokens of cos(h_i, h_j).
         last_angle: `[layers + 1][layers + 1]`; entry `[i][j]` is the mean over windows of arccos(cos(h_i, h_j)) / pi
-            of the window's last token, 0 to 1; empty where it was not measured.
+            on the last token of the window, between 0 and 1; empty if it was not measured.
     """
 
     similarity: tuple[tuple[float, ...], ...]
@@ -45,27 +45,31 @@ class Scores:
 
     @property
     def block_influence(self) -> tuple[float, ...]:
-        """BI of every layer: 1 - E[cos(h_i, h_{i+1})] (Block Influence, ShortGPT, arXiv 2403.03853)."""
+        """The Block Influence BI_i = 1 - E[cos(h_i, h_{i+1})] of every layer i (ShortGPT, arXiv 2403.03853)."""
         return tuple(1.0 - self.similarity[layer][layer + 1] for layer in range(self.layers))
 
     def block_similarity(self, length: int) -> tuple[float, ...]:
-        """E[cos(h_j, h_{j+length})] for every block of `length` layers, by its first layer j.
+        """E[cos(h_j, h_{j+length})] of every block of `length` layers that starts at layer j = 0, 1, ...
 
-        What LLM-Streamline (arXiv 2403.19135) prunes by.
+        LLM-Streamline (arXiv 2403.19135) prunes the block of the highest value.
         """
         return tuple(self.similarity[first][first + length] for first in range(self.layers - length + 1))
 
     def block_angle(self, length: int) -> tuple[float, ...]:
-        """E[arccos(cos(h_j, h_{j+length})) / pi] on last tokens for every block of `length` layers, by its first, j.
+        """E[arccos(cos(h_j, h_{j+length})) / pi] on last tokens, of every block of `length` layers from j = 0, 1, ...
 
-        What Gromov et al. (arXiv 2403.17887) prune by.
+        Gromov et al. (arXiv 2403.17887) prune the block of the lowest value.
         """
         return tuple(self.last_angle[first][first + length] for first in range(self.layers - length + 1))
 
 
 @torch.inference_mode()
 def measure_scores(model: PreTrainedModel, windows: Windows) -> Scores:
-    """One forward pass of `model` over `windows`.
+    """Measure the scores of `model` in one forward pass over `windows`.
+
+    Args:
+        model: The model, in evaluation mode; it is unchanged.
+        windows: The calibration text.
 
     Raises:
         StreamlineError: a layer's output is not finite.
@@ -75,7 +79,7 @@ def measure_scores(model: PreTrainedModel, windows: Windows) -> Scores:
 
     def states(batch: torch.Tensor) -> list[torch.Tensor]:
         depths.clear()
-        # The whole model, whose own hooks some quantizers unpack their weights in; logits of one token are few.
+        # The whole model runs, because some quantizers unpack weights in hooks on it. Logits of one token cost little.
         model(batch.to(model.device), use_cache=False, logits_to_keep=1)
         return depths
 
@@ -91,11 +95,13 @@ def measure_scores(model: PreTrainedModel, windows: Windows) -> Scores:
 
 
 def scores_of(states: Callable[[torch.Tensor], list[torch.Tensor]], layers: int, windows: Windows) -> Scores:
-    """Scores of a model in any runtime.
+    """Compute the scores of a model in any runtime from its hidden states.
 
     Args:
-        states: For tokens `[batch, length]`, the hidden states `[batch, length, width]` before and after each layer.
-        layers: How many layers there are.
+        states: A function from token ids `[batch, length]` to `layers` + 1 tensors `[batch, length, width]`: the input
+            of layer 0 and the output of every layer.
+        layers: The number of layers.
+        windows: The calibration text.
 
     Raises:
         StreamlineError: a layer's output is not finite.
@@ -120,8 +126,8 @@ def _keep(depths: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _similarity_sum(depths: list[torch.Tensor]) -> torch.Tensor:
-    # The sum over tokens of per-token cosines is one product of the normalised streams laid out as long rows:
-    # no matrix of tokens against tokens.
+    # Each depth becomes one long row of normalised states. The product of two rows is then the sum of the cosines of
+    # all tokens, without a matrix of tokens against tokens.
     rows = torch.stack([depth.flatten(0, 1) for depth in depths])
     total = torch.zeros(len(depths), len(depths), dtype=torch.float64, device=rows.device)
     for chunk in rows.split(CHUNK_TOKENS, dim=1):
@@ -133,7 +139,7 @@ def _similarity_sum(depths: list[torch.Tensor]) -> torch.Tensor:
 def _last_angle_sum(depths: list[torch.Tensor]) -> torch.Tensor:
     last = torch.stack([depth[:, -1] for depth in depths], dim=1)
     unit = nn.functional.normalize(last.double(), dim=-1)
-    # Rounding puts the cosine of equal vectors beyond 1, where arccos is not a number.
+    # Rounding can put the cosine of equal vectors above 1, where arccos is not a number.
     cosine = (unit @ unit.mT).clamp(-1, 1)
     return (cosine.arccos() / math.pi).sum(0).cpu()
 

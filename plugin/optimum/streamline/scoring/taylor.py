@@ -17,9 +17,17 @@ from .loss import cross_entropy_sum
 
 
 def taylor_importance(model: PreTrainedModel, windows: Windows) -> list[float]:
-    """For each layer the sum of |w dL/dw| over its weights but biases, L in nats per token; `model` is left as it was.
+    """The Taylor importance of every layer: the sum of |w dL/dw| over its weights w.
 
-    Memory holds a gradient for every such weight.
+    L is the mean cross-entropy in nats per token. Biases do not count. Memory holds one gradient for each of the
+    layers' weights.
+
+    Args:
+        model: The model, in evaluation mode and in float; it is unchanged afterwards.
+        windows: The calibration text.
+
+    Returns:
+        One importance for each layer.
 
     Raises:
         StreamlineError: a layer's gradient is not finite.
@@ -54,6 +62,6 @@ def _weights(layer: nn.Module) -> list[nn.Parameter]:
 
 
 def _taylor(weight: nn.Parameter) -> float:
-    if weight.grad is None:  # an expert that no token was sent to, or a sublayer that is out
+    if weight.grad is None:  # the weight of an expert that no token was routed to, or of a skipped sublayer
         return 0.0
     return float((weight.detach() * weight.grad).abs().sum(dtype=torch.float64))
