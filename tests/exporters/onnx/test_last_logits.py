@@ -14,7 +14,7 @@ from console import optimum_cli
 from optimum.exporters.streamline import GRAPH_QUANTIZERS, export_checkpoint
 from optimum.exporters.streamline.onnx import last_logits
 from optimum.exporters.streamline.onnx.quantization.settings import Quantization
-from optimum.exporters.streamline.onnx.runner import OnnxRunner, token_feeds
+from optimum.exporters.streamline.onnx.runner import OnnxRunner, token_inputs
 from optimum.exporters.streamline.rewriting import public_names
 from optimum.streamline.errors import ParityError, StreamlineError
 from optimum.streamline.text.windows import Windows
@@ -49,7 +49,7 @@ def answer(folder: Path, ids, mask, keep: int | None, past: dict | None = None):
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(folder / "model.onnx", options)
     caches = [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
-    feeds = token_feeds(ids, mask) | (past or {value.name: nothing(value, len(ids)) for value in caches})
+    feeds = token_inputs(ids, mask) | (past or {value.name: nothing(value, len(ids)) for value in caches})
     if keep is not None:
         feeds["num_logits_to_keep"] = np.array(keep)
     given = dict(zip([value.name for value in session.get_outputs()], session.run(None, feeds), strict=True))
@@ -138,7 +138,7 @@ def test_what_gives_other_logits_is_not_delivered(exported, tmp_path, monkeypatc
 
 
 def test_no_projection_is_an_error_and_no_export(exported, tmp_path, monkeypatch):
-    monkeypatch.setattr(public_names, "PRODUCTS", ())
+    monkeypatch.setattr(public_names, "MATMUL_OPERATORS", ())
     with pytest.raises(StreamlineError, match=r"last-logits: the graph's output projection was not found"):
         export_checkpoint(str(exported("llama").checkpoint), tmp_path / "out", last_logits=True)
     assert not (tmp_path / "out").exists()

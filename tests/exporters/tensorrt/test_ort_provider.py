@@ -14,7 +14,7 @@ import torch
 
 from optimum.exporters.streamline import EngineOptions, export_checkpoint
 from optimum.exporters.streamline.onnx.runner import OnnxRunner
-from optimum.exporters.streamline.parity.calls import one_by_one
+from optimum.exporters.streamline.parity.calls import answer_with
 from optimum.exporters.streamline.parity.compare import check_parity
 from optimum.exporters.streamline.tensorrt.build_engine import build_engine, open_builder
 from optimum.exporters.streamline.tensorrt.graph.growing_cache import write_growing_graph
@@ -48,7 +48,7 @@ def test_the_graph_with_appending_outside_computes_the_same(tmp_path: Path, arch
         return onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
 
     model = load(str(tmp_path / "checkpoint"), torch.float32)
-    assert max(check_parity(model, one_by_one(OnnxRunner(folder, open=opened)), 1e-4).values()) > 0
+    assert max(check_parity(model, answer_with(OnnxRunner(folder, open=opened)), 1e-4).values()) > 0
     assert graph.stat().st_size < (folder / "model.onnx.data").stat().st_size  # whose weights it has
 
 
@@ -84,7 +84,7 @@ def test_every_request_is_within_the_shapes_that_engines_are_built_for(
     folder = exported(tmp_path, "llama")
     runner = opened_as_if_there(monkeypatch, folder)
     model = load(str(tmp_path / "checkpoint"), torch.float32)
-    assert len(check_parity(model, one_by_one(runner), 1e-4)) == 5
+    assert len(check_parity(model, answer_with(runner), 1e-4)) == 5
     options = Session.opened
     ranges = [options[f"trt_profile_{kind}_shapes"] for kind in ("min", "opt", "max")]
     names = [each.name for each in runner.session.get_inputs()]
@@ -157,7 +157,7 @@ def test_an_engine_is_built_once_on_a_gpu(tmp_path: Path, dtype: str) -> None:
         return {file.name: file.stat().st_mtime_ns for file in (folder / "engines").glob("*.engine")}
 
     runner = open_runner(str(folder), device="cuda", tensorrt=OPTIONS)
-    check_parity(model, one_by_one(runner), {"fp32": 1e-3, "fp16": 2e-2}[dtype])
+    check_parity(model, answer_with(runner), {"fp32": 1e-3, "fp16": 2e-2}[dtype])
     built = engines()
     assert len(built) == 1
     _, cache = runner.prefill(token_ids(2, 7).numpy())

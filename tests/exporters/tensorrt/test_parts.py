@@ -11,12 +11,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from optimum.exporters.streamline.parity.compare import LONGEST
+from optimum.exporters.streamline.parity.compare import LONGEST_TEXT
 from optimum.exporters.streamline.rewriting.public_names import MaskInput
 from optimum.exporters.streamline.tensorrt.build_engine import build_engine
-from optimum.exporters.streamline.tensorrt.engine_options import SHORTEST, EngineOptions, Limits
+from optimum.exporters.streamline.tensorrt.engine_options import MIN_LENGTH, EngineOptions, Limits
 from optimum.exporters.streamline.tensorrt.engine_record import EngineRecord, Machine
-from optimum.exporters.streamline.tensorrt.graph.engine_inputs import static_feeds
+from optimum.exporters.streamline.tensorrt.graph.engine_inputs import static_inputs
 from optimum.exporters.streamline.tensorrt.graph.graph_rules import check_graph
 from optimum.exporters.streamline.tensorrt.profiles import choose_profile, make_profiles
 from optimum.exporters.streamline.tracing.build import build_graph
@@ -85,7 +85,7 @@ def test_limits_that_cannot_be_are_refused(options: EngineOptions, said: str) ->
 
 
 def test_caches_have_room_for_what_is_compared_with_torch() -> None:
-    assert SHORTEST == LONGEST
+    assert MIN_LENGTH == LONGEST_TEXT
 
 
 def record(**fields: Any) -> EngineRecord:
@@ -135,7 +135,7 @@ def test_an_engine_is_refused_elsewhere_by_name() -> None:
 
 def test_a_text_that_the_caches_have_no_room_for_is_refused() -> None:
     with pytest.raises(StreamlineError, match="length 33: beyond the 32 tokens that this export has room for"):
-        static_feeds(np.ones((1, 33), np.int64), np.ones((1, 33), np.int64), [MaskInput("mask")], 32, -1e9)
+        static_inputs(np.ones((1, 33), np.int64), np.ones((1, 33), np.int64), [MaskInput("mask")], 32, -1e9)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import torch
 
 from console import optimum_cli
 from optimum.exporters.streamline import EngineOptions, export_checkpoint, open_artifact
-from optimum.exporters.streamline.parity.calls import one_by_one
+from optimum.exporters.streamline.parity.calls import answer_with
 from optimum.exporters.streamline.parity.compare import check_parity
 from optimum.exporters.streamline.tensorrt.engine_record import EngineRecord
 from optimum.exporters.streamline.tensorrt.runner import TensorrtRunner
@@ -37,7 +37,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("most", [16, 5, 1])
 def test_an_engine_is_called_to_what_torch_computes(exported: Path, most: int) -> None:
     model, runner = load(str(exported / "checkpoint"), torch.float32), here(exported, most)
-    parity = check_parity(model, one_by_one(runner), 1e-4)
+    parity = check_parity(model, answer_with(runner), 1e-4)
     assert len(parity) == 5
     run = runner._trt.shapes_run
     assert max(new for _, new in run) == min(most, 12)
@@ -103,7 +103,7 @@ def test_an_engine_computes_what_torch_does_on_a_gpu(tmp_path: Path, builder: st
     artifact = export_checkpoint(str(tmp_path / "checkpoint"), tmp_path / "engine", "tensorrt", dtype, engine=options)
     runner: Any = open_artifact(artifact, "cuda")
     model = load(str(tmp_path / "checkpoint"), torch.float32)
-    assert len(check_parity(model, one_by_one(runner), {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}[dtype])) == 5
+    assert len(check_parity(model, answer_with(runner), {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}[dtype])) == 5
 
 
 @pytest.mark.gpu

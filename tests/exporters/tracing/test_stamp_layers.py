@@ -20,7 +20,7 @@ from optimum.exporters.streamline.onnx.runner import OnnxRunner
 from optimum.exporters.streamline.parity.calls import Call
 from optimum.exporters.streamline.rewriting import prune_unused
 from optimum.exporters.streamline.tracing import build, skeleton, stamp_layers
-from optimum.exporters.streamline.tracing.stamp_layers import CannotStampError, Layers
+from optimum.exporters.streamline.tracing.stamp_layers import CannotStampError, LayerMap
 from optimum.streamline.checkpoints.loading import load
 from optimum.streamline.errors import ParityError, StreamlineError
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
@@ -114,7 +114,7 @@ def test_a_stamped_graph_is_the_traced_one(tmp_path_factory: pytest.TempPathFact
 def test_a_stamp_that_computes_something_else_is_noticed_and_every_layer_traced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stamp_wrongly(model: ir.Model, layers: stamp_layers.Layers) -> list[ir.Value]:
+    def stamp_wrongly(model: ir.Model, layers: stamp_layers.LayerMap) -> list[ir.Value]:
         hidden = right(model, layers)
         if len(layers.traced) == LAYERS:
             return hidden
@@ -145,8 +145,8 @@ def test_layers_that_pass_on_more_than_a_hidden_state_are_all_traced(
         add.replace_input_with(0, norms[2].outputs[0])
         model.graph.insert_after(norms[2], add)
 
-    right = prune_unused.compact
-    monkeypatch.setattr(build, "compact", compact_and_tie)
+    right = prune_unused.remove_unused
+    monkeypatch.setattr(build, "remove_unused", compact_and_tie)
     with pytest.raises(ParityError):  # what was planted is in the whole graph, too
         export_checkpoint(saved(tmp_path / "checkpoint"), tmp_path / "onnx")
     model = load(str(tmp_path / "checkpoint"), torch.float32, offload=tmp_path / "offload")
@@ -201,7 +201,7 @@ def test_what_has_no_parts_is_refused_in_little_memory(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_stamped_graph_that_cannot_be_opened_is_traced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stamp_and_spoil(graph: ir.Model, layers: Layers) -> list[ir.Value]:
+    def stamp_and_spoil(graph: ir.Model, layers: LayerMap) -> list[ir.Value]:
         hidden = stamp_layers.stamp(graph, layers)
         if len(layers.traced) < LAYERS:
             next(iter(graph.graph)).op_type = "NoSuchOperator"

@@ -37,7 +37,7 @@ def check_config(config: PretrainedConfig) -> None:
     Raises:
         StreamlineError: naming the field.
     """
-    from optimum.exporters.streamline.parity.compare import LONGEST
+    from optimum.exporters.streamline.parity.compare import LONGEST_TEXT
 
     rope = getattr(config, "rope_parameters", None) or {}
     if "dynamic" in {
@@ -46,13 +46,13 @@ def check_config(config: PretrainedConfig) -> None:
     }:
         raise StreamlineError("rope_type 'dynamic': cannot be exported, its angles change with the length of the text")
     context = config.max_position_embeddings
-    if context < LONGEST:
+    if context < LONGEST_TEXT:
         raise StreamlineError(
-            f"max_position_embeddings {context}: must be at least {LONGEST} for the comparison with torch"
+            f"max_position_embeddings {context}: must be at least {LONGEST_TEXT} for the comparison with torch"
         )
 
 
-def from_few_layers(model: PreTrainedModel, attempt: Callable[[list[int]], T]) -> tuple[T, str]:
+def try_few_layers(model: PreTrainedModel, attempt: Callable[[list[int]], T]) -> tuple[T, str]:
     """What `attempt` makes of a graph that a few traced layers were stamped out to, or of all if they will not do.
 
     Returns:

@@ -122,7 +122,7 @@ def test_scales_are_of_the_text(engines: Callable[..., Artifact], how: str) -> N
     session = onnxruntime.InferenceSession(str(plain / "with_inner.onnx"))
     runner = StaticOnnxRunner(plain, EngineRecord.read(plain).masks)
     windows = text("calibration", 8).ids.numpy()
-    largest = max(np.abs(session.run([read], runner.prompt_feeds(window[None]))[0]).max() for window in windows)
+    largest = max(np.abs(session.run([read], runner.prompt_inputs(window[None]))[0]).max() for window in windows)
     [scale] = [each for each in graph_of(engines(how)).initializer if each.name == f"{read}_scale"]
     assert onnx.numpy_helper.to_array(scale) * ENGINE_QUANTIZERS[how].most == pytest.approx(largest, rel=1e-4)
 

@@ -15,7 +15,7 @@ from optimum.exporters.streamline.export_steps import (
     LOG_FILE,
     check_config,
     check_packages,
-    from_few_layers,
+    try_few_layers,
     write_companions,
 )
 from optimum.exporters.streamline.graph_files import GRAPH_FILE, WEIGHTS_FILE
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from transformers import PreTrainedModel
 
-    from optimum.exporters.streamline.parity.calls import Answer
-    from optimum.exporters.streamline.tracing.build import Built
+    from optimum.exporters.streamline.parity.calls import CallFunction
+    from optimum.exporters.streamline.tracing.build import BuiltGraph
 
 FORMAT = "onnx"
 
@@ -171,13 +171,13 @@ def _export_into(folder: Path, job: OnnxExport) -> Artifact:
 
 def _dequantized_error(job: OnnxExport, folder: Path, bar: Bar) -> dict[str, float]:
     """By how much the finished graph differs from a quantized checkpoint."""
-    from optimum.exporters.streamline.parity.calls import one_by_one
+    from optimum.exporters.streamline.parity.calls import answer_with
     from optimum.exporters.streamline.parity.compare import measure_divergence
     from optimum.streamline.checkpoints import loading
 
     bar.at(3, STAGES[3])
     model = loading.load(job.checkpoint, **job.options)
-    return measure_divergence(model, one_by_one(OnnxRunner(folder, job.device)))
+    return measure_divergence(model, answer_with(OnnxRunner(folder, job.device)))
 
 
 def _text_of(job: OnnxExport) -> dict[str, dict[str, Any]]:
@@ -195,7 +195,7 @@ def _text_of(job: OnnxExport) -> dict[str, dict[str, Any]]:
 
 def _quantize(model: PreTrainedModel, job: OnnxExport, plain: Path, folder: Path, bar: Bar) -> dict[str, float]:
     """Quantize the graph in `plain` into `folder`; returns by how much it then differs from torch."""
-    from optimum.exporters.streamline.parity.calls import one_by_one
+    from optimum.exporters.streamline.parity.calls import answer_with
     from optimum.exporters.streamline.parity.compare import measure_divergence
 
     from .genai_config import CONFIG_FILE
@@ -205,12 +205,12 @@ def _quantize(model: PreTrainedModel, job: OnnxExport, plain: Path, folder: Path
     GRAPH_QUANTIZERS[job.quantization.how].run(plain, folder, job.quantization)
     (folder / CONFIG_FILE).write_bytes((plain / CONFIG_FILE).read_bytes())
     bar.at(5, STAGES[5])
-    return measure_divergence(model, one_by_one(OnnxRunner(folder, job.device)))
+    return measure_divergence(model, answer_with(OnnxRunner(folder, job.device)))
 
 
 def _export_model(model: PreTrainedModel, job: OnnxExport, folder: Path, bar: Bar) -> _Proved:
     """Write a graph that is proved equal to `model`."""
-    proved, whole_because = from_few_layers(model, lambda traced: _export_traced(model, job, folder, traced, bar))
+    proved, whole_because = try_few_layers(model, lambda traced: _export_traced(model, job, folder, traced, bar))
     return replace(proved, whole_because=whole_because)
 
 
@@ -231,9 +231,9 @@ def _export_traced(model: PreTrainedModel, job: OnnxExport, folder: Path, traced
     return _Proved(tuple(traced), parity, built.states)
 
 
-def _answer(folder: Path, built: Built, job: OnnxExport) -> Answer:
+def _answer(folder: Path, built: BuiltGraph, job: OnnxExport) -> CallFunction:
     """What answers for the graph: a session on the whole of it, or on a few layers after another if it is too large."""
-    from optimum.exporters.streamline.parity.calls import one_by_one
+    from optimum.exporters.streamline.parity.calls import answer_with
 
     from .memory import IN_RUNTIME, free_memory, taken_memory
     from .segmented_runner import SegmentedRunner
@@ -241,7 +241,7 @@ def _answer(folder: Path, built: Built, job: OnnxExport) -> Answer:
     free = free_memory() if job.max_memory is None else job.max_memory - taken_memory()
     weights = (folder / WEIGHTS_FILE).stat().st_size
     if IN_RUNTIME * weights <= free or (not built.hidden and job.max_memory is None):
-        return one_by_one(OnnxRunner(folder, job.device))
+        return answer_with(OnnxRunner(folder, job.device))
     if not built.hidden:
         raise StreamlineError(
             f"max-memory {job.max_memory}: the layers of this model are not parts that can be run one by one, and all "

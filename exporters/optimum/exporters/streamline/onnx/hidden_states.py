@@ -15,7 +15,7 @@ from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.runtime.runner import TokenIds
 
-from .runner import empty_state, open_session, token_feeds, value_of
+from .runner import empty_cache_state, open_session, to_ort_value, token_inputs
 
 
 def open_hidden_states(artifact: Artifact, device: str = "cpu") -> Callable[[TokenIds], list[npt.NDArray[np.float32]]]:
@@ -41,9 +41,9 @@ def open_hidden_states(artifact: Artifact, device: str = "cpu") -> Callable[[Tok
 
     def states(input_ids: TokenIds) -> list[npt.NDArray[np.float32]]:
         feeds: dict[str, Any] = {
-            name: value_of(array) for name, array in token_feeds(input_ids, np.ones_like(input_ids)).items()
+            name: to_ort_value(array) for name, array in token_inputs(input_ids, np.ones_like(input_ids)).items()
         }
-        feeds |= {each.name: empty_state(each, len(input_ids), device) for each in past}
+        feeds |= {each.name: empty_cache_state(each, len(input_ids), device) for each in past}
         found = dict(zip(names, session.run_with_ort_values(names, feeds), strict=True))
         return [found[name].numpy().astype(np.float32, copy=False) for name in artifact.hidden]
 

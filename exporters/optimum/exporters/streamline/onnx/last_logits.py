@@ -19,7 +19,7 @@ from optimum.exporters.streamline.rewriting.public_names import BATCH, LAST_HIDD
 from optimum.streamline.errors import ParityError, StreamlineError
 from optimum.streamline.runtime.runner import Logits
 
-from .runner import open_session, value_of
+from .runner import open_session, to_ort_value
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
@@ -92,7 +92,7 @@ def _compare(before: InferenceSession, after: InferenceSession, width: int) -> N
     expected = {0: every, 1: every[np.arange(len(mask)), last_attended][:, None]}
     for kept, right in expected.items():
         feeds = {"input_ids": mask, "attention_mask": mask, LOGITS_TO_KEEP: np.array(kept)}
-        found = _logits(after, states | {name: value_of(array) for name, array in feeds.items()})
+        found = _logits(after, states | {name: to_ort_value(array) for name, array in feeds.items()})
         difference, allowed = np.abs(found - right).max(), TOLERANCE * np.abs(right).max()
         if not difference <= allowed:  # not `>`: a NaN must fail
             raise ParityError(
@@ -111,9 +111,9 @@ def _random_states(shape: tuple[int, ...], kind: str) -> OrtValue:
 
     values = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     if kind == "tensor(float)":
-        return value_of(values)
+        return to_ort_value(values)
     if kind == "tensor(float16)":
-        return value_of(values.astype(np.float16))
+        return to_ort_value(values.astype(np.float16))
     # numpy lacks bfloat16, which is the upper half of a float32.
     upper = (values.view(np.uint32) >> 16).astype(np.uint16)
     return OrtValue.ortvalue_from_numpy_with_onnx_type(upper, ir.DataType.BFLOAT16.value)

@@ -66,7 +66,7 @@ class OnnxRunner:
         self._past = [each for each in self.session.get_inputs() if each.name.startswith("past_key_values.")]
         # All of them, of a graph that left to itself gives the last only. The binding takes such an input as a value.
         optional = [each.name for each in self.session.get_overridable_initializers()]
-        self._every_logit = {LOGITS_TO_KEEP: value_of(np.array(0))} if LOGITS_TO_KEEP in optional else {}
+        self._every_logit = {LOGITS_TO_KEEP: to_ort_value(np.array(0))} if LOGITS_TO_KEEP in optional else {}
         self._present = [each.name.replace("past_key_values", "present") for each in self._past]
 
     def prefill(self, input_ids: TokenIds, attention_mask: Mask | None = None) -> tuple[Logits, OnnxCache]:
@@ -76,7 +76,7 @@ class OnnxRunner:
             attention_mask: `[batch, length]`, 0 for padding, which must be on the left; all tokens by default.
         """
         batch = len(input_ids)
-        states = tuple(empty_state(each, batch, self.device) for each in self._past)
+        states = tuple(empty_cache_state(each, batch, self.device) for each in self._past)
         empty = OnnxCache(np.ones((batch, 0), np.int64), states)
         return self._extend(input_ids, np.ones_like(input_ids) if attention_mask is None else attention_mask, empty)
 
@@ -86,7 +86,7 @@ class OnnxRunner:
 
     def _extend(self, input_ids: TokenIds, mask: Mask, cache: OnnxCache) -> tuple[Logits, OnnxCache]:
         attention_mask = np.concatenate([cache.attention_mask, mask], axis=1)
-        feeds = token_feeds(input_ids, attention_mask)  # the binding reads these arrays where they lie
+        feeds = token_inputs(input_ids, attention_mask)  # the binding reads these arrays where they lie
         logits, *states = self._run(feeds, cache.states)
         return logits.numpy().astype(np.float32, copy=False), OnnxCache(attention_mask, tuple(states))
 
@@ -107,21 +107,21 @@ class OnnxRunner:
         return outputs
 
 
-def value_of(array: npt.NDArray[Any]) -> onnxruntime.OrtValue:
+def to_ort_value(array: npt.NDArray[Any]) -> onnxruntime.OrtValue:
     """An array as ONNX Runtime's own value."""
     import onnxruntime
 
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 
-def token_feeds(input_ids: TokenIds, attention_mask: Mask) -> dict[str, npt.NDArray[Any]]:
+def token_inputs(input_ids: TokenIds, attention_mask: Mask) -> dict[str, npt.NDArray[Any]]:
     """What a graph is fed beside its cache, for tokens `[batch, length]` and the mask of everything up to their end."""
     positions = token_positions(attention_mask, input_ids.shape[1])
     feeds = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
     return {name: np.ascontiguousarray(array) for name, array in feeds.items()}
 
 
-def empty_state(value: Any, batch: int, device: str) -> onnxruntime.OrtValue:
+def empty_cache_state(value: Any, batch: int, device: str) -> onnxruntime.OrtValue:
     """What to feed to a session's cache input before the first token."""
     import onnxruntime
 

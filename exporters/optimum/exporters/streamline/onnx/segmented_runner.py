@@ -18,7 +18,7 @@ from optimum.exporters.streamline.graph_files import GRAPH_FILE
 from optimum.exporters.streamline.parity.calls import Call
 from optimum.streamline.runtime.runner import Logits
 
-from .runner import empty_state, open_session, token_feeds, value_of
+from .runner import empty_cache_state, open_session, to_ort_value, token_inputs
 
 Values = dict[str, Any]
 """ONNX Runtime's own values by name, for numpy lacks a type that they may have."""
@@ -50,7 +50,7 @@ class SegmentedRunner:
     def answer(self, calls: Sequence[Call]) -> list[Logits]:
         """The logits `[batch, length, vocabulary]` of each call."""
         held: list[Values] = [
-            {name: value_of(array) for name, array in token_feeds(call.input_ids, call.attention_mask).items()}
+            {name: to_ort_value(array) for name, array in token_inputs(call.input_ids, call.attention_mask).items()}
             for call in calls
         ]
         for place, segment in enumerate(self.segments):
@@ -69,7 +69,9 @@ class SegmentedRunner:
             past = {} if call.follows is None else held[call.follows]
             for each in states:
                 present = each.name.replace("past_key_values", "present")
-                held[place][each.name] = past[present] if past else empty_state(each, len(call.input_ids), self._device)
+                held[place][each.name] = (
+                    past[present] if past else empty_cache_state(each, len(call.input_ids), self._device)
+                )
             feeds = {name: held[place][name] for name in segment.inputs}
             made = session.run_with_ort_values(segment.outputs, feeds)
             held[place].update(zip(segment.outputs, made, strict=True))

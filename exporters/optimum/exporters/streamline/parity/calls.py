@@ -29,7 +29,7 @@ class Call:
     follows: int | None = None
 
 
-Answer = Callable[[Sequence[Call]], list[Logits]]
+CallFunction = Callable[[Sequence[Call]], list[Logits]]
 """The logits `[batch, length, vocabulary]` of each call."""
 
 
@@ -54,7 +54,7 @@ class MaskedRunner(Protocol):
         """As `Runner.decode`."""
 
 
-def one_by_one(runner: MaskedRunner) -> Answer:
+def answer_with(runner: MaskedRunner) -> CallFunction:
     """What answers calls by having `runner` answer one after the other."""
 
     def answer(calls: Sequence[Call]) -> list[Logits]:

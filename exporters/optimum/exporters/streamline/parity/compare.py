@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from optimum.streamline.errors import ParityError, StreamlineError
 from optimum.streamline.runtime.runner import Logits, TokenIds
 
-from .calls import Answer, Call, token_positions
+from .calls import Call, CallFunction, token_positions
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 """Largest difference of a logit allowed, as a share of the largest reference logit of the check.
@@ -26,18 +26,18 @@ Rounding gives 1e-6 and 1e-3 on shallow models and grows with depth; a wrong mas
 """
 
 PROMPT, CONTINUATION = 12, 3
-LONGEST = PROMPT + CONTINUATION + 1
+LONGEST_TEXT = PROMPT + CONTINUATION + 1
 """Tokens of the longest text that is asked."""
 
-LEAST_ALIKE = 0.5
+MIN_CORRELATION = 0.5
 """Correlation of a quantized graph's logits with torch's. Four bits left 0.90 to 0.99, a lost scale none."""
 
-LENGTHS = (PROMPT, 7, 4)
+PADDED_LENGTHS = (PROMPT, 7, 4)
 """Prompt lengths of the padded batch: three rows, where the graph was traced with two."""
 
 
 @dataclass(frozen=True)
-class Question:
+class ParityCheck:
     """What is asked of some places of some texts, and what torch answers there.
 
     Args:
@@ -91,7 +91,7 @@ class Question:
         return float(differences[place, token]), row, position, int(token)
 
 
-def check_parity(model: PreTrainedModel, answer: Answer, tolerance: float) -> dict[str, float]:
+def check_parity(model: PreTrainedModel, answer: CallFunction, tolerance: float) -> dict[str, float]:
     """Compare answers with those of `model` on prefill, continuation, decode and a left-padded batch.
 
     Args:
@@ -115,7 +115,7 @@ def check_finite(model: PreTrainedModel, dtype: str) -> None:
     Raises:
         StreamlineError: its logits are not finite.
     """
-    ids = _tokens(model, 1, LONGEST)
+    ids = _tokens(model, 1, LONGEST_TEXT)
     logits = _reference(model, ids, np.ones_like(ids))
     model.tie_weights()  # weights that stay on disk are put back one by one, shared ones as two
     if not np.isfinite(logits).all():
@@ -125,7 +125,7 @@ def check_finite(model: PreTrainedModel, dtype: str) -> None:
         )
 
 
-def measure_divergence(model: PreTrainedModel, answer: Answer) -> dict[str, float]:
+def measure_divergence(model: PreTrainedModel, answer: CallFunction) -> dict[str, float]:
     """How far answers that need not be those of `model` are from them.
 
     Returns:
@@ -140,40 +140,40 @@ def measure_divergence(model: PreTrainedModel, answer: Answer) -> dict[str, floa
         if not np.isfinite(share):
             raise ParityError(f"parity: {question.check} gives what is not a number")
         alike = question.correlation(got)
-        if not alike >= LEAST_ALIKE:
+        if not alike >= MIN_CORRELATION:
             raise ParityError(
                 f"parity: {question.check} is not the model any more: its logits and torch's correlate by {alike:.2f}, "
-                f"at least {LEAST_ALIKE} is needed"
+                f"at least {MIN_CORRELATION} is needed"
             )
         shares[question.check] = share
     return shares
 
 
-def _answered(model: PreTrainedModel, answer: Answer) -> Iterator[tuple[Question, Logits]]:
+def _answered(model: PreTrainedModel, answer: CallFunction) -> Iterator[tuple[ParityCheck, Logits]]:
     questions = (*_one_row(model), *_padded_rows(model))
     return zip(questions, answer([question.call for question in questions]), strict=True)
 
 
-def _one_row(model: PreTrainedModel) -> Iterator[Question]:
-    ids = _tokens(model, 1, LONGEST)
+def _one_row(model: PreTrainedModel) -> Iterator[ParityCheck]:
+    ids = _tokens(model, 1, LONGEST_TEXT)
     mask, positions = np.ones_like(ids), np.arange(ids.shape[1])[None]
     expected = _reference(model, ids, mask)
     ends = (0, PROMPT, PROMPT + CONTINUATION, ids.shape[1])
     for place, check in enumerate(("prefill", "continuation", "decode")):
         part, end = slice(ends[place], ends[place + 1]), ends[place + 1]
         call = Call(ids[:, part], mask[:, :end], place - 1 if place else None)
-        yield Question(check, call, expected[:, part], positions[:, part])
+        yield ParityCheck(check, call, expected[:, part], positions[:, part])
 
 
-def _padded_rows(model: PreTrainedModel) -> Iterator[Question]:
-    ids = _tokens(model, len(LENGTHS), PROMPT + 1)
-    positions = np.arange(PROMPT + 1) - (PROMPT - np.array(LENGTHS)[:, None])
+def _padded_rows(model: PreTrainedModel) -> Iterator[ParityCheck]:
+    ids = _tokens(model, len(PADDED_LENGTHS), PROMPT + 1)
+    positions = np.arange(PROMPT + 1) - (PROMPT - np.array(PADDED_LENGTHS)[:, None])
     mask = (positions >= 0).astype(np.int64)
     expected = _reference(model, ids, mask)
     prompt, token = slice(PROMPT), slice(PROMPT, PROMPT + 1)
     first = Call(ids[:, prompt], mask[:, prompt])
-    yield Question("left-padded prefill", first, expected[:, prompt], positions[:, prompt])
-    yield Question("left-padded decode", Call(ids[:, token], mask, 3), expected[:, token], positions[:, token])
+    yield ParityCheck("left-padded prefill", first, expected[:, prompt], positions[:, prompt])
+    yield ParityCheck("left-padded decode", Call(ids[:, token], mask, 3), expected[:, token], positions[:, token])
 
 
 def _tokens(model: PreTrainedModel, rows: int, length: int) -> TokenIds:

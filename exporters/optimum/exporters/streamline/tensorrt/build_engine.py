@@ -44,7 +44,7 @@ BUILDERS = {
 
 
 @dataclass(frozen=True)
-class Built:
+class BuildInfo:
     """What came of a build, beside the engine itself.
 
     Args:
@@ -79,14 +79,14 @@ def open_builder(name: str, capabilities: Sequence[int]) -> ModuleType:
             "such as 89,120, needs none"
         )
     module = require_extra(builder.module, builder.extra)
-    known = capabilities_of(module) if capabilities else []
+    known = supported_capabilities(module) if capabilities else []
     for capability in capabilities:
         if capability not in known:
             raise StreamlineError(f"compute-capability {capability}: {name} builds for {_listed(known)}")
     return module
 
 
-def capabilities_of(trt: ModuleType) -> list[int]:
+def supported_capabilities(trt: ModuleType) -> list[int]:
     """The compute capabilities that a library can build for elsewhere."""
     names = [name.removeprefix("SM") for name in dir(trt.ComputeCapability) if name.startswith("SM")]
     return sorted(int(name) for name in names if name.isdigit())
@@ -94,7 +94,7 @@ def capabilities_of(trt: ModuleType) -> list[int]:
 
 def build_engine(
     trt: Any, graph: Path, engine: Path, profiles: Sequence[Profile], capabilities: Sequence[int], timing: Path | None
-) -> Built:
+) -> BuildInfo:
     """Build an engine of a graph.
 
     Args:
@@ -109,7 +109,7 @@ def build_engine(
     Raises:
         StreamlineError: the library cannot take the graph, or not build it; with its own words.
     """
-    log = open_log(trt)
+    log = make_logger(trt)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
@@ -126,11 +126,11 @@ def build_engine(
         config.set_timing_cache(cache, ignore_mismatch=False)
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
-        raise StreamlineError(f"{_name(trt)} cannot build the engine: {last_words(log)}")
+        raise StreamlineError(f"{_name(trt)} cannot build the engine: {last_error(log)}")
     engine.write_bytes(serialized)
     if timing is not None:
         timing.write_bytes(config.get_timing_cache().serialize())
-    return Built(trt.__version__, network.num_layers)
+    return BuildInfo(trt.__version__, network.num_layers)
 
 
 def _let_attention_be_decomposed(trt: Any, network: Any) -> None:
@@ -156,7 +156,7 @@ def _aim(trt: Any, config: Any, capabilities: Sequence[int]) -> None:
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), place)
 
 
-def open_log(trt: Any) -> Any:
+def make_logger(trt: Any) -> Any:
     """A logger of the library's that writes to Python's, and keeps the text of errors in `errors`."""
     severity = trt.ILogger
     levels = {
@@ -185,8 +185,8 @@ def _name(trt: Any) -> str:
     return next(name for name, builder in BUILDERS.items() if builder.module == trt.__name__)
 
 
-def last_words(log: Any) -> str:
-    """The last error of a logger of `open_log`, in one line."""
+def last_error(log: Any) -> str:
+    """The last error of a logger of `make_logger`, in one line."""
     return _one_line(log.errors[-1] if log.errors else "")
 
 

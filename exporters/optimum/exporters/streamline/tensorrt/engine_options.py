@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from optimum.streamline.errors import StreamlineError
 
-SHORTEST = 16
+MIN_LENGTH = 16
 """Tokens of the text that a graph is compared with torch on, for which its caches must have room."""
 
-USUAL_LENGTH = 2048
+DEFAULT_LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class EngineOptions:
         Raises:
             StreamlineError: one is none, or cannot be reached.
         """
-        length = min(USUAL_LENGTH, context) if self.max_length is None else self.max_length
+        length = min(DEFAULT_LENGTH, context) if self.max_length is None else self.max_length
         entry = length if self.max_input is None else self.max_input
         if self.max_batch < 1:
             raise StreamlineError(f"max-batch {self.max_batch}: must be at least 1")
-        if not SHORTEST <= length <= context:
-            raise StreamlineError(f"max-length {length}: must be from {SHORTEST} to {context}, the model's positions")
+        if not MIN_LENGTH <= length <= context:
+            raise StreamlineError(f"max-length {length}: must be from {MIN_LENGTH} to {context}, the model's positions")
         if not 1 <= entry <= length:
             raise StreamlineError(f"max-input {entry}: must be from 1 to {length}, which is max-length")
         return Limits(self.max_batch, entry, length)

@@ -11,7 +11,7 @@ from optimum.exporters.streamline.rewriting.public_names import MaskInput
 from optimum.streamline.errors import StreamlineError
 
 from .engine_options import Limits
-from .profiles import Profile, Range
+from .profiles import Profile, ShapeRange
 
 ENGINE_FILE, RECORD_FILE, TIMING_FILE = "model.engine", "engine.json", "timing.cache"
 
@@ -95,7 +95,7 @@ class EngineRecord:
             fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             profiles = [
                 {
-                    name: Range(**{each: tuple(sizes) for each, sizes in shapes.items()})
+                    name: ShapeRange(**{each: tuple(sizes) for each, sizes in shapes.items()})
                     for name, shapes in profile.items()
                 }
                 for profile in fields.pop("profiles")

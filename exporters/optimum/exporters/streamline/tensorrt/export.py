@@ -17,20 +17,20 @@ import onnx_ir as ir
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from optimum.exporters.streamline.export_steps import DTYPES, LOG_FILE, check_config, from_few_layers, write_companions
+from optimum.exporters.streamline.export_steps import DTYPES, LOG_FILE, check_config, try_few_layers, write_companions
 from optimum.exporters.streamline.graph_files import GRAPH_FILE, WEIGHTS_FILE
 from optimum.exporters.streamline.onnx.quantization.quantizers import weight_bytes
 from optimum.exporters.streamline.onnx.quantization.settings import NONE, Quantization
-from optimum.exporters.streamline.parity.calls import one_by_one
+from optimum.exporters.streamline.parity.calls import answer_with
 from optimum.exporters.streamline.parity.compare import TOLERANCES, check_finite, check_parity, measure_divergence
 from optimum.exporters.streamline.rewriting.excluded_nodes import check_excluded
 from optimum.exporters.streamline.rewriting.public_names import MaskInput
-from optimum.exporters.streamline.rewriting.to_float32 import write_widened
-from optimum.exporters.streamline.tensorrt.graph.graph_rules import aliases, check_graph
+from optimum.exporters.streamline.rewriting.to_float32 import write_float32
+from optimum.exporters.streamline.tensorrt.graph.graph_rules import cache_aliases, check_graph
 from optimum.exporters.streamline.tensorrt.graph.quantize import quantize_engine_graph
 from optimum.exporters.streamline.tensorrt.graph.quantizers import ENGINE_QUANTIZERS, check_engine_quantizer
 from optimum.exporters.streamline.tensorrt.graph.reference_runner import StaticOnnxRunner
-from optimum.exporters.streamline.tracing.build import Built, build_graph
+from optimum.exporters.streamline.tracing.build import BuiltGraph, build_graph
 from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.checkpoints.loading import DTYPES as TORCH_DTYPES
 from optimum.streamline.checkpoints.loading import load, read_config
@@ -126,7 +126,7 @@ def _export_into(folder: Path, job: TensorrtExport, source: ModelSource, limits:
         check_finite(model, job.dtype)
         plain = Path(scratch) / "plain" if job.quantization else folder
         plain.mkdir(exist_ok=True)
-        proved, whole_because = from_few_layers(
+        proved, whole_because = try_few_layers(
             model, lambda traced: _prove(model, job, limits.length, plain, traced, bar)
         )
         divergence = _quantize(model, job, proved, plain, folder, bar) if job.quantization else {}
@@ -171,7 +171,7 @@ def _quantize(
     quantize_engine_graph(plain, folder, job.quantization, proved.masks)
     check_graph(ir.load(folder / GRAPH_FILE))
     with _computable(folder, job.dtype) as there:
-        return measure_divergence(model, one_by_one(StaticOnnxRunner(there, proved.masks)))
+        return measure_divergence(model, answer_with(StaticOnnxRunner(there, proved.masks)))
 
 
 def _prove(
@@ -189,19 +189,19 @@ def _prove(
         tuple(traced),
         parity,
         {str(value.name): axes_of(value) for value in graph.inputs},
-        {str(written.name): str(read.name) for written, read in aliases(graph).items()},
+        {str(written.name): str(read.name) for written, read in cache_aliases(graph).items()},
         built.masks,
     )
 
 
-def _compare(model: PreTrainedModel, job: TensorrtExport, folder: Path, built: Built) -> dict[str, float]:
+def _compare(model: PreTrainedModel, job: TensorrtExport, folder: Path, built: BuiltGraph) -> dict[str, float]:
     """The largest difference from torch, by check."""
     # In bfloat16 torch is widened as the graph is. Its constants are rounded, so it is held to half precision.
     narrow = job.dtype == "bf16"
     tolerance = TOLERANCES["fp16" if narrow else job.dtype] if job.tolerance is None else job.tolerance
     reference = load(job.checkpoint, torch.bfloat16, **job.options).float() if narrow else model
     with _computable(folder, job.dtype) as there:
-        return check_parity(reference, one_by_one(StaticOnnxRunner(there, built.masks)), tolerance)
+        return check_parity(reference, answer_with(StaticOnnxRunner(there, built.masks)), tolerance)
 
 
 @contextmanager
@@ -211,7 +211,7 @@ def _computable(folder: Path, dtype: str) -> Iterator[Path]:
         yield folder
         return
     with TemporaryDirectory(dir=folder) as scratch:
-        write_widened(folder / GRAPH_FILE, Path(scratch) / GRAPH_FILE)
+        write_float32(folder / GRAPH_FILE, Path(scratch) / GRAPH_FILE)
         yield Path(scratch)
 
 

@@ -27,7 +27,7 @@ def axes_of(value: ir.Value) -> Axes:
 
 
 @dataclass(frozen=True)
-class Range:
+class ShapeRange:
     """The shapes of one input, from the least to the most, and the one to be fastest."""
 
     least: tuple[int, ...]
@@ -37,7 +37,7 @@ class Range:
     def misses(self, shape: Sequence[int]) -> str:
         """Where a shape is outside, in words; empty where it is not.
 
-        >>> Range((1, 1), (1, 8), (4, 8)).misses((2, 9))
+        >>> ShapeRange((1, 1), (1, 8), (4, 8)).misses((2, 9))
         'axis 1 is 9, not from 1 to 8'
         """
         if len(shape) != len(self.least):
@@ -48,7 +48,7 @@ class Range:
         return ""
 
 
-Profile = dict[str, Range]
+Profile = dict[str, ShapeRange]
 """By input; every input that varies is there."""
 
 
@@ -78,12 +78,12 @@ def profile_of(inputs: Mapping[str, Axes], sizes: Mapping[str, tuple[int, int, i
     return {name: _range(name, axes, sizes) for name, axes in varying.items()}
 
 
-def _range(name: str, axes: Axes, sizes: Mapping[str, tuple[int, int, int]]) -> Range:
+def _range(name: str, axes: Axes, sizes: Mapping[str, tuple[int, int, int]]) -> ShapeRange:
     unknown = [axis for axis in axes if isinstance(axis, str) and axis not in sizes]
     if unknown:
         raise StreamlineError(f"input {name}: nothing says how long its axis {unknown[0]!r} may be")
     shapes = [tuple(axis if isinstance(axis, int) else sizes[axis][place] for axis in axes) for place in range(3)]
-    return Range(*shapes)
+    return ShapeRange(*shapes)
 
 
 def choose_profile(profiles: Sequence[Profile], shapes: Mapping[str, Sequence[int]]) -> int:

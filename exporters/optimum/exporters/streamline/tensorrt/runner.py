@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from optimum.exporters.streamline.parity.calls import Mask
-from optimum.exporters.streamline.tensorrt.graph.engine_inputs import check_length, static_feeds
+from optimum.exporters.streamline.tensorrt.graph.engine_inputs import check_length, static_inputs
 from optimum.streamline.errors import StreamlineError, require_extra
 from optimum.streamline.runtime.runner import Logits, TokenIds
 
-from .build_engine import BUILDERS, last_words, open_log
+from .build_engine import BUILDERS, last_error, make_logger
 from .engine_record import ENGINE_FILE, EngineRecord, Machine
 from .profiles import choose_profile
 
@@ -69,11 +69,11 @@ class TensorrtRunner:
         self._device = torch.device(device)
         self.record.check_machine(_machine(self._trt, self._device))
         # The engine does not outlive the runtime that read it.
-        self._log = open_log(self._trt)
+        self._log = make_logger(self._trt)
         self._reader = self._trt.Runtime(self._log)
         self._engine = self._reader.deserialize_cuda_engine((folder / ENGINE_FILE).read_bytes())
         if self._engine is None:
-            raise StreamlineError(f"{folder / ENGINE_FILE}: {self.runtime} cannot read it: {last_words(self._log)}")
+            raise StreamlineError(f"{folder / ENGINE_FILE}: {self.runtime} cannot read it: {last_error(self._log)}")
         self._contexts: dict[int, Any] = {}
         self._dtypes = {name: self._dtype(name) for name in self._names()}
 
@@ -114,7 +114,7 @@ class TensorrtRunner:
     def _call(self, input_ids: TokenIds, seen: Mask, cache: EngineCache) -> Logits:
         mask_type = self._dtypes[self.record.masks[0].name]
         closed = torch.finfo(mask_type).min / 2
-        arrays = static_feeds(input_ids, seen, self.record.masks, self.record.limits.length, closed)
+        arrays = static_inputs(input_ids, seen, self.record.masks, self.record.limits.length, closed)
         fed = {name: torch.from_numpy(array).to(self._dtypes[name]) for name, array in arrays.items()}
         new = input_ids.shape[1]
         if new not in cache.steps:
@@ -146,7 +146,7 @@ class TensorrtRunner:
             for name, tensor in tensors.items():
                 context.set_tensor_address(name, tensor.data_ptr())
             if not context.execute_async_v3(self._stream()):
-                raise StreamlineError(f"{self.runtime} cannot run the engine: {last_words(self._log)}")
+                raise StreamlineError(f"{self.runtime} cannot run the engine: {last_error(self._log)}")
 
         one_token = inputs["input_ids"].shape[1] == 1
         return _Step(inputs, logits, _captured(run) if one_token and self._device.type == "cuda" else run)

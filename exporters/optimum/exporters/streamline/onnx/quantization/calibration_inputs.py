@@ -10,18 +10,18 @@ import numpy.typing as npt
 import onnx
 from onnxruntime.quantization import CalibrationDataReader
 
-from optimum.exporters.streamline.onnx.runner import token_feeds
+from optimum.exporters.streamline.onnx.runner import token_inputs
 
-Feeds = dict[str, npt.NDArray[Any]]
+InputArrays = dict[str, npt.NDArray[Any]]
 
 
-def feeds_of(model: onnx.ModelProto, windows: npt.NDArray[np.int64]) -> Iterator[Feeds]:
+def calibration_inputs(model: onnx.ModelProto, windows: npt.NDArray[np.int64]) -> Iterator[InputArrays]:
     """The inputs of each window, `[windows, length]`, in turn."""
     caches = [value for value in model.graph.input if value.name.startswith("past_key_values.")]
     empty = {value.name: np.empty(_empty_shape(value), np.float32) for value in caches}
     for window in windows:
         tokens = window[None]
-        yield {**token_feeds(tokens, np.ones_like(tokens)), **empty}
+        yield {**token_inputs(tokens, np.ones_like(tokens)), **empty}
 
 
 def _empty_shape(value: onnx.ValueInfoProto) -> tuple[int, ...]:
@@ -29,12 +29,12 @@ def _empty_shape(value: onnx.ValueInfoProto) -> tuple[int, ...]:
     return (1, heads, 0, size)
 
 
-class Reader(CalibrationDataReader):
+class CalibrationReader(CalibrationDataReader):
     """The same, one after another, as ONNX Runtime's calibration asks for them."""
 
-    def __init__(self, feeds: Iterator[Feeds]) -> None:
+    def __init__(self, feeds: Iterator[InputArrays]) -> None:
         self._feeds = feeds
 
-    def get_next(self) -> Feeds | None:
+    def get_next(self) -> InputArrays | None:
         """The next window's; nothing when all were given."""
         return next(self._feeds, None)

@@ -20,19 +20,19 @@ from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 from onnxruntime.quantization.neural_compressor import gptq_quantize
 
 from optimum.exporters.streamline.graph_files import GRAPH_FILE
-from optimum.exporters.streamline.rewriting.edits import initializer, sizes, take_over
+from optimum.exporters.streamline.rewriting.edits import initializer, replace_value, static_shape
 from optimum.exporters.streamline.rewriting.excluded_nodes import excluded, module_of
 from optimum.exporters.streamline.rewriting.fuse_for_ort import (
     DOMAIN,
     fuse_norms,
-    is_product,
-    pack_products,
+    is_weight_matmul,
+    pack_matmuls,
     split_biases,
 )
-from optimum.exporters.streamline.rewriting.tied_embedding import Tied, find_tied, untie
+from optimum.exporters.streamline.rewriting.tied_embedding import TiedEmbedding, find_tied_embedding, untie_embedding
 from optimum.streamline.errors import StreamlineError
 
-from .calibration_inputs import feeds_of
+from .calibration_inputs import calibration_inputs
 from .settings import Quantization
 
 BITS, BLOCK = 4, 32
@@ -55,18 +55,18 @@ def quantize_int4(source: Path, target: Path, quantization: Quantization, algori
     model = ir.load(source / GRAPH_FILE)
     graph = model.graph
     split_biases(graph)
-    tied = find_tied(graph)
-    products = [node for node in graph if is_product(node)] + ([tied.product] if tied else [])
+    tied = find_tied_embedding(graph)
+    products = [node for node in graph if is_weight_matmul(node)] + ([tied.product] if tied else [])
     kept = excluded(products, quantization.exclude)
     if tied and tied.product not in kept:
         _quantize_tied(graph, tied)
     if algorithm == "gptq":
-        _check_gptq(node for node in graph if is_product(node) and node not in kept)
-    pack_products(graph, kept)
+        _check_gptq(node for node in graph if is_weight_matmul(node) and node not in kept)
+    pack_matmuls(graph, kept)
     if algorithm == "gptq":
         model = _gptq(model, [str(node.name) for node in kept], quantization, target)
     else:
-        for node in [node for node in graph if is_product(node) and node not in kept]:
+        for node in [node for node in graph if is_weight_matmul(node) and node not in kept]:
             _quantize_product(graph, node, _QUANTIZERS[algorithm])
     fuse_norms(model.graph)
     model.opset_imports[DOMAIN] = 1
@@ -102,7 +102,7 @@ def _parts(
     graph: ir.Graph, weight: ir.Value, quantize: Callable[[npt.NDArray[Any]], Arrays], transposed: bool = False
 ) -> list[ir.Value]:
     """Initializers for a weight's numbers, scales and, if it has such, offsets; computed when they are written."""
-    depth, width = reversed(sizes(weight)) if transposed else sizes(weight)
+    depth, width = reversed(static_shape(weight)) if transposed else static_shape(weight)
     blocks = -(-depth // BLOCK)
     kinds = [
         ("Q4", ir.DataType.UINT8, [width, blocks, BLOCK * BITS // 8]),
@@ -121,7 +121,7 @@ def _parts(
 
 
 def _product(node: ir.Node, parts: list[ir.Value], depth: int) -> ir.Node:
-    width = sizes(parts[0])[0]
+    width = static_shape(parts[0])[0]
     options = {"K": depth, "N": width, "bits": BITS, "block_size": BLOCK, "accuracy_level": ACCURACY}
     return ir.node("MatMulNBits", [node.inputs[0], *parts], options, domain=DOMAIN, name=f"{node.name}NBits")
 
@@ -129,18 +129,18 @@ def _product(node: ir.Node, parts: list[ir.Value], depth: int) -> ir.Node:
 def _quantize_product(graph: ir.Graph, node: ir.Node, quantize: Callable[[npt.NDArray[Any]], Arrays]) -> None:
     weight = node.inputs[1]
     assert weight is not None
-    made = _product(node, _parts(graph, weight, quantize), sizes(weight)[0])
+    made = _product(node, _parts(graph, weight, quantize), static_shape(weight)[0])
     graph.insert_before(node, made)
-    take_over(node.outputs[0], made.outputs[0])
+    replace_value(node.outputs[0], made.outputs[0])
     graph.remove(node, safe=True)
     del graph.initializers[str(weight.name)]
 
 
-def _quantize_tied(graph: ir.Graph, tied: Tied) -> None:
+def _quantize_tied(graph: ir.Graph, tied: TiedEmbedding) -> None:
     """Keep a tied embedding once, in 4 bits rounded to nearest, which both a lookup and a product can read."""
-    vocabulary, width = sizes(tied.weight)
+    vocabulary, width = static_shape(tied.weight)
     if width % BLOCK:
-        untie(graph)
+        untie_embedding(graph)
         return
     numbers, scales = _parts(graph, tied.weight, _rounded, transposed=True)
     rows = initializer(graph, ir.tensor(np.array([vocabulary, width // 2]), name=f"{tied.weight.name}_rows"))
@@ -154,8 +154,8 @@ def _quantize_tied(graph: ir.Graph, tied: Tied) -> None:
     product = _product(tied.product, [numbers, scales], width)
     graph.insert_before(tied.lookup, [flat, lookup])
     graph.insert_before(tied.product, product)
-    take_over(tied.lookup.outputs[0], lookup.outputs[0])
-    take_over(tied.product.outputs[0], product.outputs[0])
+    replace_value(tied.lookup.outputs[0], lookup.outputs[0])
+    replace_value(tied.product.outputs[0], product.outputs[0])
     graph.remove([tied.lookup, tied.product, tied.transposition], safe=True)
     del graph.initializers[str(tied.weight.name)]
 
@@ -167,7 +167,7 @@ def _check_gptq(products: Iterable[ir.Node]) -> None:
                 f"quantize 'int4-gptq': {module_of(node)} is an expert's, and ONNX Runtime's GPTQ fails where a text "
                 "sends an expert no token; use 'int4', or quantize-exclude the experts"
             )
-        depth = sizes(node.inputs[1])[0]
+        depth = static_shape(node.inputs[1])[0]
         if -(-depth // BLOCK) % 2:
             raise StreamlineError(
                 f"quantize 'int4-gptq': {module_of(node)} multiplies {depth} numbers, an odd number of blocks of "
@@ -179,11 +179,11 @@ def _gptq(model: ir.Model, kept: Collection[str], quantization: Quantization, sc
     assert quantization.windows is not None
     # With offsets: without, what onnxruntime makes of it is worse than rounding to nearest (measured).
     how = {"bits": BITS, "group_size": BLOCK, "scheme": "asym"}
-    ways = {str(node.name): "fp32" if node.name in kept else how for node in model.graph if is_product(node)}
+    ways = {str(node.name): "fp32" if node.name in kept else how for node in model.graph if is_weight_matmul(node)}
     with TemporaryDirectory(dir=scratch) as folder:
         ir.save(model, Path(folder) / GRAPH_FILE, external_data=WEIGHTS_FILE)
         proto = onnx.load(Path(folder) / GRAPH_FILE)
-    windows = [(feeds, None) for feeds in feeds_of(proto, quantization.windows.ids.numpy())]
+    windows = [(feeds, None) for feeds in calibration_inputs(proto, quantization.windows.ids.numpy())]
     made = gptq_quantize(proto, windows, ways, blocksize=BLOCK, n_samples=-1, accuracy_level=ACCURACY)
     quantized: ir.Model = ir.from_proto(made.model)
     return quantized

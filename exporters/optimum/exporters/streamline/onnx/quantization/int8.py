@@ -10,11 +10,11 @@ import onnx_ir as ir
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 
 from optimum.exporters.streamline.graph_files import GRAPH_FILE
-from optimum.exporters.streamline.rewriting.edits import PRODUCTS
+from optimum.exporters.streamline.rewriting.edits import MATMUL_OPERATORS
 from optimum.exporters.streamline.rewriting.excluded_nodes import excluded
-from optimum.exporters.streamline.rewriting.tied_embedding import untie
+from optimum.exporters.streamline.rewriting.tied_embedding import untie_embedding
 
-from .calibration_inputs import Reader, feeds_of
+from .calibration_inputs import CalibrationReader, calibration_inputs
 from .settings import Quantization
 
 
@@ -25,14 +25,14 @@ def quantize_int8(source: Path, target: Path, quantization: Quantization, calibr
         calibrated: Whether activations are scaled beforehand, by `quantization.windows`.
     """
     model = ir.load(source / GRAPH_FILE)
-    untie(model.graph)
-    products = [node for node in model.graph if node.op_type in PRODUCTS]
+    untie_embedding(model.graph)
+    products = [node for node in model.graph if node.op_type in MATMUL_OPERATORS]
     kept = [str(node.name) for node in excluded(products, quantization.exclude)]
     with TemporaryDirectory(dir=target) as folder:
         plain = Path(folder) / GRAPH_FILE
         ir.save(model, plain, external_data=f"{GRAPH_FILE}.data")
         options = {
-            "op_types_to_quantize": list(PRODUCTS),
+            "op_types_to_quantize": list(MATMUL_OPERATORS),
             "nodes_to_exclude": kept,
             "per_channel": True,
             "weight_type": QuantType.QInt8,
@@ -41,7 +41,9 @@ def quantize_int8(source: Path, target: Path, quantization: Quantization, calibr
         }
         if calibrated:
             assert quantization.windows is not None
-            reader = Reader(feeds_of(onnx.load(plain, load_external_data=False), quantization.windows.ids.numpy()))
+            reader = CalibrationReader(
+                calibration_inputs(onnx.load(plain, load_external_data=False), quantization.windows.ids.numpy())
+            )
             quantize_static(
                 plain, target / GRAPH_FILE, reader, QuantFormat.QDQ, activation_type=QuantType.QUInt8, **options
             )

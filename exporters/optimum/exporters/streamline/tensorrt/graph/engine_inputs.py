@@ -17,7 +17,7 @@ from optimum.streamline.errors import StreamlineError
 from optimum.streamline.runtime.runner import TokenIds
 
 
-def static_feeds(
+def static_inputs(
     input_ids: TokenIds, attention_mask: Mask, masks: Sequence[MaskInput], cache_length: int, closed: float
 ) -> dict[str, npt.NDArray[Any]]:
     """What is fed beside the caches, for tokens `[batch, length]` and the mask of everything up to their end.
@@ -38,7 +38,7 @@ def static_feeds(
         "write_indices": np.full(batch, end - new, np.int64),
         **{
             mask.name: np.where(
-                open_places(attention_mask, new, cache_length, mask.window), np.float32(0), np.float32(closed)
+                attended_places(attention_mask, new, cache_length, mask.window), np.float32(0), np.float32(closed)
             )
             for mask in masks
         },
@@ -56,13 +56,13 @@ def check_length(length: int, cache_length: int) -> None:
         raise StreamlineError(f"length {length}: beyond the {cache_length} tokens that this export has room for")
 
 
-def open_places(attention_mask: Mask, new: int, cache_length: int, window: int | None) -> npt.NDArray[np.bool_]:
+def attended_places(attention_mask: Mask, new: int, cache_length: int, window: int | None) -> npt.NDArray[np.bool_]:
     """Which places `[batch, 1, new, cache length]` the last `new` tokens attend to.
 
-    >>> open_places(np.array([[0, 1, 1, 1]]), 2, 5, None)[0, 0].astype(int)
+    >>> attended_places(np.array([[0, 1, 1, 1]]), 2, 5, None)[0, 0].astype(int)
     array([[0, 1, 1, 0, 0],
            [0, 1, 1, 1, 0]])
-    >>> open_places(np.array([[0, 1, 1, 1]]), 2, 5, 2)[0, 0].astype(int)
+    >>> attended_places(np.array([[0, 1, 1, 1]]), 2, 5, 2)[0, 0].astype(int)
     array([[0, 1, 1, 0, 0],
            [0, 0, 1, 1, 0]])
     """

@@ -133,7 +133,7 @@ def _axes(graph: ir.Graph) -> Iterator[str]:
 
 def _caches(graph: ir.Graph) -> Iterator[str]:
     """What a cache becomes lies where it was: it has its shape and type, and is written by `TensorScatter` alone."""
-    for written, read in aliases(graph).items():
+    for written, read in cache_aliases(graph).items():
         node = written.producer()
         if node is None or node.op_type != "TensorScatter" or node.inputs[0] is not read:
             yield f"{written.name} is not {read.name} with new tokens written into it"
@@ -141,7 +141,7 @@ def _caches(graph: ir.Graph) -> Iterator[str]:
             yield f"{written.name} is {written.dtype}{written.shape}, and {read.name} {read.dtype}{read.shape}"
 
 
-def aliases(graph: ir.Graph) -> dict[ir.Value, ir.Value]:
+def cache_aliases(graph: ir.Graph) -> dict[ir.Value, ir.Value]:
     """The cache outputs, each with the input that it lies in the place of."""
     inputs = {str(value.name): value for value in graph.inputs}
     named = {value: str(value.name).replace("present.", "past_key_values.") for value in graph.outputs}

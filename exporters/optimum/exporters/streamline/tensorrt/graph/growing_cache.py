@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optimum.exporters.streamline.graph_files import GRAPH_FILE, LOGITS_TO_KEEP
-from optimum.exporters.streamline.rewriting.edits import initializer, take_over
+from optimum.exporters.streamline.rewriting.edits import initializer, replace_value
 from optimum.streamline.errors import StreamlineError
 
 from .graph_rules import OPERATORS
@@ -64,14 +64,14 @@ def _append_before(graph: ir.Graph, attention: ir.Node) -> None:
         parts = [attention.inputs[past], _apart(graph, attention, new, heads)]
         whole = ir.node("Concat", parts, {"axis": 2}, name=f"{attention.name}/Concat_{output}")
         graph.insert_before(attention, whole)
-        take_over(attention.outputs[output], whole.outputs[0])
+        replace_value(attention.outputs[output], whole.outputs[0])
         appended.append(whole.outputs[0])
     kept = {name: value for name, value in attention.attributes.items() if not name.endswith("_num_heads")}
     made = ir.node("Attention", [query, *appended, attention.inputs[_MASK]], name=attention.name)
     made.attributes.update(kept)
     made.outputs[0].type = attention.outputs[0].type
     graph.insert_before(attention, made)
-    take_over(attention.outputs[0], _joined(graph, attention, made) if queries else made.outputs[0])
+    replace_value(attention.outputs[0], _joined(graph, attention, made) if queries else made.outputs[0])
     graph.remove(attention, safe=True)
 
 

@@ -20,13 +20,13 @@ from onnxruntime.quantization import CalibrationMethod
 from onnxruntime.quantization.calibrate import create_calibrator
 
 from optimum.exporters.streamline.graph_files import GRAPH_FILE
-from optimum.exporters.streamline.onnx.quantization.calibration_inputs import Feeds, Reader
+from optimum.exporters.streamline.onnx.quantization.calibration_inputs import CalibrationReader, InputArrays
 from optimum.exporters.streamline.onnx.quantization.settings import Quantization
-from optimum.exporters.streamline.rewriting.edits import initializer, sizes
+from optimum.exporters.streamline.rewriting.edits import initializer, static_shape
 from optimum.exporters.streamline.rewriting.excluded_nodes import excluded, module_of
-from optimum.exporters.streamline.rewriting.fuse_for_ort import is_product, split_biases
+from optimum.exporters.streamline.rewriting.fuse_for_ort import is_weight_matmul, split_biases
 from optimum.exporters.streamline.rewriting.public_names import MaskInput
-from optimum.exporters.streamline.rewriting.to_float32 import write_widened
+from optimum.exporters.streamline.rewriting.to_float32 import write_float32
 from optimum.streamline.errors import StreamlineError
 
 from .quantizers import ENGINE_QUANTIZERS, EngineQuantizer
@@ -53,7 +53,7 @@ def quantize_engine_graph(source: Path, target: Path, quantization: Quantization
     way, numbers = ENGINE_QUANTIZERS[quantization.how], _NUMBERS[quantization.how]
     model = ir.load(source / GRAPH_FILE)
     split_biases(model.graph)
-    products = [node for node in model.graph if is_product(node)]
+    products = [node for node in model.graph if is_weight_matmul(node)]
     kept = excluded(products, quantization.exclude)
     products = [node for node in products if node not in kept]
     _check_blocks(products, quantization.how)
@@ -69,7 +69,7 @@ def quantize_engine_graph(source: Path, target: Path, quantization: Quantization
 def _check_blocks(products: Sequence[ir.Node], how: str) -> None:
     block = ENGINE_QUANTIZERS[how].block
     for node in products:
-        depth = sizes(node.inputs[1])[0]
+        depth = static_shape(node.inputs[1])[0]
         if block and depth % block:
             raise StreamlineError(
                 f"quantize {how!r}: {module_of(node)} multiplies {depth} numbers, which are not whole blocks of "
@@ -85,7 +85,7 @@ def _ranges(model: ir.Model, quantization: Quantization, masks: Sequence[MaskInp
         for each in (narrow, wide):
             each.mkdir()
         ir.save(model, narrow / GRAPH_FILE, external_data=WEIGHTS_FILE)
-        write_widened(narrow / GRAPH_FILE, wide / GRAPH_FILE)
+        write_float32(narrow / GRAPH_FILE, wide / GRAPH_FILE)
         calibrator = create_calibrator(
             wide / GRAPH_FILE,
             ["MatMul"],
@@ -93,15 +93,15 @@ def _ranges(model: ir.Model, quantization: Quantization, masks: Sequence[MaskInp
             CalibrationMethod.MinMax,
             use_external_data_format=True,
         )
-        calibrator.collect_data(Reader(_prompts(wide, masks, quantization.windows.ids.numpy())))
+        calibrator.collect_data(CalibrationReader(_prompts(wide, masks, quantization.windows.ids.numpy())))
         found = calibrator.compute_data().data
         return {name: float(np.abs(each.range_value).max()) for name, each in found.items()}
 
 
-def _prompts(folder: Path, masks: Sequence[MaskInput], windows: npt.NDArray[np.int64]) -> Iterator[Feeds]:
+def _prompts(folder: Path, masks: Sequence[MaskInput], windows: npt.NDArray[np.int64]) -> Iterator[InputArrays]:
     runner = StaticOnnxRunner(folder, masks)
     for window in windows:
-        yield runner.prompt_feeds(window[None])
+        yield runner.prompt_inputs(window[None])
 
 
 def _quantize_activation(
@@ -128,7 +128,7 @@ def _quantize_weight(graph: ir.Graph, node: ir.Node, way: EngineQuantizer, numbe
     weight = node.inputs[1]
     assert weight is not None
     assert weight.dtype is not None
-    depth, width = sizes(weight)
+    depth, width = static_shape(weight)
     shape = [depth // way.block, width] if way.block else [width]
     options = {"axis": 0, "block_size": way.block} if way.block else {"axis": 1}
     read = partial(_part, weight, way, numbers)

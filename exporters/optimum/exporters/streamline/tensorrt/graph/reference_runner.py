@@ -15,7 +15,7 @@ from optimum.exporters.streamline.parity.calls import Mask
 from optimum.exporters.streamline.rewriting.public_names import MaskInput
 from optimum.streamline.runtime.runner import Logits, TokenIds
 
-from .engine_inputs import static_feeds
+from .engine_inputs import static_inputs
 
 _DTYPES: dict[str, type[np.floating[Any]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -61,7 +61,7 @@ class StaticOnnxRunner:
         mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
         return self._extend(input_ids, mask, self._empty(len(input_ids)))
 
-    def prompt_feeds(self, input_ids: TokenIds) -> dict[str, Any]:
+    def prompt_inputs(self, input_ids: TokenIds) -> dict[str, Any]:
         """What the graph is fed for a prompt `[batch, length]` without padding, by input."""
         return self._feeds(input_ids, np.ones_like(input_ids)) | self._empty(len(input_ids)).states
 
@@ -75,7 +75,7 @@ class StaticOnnxRunner:
 
     def _feeds(self, input_ids: TokenIds, attention_mask: Mask) -> dict[str, Any]:
         closed = float(np.finfo(self._dtype).min / 2)
-        feeds = static_feeds(input_ids, attention_mask, self._masks, self._past[0].shape[2], closed)
+        feeds = static_inputs(input_ids, attention_mask, self._masks, self._past[0].shape[2], closed)
         return feeds | {mask.name: feeds[mask.name].astype(self._dtype) for mask in self._masks}
 
     def _extend(self, input_ids: TokenIds, mask: Mask, cache: StaticCache) -> tuple[Logits, StaticCache]:
