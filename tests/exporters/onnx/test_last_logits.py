@@ -126,12 +126,12 @@ def test_the_projection_reads_what_is_kept(last_only):
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_what_gives_other_logits_is_not_delivered(exported, tmp_path, monkeypatch, dtype):
-    right = last_logits._places
+    right = last_logits._kept_positions
 
     def one_too_early(graph, steps):
         return steps.add("Sub", right(graph, steps), steps.constant(1))
 
-    monkeypatch.setattr(last_logits, "_places", one_too_early)
+    monkeypatch.setattr(last_logits, "_kept_positions", one_too_early)
     with pytest.raises(ParityError, match=r"last-logits: with num_logits_to_keep 0 a logit differs from the whole"):
         export_checkpoint(str(exported("llama").checkpoint), tmp_path / "out", dtype=dtype, last_logits=True)
     assert not (tmp_path / "out").exists()

@@ -139,5 +139,5 @@ def test_a_graph_whose_layers_are_no_parts_is_not_scored(tmp_path: Path) -> None
     wide_model(num_hidden_layers=1).save_pretrained(tmp_path / "in")
     artifact = export_checkpoint(str(tmp_path / "in"), tmp_path / "out")
     unknown = Artifact(artifact.path, "onnx", "fp32", "", "", {}, ())
-    with pytest.raises(StreamlineError, match="its layers are no parts of the graph, so they cannot be scored in it"):
+    with pytest.raises(StreamlineError, match="its hidden states cannot be read, the layers are not separable"):
         open_hidden_states(unknown)

@@ -194,7 +194,7 @@ def test_in_little_memory_a_model_that_is_traced_whole_is_run_in_parts_too(tmp_p
 
 def test_what_has_no_parts_is_refused_in_little_memory(tmp_path: Path) -> None:
     checkpoint = saved(tmp_path / "in", skipped=((0, ATTENTION), (0, MLP)), num_hidden_layers=3)
-    with pytest.raises(StreamlineError, match=r"max-memory 1: the layers of this model are not parts that can be run"):
+    with pytest.raises(StreamlineError, match=r"max-memory 1: the layers of this model cannot be run one by one"):
         export_checkpoint(checkpoint, tmp_path / "out", max_memory=1)
     assert [each.name for each in tmp_path.iterdir()] == ["in"]
 

@@ -202,11 +202,11 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
 # The descriptions in `optimum.exporters.streamline.GRAPH_QUANTIZERS`, which would take seconds to import; a test
 # compares them.
 QUANTIZATION_LINES = {
-    "int8": "weights in 8 bits, activations too, scaled as they come",
-    "int8-static": "the same, activations scaled by what text gave (QDQ)",
-    "int4": "weights in 4 bits, blocks of 32 rounded to nearest (MatMulNBits)",
-    "int4-hqq": "the same, offsets chosen by half-quadratic optimization",
-    "int4-gptq": "the same, weights rounded by what they do to text (GPTQ)",
+    "int8": "weights and activations in 8 bits, activation scales computed at run time",
+    "int8-static": "weights and activations in 8 bits, activation scales from calibration text (QDQ)",
+    "int4": "weights in 4 bits, blocks of 32, rounded to nearest (MatMulNBits)",
+    "int4-hqq": "weights in 4 bits, blocks of 32, offsets by half-quadratic quantization (HQQ)",
+    "int4-gptq": "weights in 4 bits, blocks of 32, rounded by their effect on calibration text (GPTQ)",
 }
 
 

@@ -98,7 +98,7 @@ def test_every_weight_is_the_nearest_that_its_scale_allows(engines: Callable[...
         # A float of 3 bits is off by a sixteenth of itself, or by half of the least step, 1/512.
         allowed = np.maximum(abs(numbers) / 16, 1 / 1024) if how == "fp8" else 0.5
         assert (abs(numbers * steps - true[name]) <= (allowed + 1e-3) * steps).all(), name
-        assert abs(numbers).max() == ENGINE_QUANTIZERS[how].most
+        assert abs(numbers).max() == ENGINE_QUANTIZERS[how].largest
         checked += 1
     assert checked == PRODUCTS
 
@@ -124,7 +124,7 @@ def test_scales_are_of_the_text(engines: Callable[..., Artifact], how: str) -> N
     windows = text("calibration", 8).ids.numpy()
     largest = max(np.abs(session.run([read], runner.prompt_inputs(window[None]))[0]).max() for window in windows)
     [scale] = [each for each in graph_of(engines(how)).initializer if each.name == f"{read}_scale"]
-    assert onnx.numpy_helper.to_array(scale) * ENGINE_QUANTIZERS[how].most == pytest.approx(largest, rel=1e-4)
+    assert onnx.numpy_helper.to_array(scale) * ENGINE_QUANTIZERS[how].largest == pytest.approx(largest, rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
@@ -144,7 +144,7 @@ def test_every_way_is_built_in_every_dtype(tmp_path: Path, how: str, dtype: str)
 
 def test_blocks_that_are_not_whole_are_refused_before_a_build(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "in")
-    with pytest.raises(StreamlineError, match="multiplies 32 numbers, which are not whole blocks of 64"):
+    with pytest.raises(StreamlineError, match="has an input width of 32, no multiple of the block size 64"):
         export_checkpoint(str(tmp_path / "in"), tmp_path / "out", "tensorrt", engine=RTX_SHORT, quantize="int4")
     assert [each.name for each in tmp_path.iterdir()] == ["in"]
 
@@ -153,7 +153,7 @@ RTX_SHORT = EngineOptions("tensorrt-rtx", (89,), max_length=32)
 
 
 def test_calibration_without_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StreamlineError, match="windows None: quantize 'int8' needs text to calibrate on"):
+    with pytest.raises(StreamlineError, match="windows None: quantize 'int8' needs calibration text"):
         export_checkpoint(REFERENCE, tmp_path / "out", "tensorrt", engine=RTX_SHORT, quantize="int8")
 
 
@@ -181,4 +181,4 @@ def test_a_quantized_engine_computes_its_graph_on_a_gpu(tmp_path: Path, how: str
 
 
 def test_the_help_repeats_the_table() -> None:
-    assert {name: each.text for name, each in ENGINE_QUANTIZERS.items()} == ENGINE_QUANTIZATION_LINES
+    assert {name: each.description for name, each in ENGINE_QUANTIZERS.items()} == ENGINE_QUANTIZATION_LINES

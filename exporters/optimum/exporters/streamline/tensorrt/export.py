@@ -113,9 +113,9 @@ def export_tensorrt(job: TensorrtExport, overwrite: bool = False, verbose: bool 
 
 def _check_quantization(quantization: Quantization, engine: EngineOptions, config: PretrainedConfig) -> None:
     major, minor = (0, 0) if engine.capabilities else torch.cuda.get_device_capability()
-    way = check_engine_quantizer(quantization.how, engine.capabilities or (10 * major + minor,))
+    way = check_engine_quantizer(quantization.quantizer, engine.capabilities or (10 * major + minor,))
     if way.calibrated and quantization.windows is None:
-        raise StreamlineError(f"windows None: quantize {quantization.how!r} needs text to calibrate on")
+        raise StreamlineError(f"windows None: quantize {quantization.quantizer!r} needs text to calibrate on")
     check_excluded(config, quantization.exclude)
 
 
@@ -145,7 +145,7 @@ def _export_into(folder: Path, job: TensorrtExport, source: ModelSource, limits:
         traced_layers=proved.traced,
         whole_because=whole_because,
         engine=f"{record.builder} {record.version} for {record.target}, {record.layers} layers in its network",
-        quantize=job.quantization.how if job.quantization else NONE,
+        quantize=job.quantization.quantizer if job.quantization else NONE,
         quantize_exclude=tuple(job.quantization.exclude) if job.quantization else (),
         divergence=divergence,
         weight_bytes=weight_bytes(folder) if job.quantization else None,
@@ -156,7 +156,7 @@ def _export_into(folder: Path, job: TensorrtExport, source: ModelSource, limits:
 def _text_of(job: TensorrtExport) -> dict[str, dict[str, Any]]:
     """What text went into the engine, by purpose."""
     data = dict(text_of(str(ModelSource(job.checkpoint, **job.options).folder)))
-    if job.quantization and ENGINE_QUANTIZERS[job.quantization.how].calibrated:
+    if job.quantization and ENGINE_QUANTIZERS[job.quantization.quantizer].calibrated:
         assert job.quantization.windows is not None
         data["quantization"] = seen_text(job.quantization.windows)
     return data

@@ -1,4 +1,4 @@
-"""What a graph is fed to calibrate on text: windows of tokens, each from its beginning."""
+"""The inputs of a graph for calibration: each window of the calibration text as one prompt with an empty cache."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ from onnxruntime.quantization import CalibrationDataReader
 from optimum.exporters.streamline.onnx.runner import token_inputs
 
 InputArrays = dict[str, npt.NDArray[Any]]
+"""The inputs of one call, by name."""
 
 
 def calibration_inputs(model: onnx.ModelProto, windows: npt.NDArray[np.int64]) -> Iterator[InputArrays]:
-    """The inputs of each window, `[windows, length]`, in turn."""
+    """Yield the graph's inputs for each window.
+
+    Args:
+        model: The float32 graph, with public names.
+        windows: Token ids, `[windows, length]`.
+    """
     caches = [value for value in model.graph.input if value.name.startswith("past_key_values.")]
     empty = {value.name: np.empty(_empty_shape(value), np.float32) for value in caches}
     for window in windows:
@@ -30,11 +36,11 @@ def _empty_shape(value: onnx.ValueInfoProto) -> tuple[int, ...]:
 
 
 class CalibrationReader(CalibrationDataReader):
-    """The same, one after another, as ONNX Runtime's calibration asks for them."""
+    """Gives the inputs of calls, one call after another, in the form that ONNX Runtime's calibration reads."""
 
-    def __init__(self, feeds: Iterator[InputArrays]) -> None:
-        self._feeds = feeds
+    def __init__(self, inputs: Iterator[InputArrays]) -> None:
+        self._inputs = inputs
 
     def get_next(self) -> InputArrays | None:
-        """The next window's; nothing when all were given."""
-        return next(self._feeds, None)
+        """The inputs of the next call; `None` after the last."""
+        return next(self._inputs, None)

@@ -1,4 +1,4 @@
-"""Weights and activations in 8 bits, by onnxruntime's own quantizers: scaled as they come, or as text gave (QDQ)."""
+"""Quantize weights and activations to 8 bits with onnxruntime's quantizers, dynamic or static (QDQ)."""
 
 from __future__ import annotations
 
@@ -19,15 +19,19 @@ from .settings import Quantization
 
 
 def quantize_int8(source: Path, target: Path, quantization: Quantization, calibrated: bool) -> None:
-    """Quantize the graph in `source` into `target`.
+    """Quantize the graph in the folder `source` to 8 bits, into the folder `target`.
 
     Args:
-        calibrated: Whether activations are scaled beforehand, by `quantization.windows`.
+        source: The folder of the float32 graph.
+        target: The folder to write into.
+        quantization: The excluded modules, and the calibration text.
+        calibrated: Whether activation scales come from `quantization.windows` (static); otherwise the graph computes
+            them at each call (dynamic).
     """
     model = ir.load(source / GRAPH_FILE)
     untie_embedding(model.graph)
-    products = [node for node in model.graph if node.op_type in MATMUL_OPERATORS]
-    kept = [str(node.name) for node in excluded(products, quantization.exclude)]
+    matmuls = [node for node in model.graph if node.op_type in MATMUL_OPERATORS]
+    kept = [str(node.name) for node in excluded(matmuls, quantization.exclude)]
     with TemporaryDirectory(dir=target) as folder:
         plain = Path(folder) / GRAPH_FILE
         ir.save(model, plain, external_data=f"{GRAPH_FILE}.data")

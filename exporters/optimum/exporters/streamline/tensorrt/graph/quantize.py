@@ -50,13 +50,13 @@ def quantize_engine_graph(source: Path, target: Path, quantization: Quantization
     Raises:
         StreamlineError: a product cannot be quantized so.
     """
-    way, numbers = ENGINE_QUANTIZERS[quantization.how], _NUMBERS[quantization.how]
+    way, numbers = ENGINE_QUANTIZERS[quantization.quantizer], _NUMBERS[quantization.quantizer]
     model = ir.load(source / GRAPH_FILE)
     split_biases(model.graph)
     products = [node for node in model.graph if is_weight_matmul(node)]
     kept = excluded(products, quantization.exclude)
     products = [node for node in products if node not in kept]
-    _check_blocks(products, quantization.how)
+    _check_blocks(products, quantization.quantizer)
     ranges = _ranges(model, quantization, masks, target) if way.calibrated else {}
     for node in products:
         if way.calibrated:
