@@ -59,7 +59,7 @@ def test_transformers_runs_an_engine(monkeypatch: pytest.MonkeyPatch, exported: 
     found = torch.cat([first.logits, second.logits, third.logits], dim=1)
     torch.testing.assert_close(found[mask == 1], expected[mask == 1], rtol=0, atol=1e-4)
     assert (model.device.type, model.dtype, model.config.model_type) == ("cpu", torch.float32, "qwen2")
-    with pytest.raises(StreamlineError, match="attention_mask: there is padding behind a prompt"):
+    with pytest.raises(StreamlineError, match="attention_mask: there is padding after a prompt"):
         model(input_ids=ids[:, :1], attention_mask=torch.zeros(2, 10), past_key_values=third.past_key_values)
 
 

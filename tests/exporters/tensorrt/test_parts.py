@@ -45,7 +45,7 @@ def test_every_input_that_varies_is_in_every_profile() -> None:
 
 
 def test_an_axis_that_nothing_bounds_is_refused() -> None:
-    with pytest.raises(StreamlineError, match="input past: nothing says how long its axis 'past_sequence_length' may"):
+    with pytest.raises(StreamlineError, match="input past: its axis 'past_sequence_length' has no known limits"):
         make_profiles({"past": ("batch_size", "past_sequence_length")}, Limits(1, 1, 32))
 
 
@@ -134,7 +134,7 @@ def test_an_engine_is_refused_elsewhere_by_name() -> None:
 
 
 def test_a_text_that_the_caches_have_no_room_for_is_refused() -> None:
-    with pytest.raises(StreamlineError, match="length 33: beyond the 32 tokens that this export has room for"):
+    with pytest.raises(StreamlineError, match="length 33: must be at most 32, the tokens that the caches hold"):
         static_inputs(np.ones((1, 33), np.int64), np.ones((1, 33), np.int64), [MaskInput("mask")], 32, -1e9)
 
 
@@ -213,19 +213,19 @@ def with_a_cache_of_another_layer(model: ir.Model) -> None:
 
 
 FAULTS: dict[Callable[[ir.Model], None], str] = {
-    of_an_older_opset: "its graph is of opset 23, not 24",
+    of_an_older_opset: "its graph has opset 23, not 24",
     of_another_domain: "its graph has operators of 'com.microsoft'",
     with_an_operator_that_fails: "operator NonZero is not among those that engines are built of",
-    counting_keys: r"/Attention: Attention has an input beyond the mask \(input_ids\)",
-    appending_within: r"/Attention: Attention has an input beyond the mask \(past_key_values.0.key\)",
+    counting_keys: r"/Attention: Attention has an input after the mask \(input_ids\)",
+    appending_within: r"/Attention: Attention has an input after the mask \(past_key_values.0.key\)",
     without_a_mask: "/Attention: Attention has no mask",
-    causal_too: "/Attention: Attention is causal beside its mask",
-    capped: "/Attention: Attention caps its scores",
+    causal_too: "/Attention: Attention has is_causal in addition to its mask",
+    capped: "/Attention: Attention has a softcap",
     with_an_idle_input: "input idle reaches no output",
-    with_a_number_for_a_name: "input_ids: axis 0, '2', is named by a number",
-    with_a_cache_that_grows: "past_key_values.0.key: axis 2, 'past_sequence_length', must be a number",
-    with_a_cache_of_another_length: r"present.0.key is FLOAT\[batch_size,2,31,8\], and past_key_values.0.key FLOAT\[",
-    with_a_cache_of_another_layer: "present.0.key is not past_key_values.0.key with new tokens written into it",
+    with_a_number_for_a_name: "input_ids: axis 0, '2', has a number for a name",
+    with_a_cache_that_grows: "past_key_values.0.key: axis 2, 'past_sequence_length', must have a fixed size",
+    with_a_cache_of_another_length: r"present.0.key is FLOAT\[batch_size,2,31,8\], but past_key_values.0.key is FLOAT",
+    with_a_cache_of_another_layer: "present.0.key is not a TensorScatter of new tokens into past_key_values.0.key",
 }
 
 

@@ -66,11 +66,11 @@ def test_requests_beyond_the_engine_are_refused_by_name(exported: Path) -> None:
     runner = here(exported)
     with pytest.raises(StreamlineError, match=r"input input_ids \[5, 3\]: axis 0 is 5, not from 1 to 4"):
         runner.prefill(np.ones((5, 3), np.int64))
-    with pytest.raises(StreamlineError, match="length 33: beyond the 32 tokens that this export has room for"):
+    with pytest.raises(StreamlineError, match="length 33: must be at most 32, the tokens that the caches hold"):
         runner.prefill(np.ones((1, 33), np.int64))
     _, cache = runner.prefill(np.ones((1, 31), np.int64))
     _, cache = runner.decode(np.ones((1, 1), np.int64), cache)
-    with pytest.raises(StreamlineError, match="length 33: beyond the 32 tokens"):
+    with pytest.raises(StreamlineError, match="length 33: must be at most 32, the tokens that the caches hold"):
         runner.decode(np.ones((1, 1), np.int64), cache)
 
 

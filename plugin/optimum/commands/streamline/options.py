@@ -212,9 +212,9 @@ QUANTIZATION_LINES = {
 
 # What the exporters' `ENGINE_QUANTIZERS` say of each; the same test.
 ENGINE_QUANTIZATION_LINES = {
-    "int8": "weights and activations in 8 bits, scaled by what text gave",
-    "fp8": "the same in 8-bit floats, which begin with compute capability 8.9",
-    "int4": "weights in 4 bits, blocks of 64 rounded to nearest",
+    "int8": "weights and activations in 8 bits, activation scales from calibration text",
+    "fp8": "weights and activations in 8-bit floats, for GPUs of compute capability 8.9 or later",
+    "int4": "weights in 4 bits, blocks of 64, rounded to nearest",
 }
 
 

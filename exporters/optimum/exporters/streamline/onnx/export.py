@@ -82,15 +82,10 @@ def export_onnx(job: OnnxExport, overwrite: bool = False, verbose: bool = False)
         ParityError: the graph does not compute what the checkpoint does.
         StreamlineError: the checkpoint, the folder or an option cannot be used.
     """
-    check_options(job.dtype, job.device, job.quantization.quantizer if job.quantization else NONE)
-    if (
-        job.quantization
-        and GRAPH_QUANTIZERS[job.quantization.quantizer].calibrated
-        and job.quantization.windows is None
-    ):
-        raise StreamlineError(
-            f"windows None: quantize {job.quantization.quantizer!r} needs calibration text; give windows"
-        )
+    quantizer = job.quantization.quantizer if job.quantization else NONE
+    check_options(job.dtype, job.device, quantizer)
+    if job.quantization and GRAPH_QUANTIZERS[quantizer].calibrated and job.quantization.windows is None:
+        raise StreamlineError(f"windows None: quantize {quantizer!r} needs calibration text; give windows")
     with staged_folder(job.out, (job.checkpoint,), overwrite) as folder:
         with captured_logs(folder / LOG_FILE, verbose):
             artifact = _export_into(folder, job).with_files(folder)
@@ -140,8 +135,8 @@ def _export_into(folder: Path, job: OnnxExport) -> Artifact:
     dequantized = quantization_name(config) or ""
     if dequantized and job.max_memory is not None:
         raise StreamlineError(
-            f"max-memory {job.max_memory}: a quantized checkpoint ({dequantized}) is dequantized in memory, which needs "
-            "more; leave it out, or export the float model"
+            f"max-memory {job.max_memory}: a quantized checkpoint ({dequantized}) is dequantized in memory, which may "
+            "need more; leave it out, or export the float model"
         )
     with (
         TemporaryDirectory(dir=folder) as scratch,
@@ -263,8 +258,8 @@ def _answer(folder: Path, built: BuiltGraph, job: OnnxExport) -> CallFunction:
         return answer_with(OnnxRunner(folder, job.device))
     if not built.hidden:
         raise StreamlineError(
-            f"max-memory {job.max_memory}: the layers of this model cannot be run one by one, and the whole model takes "
-            f"up to {IN_RUNTIME * weights + taken_memory()} bytes; give at least that"
+            f"max-memory {job.max_memory}: the layers of this model cannot be run one by one; give "
+            f"{IN_RUNTIME * weights + taken_memory()} bytes, which the whole model may take"
         )
     hidden = [str(value.name) for value in built.hidden]
     return SegmentedRunner(folder, hidden, free // IN_RUNTIME, job.device).answer
