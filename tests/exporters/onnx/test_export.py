@@ -1,4 +1,4 @@
-"""`export_checkpoint` as a whole: the folder it writes, what it refuses, and that a wrong export leaves nothing."""
+"""Tests of `export_checkpoint` to ONNX: the folder, refused options, and that a wrong graph leaves no folder."""
 
 import hashlib
 import json
@@ -123,7 +123,7 @@ def test_a_graph_whose_weights_are_not_the_models_is_not_kept(exported, tmp_path
 
 
 class Faulty:
-    """A real runner with one fault."""
+    """A runner with one fault: scaled logits, an ignored mask, or a forgotten cache."""
 
     def __init__(self, runner, scale=1.0, ignore_mask=False, forget_before=0):
         self.runner, self.scale, self.ignore_mask, self.forget_before = runner, scale, ignore_mask, forget_before
@@ -137,7 +137,7 @@ class Faulty:
 
 
 class WrongInOneLogit:
-    """A real runner whose answer to one call is wrong in one number."""
+    """A runner that returns one wrong logit in one of its calls."""
 
     def __init__(self, runner, call, place, error=50.0):
         self.runner, self.call, self.place, self.error = runner, call, place, error

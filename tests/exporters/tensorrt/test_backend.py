@@ -1,4 +1,4 @@
-"""TensorRT behind `transformers.exporters`: what opens our folders, and exports with their classes."""
+"""Tests of the TensorRT backend: `transformers.exporters` opens our exports, and exports with our exporter."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(monkeypatch: pytest.MonkeyPatch, exported: Path, folder: Path) -> ExportedModel:
-    """What transformers makes of a folder, with the stand-in for the library."""
-    here(exported)  # its record says that it was built for this CPU
+    """A folder opened by transformers, with the stand-in for the TensorRT library."""
+    here(exported)  # changes the record, as if the engine had been built for this CPU
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", Library(exported / "engine"))
     return ExportedModel.from_pretrained(folder, device="cpu")
 

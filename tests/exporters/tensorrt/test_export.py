@@ -1,4 +1,4 @@
-"""Real engines, built by TensorRT-RTX without a GPU; their graphs compared with torch on ONNX Runtime's CPU."""
+"""Tests of exporting engines: TensorRT-RTX builds them without a GPU, and their graphs are compared with torch."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from tiny import LAYERS, tiny_model, token_ids
 
 pytestmark = [pytest.mark.onnx, pytest.mark.tensorrt]
 
-# Of the largest logit: the graph has the very operations of torch, in another order.
+# As a share of the largest logit. Small, because the graph has torch's operations, in another order.
 CLOSE = {"fp32": 4e-6, "fp16": 2e-3}
 RTX = EngineOptions("tensorrt-rtx", (89, 120), max_batch=4, max_length=32, max_input=16)
 Cli = Callable[..., Outcome]
 
 
 def exported(model: PreTrainedModel, folder: Path, dtype: str) -> Artifact:
-    """Its engine of a dtype, or in fp16 quantized to `int8`."""
+    """Export a model to an engine of a dtype; `int8` stands for fp16 quantized by the quantizer `int8`."""
     save = save_bare if bare_layers(model.config) else PreTrainedModel.save_pretrained
     save(model, folder / "checkpoint")
     options = {"engine": RTX, "quantize": "none", "windows": None}
@@ -50,7 +50,7 @@ def exported(model: PreTrainedModel, folder: Path, dtype: str) -> Artifact:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Artifact | str]:
-    """What came of an architecture: its export, or the line that refuses it."""
+    """A function that exports an architecture; it returns the artifact, or the message of the refusal."""
 
     @cache
     def export(architecture: str) -> Artifact | str:
@@ -146,7 +146,7 @@ def test_fewer_layers_make_a_smaller_engine(
     assert len(record.aliases) == 2 * caches
     assert record.layers < of_a_dense_model(dtype).layers
     scale = largest_logit(tmp_path / "checkpoint")
-    # In bf16 torch and the graph are both computed in float, with the same rounded weights.
+    # For bf16, torch and the graph both compute in float32, with the same rounded weights.
     assert max(artifact.parity.values()) < CLOSE["fp16"] * scale
     kind = onnx.TensorProto.BFLOAT16 if dtype == "bf16" else onnx.TensorProto.FLOAT16
     assert artifact.precision == dtype

@@ -1,4 +1,4 @@
-"""An ONNX export on ONNX Runtime's TensorRT provider: its graph, its shapes, its options; and itself, on a GPU."""
+"""Tests of ONNX Runtime's TensorRT provider: the converted graph, the shapes and the options; on a GPU also a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,12 @@ from tiny import tiny_model, token_ids
 pytestmark = pytest.mark.onnx
 
 OPTIONS = EngineOptions(max_batch=4, max_length=32, max_input=16)
-ARCHITECTURES = ["llama", "gpt2", "qwen2", "gemma2"]  # rotary embeddings or none, heads that share keys or not, windows
+ARCHITECTURES = [
+    "llama",
+    "gpt2",
+    "qwen2",
+    "gemma2",
+]  # with and without rotary embeddings, grouped-query heads and sliding windows
 
 
 def exported(folder: Path, architecture: str, dtype: str = "fp32", **options: Any) -> Path:
@@ -49,11 +54,11 @@ def test_the_graph_with_appending_outside_computes_the_same(tmp_path: Path, arch
 
     model = load(str(tmp_path / "checkpoint"), torch.float32)
     assert max(check_parity(model, answer_with(OnnxRunner(folder, open=opened)), 1e-4).values()) > 0
-    assert graph.stat().st_size < (folder / "model.onnx.data").stat().st_size  # whose weights it has
+    assert graph.stat().st_size < (folder / "model.onnx.data").stat().st_size  # it uses that weight file
 
 
 class Session:
-    """ONNX Runtime's session on the CPU, as if the provider were there."""
+    """An ONNX Runtime session on the CPU that pretends to use the TensorRT provider."""
 
     opened: dict[str, str]
 
@@ -91,7 +96,7 @@ def test_every_request_is_within_the_shapes_that_engines_are_built_for(
     assert [[part.partition(":")[0] for part in each.split(",")] for each in ranges] == [names] * 3
     least, _, most = (dict(part.split(":") for part in each.split(",")) for each in ranges)
     assert (least["past_key_values.0.key"], most["past_key_values.0.key"]) == ("1x2x0x8", "4x2x32x8")
-    # The provider wants the largest lengths to add up.
+    # The provider requires that the largest past and new lengths add up to the largest total length.
     assert (most["input_ids"], most["attention_mask"]) == ("4x16", "4x48")
     assert options["trt_engine_cache_enable"] == options["trt_timing_cache_enable"] == "1"
     assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == str(folder / "engines")
@@ -137,7 +142,7 @@ def test_without_the_provider_it_says_so(tmp_path: Path) -> None:
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_tensorrt_takes_the_graph_whole_within_these_shapes(tmp_path: Path, architecture: str) -> None:
-    """By TensorRT-RTX, which builds without a GPU: a node that it refused would be refused with the graph."""
+    """TensorRT-RTX builds an engine from the graph without a GPU, which fails if it refuses any node."""
     folder = exported(tmp_path, architecture, "fp16")
     graph = write_growing_graph(folder)
     inputs = _SESSION(str(graph), providers=["CPUExecutionProvider"]).get_inputs()

@@ -1,4 +1,4 @@
-"""What surrounds a TensorRT engine and needs no library of NVIDIA's: limits, profiles, records, the lint, the call."""
+"""Tests that need no TensorRT library: limits, profiles, records, the graph rules, and the calls of a build."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_text_that_the_caches_have_no_room_for_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def strict(tmp_path_factory: pytest.TempPathFactory) -> ir.ModelProtocol:
-    """The strict graph of a tiny model, as bytes."""
+    """The graph of a tiny model with static caches, as a protobuf, so that each test can change its own copy."""
     folder = tmp_path_factory.mktemp("strict")
     tiny_model("llama", num_hidden_layers=2).save_pretrained(folder / "checkpoint")
     model = load(str(folder / "checkpoint"), DTYPES["fp32"], offload=folder / "weights")
@@ -242,7 +242,7 @@ def test_a_planted_fault_is_found(strict: Any, plant: Callable[[ir.Model], None]
 
 
 class FakeTrt:
-    """What both libraries offer, as far as building calls it; it writes down each call."""
+    """A fake of both libraries, with the parts that a build calls; it records each call."""
 
     def __init__(self, name: str, fails: str = "") -> None:
         self.__name__ = name
@@ -280,7 +280,7 @@ class _Layer:
 
 
 class _Recorder:
-    """Any object of the library's: what is called of it is written down, and what is asked for is made."""
+    """A fake of any object of the library: it records each call and each assignment, and returns further fakes."""
 
     num_errors = 1
 
@@ -321,7 +321,7 @@ def built(trt: FakeTrt, folder: Path, capabilities: tuple[int, ...] = ()) -> Any
 
 
 def plain(calls: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Without the objects among what was given, which differ from one library to the next."""
+    """The calls without their object arguments, which differ between the two fakes."""
     return [tuple(each for each in call if isinstance(each, (str, int, tuple, bytes))) for call in calls]
 
 

@@ -1,4 +1,4 @@
-"""Running an engine: how it is called, with a stand-in that computes its graph; and as it is, where there is a GPU."""
+"""Tests of running an engine: with a stand-in library that computes the graph on the CPU, and on a GPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.onnx, pytest.mark.tensorrt]
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An engine with two kinds of mask."""
+    """An engine with two mask inputs: full attention and a sliding window."""
     return export_qwen2(tmp_path_factory.mktemp("engine"))
 
 
@@ -41,7 +41,7 @@ def test_an_engine_is_called_to_what_torch_computes(exported: Path, most: int) -
     assert len(parity) == 5
     run = runner._trt.shapes_run
     assert max(new for _, new in run) == min(most, 12)
-    # Prompts in parts of as many tokens as a call takes, and a single token by the profile of its own.
+    # A prompt runs in parts of at most the tokens that a call takes; a single token uses the decode profile.
     assert runner._trt.profiles_used == ([0] if most == 1 else [0, 1])
     if most == 5:
         assert [new for _, new in run[:3]] == [5, 5, 2]
@@ -59,7 +59,7 @@ def test_a_cache_is_written_where_it_lies(exported: Path) -> None:
         _, cache = runner.decode(ids[:, :1], cache)
     assert {name: tensor.data_ptr() for name, tensor in cache.states.items()} == lies
     assert [int(tensor.abs().sum((0, 1, 3)).count_nonzero()) for tensor in cache.states.values()] == [9] * len(states)
-    assert len(cache.steps) == 2  # one for the prompt's length, one for all that decode
+    assert len(cache.steps) == 2  # one call for the prompt's length, one for all decode steps
 
 
 def test_requests_beyond_the_engine_are_refused_by_name(exported: Path) -> None:

@@ -1,4 +1,4 @@
-"""A quantized graph that has lost the model is not delivered, however its figures are shown."""
+"""Tests that an export is refused if its quantized graph no longer resembles the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantized exports: what each way makes of the trained model, what is left in float, and what is refused."""
+"""Tests of quantized ONNX exports: the loss and size with each quantizer, excluded modules, and refused options."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from tiny import LAYERS, tiny_model, token_ids
 
 pytestmark = pytest.mark.onnx
 
-# Perplexity over that of float, at most; and bytes of the files over those of float, at most. Measured on 16 windows:
-# 1.004, 1.005, 1.032, 1.029, 1.032; 0.41, 0.41, 0.16, 0.19, 0.17.
+# The largest perplexity ratio and the largest file-size ratio over the float export. Measured on 16 windows: 1.004,
+# 1.005, 1.032, 1.029, 1.032; 0.41, 0.41, 0.16, 0.19, 0.17.
 LIMITS = {
     "int8": (1.01, 0.45),
     "int8-static": (1.012, 0.45),
@@ -50,7 +50,7 @@ LIMITS = {
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
-    """The reference model exported with a quantization of the table, or with none."""
+    """A function that exports the reference model with a quantizer, or with `none`."""
 
     @cache
     def make(how: str, *exclude: str) -> Artifact:
@@ -107,16 +107,16 @@ def test_four_bits_hold_a_tied_embedding_once(quantized: Callable[..., Artifact]
     found = operators(quantized("int4"))
     assert found["GatherBlockQuantized"] == 1
     assert found["MatMul"] == found["Gather"] == found["Transpose"] == 0
-    assert found["MatMulNBits"] == 16 * 4 + 1  # queries, keys and values are one product; gate and up another
+    assert found["MatMulNBits"] == 16 * 4 + 1  # queries, keys and values are one matmul; gate and up another
     assert found["SkipSimplifiedLayerNormalization"] == 2 * 16
-    # Of 3.67 million weights each takes half a byte and 4 bytes for 32.
+    # Each of the 3.67 million weights takes half a byte, and its share of a 4-byte scale per 32 weights.
     assert quantized("int4").weight_bytes == pytest.approx(3.67e6 * (0.5 + 4 / 32), rel=0.02)
 
 
 @pytest.mark.parametrize("how", ["int4", pytest.param("int4-gptq", marks=pytest.mark.slow), "int8"])
 def test_what_is_excluded_stays_in_float(quantized: Callable[..., Artifact], how: str) -> None:
     found = operators(quantized(how, "0", "15", "*.v_proj", "lm_head"))
-    # Of two layers all seven products, of the other fourteen one, and the output projection.
+    # All seven matmuls of two layers, one of the other fourteen, and the output projection.
     assert found["MatMul"] == 2 * 7 + 14 + 1
     assert found["GatherBlockQuantized"] == 0
 
@@ -132,7 +132,7 @@ def test_the_layers_of_a_pruned_model_become_what_they_become_in_the_original(
     pruned = weights(export_checkpoint(str(tmp_path / "pruned"), tmp_path / "onnx", quantize=how))
     original = weights(quantized(how))
     of_layers = [name for name in pruned if ".layers." in name]
-    assert len(of_layers) >= 7 * len(kept)  # numbers and scales of each product, and norms
+    assert len(of_layers) >= 7 * len(kept)  # values and scales of each matmul, and norms
     for name in of_layers:
         place = int(re.search(r"\.layers\.(\d+)\.", name)[1])  # type: ignore[index]
         older = name.replace(f".layers.{place}.", f".layers.{kept[place]}.")
@@ -155,9 +155,9 @@ def test_an_exclusion_that_names_nothing_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("architecture", "products"),
     [
-        ("gpt2", LAYERS * 4 + 1),  # biases added behind
+        ("gpt2", LAYERS * 4 + 1),  # its linear modules have biases
         ("qwen3", LAYERS * 4 + 1),
-        ("mixtral", LAYERS * (2 + 4 * 2) + 1),  # four experts of two products; what chooses them stays in float
+        ("mixtral", LAYERS * (2 + 4 * 2) + 1),  # four experts with two matmuls each; the router stays in float
         ("gemma2", LAYERS * 4 + 1),
         ("opt", LAYERS * 4 + 1),
     ],

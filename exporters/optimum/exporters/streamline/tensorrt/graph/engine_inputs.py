@@ -48,14 +48,7 @@ def static_inputs(
         "input_ids": input_ids,
         "position_ids": token_positions(attention_mask, new),
         "write_indices": np.full(batch, end - new, np.int64),
-        **{
-            mask.name: np.where(
-                attended_positions(attention_mask, new, cache_length, mask.window),
-                np.float32(0),
-                np.float32(masked_score),
-            )
-            for mask in masks
-        },
+        **{mask.name: scores(mask) for mask in masks},
     }
     return {name: np.ascontiguousarray(array) for name, array in inputs.items()}
 
