@@ -1,17 +1,17 @@
-"""Exports to ONNX and what they run like, against the peers, on the same checkpoints in one run.
+"""Compare our exports to ONNX with other exporters: time, memory and size of an export, and the speed of the graph.
 
-    ci/bench export                      # everything, then the page
+    ci/bench export                      # measure every part, then write the page
     ci/bench export --only export        # seconds, memory and bytes of the exports
-    ci/bench export --only depth         # seconds by depth
-    ci/bench export --only size          # memory of a checkpoint that is larger than it
-    ci/bench export --only speed         # prefill and decode of what was exported
-    ci/bench export --only ideal         # speed-up by layers removed, over what it could be
-    ci/bench export --only compaction    # decode without the sublayers that are dead, and with them
-    ci/bench export --page               # measure nothing
+    ci/bench export --only depth         # seconds by number of layers
+    ci/bench export --only size          # peak memory for a checkpoint larger than the memory limit
+    ci/bench export --only speed         # prefill and decode of the exports
+    ci/bench export --only ideal         # speed-up by layers removed, beside the ideal speed-up
+    ci/bench export --only compaction    # decode of graphs with and without the skipped sublayers
+    ci/bench export --page               # write the page; measure nothing
 
-Peers: onnxruntime-genai's model builder, and optimum-onnx in the environment that `ci/peer` makes. Checkpoints are the
-reference model and random ones of the shapes in `export_cases.py`, made anew in a scratch folder. Numbers go to
-docs/performance.json; the page is written from that.
+The other exporters are onnxruntime-genai's model builder, and optimum-onnx in the environment that `ci/peer` makes. The
+checkpoints are the reference model and random models of the shapes in `export_cases.py`. The figures go to
+docs/performance.json, and the page docs/performance.md is written from them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from performance_page import write_page
 RESULTS = ROOT / "docs" / "performance.json"
 DEPTHS = (4, 8, 16, 32)
 REMOVED = ("12.5%", "25%", "50%")
-# Enough to choose layers by; which ones is of no consequence to speed.
+# Little text is enough: it does not matter for speed which layers are chosen.
 FEW = "--calibration stdlib --heal-data stdlib --samples 4 --length 64"
 UNHEALED = f"{FEW} --heal none"
 LARGE_MEMORY = 10**9
@@ -54,7 +54,7 @@ ROUNDS = 3
 
 
 def main() -> None:
-    """Measure what was asked for, and write the page."""
+    """Measure the parts of the command line, and write the page."""
     parts = {
         "export": measure_exports,
         "depth": measure_depth,
@@ -71,12 +71,12 @@ def _checkpoints(scratch: Path) -> dict[str, Path]:
 
 
 def _peer() -> str:
-    """The interpreter of optimum-onnx's environment."""
+    """The Python interpreter of the environment of optimum-onnx."""
     return subprocess.run(["bash", "ci/peer"], check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout.strip()
 
 
 def measure_exports(scratch: Path) -> dict[str, Any]:
-    """Median seconds and largest memory of each exporter, in turn, and the bytes it wrote, by checkpoint."""
+    """For each checkpoint and exporter: median seconds, peak memory, and bytes written; the exporters take turns."""
     peer = _peer()
     return {name: _exports_of(folder, scratch / name, peer) for name, folder in _checkpoints(scratch).items()}
 
@@ -98,7 +98,7 @@ def _exports_of(checkpoint: Path, scratch: Path, peer: str) -> dict[str, Any]:
 
 
 def measure_depth(scratch: Path) -> dict[str, Any]:
-    """Median seconds of an export by the number of layers, depths in turn."""
+    """The median seconds of an export by the number of layers; the depths take turns."""
     folders = {depth: make_checkpoint(scratch / f"deep-{depth}", (depth, *SMALL[1:])) for depth in DEPTHS}
     taken: dict[int, list[float]] = {depth: [] for depth in DEPTHS}
     for _ in range(ROUNDS):
@@ -109,7 +109,7 @@ def measure_depth(scratch: Path) -> dict[str, Any]:
 
 
 def measure_size(scratch: Path) -> dict[str, Any]:
-    """Seconds and memory of exporting a checkpoint in half precision that is larger than the memory it may take."""
+    """Seconds and peak memory of the export of a half-precision checkpoint that is larger than the memory limit."""
     checkpoint, out = make_checkpoint(scratch / "large", LARGE, "float16"), scratch / "export"
     weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     command = streamline("export", "-m", checkpoint, out, "--dtype", "fp16", "--max-memory", LARGE_MEMORY)
@@ -132,7 +132,7 @@ def _layer_parameters(shape: tuple[int, ...]) -> int:
 
 
 def measure_speed(scratch: Path) -> dict[str, Any]:
-    """Median milliseconds of a prompt and of a token after it, of everything that was exported, by checkpoint."""
+    """For each checkpoint and export: median milliseconds of a prompt and of a token after it."""
     peer = _peer()
     return {name: _speed_of(folder, scratch / f"{name}-out", peer) for name, folder in _checkpoints(scratch).items()}
 
@@ -156,7 +156,7 @@ def _timed(runtime: str, folder: Path, checkpoint: Path) -> Timed:
 
 
 def measure_ideal(scratch: Path) -> dict[str, Any]:
-    """Prefill and decode by the share of layers removed, and the speed-up that bytes and FLOPs would allow."""
+    """Prefill and decode by the share of layers removed, and the ideal speed-up by FLOPs and bytes."""
     dense = make_checkpoint(scratch / "small", SMALL)
     checkpoints = {"0": dense}
     for share in REMOVED:
@@ -166,7 +166,7 @@ def measure_ideal(scratch: Path) -> dict[str, Any]:
 
 
 def measure_compaction(scratch: Path) -> dict[str, Any]:
-    """The same for checkpoints with skipped sublayers, beside graphs that compute with their zeros, by checkpoint."""
+    """The same for checkpoints with skipped sublayers, compared with graphs that compute those sublayers' zeros."""
     return {name: _compaction_of(folder, scratch / f"{name}-out") for name, folder in _checkpoints(scratch).items()}
 
 
@@ -191,7 +191,7 @@ def _prune(dense: Path, out: Path, choice: str) -> None:
 
 
 def _unmarked(checkpoint: Path, out: Path) -> Path:
-    """The checkpoint of which nobody says what is dead: its zeros are weights like any."""
+    """A copy of the checkpoint without the marks of skipped sublayers, so that the graph computes their zeros."""
     shutil.copytree(checkpoint, out)
     config = json.loads((out / "config.json").read_text())
     del config["per_layer_config"]
@@ -200,7 +200,7 @@ def _unmarked(checkpoint: Path, out: Path) -> Path:
 
 
 def _compare(checkpoints: dict[str, Path], scratch: Path) -> dict[str, Any]:
-    """Measured times of each checkpoint's graph, and the ideal speed-up over the first."""
+    """The measured times of each checkpoint's graph, and its ideal speed-up over the first checkpoint."""
     timed, costs = {}, {}
     for index, (name, folder) in enumerate(checkpoints.items()):
         out = scratch / f"graph-{index}"

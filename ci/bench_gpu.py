@@ -1,16 +1,16 @@
-"""What removing layers and quantizing gain on a GPU, at the shapes of Llama-2-7B and Llama-3-8B with random weights.
+"""Measure the gain of pruning and of quantizing on a GPU, with random models of Llama-2-7B's and Llama-3-8B's shape.
 
     ci/bench gpu                                    # measure every case into docs/gpu.json
-    ci/bench gpu --only "llama-3-8b bnb" --out FILE # cases whose name holds that text, into a file of their own
-    ci/bench gpu --page                             # measure nothing, write docs/gpu.md
-    ci/bench gpu --device cpu --smoke --out FILE    # the same code on a tiny model; its times mean nothing
+    ci/bench gpu --only "llama-3-8b bnb" --out FILE # measure the cases whose name contains the text, into another file
+    ci/bench gpu --page                             # write docs/gpu.md; measure nothing
+    ci/bench gpu --device cpu --smoke --out FILE    # run the same code on a tiny model; its times mean nothing
 
-Cases are bf16, bnb-int8 and bnb-nf4, prefill of 2048 tokens and decode behind them, at batch 1 and 16; decode in bf16
-also as a CUDA graph. Behind them, at the shape of Llama-3.2-1B, an export in TensorRT where its library is, in ONNX
-Runtime's CUDA provider otherwise. In each the model and the same without its last quarter of layers take turns. Each
-model's cases have a process of their own, so that a device that one of them leaves unusable is there again for the
-next. A case that fails is a row with its error, and the others go on; the file is written after each. Exit code 1 where
-one failed or was left for want of time.
+The cases are bf16, bnb-int8 and bnb-nf4; prefill of 2048 tokens, and decode after it; batch 1 and 16; and decode in
+bf16 also as a CUDA graph. Then come exports of a Llama-3.2-1B shape, in TensorRT if its library is installed, otherwise
+in ONNX Runtime's CUDA provider. In each case the dense model and the same model without its last quarter of layers take
+turns. The cases of one model run in their own process, so a case that leaves the device unusable does not affect the
+next model. A failed case is a row with its error, and the others go on. The file is written after each case. The exit
+code is 1 if a case failed, or did not run because the time was over.
 """
 
 from __future__ import annotations
@@ -45,14 +45,18 @@ from optimum.streamline.system.environment import describe_machine
 RESULTS = Path(__file__).parents[1] / "docs" / "gpu.json"
 NO_CUDA = "bench gpu: no CUDA device here; --device cpu --smoke tries the script on a tiny model"
 OUT_OF_TIME = "the time given was over"
-# What a case that began in time may take beyond it, and its model's making, before its process is ended.
+# A case that started before the deadline may go on for this long after it; then its process is ended.
 GRACE_SECONDS = 60.0
 
 Row = dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure what was asked for; 1 where a case failed or was left, 2 where there was nothing to do."""
+    """Measure the cases of the command line.
+
+    Returns:
+        The exit code: 0 for success, 1 if a case failed or did not run, 2 if nothing could be measured.
+    """
     begun = time.monotonic()
     args = _parse(argv)
     if args.page:
@@ -69,15 +73,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="of the figures, docs/gpu.json unless given")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name holds it; writes no others")
-    parser.add_argument("--minutes", type=float, default=8, metavar="N", help="cases left after them are not run")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the file of figures; by default docs/gpu.json")
+    parser.add_argument("--only", default="", metavar="TEXT", help="measure the cases whose name contains it")
+    parser.add_argument("--minutes", type=float, default=8, metavar="N", help="start no case after so many minutes")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, to try the script itself")
-    parser.add_argument("--page", action="store_true", help="measure nothing, write the page beside the figures")
+    parser.add_argument("--page", action="store_true", help="write the page beside the figures; measure nothing")
     args = parser.parse_args(argv)
     if (args.smoke or args.only) and not args.out:
-        parser.error("--smoke and --only need --out: docs/gpu.json is of every case")
+        parser.error("--smoke and --only need --out: docs/gpu.json is for all cases")
     return args
 
 
@@ -94,19 +98,30 @@ def _refuse(why: str) -> int:
 
 
 def run(cases: list[Case], plan: Plan, device: torch.device, out: Path, deadline: float) -> int:
-    """Measure the limits, then each case, and write the file after each; `deadline` is by `time.monotonic`."""
+    """Measure the machine's limits and then each case; the file is written after each.
+
+    Args:
+        cases: The cases, in the order of measurement.
+        plan: The sizes and numbers of rounds.
+        device: The device.
+        out: The JSON file to write.
+        deadline: The time after which no case starts, by `time.monotonic`, in seconds.
+
+    Returns:
+        The exit code: 1 if a case failed or did not run, otherwise 0.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     limits = _attempt(lambda: measure_limits(plan, device))
     release()
     results: dict[str, Any] = {"machine": _machine(device), "plan": asdict(plan), "limits": limits, "rows": []}
-    _write(results, out)  # where it cannot be written it is said before the work
+    _write(results, out)  # so that a file that cannot be written is reported before the work
     for case, figures in _all_figures(cases, plan, device, deadline):
         row = {"case": case.name, **asdict(case), **figures}
         if "dense" in row and "error" not in limits:
             against_limits(row, case, plan, limits)
         results["rows"].append(row)
         _write(results, out)
-        print(case.name, _said(row), flush=True)
+        print(case.name, _summary(row), flush=True)
     return int(any("error" in part or "not_run" in part for part in (limits, *results["rows"])))
 
 
@@ -121,9 +136,12 @@ def _all_figures(cases: list[Case], plan: Plan, device: torch.device, deadline: 
 
 
 def measured_apart(cases: list[Case], plan: Plan, device: torch.device, deadline: float) -> Iterator[Row]:
-    """A row a case, measured in a process of their own; where it ends early, the cases left say so."""
+    """Measure the cases of one model in a new process; yields a row per case.
+
+    If the process ends early, the rows of the remaining cases have an error.
+    """
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    # Spawned, since a CUDA device cannot be used in a process forked from one that has used it.
+    # Spawned and not forked: a forked process cannot use CUDA if its parent has used it.
     process = multiprocessing.get_context("spawn").Process(
         target=_send_all, args=(cases, plan, device, deadline, theirs)
     )
@@ -152,7 +170,7 @@ def _send_all(cases: list[Case], plan: Plan, device: torch.device, deadline: flo
 
 
 def measured_here(cases: list[Case], plan: Plan, device: torch.device, deadline: float) -> Iterator[Row]:
-    """A row for each of the cases of one model, which is made once."""
+    """Measure the cases of one model in this process; the model is made once. Yields a row per case."""
     models = _attempt(partial(_models, cases[0], plan, device))
     for case in cases:
         if "error" in models:
@@ -164,26 +182,26 @@ def measured_here(cases: list[Case], plan: Plan, device: torch.device, deadline:
 
 
 def _models(case: Case, plan: Plan, device: torch.device) -> Row:
-    """The models of a case, in torch or exported."""
-    if case.how != EXPORT:
+    """The models `dense` and `pruned` of a case, in torch or exported."""
+    if case.runtime != EXPORT:
         return build(plan.shapes[case.shape], case.weights, device)
     shape = plan.exported[case.shape]
     return build_exported(build(shape, "bf16", torch.device("cpu")), shape, case.weights, plan, device.type)
 
 
 def _attempt(measurement: Callable[[], Row]) -> Row:
-    """What was measured, or a line of why not: of a long run on a lent machine, one failure must not take the rest."""
+    """The result of a measurement, or its error in one line: one failure must not end a long run on a lent machine."""
     try:
         return measurement()
     except Exception as error:
         cause: BaseException = error
-        while cause.__context__ is not None:  # what ends a capture hides what went wrong in it
+        while cause.__context__ is not None:  # an error at the end of a capture hides the error within it
             cause = cause.__context__
         first = (str(cause).strip() or "no message").splitlines()[0]
         return {"error": f"{type(cause).__name__}: {first}"}
 
 
-def _said(row: Row) -> str:
+def _summary(row: Row) -> str:
     if "dense" not in row:
         return str(row.get("error") or f"not run: {row['not_run']}")
     dense, pruned = (row[layers]["ms"][1] for layers in ("dense", "pruned"))
@@ -191,7 +209,7 @@ def _said(row: Row) -> str:
 
 
 def _write(results: dict[str, Any], out: Path) -> None:
-    """Beside, and then in its place: what stops the run leaves a whole file."""
+    """Write the file under a temporary name and rename it, so that an interrupted run leaves a complete file."""
     beside = out.with_name(out.name + ".new")
     beside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     os.replace(beside, out)
@@ -199,7 +217,7 @@ def _write(results: dict[str, Any], out: Path) -> None:
 
 def _machine(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {**describe_machine(device.type), "date": datetime.now(UTC).date().isoformat()}
-    with contextlib.suppress(PackageNotFoundError):  # its cases say so
+    with contextlib.suppress(PackageNotFoundError):  # then the cases that need it have an error
         facts["bitsandbytes"] = version("bitsandbytes")
     if device.type == "cuda":
         facts |= {"gpu_bytes": torch.cuda.get_device_properties(0).total_memory, "cuda": torch.version.cuda}
@@ -208,13 +226,13 @@ def _machine(device: torch.device) -> dict[str, Any]:
 
 
 def _driver() -> dict[str, str]:
-    """The driver's version where its own tool can say."""
+    """The driver's version; empty if `nvidia-smi` cannot tell."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()
+        versions = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()
     except (OSError, subprocess.SubprocessError):
         return {}
-    return {"driver": told[0]} if told else {}
+    return {"driver": versions[0]} if versions else {}
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Every method on small trained models: perplexity over the dense model's, parameters, seconds, peak memory.
+"""Compare all pruning methods on small trained models: perplexity ratio, parameters, seconds and peak memory.
 
-    ci/bench methods                                  # everything that is not measured yet, then the page
-    ci/bench methods --part healed --only 'sleb*'     # a part of it
-    ci/bench methods --page                           # drop rows that are no more, write the page, measure nothing
+    ci/bench methods                                  # measure every row that is missing, then write the page
+    ci/bench methods --part healed --only 'sleb*'     # measure some of the rows
+    ci/bench methods --page                           # drop obsolete rows and write the page; measure nothing
 
-A row that `docs/methods.json` has is not measured again, unless `--again` asks for it; several of these may run side
-by side on different parts. Choices are
-made on `stdlib:calibration`, healing is on other windows of it, and everything is judged on the same windows of
-`stdlib:eval`: nothing the reference model has been trained on. Rows go through the very functions that
-`optimum-cli streamline prune` calls. What the rows are is in `methods_cases.py`, the page in `methods_page.py`.
+`docs/methods.json` keeps the measured rows. A row is measured again only with `--again`. Several runs may measure
+different parts at the same time. Methods calibrate on `stdlib:calibration`, healing uses other windows of it, and every
+row is evaluated on the same windows of `stdlib:eval`. The reference model was trained on none of these. A row calls the
+same functions as `optimum-cli streamline prune`. `methods_cases.py` defines the rows; `methods_page.py` writes the
+page.
 """
 
 from __future__ import annotations
@@ -58,17 +58,18 @@ BATCH = 8
 
 
 def main() -> None:
-    """Read the command line, measure what is asked for and not there, write the page."""
+    """Read the command line, measure the missing rows, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", choices=list(MODELS), action="append", help="these models only")
+    parser.add_argument("--model", choices=list(MODELS), action="append", help="measure this model only; repeatable")
     parser.add_argument(
-        "--part", choices=["unhealed", "sweep", "default", "healed", "seeds"], action="append", help="these parts only"
+        "--part",
+        choices=["unhealed", "sweep", "default", "healed", "seeds"],
+        action="append",
+        help="measure this part only; repeatable",
     )
-    parser.add_argument("--only", default="*", help="rows whose name this pattern matches")
-    parser.add_argument("--again", action="store_true", help="forget the rows asked for, and measure them again")
-    parser.add_argument(
-        "--page", action="store_true", help="drop rows that are no more, write the page, measure nothing"
-    )
+    parser.add_argument("--only", default="*", help="measure the rows whose name matches this pattern")
+    parser.add_argument("--again", action="store_true", help="measure rows again that were measured before")
+    parser.add_argument("--page", action="store_true", help="drop obsolete rows and write the page; measure nothing")
     args = parser.parse_args()
     wanted = [
         case
@@ -88,14 +89,14 @@ def main() -> None:
 
 
 def read_rows() -> dict[str, Row]:
-    """What is measured already, by the case's key; a case whose definition has changed since is not."""
+    """The measured rows, by the key of their case; a changed case has another key."""
     if not RESULTS.is_file():
         return {}
     return {fields["key"]: Row(**fields) for fields in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]}
 
 
 def measure_missing(wanted: Sequence[Case], again: bool) -> None:
-    """Measure the cases that have no row, or all `again`, and write every row down as soon as it is there."""
+    """Measure the cases that have no row, or with `again` all; each row is written as soon as it is measured."""
     for number, case in enumerate(wanted, start=1):
         if case.key in read_rows() and not again:
             continue
@@ -111,7 +112,7 @@ def measure_missing(wanted: Sequence[Case], again: bool) -> None:
 
 @contextmanager
 def locked() -> Iterator[None]:
-    """Keep other runs from the results and the page meanwhile."""
+    """Hold the lock on the results and the page, so that other runs wait."""
     LOCK.parent.mkdir(exist_ok=True)
     with LOCK.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -119,19 +120,19 @@ def locked() -> Iterator[None]:
 
 
 def keep(row: Row) -> None:
-    """Write a row down beside those that are there by now, other processes' among them."""
+    """Add a row to the results, which other processes may have changed meanwhile."""
     with locked():
         write_rows({**read_rows(), row.key: row}.values())
 
 
 def write_rows(rows: Iterable[Row]) -> None:
-    """Write these rows as the results."""
+    """Write these rows, and no others, as the results."""
     fields = {"machine": describe_machine("cpu"), "rows": [asdict(row) for row in rows]}
     write_file(RESULTS, json.dumps(fields, indent=1) + "\n")
 
 
 def measure(case: Case) -> Row:
-    """One row: choose, edit and heal as the product does, then judge."""
+    """Measure one row: choose layers, edit and heal as the command does, then evaluate."""
     torch.manual_seed(case.seed)
     dense = dense_losses(case.model)
     reset_peak()
@@ -139,19 +140,20 @@ def measure(case: Case) -> Row:
     model, layers = make(case)
     seconds, peak = time.monotonic() - start, peak_mib()
     windows = evaluation_windows(case.model)
-    judged = [losses(model, windows)]
-    for gone in case.draws()[1:] if case.random else ():
-        judged.append(losses(without(case.model, gone), windows))
+    measured = [losses(model, windows)]
+    for removed in case.draws()[1:] if case.random else ():
+        measured.append(losses(without(case.model, removed), windows))
     counts = np.full(len(dense), LENGTH - 1, np.float64)
     if case.random:
-        means = [math.exp(float((loss - dense).sum()) / counts.sum()) for loss in judged]
-        perplexity = [math.exp(float(loss.sum()) / counts.sum()) for loss in judged]
-        ratio = (float(np.mean(means)), min(means), max(means))
-        of_all = (float(np.mean(perplexity)), min(perplexity), max(perplexity))
+        ratios = [math.exp(float((loss - dense).sum()) / counts.sum()) for loss in measured]
+        perplexities = [math.exp(float(loss.sum()) / counts.sum()) for loss in measured]
+        ratio = (float(np.mean(ratios)), min(ratios), max(ratios))
+        perplexity = (float(np.mean(perplexities)), min(perplexities), max(perplexities))
     else:
-        change_of = mean_interval(judged[0] - dense, counts, 0).map(np.exp)
-        level = mean_interval(judged[0], counts, 0).map(np.exp)
-        ratio, of_all = (change_of.value, change_of.low, change_of.high), (level.value, level.low, level.high)
+        over_dense = mean_interval(measured[0] - dense, counts, 0).map(np.exp)
+        level = mean_interval(measured[0], counts, 0).map(np.exp)
+        ratio = (over_dense.value, over_dense.low, over_dense.high)
+        perplexity = (level.value, level.low, level.high)
     return Row(
         key=case.key,
         model=case.model,
@@ -160,7 +162,7 @@ def measure(case: Case) -> Row:
         name=case.name,
         seed=case.seed,
         layers=layers,
-        perplexity=of_all,
+        perplexity=perplexity,
         ratio=ratio,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         seconds=seconds,
@@ -169,7 +171,7 @@ def measure(case: Case) -> Row:
 
 
 def make(case: Case) -> tuple[PreTrainedModel, str]:
-    """The model of a case, of several draws the first, its skipped sublayers dropped, and what was done in words."""
+    """The model of a case without its skipped sublayers, and the edit in words; for random draws the first one's."""
     if case.dense:
         return dense(case), ""
     if case.random:
@@ -181,7 +183,7 @@ def make(case: Case) -> tuple[PreTrainedModel, str]:
 
 
 def dense(case: Case) -> PreTrainedModel:
-    """All layers, trained on the healing text where the case says so."""
+    """The dense model, fine-tuned on the healing text if the case heals."""
     source, recipe = source_of(case.model), make_recipe(case.fields, case.name)
     model = load_stock(source, torch.float32)
     if recipe.resolved_trainings:
@@ -198,14 +200,14 @@ def dense(case: Case) -> PreTrainedModel:
 
 
 def without(name: str, gone: tuple[int, ...]) -> PreTrainedModel:
-    """The model without these layers."""
+    """The named model without the layers `gone`."""
     model = load_stock(source_of(name), torch.float32)
     apply_plan(model, Plan(model.config.num_hidden_layers, gone), None)
     return model
 
 
 def source_of(name: str) -> ModelSource:
-    """The model's folder; one of the two that are not in the repository is trained when it is first asked for."""
+    """The model's folder. The repository has the reference model only; another one is trained when first needed."""
     folder = MODELS[name]
     if not (folder / "config.json").is_file():
         script = [sys.executable, "examples/train_reference_model.py", "train", str(folder), "--architecture", name]
@@ -215,7 +217,7 @@ def source_of(name: str) -> ModelSource:
 
 @cache
 def evaluation_windows(name: str) -> Windows:
-    """What every row of a model is judged on."""
+    """The evaluation windows of every row of a model."""
     source = source_of(name)
     vocabulary = read_config(source).vocab_size
     return read_windows("stdlib:eval", load_tokenizer(source), EVALUATION, LENGTH, 0, vocabulary)
@@ -223,13 +225,13 @@ def evaluation_windows(name: str) -> Windows:
 
 @cache
 def dense_losses(name: str) -> Samples:
-    """The dense model's, which every row is held against."""
+    """The losses of the dense model, with which every row is compared."""
     return losses(load_stock(source_of(name), torch.float32), evaluation_windows(name))
 
 
 @torch.inference_mode()
 def losses(model: PreTrainedModel, windows: Windows) -> Samples:
-    """Sum of the next-token log-loss over each window, nats, `[windows]`."""
+    """The sum of the next-token losses over each window, in nats, `[windows]`."""
     sums = []
     for start in range(0, len(windows.ids), BATCH):
         rows = windows.ids[start : start + BATCH]
@@ -240,20 +242,20 @@ def losses(model: PreTrainedModel, windows: Windows) -> Samples:
 
 
 def reset_peak() -> None:
-    """Begin to measure peak memory anew (Linux), what earlier rows took given back first."""
+    """Free the memory of earlier rows, and restart the measurement of peak memory (Linux only)."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_mib() -> float:
-    """Largest resident size of this process since `reset_peak`, MiB."""
+    """The largest resident memory of this process since `reset_peak`, in MiB."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def print_nothing(message: str) -> None:
-    """The rows are what is printed."""
+    """Ignore a progress message: this benchmark prints its rows only."""
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Does removing layers leave quantizing what it was, and do their gains multiply? On the reference model and on 78M.
+"""Measure whether pruning and quantizing are independent: whether their losses add and their gains multiply.
 
-    ci/bench orthogonality                   # everything, then the page
+    ci/bench orthogonality                   # measure both parts, then write the page
     ci/bench orthogonality --only table      # losses and interactions on the reference model, three seeds
     ci/bench orthogonality --only product    # bytes and speed of a 78M-parameter model in ONNX Runtime
-    ci/bench orthogonality --page            # measure nothing
+    ci/bench orthogonality --page            # write the page; measure nothing
 
-Numbers go to docs/quantization.json; docs/quantization.md is written from that.
+The figures go to docs/quantization.json, and the tables of docs/quantization.md are written from them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from quantization_page import write_page
 RESULTS = ROOT / "docs" / "quantization.json"
 QUANTIZERS = ("int8", "int4", "bnb-nf4", "bnb-int8")
 SEEDS = (0, 1, 2)
-TURNS = 25  # a product of ratios is as noisy as all three together
+TURNS = 25  # many, because the compared figure combines three ratios and has the noise of all of them
 RECIPES: dict[str, dict[str, Any]] = {
     "unhealed": {"heal": "none"},
     "healed": {"heal": "distill", "heal_tokens": 100_000, "heal_epochs": 2},
@@ -47,13 +47,13 @@ FEW = "--calibration stdlib --method shortgpt --remove 25% --heal none --samples
 
 
 def main() -> None:
-    """Measure what was asked for, and write the page."""
+    """Measure the parts of the command line, and write the page."""
     parts = {"table": measure_table, "product": measure_product}
     measure_parts(__doc__, parts, RESULTS, write_page)
 
 
 def measure_table(scratch: Path) -> list[dict[str, Any]]:
-    """Of every recipe and seed, what each model lost and weighs, and the interactions."""
+    """For every recipe and seed: the losses and sizes of all models, and the interactions."""
     runs = []
     for name, own in RECIPES.items():
         for seed in SEEDS:
@@ -74,14 +74,15 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_product(scratch: Path) -> dict[str, Any]:
-    """Bytes, and milliseconds a token, of a 78M-parameter model: dense and pruned, in fp32 and int4."""
+    """Bytes and milliseconds per token of a 78M-parameter model, dense and pruned, in fp32 and int4."""
     dense = make_checkpoint(scratch / "dense", SMALL)
     run_measured(streamline("prune", "-m", dense, scratch / "pruned", *FEW.split()))
     timed, rows = {}, {}
     for name in ("dense", "pruned"):
-        for how in ("none", "int4"):
-            label, folder = f"{name}, {'fp32' if how == 'none' else how}", scratch / f"{name}-{how}"
-            run_measured(streamline("export", "-m", scratch / name, folder, "--quantize", how))
+        for quantizer in ("none", "int4"):
+            precision = "fp32" if quantizer == "none" else quantizer
+            label, folder = f"{name}, {precision}", scratch / f"{name}-{quantizer}"
+            run_measured(streamline("export", "-m", scratch / name, folder, "--quantize", quantizer))
             config = AutoConfig.from_pretrained(scratch / name)
             timed[label] = Timed("onnxruntime", folder, key_value_heads(config), head_size(config))
             rows[label] = {"bytes": graph_bytes(folder), "layers": config.num_hidden_layers}

@@ -1,12 +1,13 @@
-"""Do the intervals of a validation hold what they say, and what do windows that begin with nothing cost?
+"""Measure the coverage of the intervals of a validation, and the cost of windows without a beginning-of-text token.
 
-    ci/bench validation                    # everything, then the page
-    ci/bench validation --only coverage    # how often 95% intervals hold the whole text's value
-    ci/bench validation --only prefix      # a model trained on windows that begin with a token of the beginning
-    ci/bench validation --page             # measure nothing
+    ci/bench validation                    # measure both parts, then write the page
+    ci/bench validation --only coverage    # the share of 95% intervals that contain the whole text's value
+    ci/bench validation --only prefix      # a model trained on windows that start with a beginning-of-text token
+    ci/bench validation --page             # write the page; measure nothing
 
-The population is every window of the reference model's evaluation text (`stdlib:eval`); the models are it and a prune
-of it. Numbers go to docs/validation.json; docs/validation.md is written from that.
+For coverage, the population is every window of the reference model's evaluation text (`stdlib:eval`), and the models
+are the reference model and a pruned one. The figures go to docs/validation.json, and the tables of docs/validation.md
+are written from them.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ PRUNING: dict[str, Any] = {
     "samples": 64,
     "length": LENGTH,
 }
-# Of the model with a beginning.
+# The config of the model for `--only prefix`.
 SHAPE: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -65,11 +66,11 @@ SHAPE: dict[str, Any] = {
 }
 UPDATES, BATCH, RATE, JUDGED = 500, 16, 3e-3, 256
 
-Places = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.int64]
 
 
 def main() -> None:
-    """Measure what was asked for, and write the page."""
+    """Measure the parts of the command line, and write the page."""
     parts = {name: _timed(part) for name, part in (("coverage", measure_coverage), ("prefix", measure_prefix))}
     measure_parts(__doc__, parts, RESULTS, write_page)
 
@@ -83,7 +84,13 @@ def _timed(part: Callable[[], dict[str, Any]]) -> Callable[[Path], dict[str, Any
 
 
 def population(tokenizer: PreTrainedTokenizerBase, part: str, length: int = LENGTH) -> Windows:
-    """A part of the library cut into windows, end to end, with the document that each begins in."""
+    """All windows of a part of the standard library's text, end to end, with the document that each begins in.
+
+    Args:
+        tokenizer: The tokenizer.
+        part: `train`, `calibration` or `eval`.
+        length: The tokens of a window.
+    """
     writer, stream, documents = WindowEncoder(tokenizer), list[int](), list[int]()
     for number, tokens in enumerate(writer.encode(list(open_text(f"stdlib:{part}").documents))):
         stream += tokens + writer.ending
@@ -94,7 +101,7 @@ def population(tokenizer: PreTrainedTokenizerBase, part: str, length: int = LENG
 
 
 def measure_coverage() -> dict[str, Any]:
-    """The share of draws whose 95% interval holds the whole text's value, by size, way of drawing and figure."""
+    """The share of draws whose 95% interval contains the whole text's value, by sampling, size and figure."""
     source = ModelSource(str(REFERENCE))
     windows = population(load_tokenizer(source), "eval")
     prepared = prepare(source, make_recipe(PRUNING), lambda _: None)
@@ -103,8 +110,8 @@ def measure_coverage() -> dict[str, Any]:
     original, pruned = _measured(models, windows)
     characters = np.array([len(text) for text in load_tokenizer(source).batch_decode(windows.ids)], np.float64)
     rows = [
-        {"way": name, "windows": size, "share": _held(original, pruned, way, size, grouped)}
-        for name, (way, grouped) in GRAPH_QUANTIZERS.items()
+        {"way": name, "windows": size, "share": _held(original, pruned, draw, size, by_document)}
+        for name, (draw, by_document) in SAMPLINGS.items()
         for size in SIZES
     ]
     whole = {name: interval.value for name, interval in _figures(original, pruned, 0).items()}
@@ -119,7 +126,7 @@ def measure_coverage() -> dict[str, Any]:
 
 @torch.inference_mode()
 def _measured(models: Sequence[PreTrainedModel], windows: Windows) -> list[Accuracy]:
-    """What `measure_accuracy` sums over each window, of many windows at once and in float32: two models in minutes."""
+    """The sums per window that `measure_accuracy` makes, but in batches and in float32, which is faster."""
     sums: list[list[torch.Tensor]] = [[] for _ in models]
     for ids in torch.split(windows.ids, BATCH):
         logs = [model(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1) for model in models]
@@ -134,17 +141,21 @@ def _measured(models: Sequence[PreTrainedModel], windows: Windows) -> list[Accur
 
 
 def _held(
-    original: Accuracy, pruned: Accuracy, way: Callable[[np.random.Generator, int, int], Places], size: int, by: bool
+    original: Accuracy,
+    pruned: Accuracy,
+    draw: Callable[[np.random.Generator, int, int], Indices],
+    size: int,
+    by_document: bool,
 ) -> dict[str, float]:
-    """Of each figure, the share of draws of `size` windows whose interval holds the value of all windows."""
-    print(way.__name__, size, "documents" if by else "windows", flush=True)
+    """For each figure, the share of draws of `size` windows whose interval contains the value of all windows."""
+    print(draw.__name__, size, "documents" if by_document else "windows", flush=True)
     whole = {name: interval.value for name, interval in _figures(original, pruned, 0).items()}
     held = dict.fromkeys(whole, 0)
-    chance = np.random.default_rng(0)
-    for sample_windows in range(DRAWS):
-        new_layers = way(chance, len(original.loss), size)
-        one, other = (_some(each, new_layers, by) for each in (original, pruned))
-        for name, interval in _figures(one, other, sample_windows).items():
+    random = np.random.default_rng(0)
+    for seed in range(DRAWS):
+        drawn = draw(random, len(original.loss), size)
+        one, other = (_some(each, drawn, by_document) for each in (original, pruned))
+        for name, interval in _figures(one, other, seed).items():
             held[name] += interval.low <= whole[name] <= interval.high
     return {name: count / DRAWS for name, count in held.items()}
 
@@ -158,15 +169,15 @@ def _figures(original: Accuracy, pruned: Accuracy, seed: int) -> dict[str, Inter
     }
 
 
-def _some(accuracy: Accuracy, new_layers: Places, by_document: bool) -> Accuracy:
-    """What was measured on some of the windows only."""
-    sums = {name: getattr(accuracy, name)[new_layers] for name in SUMS}
-    documents = tuple(accuracy.documents[place] for place in new_layers) if by_document else ()
+def _some(accuracy: Accuracy, drawn: Indices, by_document: bool) -> Accuracy:
+    """The measurements of the drawn windows; without their documents unless intervals are resampled by document."""
+    sums = {name: getattr(accuracy, name)[drawn] for name in SUMS}
+    documents = tuple(accuracy.documents[index] for index in drawn) if by_document else ()
     return replace(accuracy, **sums, documents=documents)
 
 
 def _weighted(original: Accuracy, pruned: Accuracy, weights: npt.NDArray[np.float64]) -> dict[str, float]:
-    """The whole text's figures if every window counted by its characters, as places drawn over a text make it."""
+    """The whole text's figures with each window weighted by its characters, as if positions in the text were drawn."""
     times = weights / weights.mean()
     one, other = (
         replace(each, **{name: getattr(each, name) * times for name in SUMS}, documents=())
@@ -175,17 +186,17 @@ def _weighted(original: Accuracy, pruned: Accuracy, weights: npt.NDArray[np.floa
     return {name: interval.value for name, interval in _figures(one, other, 0).items()}
 
 
-def anywhere(chance: np.random.Generator, count: int, size: int) -> Places:
-    """Windows at random over the text."""
-    return chance.choice(count, size, replace=False)
+def anywhere(random: np.random.Generator, count: int, size: int) -> Indices:
+    """The indices of `size` of `count` windows, drawn at random without replacement."""
+    return random.choice(count, size, replace=False)
 
 
-def in_a_row(chance: np.random.Generator, count: int, size: int) -> Places:
-    """Windows one after another, as the head of a text in another order of its files gives them."""
-    return int(chance.integers(count - size + 1)) + np.arange(size)
+def in_a_row(random: np.random.Generator, count: int, size: int) -> Indices:
+    """The indices of `size` of `count` windows in a row from a random start, as if the text had been cut off."""
+    return int(random.integers(count - size + 1)) + np.arange(size)
 
 
-GRAPH_QUANTIZERS: dict[str, tuple[Callable[[np.random.Generator, int, int], Places], bool]] = {
+SAMPLINGS: dict[str, tuple[Callable[[np.random.Generator, int, int], Indices], bool]] = {
     "at random, by document": (anywhere, True),
     "at random, by window": (anywhere, False),
     "one after another, by document": (in_a_row, True),
@@ -194,7 +205,7 @@ GRAPH_QUANTIZERS: dict[str, tuple[Callable[[np.random.Generator, int, int], Plac
 
 
 def measure_prefix() -> dict[str, Any]:
-    """Perplexity of the same tokens with and without the token that all windows of the training began with."""
+    """The perplexity of the same tokens with and without the beginning-of-text token of all training windows."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer(ModelSource(str(REFERENCE)))
     training = population(tokenizer, "train").ids.flatten()
@@ -225,12 +236,12 @@ def _begun(ids: torch.Tensor, beginning: int, begun: bool) -> torch.Tensor:
 
 
 def _train(model: LlamaForCausalLM, tokens: torch.Tensor, beginning: int) -> float:
-    """Train on windows from anywhere, each after the token of the beginning; the last loss."""
+    """Train on windows from random positions, each after a beginning-of-text token; returns the last loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.1, betas=(0.9, 0.95))
     schedule = get_cosine_schedule_with_warmup(optimizer, UPDATES // 10, UPDATES)
-    chance = torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(0)
     for _ in range(UPDATES):
-        starts = torch.randint(len(tokens) - LENGTH, (BATCH,), generator=chance)
+        starts = torch.randint(len(tokens) - LENGTH, (BATCH,), generator=random)
         ids = _begun(torch.stack([tokens[at : at + LENGTH] for at in starts.tolist()]), beginning, True)
         step = model(ids, labels=ids).loss
         step.backward()
@@ -244,7 +255,7 @@ def _train(model: LlamaForCausalLM, tokens: torch.Tensor, beginning: int) -> flo
 
 @torch.inference_mode()
 def _losses(model: LlamaForCausalLM, ids: torch.Tensor) -> npt.NDArray[np.float64]:
-    """Log-loss of the last `LENGTH - 1` tokens of each window, nats."""
+    """The sum of the losses of the last `LENGTH - 1` tokens of each window, in nats, `[windows]`."""
     sums = []
     for rows in torch.split(ids, BATCH):
         logits = model(rows, use_cache=False).logits[:, -LENGTH:-1].float()

@@ -1,4 +1,4 @@
-"""What `ci/bench export` exports, and with whose command: checkpoints, exporters, and what a command takes."""
+"""The checkpoints and the exporters' commands of `ci/bench export`, and the measurement of a command."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "examples" / "reference_model"
-# Layers, width, inner width, heads, key-value heads, vocabulary.
+# Shapes: layers, hidden size, intermediate size, heads, key-value heads, vocabulary.
 SMALL = (12, 640, 1856, 10, 5, 32_000)
 LARGE = (32, 2048, 8192, 16, 8, 32_000)
 
@@ -32,7 +32,7 @@ AutoTokenizer.from_pretrained(sys.argv[9]).save_pretrained(out)
 
 
 def make_checkpoint(folder: Path, shape: tuple[int, ...], dtype: str = "float32") -> Path:
-    """A random Llama of this shape, with a tokenizer that GenAI's builder asks for; made once."""
+    """Make a random Llama of this shape, unless the folder exists; it has a tokenizer, which GenAI's builder needs."""
     if not folder.exists():
         run_measured([sys.executable, "-c", MAKE, str(folder), dtype, *map(str, shape), str(REFERENCE)])
     return folder
@@ -44,9 +44,15 @@ def streamline(*words: object) -> list[str]:
 
 
 def commands(checkpoint: Path, out: Path, optimum: str) -> Iterator[tuple[str, list[str]]]:
-    """Each exporter's own command line for a checkpoint, and the name under which it goes below `out`."""
-    for name, how in (("streamline, fp32", "none"), ("streamline, int4", "int4")):
-        yield name, streamline("export", "-m", checkpoint, out / name, "--quantize", how)
+    """The name and the command line of each exporter for a checkpoint; it writes into the folder of its name in `out`.
+
+    Args:
+        checkpoint: The checkpoint's folder.
+        out: The folder of all exports.
+        optimum: The Python interpreter of the environment of optimum-onnx.
+    """
+    for name, quantizer in (("streamline, fp32", "none"), ("streamline, int4", "int4")):
+        yield name, streamline("export", "-m", checkpoint, out / name, "--quantize", quantizer)
     for precision in ("fp32", "int4"):
         name = f"GenAI's builder, {precision}"
         yield name, _builder(checkpoint, out / name, precision, "int4_accuracy_level=4")
@@ -56,7 +62,7 @@ def commands(checkpoint: Path, out: Path, optimum: str) -> Iterator[tuple[str, l
 
 
 def last_logits_commands(checkpoint: Path, out: Path) -> Iterator[tuple[str, list[str]]]:
-    """The same for graphs that project the last token only: those of the exporters that have a choice."""
+    """The same for graphs that return the last token's logits only, of the exporters that have the option."""
     name = "streamline, fp32, last logits"
     yield name, streamline("export", "-m", checkpoint, out / name, "--last-logits")
     name = "GenAI's builder, fp32, last logits"
@@ -69,18 +75,18 @@ def _builder(checkpoint: Path, out: Path, precision: str, option: str) -> list[s
 
 
 def run_measured(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak resident bytes of a command, its interpreter's start included."""
+    """Run a command; returns its seconds, with the start of the interpreter, and its peak resident bytes."""
     start = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said)
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if status:
-            said.seek(0)
-            raise SystemExit(f"{' '.join(command)} failed:\n{said.read()[-2000:]}")
+            output.seek(0)
+            raise SystemExit(f"{' '.join(command)} failed:\n{output.read()[-2000:]}")
     return time.perf_counter() - start, usage.ru_maxrss * 1024
 
 
 def graph_bytes(folder: Path) -> int:
-    """Bytes of a graph and its weights."""
+    """The bytes of a graph and its weights."""
     return sum(file.stat().st_size for file in folder.rglob("*.onnx*") if file.is_file())

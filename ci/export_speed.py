@@ -1,9 +1,10 @@
-"""Prefill and decode of a graph or a checkpoint, timed in a process that holds nothing else.
+"""Time prefill and decode of a graph or a checkpoint, in a process of its own.
 
     python ci/export_speed.py onnxruntime FOLDER HEADS SIZE
 
-prints the median seconds of a prompt and of a token after it; `measure_in_turns` starts such processes in turns. In one
-process the threads of one runtime spin while another runs, which cost some of them a quarter of their speed.
+prints the median seconds of a prompt and of a token after it. `measure_in_turns` starts one such process per case, in
+turns. With several runtimes in one process, the idle threads of one keep spinning while another runs, and some runtimes
+lost a quarter of their speed.
 """
 
 from __future__ import annotations
@@ -24,12 +25,19 @@ WARM, ROUNDS, TURNS = 2, 6, 5
 PROMPT, DECODED = 128, 32
 
 Seconds = tuple[float, float]
-"""Of the prompt, and the median of those of a token."""
+"""Seconds of the prompt, and the median seconds of a token after it."""
 
 
 @dataclass(frozen=True)
 class Timed:
-    """What to time: `onnxruntime`, `GenAI` or `torch`, a folder, and the heads and head size of its cache."""
+    """One case to time.
+
+    Args:
+        runtime: `onnxruntime`, `GenAI` or `torch`.
+        folder: The folder of the export or the checkpoint.
+        heads: The number of key-value heads.
+        size: The head size.
+    """
 
     runtime: str
     folder: Path
@@ -38,17 +46,23 @@ class Timed:
 
 
 def measure_in_turns(timed: Mapping[str, Timed], turns: int = TURNS) -> dict[str, dict[str, Any]]:
-    """Median milliseconds of a prompt and of a token after it, every case in a process of its own in every turn.
+    """Time every case in its own process, one after the other, in several turns.
 
-    `decode_turns_ms` are those of a token by turn: what two cases took in one turn can be held against each other.
+    Args:
+        timed: The cases, by name.
+        turns: The number of turns.
+
+    Returns:
+        For each case, `prefill_ms` and `decode_ms`: the median milliseconds of a prompt and of a token after it; and
+        `decode_turns_ms`: the milliseconds of a token in each turn. Two cases can be compared turn by turn.
     """
     taken: dict[str, list[Seconds]] = {name: [] for name in timed}
     for turn in range(turns):
         print("turn", turn + 1, "of", turns, flush=True)
         for name, case in timed.items():
             words = (__file__, case.runtime, str(case.folder), str(case.heads), str(case.size))
-            said = subprocess.run([sys.executable, *words], check=True, capture_output=True, text=True).stdout
-            taken[name].append(tuple(json.loads(said)))
+            output = subprocess.run([sys.executable, *words], check=True, capture_output=True, text=True).stdout
+            taken[name].append(tuple(json.loads(output)))
     rows = {}
     for name, seconds in taken.items():
         prefill, decode = 1e3 * np.median(seconds, axis=0)
@@ -59,7 +73,7 @@ def measure_in_turns(timed: Mapping[str, Timed], turns: int = TURNS) -> dict[str
 
 
 def _onnxruntime(case: Timed) -> Callable[[], Seconds]:
-    """Rounds in ONNX Runtime, the cache in the runtime's own buffers."""
+    """A function that times one round in ONNX Runtime; the cache stays in the runtime's buffers."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -67,19 +81,19 @@ def _onnxruntime(case: Timed) -> Callable[[], Seconds]:
     path = str(case.folder / "model.onnx")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     inputs = {value.name for value in session.get_inputs()}
-    none = onnxruntime.OrtValue.ortvalue_from_numpy(np.empty((1, case.heads, 0, case.size), np.float32))
-    past = {name: none for name in sorted(inputs) if name.startswith("past_key_values.")}
+    empty = onnxruntime.OrtValue.ortvalue_from_numpy(np.empty((1, case.heads, 0, case.size), np.float32))
+    past = {name: empty for name in sorted(inputs) if name.startswith("past_key_values.")}
     present = [name.replace("past_key_values", "present") for name in past]
-    fed = 0
+    total = 0
 
     def call(tokens: npt.NDArray[np.int64]) -> None:
-        nonlocal past, fed
-        fed += tokens.shape[1]
-        positions = np.arange(fed - tokens.shape[1], fed, dtype=np.int64)[None]
-        feeds = {"input_ids": tokens, "attention_mask": np.ones((1, fed), np.int64), "position_ids": positions}
+        nonlocal past, total
+        total += tokens.shape[1]
+        positions = np.arange(total - tokens.shape[1], total, dtype=np.int64)[None]
+        arrays = {"input_ids": tokens, "attention_mask": np.ones((1, total), np.int64), "position_ids": positions}
         binding = session.io_binding()
-        for name in inputs & feeds.keys():
-            binding.bind_cpu_input(name, feeds[name])
+        for name in inputs & arrays.keys():
+            binding.bind_cpu_input(name, arrays[name])
         for name, state in past.items():
             binding.bind_ortvalue_input(name, state)
         for name in ("logits", *present):
@@ -88,15 +102,15 @@ def _onnxruntime(case: Timed) -> Callable[[], Seconds]:
         past = dict(zip(past, binding.get_outputs()[1:], strict=True))
 
     def round_() -> Seconds:
-        nonlocal past, fed
-        past, fed = dict.fromkeys(past, none), 0
+        nonlocal past, total
+        past, total = dict.fromkeys(past, empty), 0
         return _timed(call)
 
     return round_
 
 
 def _genai(case: Timed) -> Callable[[], Seconds]:
-    """Rounds in GenAI, as its config says."""
+    """A function that times one round in onnxruntime-genai, with the folder's `genai_config.json`."""
     import onnxruntime_genai
 
     model = onnxruntime_genai.Model(str(case.folder))
@@ -111,7 +125,7 @@ def _genai(case: Timed) -> Callable[[], Seconds]:
 
 
 def _torch(case: Timed) -> Callable[[], Seconds]:
-    """Rounds in torch, eager, fp32."""
+    """A function that times one round in torch, in eager mode and fp32."""
     import torch
 
     from optimum.streamline.checkpoints.loading import load
@@ -144,7 +158,7 @@ def _timed(call: Callable[[npt.NDArray[np.int64]], None]) -> Seconds:
 
 
 def main() -> None:
-    """Time what the arguments name."""
+    """Time the case of the command line, and print its seconds as JSON."""
     runtime, folder, heads, size = sys.argv[1:]
     case = Timed(runtime, Path(folder), int(heads), int(size))
     round_ = {"onnxruntime": _onnxruntime, "GenAI": _genai, "torch": _torch}[runtime](case)

@@ -1,6 +1,6 @@
-"""What `ci/bench gpu` measures: the models' shapes, the table of cases, and what a machine's limits allow each.
+"""The cases of `ci/bench gpu`: the shapes of the models, the table of cases, and the ideal time of each case.
 
-Arithmetic alone: nothing here makes a model or touches a device.
+Nothing here makes a model or uses a device.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 
-CACHE_BYTES = 2  # a number of the key-value cache, which is bf16 whatever the weights are
-# The share of the layers that is kept where a quarter is removed.
+CACHE_BYTES = 2  # bytes per number of the key-value cache, which is bf16 with every kind of weights
+# The share of the layers that the pruned model keeps.
 KEPT = 0.75
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama's dimensions."""
+    """The dimensions of a Llama model, as in its config."""
 
     hidden: int
     intermediate: int
@@ -26,15 +26,27 @@ class Shape:
 
     @property
     def kv_width(self) -> int:
-        """Numbers in one layer's keys of one token."""
+        """The size of one token's keys in one layer."""
         return self.hidden // self.heads * self.kv_heads
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How large and how often; `room` is how many tokens the static cache holds beyond the prompt.
+    """The sizes and numbers of rounds of a benchmark run.
 
-    `shapes` are run in torch, `exported` in the runtime that there is.
+    Args:
+        shapes: The models that run in torch.
+        exported: The models that are exported.
+        prompt: The length of the prompt, in tokens.
+        room: The number of tokens that the static cache holds after the prompt.
+        batches: The batch sizes.
+        prefill_warm: The number of warm-up rounds of prefill.
+        prefill_rounds: The most measured rounds of prefill.
+        decode_warm: The number of warm-up rounds of decode.
+        decode_rounds: The most measured rounds of decode.
+        copied_bytes: The size of the copy that measures bandwidth.
+        matrix: The shape of the matrix in the matrix-vector product.
+        square: The rows and columns of the two matrices in the matrix product.
     """
 
     shapes: dict[str, Shape]
@@ -47,11 +59,11 @@ class Plan:
     decode_warm: int
     decode_rounds: int
     copied_bytes: int
-    matrix: tuple[int, int]  # of the product with a vector
-    square: int  # side of the matrices of the product of two
+    matrix: tuple[int, int]
+    square: int
 
     def rounds(self, phase: str) -> tuple[int, int]:
-        """Those of warm-up, and those that count."""
+        """The number of warm-up rounds, and the most measured rounds, of `prefill` or `decode`."""
         if phase == "prefill":
             return self.prefill_warm, self.prefill_rounds
         return self.decode_warm, self.decode_rounds
@@ -66,9 +78,10 @@ FULL = Plan(SHAPES, EXPORTED, 2048, 64, (1, 16), 2, 10, 8, 48, 4 * 2**30, (16384
 TINY = Shape(64, 128, 4, 4, 2, 128)
 SMOKE = Plan({"tiny": TINY}, {"tiny-exported": TINY}, 16, 8, (1, 2), 1, 3, 1, 3, 2**16, (64, 64), 64)
 
-# Phase and runtime, by kind of weights, in the order in which they are measured; a further runtime, or kind of weights,
-# is a row here and one in `gpu_measure.RUNS` or `gpu_models.CONVERSIONS`. Only bf16 is captured: in each int8 product
-# the host waits to learn where the outliers are. Captures come last: one that fails leaves its process unusable.
+# The phases and runtimes of each kind of weights, in the order of measurement. A new runtime also needs an entry in
+# `gpu_measure.RUNS`, a new kind of weights one in `gpu_models.CONVERSIONS`. Only bf16 runs as a CUDA graph, because
+# each int8 matmul makes the host wait for the positions of the outliers. CUDA graphs come last, because a failed
+# capture leaves the process unusable.
 EXPORT = "export"
 EAGER = (("prefill", "eager"), ("decode", "eager"))
 TABLE = {
@@ -80,46 +93,61 @@ TABLE = {
 
 @dataclass(frozen=True)
 class Case:
-    """One phase of one kind of model, which is measured dense and pruned in turns; `how` is the runtime."""
+    """One phase of one kind of model, measured dense and pruned in turns.
+
+    Args:
+        shape: A key of `Plan.shapes` or `Plan.exported`.
+        weights: A key of `TABLE`; for an export, the runtime's name.
+        phase: `prefill` or `decode`.
+        batch: The batch size.
+        runtime: `eager`, `cuda-graph` or `export`.
+    """
 
     shape: str
     weights: str
     phase: str
     batch: int
-    how: str
+    runtime: str
 
     @property
     def model(self) -> tuple[str, str]:
-        """Cases that agree in it follow each other, and share the weights in memory."""
+        """The shape and the weights. Cases that agree in both follow each other and share the weights in memory."""
         return self.shape, self.weights
 
     @property
     def name(self) -> str:
-        """What `--only` looks into.
+        """The name that `--only` searches.
 
         >>> Case("llama-2-7b", "bf16", "decode", 16, "eager").name
         'llama-2-7b bf16 decode b16 eager'
         """
-        return f"{self.shape} {self.weights} {self.phase} b{self.batch} {self.how}"
+        return f"{self.shape} {self.weights} {self.phase} b{self.batch} {self.runtime}"
 
 
-def make_cases(plan: Plan, device: str, runtime: str) -> list[Case]:
-    """Those of the table that this device can run, in its order, and those of the runtime.
+def make_cases(plan: Plan, device: str, exported: str) -> list[Case]:
+    """The cases of the table that the device can run, and then the cases of the exports.
 
-    Of the latter's prompts one at a time: the logits of each of their tokens are copied.
+    Exports prefill at batch 1 only, because the logits of all tokens are copied to the host.
+
+    Args:
+        plan: The sizes.
+        device: `cuda` or `cpu`.
+        exported: The name of the runtime of the exports.
     """
     in_torch = [
-        Case(shape, weights, phase, batch, how)
+        Case(shape, weights, phase, batch, runtime)
         for shape, weights in product(plan.shapes, TABLE)
-        for (phase, how), batch in product(TABLE[weights], plan.batches)
-        if device == "cuda" or how != "cuda-graph"
+        for (phase, runtime), batch in product(TABLE[weights], plan.batches)
+        if device == "cuda" or runtime != "cuda-graph"
     ]
     phases = [("prefill", 1), *(("decode", batch) for batch in plan.batches)]
-    return in_torch + [Case(shape, runtime, phase, batch, EXPORT) for shape in plan.exported for phase, batch in phases]
+    return in_torch + [
+        Case(shape, exported, phase, batch, EXPORT) for shape in plan.exported for phase, batch in phases
+    ]
 
 
 def kept_layers(shape: Shape) -> int:
-    """How many layers are left.
+    """The number of layers of the pruned model.
 
     >>> kept_layers(SHAPES["llama-2-7b"])
     24
@@ -128,7 +156,7 @@ def kept_layers(shape: Shape) -> int:
 
 
 def cache_bytes(shape: Shape, layers: int, batch: int, tokens: int) -> int:
-    """Bytes of the keys and values of so many tokens.
+    """The bytes of the keys and values of `tokens` tokens per row.
 
     >>> cache_bytes(SHAPES["llama-2-7b"], 32, 1, 2048) == 2**30
     True
@@ -137,21 +165,28 @@ def cache_bytes(shape: Shape, layers: int, batch: int, tokens: int) -> int:
 
 
 def prefill_flops(shape: Shape, layers: int, batch: int, tokens: int) -> int:
-    """Operations of reading a prompt: two a weight and token, causal attention, and one token's logits a sequence.
+    """The floating-point operations of a prefill.
+
+    They are two per weight and token, those of causal attention, and those of one token's logits per sequence.
 
     >>> prefill_flops(Shape(hidden=2, intermediate=3, layers=1, heads=1, kv_heads=1, vocab=5), 1, 1, 2)
     180
     """
     linear = 2 * shape.hidden * (shape.hidden + shape.kv_width) + 3 * shape.hidden * shape.intermediate
-    # Queries times keys and shares times values; a token attends to itself and to those before it.
+    # Queries times keys, and attention weights times values; a token attends to itself and to all tokens before it.
     attention = 4 * shape.hidden * tokens * (tokens + 1) // 2
     return batch * (layers * (2 * linear * tokens + attention) + 2 * shape.hidden * shape.vocab)
 
 
 def ideal_ms(case: Case, plan: Plan, layers: int, read_bytes: int, limits: dict[str, float]) -> float:
-    """Milliseconds at the measured limits: of prefill by its operations, of decode by the bytes it has to read.
+    """The milliseconds of a round at the measured limits: for prefill by its operations, for decode by bytes read.
 
-    `read_bytes` are those of the weights that a token multiplies by; the keys and values come on top.
+    Args:
+        case: The case.
+        plan: The sizes.
+        layers: The number of decoder layers.
+        read_bytes: The bytes of the weights that a token is multiplied by; keys and values are added here.
+        limits: The measured limits, from `gpu_measure.measure_limits`.
     """
     shape = (plan.shapes | plan.exported)[case.shape]
     if case.phase == "prefill":
@@ -160,5 +195,5 @@ def ideal_ms(case: Case, plan: Plan, layers: int, read_bytes: int, limits: dict[
 
 
 def bandwidth(limits: dict[str, float]) -> float:
-    """Bytes a second, of the two ways of measuring it the one that reached more."""
+    """The memory bandwidth in bytes per second: the larger one of the two measured."""
     return max(limits["copy_bytes_per_second"], limits["read_bytes_per_second"])

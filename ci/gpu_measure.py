@@ -1,4 +1,7 @@
-"""How `ci/bench gpu` measures: time by the device's own clock, the machine's limits, and one function a runtime."""
+"""The measurements of `ci/bench gpu`: the machine's limits, and the time and memory of each case.
+
+Time on a GPU is taken with CUDA events. `RUNS` has one function per phase and runtime.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,22 @@ from gpu_cases import EXPORT, Case, Plan, ideal_ms
 from gpu_models import release, weight_bytes
 from gpu_runtimes import Exported
 
-# Rounds of a slow case are fewer, that it may not spend what is left for the others.
+# The time limit of a case's rounds. A slow case gets fewer rounds, so that it leaves time for the others.
 SECONDS_A_CASE = 8.0
 FEWEST_ROUNDS = 5
-# Of the largest logit; a captured step that answers otherwise than the eager one is no measurement of it.
+# The largest difference between the logits of a CUDA graph and of eager mode, as a share of the largest logit.
 GRAPH_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
 class Run:
-    """One round is `step`; `prepare` comes before each, and is not timed. `facts` go into the row.
+    """One thing to time.
 
-    `holds` is what the step needs in memory and does not hold itself.
+    Args:
+        step: The function to time.
+        prepare: A function that is called before each step and is not timed.
+        facts: Further figures for the row.
+        holds: An object that the step needs but does not reference itself.
     """
 
     step: Callable[[], object]
@@ -36,7 +43,12 @@ class Run:
 
 
 def measure_limits(plan: Plan, device: torch.device) -> dict[str, float]:
-    """Bytes a second of a copy (read and written) and of a product with a vector (read), operations of a product."""
+    """Measure the device's memory bandwidth and arithmetic speed.
+
+    Returns:
+        Bytes per second of a copy (read and written), bytes per second that a matrix-vector product reads, and
+        floating-point operations per second of a bf16 matrix product.
+    """
     source = torch.ones(plan.copied_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = _median_ms(lambda: target.copy_(source), device)
@@ -58,7 +70,11 @@ def _median_ms(step: Callable[[], object], device: torch.device) -> float:
 
 
 def timed_in_turns(runs: Sequence[Run], device: torch.device, rounds: int) -> list[list[float]]:
-    """Milliseconds of each round, by run; a round of each before the next of any."""
+    """Time each run `rounds` times; the runs take turns, so that a change of the clock affects all of them.
+
+    Returns:
+        For each run, the milliseconds of each of its rounds.
+    """
     marks = []
     for _ in range(rounds):
         for run in runs:
@@ -73,17 +89,17 @@ def timed_in_turns(runs: Sequence[Run], device: torch.device, rounds: int) -> li
 
 
 def _mark(device: torch.device) -> Any:
-    """Now: of a GPU an event in its queue, otherwise seconds."""
+    """A point in time: on a GPU a CUDA event, which is recorded in its queue; otherwise seconds."""
     if device.type != "cuda":
         return time.perf_counter()
-    make: Any = torch.cuda.Event  # untyped
-    event = make(enable_timing=True)
+    event_class: Any = torch.cuda.Event  # torch has no type hints for it
+    event = event_class(enable_timing=True)
     event.record()
     return event
 
 
 def quartiles(taken: Sequence[float]) -> list[float]:
-    """The first, the median and the third.
+    """The first quartile, the median and the third quartile.
 
     >>> quartiles([4.0, 1.0, 2.0, 3.0, 5.0])
     [2.0, 3.0, 4.0]
@@ -92,7 +108,7 @@ def quartiles(taken: Sequence[float]) -> list[float]:
 
 
 def affordable_rounds(round_ms: float, wanted: int, seconds: float = SECONDS_A_CASE) -> int:
-    """As many as were wanted, fewer where they would take longer than that, and no fewer than five of those.
+    """The number of rounds that fit into a time limit: at most `wanted`, and otherwise at least `FEWEST_ROUNDS`.
 
     >>> affordable_rounds(10.0, 48), affordable_rounds(1000.0, 48), affordable_rounds(9000.0, 10)
     (48, 8, 5)
@@ -101,8 +117,19 @@ def affordable_rounds(round_ms: float, wanted: int, seconds: float = SECONDS_A_C
 
 
 def measure(case: Case, models: Mapping[str, Any], plan: Plan, device: torch.device) -> dict[str, Any]:
-    """Of each model quartiles of milliseconds a round, tokens a second and bytes; of two, how they compare."""
-    release()  # an earlier case's memory, freed in the midst of this one, would pass for less used
+    """Time the dense and the pruned model in turns.
+
+    Args:
+        case: The case.
+        models: The models by name: `dense` and `pruned`.
+        plan: The sizes and numbers of rounds.
+        device: The device.
+
+    Returns:
+        For each model its quartiles of milliseconds per round, tokens per second, and bytes; and the quartiles of the
+        dense model's time over the pruned one's.
+    """
+    release()  # memory of an earlier case, if it were freed during this one, would make the peak look smaller
     with torch.inference_mode():
         runs, figures = {}, {}
         for layers, model in models.items():
@@ -117,14 +144,15 @@ def measure(case: Case, models: Mapping[str, Any], plan: Plan, device: torch.dev
 
 
 def _set_up(case: Case, model: Any, plan: Plan, device: torch.device) -> tuple[Run, dict[str, Any]]:
-    """What is to be timed, run once; peak memory is the weights, and the most that was taken beside them meanwhile.
+    """Make the run of one model and run it once; returns the run, and the model's figures.
 
-    The other model's weights and cache, which lie in memory so that the two can take turns, do not count.
+    Peak memory is the model's weights plus the most that was allocated during the run. The other model is in memory
+    too, so that the two can take turns, and does not count.
     """
     on_gpu = device.type == "cuda"
     before = torch.cuda.memory_allocated() if on_gpu else 0
     _forget_peak(device)
-    run = RUNS[case.phase, case.how](case, model, plan, device)
+    run = RUNS[case.phase, case.runtime](case, model, plan, device)
     run.prepare()
     run.step()
     if isinstance(model, Exported):
@@ -135,8 +163,10 @@ def _set_up(case: Case, model: Any, plan: Plan, device: torch.device) -> tuple[R
         "decoder_layers": layers,
         "weight_bytes": stored,
         "read_weight_bytes": read,
-        # What a runtime takes beside torch is not torch's to count.
-        "peak_bytes": stored + torch.cuda.max_memory_allocated() - before if on_gpu and case.how != EXPORT else None,
+        # Torch does not count the memory of another runtime.
+        "peak_bytes": stored + torch.cuda.max_memory_allocated() - before
+        if on_gpu and case.runtime != EXPORT
+        else None,
         **run.facts,
     }
 
@@ -154,7 +184,7 @@ def _rounds(runs: list[Run], case: Case, plan: Plan, device: torch.device) -> li
 
 
 def against_limits(row: dict[str, Any], case: Case, plan: Plan, limits: dict[str, float]) -> None:
-    """Put into the row what the limits would allow each model, the share of it reached, and how the two compare."""
+    """Add to the row each model's ideal time at the measured limits, the share reached, and the ideal speed-up."""
     for figures in (row["dense"], row["pruned"]):
         ideal = ideal_ms(case, plan, figures["decoder_layers"], figures["read_weight_bytes"], limits)
         figures |= {"ideal_ms": ideal, "share_of_limit": ideal / figures["ms"][1]}
@@ -162,27 +192,27 @@ def against_limits(row: dict[str, Any], case: Case, plan: Plan, limits: dict[str
 
 
 def _prefill(case: Case, model: Any, plan: Plan, device: torch.device) -> Run:
-    """The whole prompt into an empty cache; only the last token's logits."""
+    """Prefill: the whole prompt into an empty cache; the logits of the last token only."""
     cache, step = _prompt_step(case, model, plan, device)
-    step()  # makes the cache's tensors, which `prepare` needs
+    step()  # allocates the cache's tensors, which `prepare` needs
     return Run(step, lambda: _set_position(cache, 0))
 
 
 def _decode(case: Case, model: Any, plan: Plan, device: torch.device) -> Run:
-    """One token after another behind the prompt, each call made by Python."""
+    """Decode in eager mode: one token after another after the prompt."""
     step, _ = _decode_step(case, model, plan, device)
     return Run(step)
 
 
 def _decode_graph(case: Case, model: Any, plan: Plan, device: torch.device) -> Run:
-    """The same steps, captured once and replayed.
+    """Decode as a CUDA graph: the step is captured once and replayed.
 
-    The cache counts its own tokens in a tensor on the device, from which positions and mask are made inside the step:
-    each replay is of the next token, and nothing has to be handed to it.
+    The cache counts its tokens in a tensor on the device, and the step computes positions and mask from it. So each
+    replay is the next token, without an update from Python.
     """
     step, cache = _decode_step(case, model, plan, device)
-    make: Any = torch.cuda.Stream  # untyped
-    side = make()
+    stream_class: Any = torch.cuda.Stream  # torch has no type hints for it
+    side = stream_class()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
@@ -197,31 +227,32 @@ def _decode_graph(case: Case, model: Any, plan: Plan, device: torch.device) -> R
     _set_position(cache, plan.prompt)
     eager = step().float()
     difference, largest = (captured - eager).abs().max().item(), eager.abs().max().item()
-    if not difference <= GRAPH_TOLERANCE * largest:  # so that not-a-number fails too
+    if not difference <= GRAPH_TOLERANCE * largest:  # not `>`, because a NaN must fail
         raise RuntimeError(f"the captured step's logits differ from the eager ones by {difference:g} of {largest:g}")
     _set_position(cache, plan.prompt)
     facts = {"graph_max_difference": difference, "largest_logit": largest}
-    # A graph knows no more than addresses: of the token and the cache, which the step holds.
+    # A graph has only the addresses of the token and the cache, so `holds` keeps the step alive, which owns them.
     return Run(graph.replay, facts=facts, holds=step)
 
 
 def _exported_prefill(case: Case, model: Any, plan: Plan, device: torch.device) -> Run:
-    """The whole prompt; the logits of all its tokens are copied to the host."""
+    """Prefill of an export: the whole prompt; the logits of all its tokens are copied to the host."""
     tokens = _random_tokens(case, plan, plan.prompt, torch.device("cpu")).numpy()
     return Run(lambda: model.runner.prefill(tokens))
 
 
 def _exported_decode(case: Case, model: Any, plan: Plan, device: torch.device) -> Run:
-    """One token after another behind the prompt, which is read anew when the cache is full."""
+    """Decode of an export: one token after another after the prompt, which is read again when the cache is full."""
     prompt, token = (_random_tokens(case, plan, length, torch.device("cpu")).numpy() for length in (plan.prompt, 1))
-    fed: list[Any] = []
+    cache_and_count: list[Any] = []  # the cache, and the number of tokens decoded since the prompt
 
     def read_prompt() -> None:
-        if not fed or fed[1] == plan.room:
-            fed[:] = [model.runner.prefill(prompt)[1], 0]
+        if not cache_and_count or cache_and_count[1] == plan.room:
+            cache_and_count[:] = [model.runner.prefill(prompt)[1], 0]
 
     def step() -> None:
-        fed[:] = [model.runner.decode(token, fed[0])[1], fed[1] + 1]
+        cache, count = cache_and_count
+        cache_and_count[:] = [model.runner.decode(token, cache)[1], count + 1]
 
     return Run(step, read_prompt)
 
@@ -237,7 +268,7 @@ def _prompt_step(
 def _decode_step(
     case: Case, model: Any, plan: Plan, device: torch.device
 ) -> tuple[Callable[[], torch.Tensor], StaticCache]:
-    """A step of one token a sequence, its cache filled by the prompt; memory is counted from behind the prompt."""
+    """A decode step and its cache, which the prompt has filled; peak memory is counted from after the prompt."""
     cache, read_prompt = _prompt_step(case, model, plan, device)
     read_prompt()
     _forget_peak(device)
@@ -246,7 +277,7 @@ def _decode_step(
 
 
 def _random_tokens(case: Case, plan: Plan, length: int, device: torch.device) -> torch.Tensor:
-    """The same for the dense model and the pruned one."""
+    """Random tokens `[batch, length]`, the same for the dense model and the pruned one."""
     source = torch.Generator().manual_seed(length)
     vocabulary = (plan.shapes | plan.exported)[case.shape].vocab
     return torch.randint(vocabulary, (case.batch, length), generator=source).to(device)
@@ -258,13 +289,13 @@ def _logits(model: Any, tokens: torch.Tensor, cache: StaticCache) -> torch.Tenso
 
 
 def _set_position(cache: StaticCache, tokens: int) -> None:
-    """Let the cache hold so many tokens; what lies behind them is masked, and written anew."""
-    layers: list[Any] = cache.layers  # each counts for itself
+    """Set the number of tokens in the cache; later positions are masked, and written again."""
+    layers: list[Any] = cache.layers  # each layer has its own count
     for layer in layers:
         layer.cumulative_length.fill_(tokens)
 
 
-# By phase and runtime; what can be timed is made here, and `gpu_cases.TABLE` says of which weights.
+# The function that makes the run, by phase and runtime. `gpu_cases.TABLE` says for which weights each is measured.
 RUNS: dict[tuple[str, str], Callable[[Case, Any, Plan, torch.device], Run]] = {
     ("prefill", "eager"): _prefill,
     ("decode", "eager"): _decode,

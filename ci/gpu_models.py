@@ -1,4 +1,4 @@
-"""The models of `ci/bench gpu`: made on the device from a config, of random weights, and quantized where they stand."""
+"""Make the models of `ci/bench gpu`: on the device, from a config, with random weights, and quantized in place."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gpu_cases import Shape, kept_layers
 
-# bitsandbytes says at each call of an int8 layer that bf16 is cast to fp16: it would be timed along.
+# bitsandbytes warns at each call of an int8 layer that it casts bf16 to fp16. The warning would be timed too.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-# Standard deviation of the weights. With Llama's 0.02, hidden 4096, next to every column of what enters `down_proj` has
-# a value beyond LLM.int8's threshold of 6 in 2048 tokens, and is multiplied in 16 bits too; of a trained 7B, few are.
+# The standard deviation of the weights. With Llama's 0.02 and a hidden size of 4096, almost every input column of
+# `down_proj` has a value above LLM.int8's threshold of 6 within 2048 tokens, and is also multiplied in 16 bits. In a
+# trained 7B model few columns are.
 DEVIATION = 0.01
 THRESHOLD = 6.0
 
 
 def make_config(shape: Shape, layers: int) -> LlamaConfig:
-    """As transformers says it; the output layer is not tied to the embedding."""
+    """The transformers config of a shape with `layers` layers; the output projection is not tied to the embedding."""
     return LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -39,14 +40,20 @@ def make_config(shape: Shape, layers: int) -> LlamaConfig:
 
 
 def _make(shape: Shape, layers: int, device: torch.device) -> Any:
-    make: Any = AutoModelForCausalLM.from_config  # untyped
+    from_config: Any = AutoModelForCausalLM.from_config  # transformers has no type hints for it
     with device:
-        model = make(make_config(shape, layers), dtype=torch.bfloat16, attn_implementation="sdpa")
+        model = from_config(make_config(shape, layers), dtype=torch.bfloat16, attn_implementation="sdpa")
     return model.eval().requires_grad_(False)
 
 
 def build(shape: Shape, weights: str, device: torch.device) -> dict[str, Any]:
-    """`dense`, and `pruned`, which is the first three quarters of the same layers: no weight is there twice."""
+    """Make the models `dense` and `pruned`; `pruned` has the first layers of `dense` and shares their weights.
+
+    Args:
+        shape: The dimensions.
+        weights: A key of `CONVERSIONS`.
+        device: The device.
+    """
     torch.manual_seed(0)
     dense = _make(shape, shape.layers, device)
     convert = CONVERSIONS[weights]
@@ -55,7 +62,7 @@ def build(shape: Shape, weights: str, device: torch.device) -> dict[str, Any]:
             for block in (layer.self_attn, layer.mlp):
                 for name, linear in list(block.named_children()):
                     if isinstance(linear, nn.Linear):
-                        setattr(block, name, convert(linear))  # the bf16 weight has no other holder, and is freed
+                        setattr(block, name, convert(linear))  # frees the bf16 weight
     pruned = _make(shape, kept_layers(shape), torch.device("meta"))
     pruned.lm_head = dense.lm_head
     for name, module in dense.model.named_children():
@@ -65,7 +72,7 @@ def build(shape: Shape, weights: str, device: torch.device) -> dict[str, Any]:
 
 
 def _to_int8(linear: nn.Linear) -> Any:
-    """LLM.int8(): a scale a row, and columns of activations beyond the threshold multiplied in 16 bits."""
+    """LLM.int8() of bitsandbytes: a scale per row; activation columns above the threshold are multiplied in 16 bits."""
     bnb = _bitsandbytes()
     rows, columns = linear.weight.shape
     layer = bnb.nn.Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, threshold=THRESHOLD, device="meta")
@@ -75,7 +82,7 @@ def _to_int8(linear: nn.Linear) -> Any:
 
 
 def _to_nf4(linear: nn.Linear) -> Any:
-    """Blocks of 64 with one fp32 scale each, which transformers does unless told otherwise; multiplied in bf16."""
+    """NF4 of bitsandbytes: blocks of 64 with one fp32 scale each, as transformers does by default; matmuls in bf16."""
     bnb = _bitsandbytes()
     rows, columns = linear.weight.shape
     layer = bnb.nn.Linear4bit(columns, rows, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta")
@@ -87,11 +94,11 @@ def _to_nf4(linear: nn.Linear) -> Any:
 
 
 def _bitsandbytes() -> Any:
-    """Loaded where it is needed, since bf16 goes without it; untyped, as it does not say what it exports."""
+    """Import bitsandbytes, which bf16 does not need; untyped, because it has no type hints."""
     return importlib.import_module("bitsandbytes")
 
 
-# A further kind of weights is a row here, `None` where the bf16 ones are left as they are.
+# The conversion of a linear module for each kind of weights; `None` leaves it in bf16.
 CONVERSIONS: dict[str, Callable[[nn.Linear], Any] | None] = {
     "bf16": None,
     "bnb-int8": _to_int8,
@@ -100,14 +107,14 @@ CONVERSIONS: dict[str, Callable[[nn.Linear], Any] | None] = {
 
 
 def release() -> None:
-    """Give back what no one holds."""
+    """Free the memory that nothing references."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def weight_bytes(model: Any) -> tuple[int, int]:
-    """Bytes of all weights with their scales, and of those that each token multiplies by: all but the embedding."""
+    """The bytes of all weights and scales, and of those that a token is multiplied by: all but the input embedding."""
     total = sum(each.nbytes for each in model.parameters())
     for module in model.modules():
         # The int8 scales move from the weight to the layer's state at the first call.

@@ -1,4 +1,4 @@
-"""docs/gpu.md, from what `ci/bench gpu` measured."""
+"""Write docs/gpu.md from the figures of `ci/bench gpu`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ RULE = "|---|---|---|---|---|---|---|---|---|"
 
 
 def write_page(results: Path) -> None:
-    """Beside the figures, under their name."""
+    """Write the page beside the file of figures, with the same name and the suffix `.md`."""
     text = page_text(json.loads(results.read_text(encoding="utf-8")))
     results.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
 def page_text(results: dict[str, Any]) -> str:
-    """The whole page."""
+    """The text of the page."""
     lines = ["# On a GPU", "", *_about(results), "", *_limits(results["limits"])]
     for shape in dict.fromkeys(row["shape"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["shape"] == shape]
@@ -36,19 +36,19 @@ def _about(results: dict[str, Any]) -> list[str]:
     return [
         f"Measured by `ci/bench gpu` on {machine.get('gpu', machine['processor'])}, {machine['date']}; {versions}.",
         "",
-        "Weights are random: of these models only the shapes matter here, and nothing is said of their answers.",
-        "Pruned is the same model without its last quarter of layers; the two took turns, round by round.",
-        f"Prefill reads {plan['prompt']} tokens, decode writes tokens behind as many, at batch {batches}, in a static",
-        "cache. Times are of the device's own clock, the median and between brackets the quartiles; how much faster",
-        "pruning made it is the quotient of rounds that followed each other, ideal is what the limits allow. Only the",
-        "layers are quantized; embedding and output layer stay bf16. No activation here is beyond bnb-int8's threshold",
-        "of 6, which multiplies such apart: of a trained model it is slower than here.",
+        "The weights are random. Only the shapes of the models matter here; their answers mean nothing. The pruned",
+        "model is the dense model without its last quarter of layers. The two took turns, round by round.",
+        f"Prefill reads {plan['prompt']} tokens; decode writes tokens after as many, at batch {batches}, in a static",
+        "cache. Times are taken by the device's clock: the median, and in brackets the quartiles. The speed-up is the",
+        "ratio of rounds that followed each other. The ideal speed-up follows from the limits. Only the layers are",
+        "quantized; the embedding and the output projection stay in bf16. No activation here is above bnb-int8's",
+        "threshold of 6. It multiplies such activations separately, so it is slower with a trained model.",
         "",
-        "The limit of prefill is its operations at the measured speed of a bf16 product, also where the weights are",
-        "int8 and may be multiplied faster. That of decode is the weights and the keys and values it has to read, at",
-        "the measured bandwidth, the larger of the two below. Peak memory is the weights and the most that lay in",
-        "memory beside them: the cache, and what a run needs meanwhile; of decode, without the prompt's prefill.",
-        "Exports are in fp16, and timed from tokens to logits in host memory, copies and calls and all.",
+        "The limit of prefill is its operations at the measured speed of a bf16 matmul, although int8 weights might be",
+        "multiplied faster. The limit of decode is the bytes of weights, keys and values that it reads, at the",
+        "measured bandwidth, the larger of the two below. Peak memory is the weights and the most that was allocated",
+        "beside them: the cache and temporary tensors; for decode, without the prefill of the prompt. Exports are in",
+        "fp16. Their time goes from tokens to logits in host memory, with all copies and calls.",
     ]
 
 
@@ -60,7 +60,7 @@ def _limits(limits: dict[str, Any]) -> list[str]:
         "|---|---|",
         f"| bandwidth, copying (read and written) | {size(limits['copy_bytes_per_second'])}/s |",
         f"| bandwidth, a bf16 matrix times a vector (read) | {size(limits['read_bytes_per_second'])}/s |",
-        f"| bf16 product | {number(limits['bf16_flops_per_second'] / 1e12)} TFLOP/s |",
+        f"| bf16 matmul | {number(limits['bf16_flops_per_second'] / 1e12)} TFLOP/s |",
     ]
 
 
@@ -71,21 +71,21 @@ def _heading(shape: str, plan: dict[str, Any]) -> list[str]:
 
 
 def _captured(rows: list[dict[str, Any]]) -> list[str]:
-    """How the logits of captured steps differ from those of the same steps run by Python."""
-    captured = [row[layers] for row in rows if "dense" in row and row["how"] == "cuda-graph" for layers in BOTH]
+    """A line on how much the logits of CUDA graphs differ from those of eager mode."""
+    captured = [row[layers] for row in rows if "dense" in row and row["runtime"] == "cuda-graph" for layers in BOTH]
     if not captured:
         return []
     largest = max(each["graph_max_difference"] / each["largest_logit"] for each in captured)
-    return ["", f"Logits of captured steps differ from those of eager ones by {largest:.1g} of the largest at most."]
+    return ["", f"The logits of CUDA graphs differ from eager mode by at most {largest:.1g} of the largest logit."]
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Two rows a case, dense and pruned; where there is no figure, one that says why."""
+    """A table with two rows per case, dense and pruned; a case without figures has one row, which says why."""
     return [HEAD, RULE, *(f"| {' | '.join(cells)} |" for row in rows for cells in _cells(row))]
 
 
 def _cells(row: dict[str, Any]) -> list[list[str]]:
-    run = f"{row['phase']}, batch {row['batch']}" + (", CUDA graph" if row["how"] == "cuda-graph" else "")
+    run = f"{row['phase']}, batch {row['batch']}" + (", CUDA graph" if row["runtime"] == "cuda-graph" else "")
     named = [row["weights"], run]
     if "dense" not in row:
         why = f"failed: {row['error']}" if "error" in row else f"not run: {row['not_run']}"

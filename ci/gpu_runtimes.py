@@ -1,7 +1,7 @@
-"""The exported models of `ci/bench gpu`: TensorRT's engines where its library is, otherwise ONNX Runtime's graphs.
+"""The exported models of `ci/bench gpu`: TensorRT engines if its library is installed, otherwise ONNX graphs.
 
-Timed as a client is served: tokens in host memory in, logits in host memory out. So the shape is one whose prompt's
-logits, which are copied, do not drown what is measured.
+They are timed as a client sees them, from tokens to logits in host memory. The shape is chosen so that copying the
+logits of the prompt takes a small part of the time.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ ONNX = "onnxruntime"
 
 @dataclass(frozen=True)
 class Exported:
-    """A model in its runtime.
+    """An exported model, opened in its runtime.
 
     Args:
-        runner: Takes prompts and tokens.
-        layers: Decoder layers.
-        stored: Bytes of all weights.
-        read: Bytes of the weights that a token is multiplied by.
+        runner: The runner.
+        layers: The number of decoder layers.
+        stored: The bytes of all weights.
+        read: The bytes of the weights that a token is multiplied by.
     """
 
     runner: Any
@@ -40,17 +40,20 @@ class Exported:
 
 
 def runtime_here(device: str) -> str:
-    """TensorRT where its library is and a GPU, otherwise ONNX Runtime."""
+    """The runtime of the exports: TensorRT on a GPU if its library is installed, otherwise ONNX Runtime."""
     present = [name for name, module in LIBRARIES.items() if importlib.util.find_spec(module)]
     return present[0] if present and device == "cuda" else ONNX
 
 
 def build_exported(checkpoints: dict[str, Any], shape: Shape, runtime: str, plan: Plan, device: str) -> dict[str, Any]:
-    """`dense` and `pruned` of a runtime, each exported and compared with torch.
+    """Export and open the models `dense` and `pruned`; each export is compared with torch.
 
     Args:
-        checkpoints: torch models, by the same names, which are given up.
-        runtime: As `runtime_here` says.
+        checkpoints: The torch models by name; each is removed from the dictionary to free its memory.
+        shape: The dimensions.
+        runtime: The runtime, from `runtime_here`.
+        plan: The sizes.
+        device: `cuda` or `cpu`.
     """
     made = {}
     with TemporaryDirectory() as scratch:

@@ -1,4 +1,4 @@
-"""The frame of a benchmark of several parts: which are asked for, what was measured before, and the page of it all."""
+"""The command line of a benchmark with several parts: measure some of them, keep the figures, and write the page."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from typing import Any
 from optimum.streamline.system.environment import describe_machine
 
 Part = Callable[[Path], Any]
+"""A function that measures a part in an empty folder, and returns its figures."""
 
 
 def measure_parts(
     description: str | None, parts: Mapping[str, Part], results_file: Path, write_page: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Read the command line, measure what was asked for, keep it beside what was measured before, and write the page.
+    """Read the command line, measure the parts that it names, add them to the earlier figures, and write the page.
 
     Args:
-        description: What `--help` says.
-        parts: What measures each part, given an empty folder of its own; its figures go to JSON.
-        results_file: The JSON file of all figures.
-        write_page: Writes the page from them.
+        description: The text of `--help`.
+        parts: The function that measures each part, by name.
+        results_file: The JSON file with the figures of all parts.
+        write_page: The function that writes the page from the figures.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(parts))

@@ -1,4 +1,4 @@
-"""What `ci/bench methods` measures: one `Case` a row, and the `Row` it becomes. Measures nothing itself."""
+"""The rows of `ci/bench methods`: a `Case` is a row to measure, a `Row` is a measured one. Nothing is measured here."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ MODELS = {
     "gpt2": Path(".cache/models/gpt2"),
 }
 LAYERS = 16
-# 12.5, 25, 37.5 and 50% of the layers; healed rows are at the second and the last.
+# The numbers of layers to remove: 12.5, 25, 37.5 and 50% of the layers. Healing is measured at 25 and 50%.
 REMOVED, HEALED = (2, 4, 6, 8), (4, 8)
 DRAWS = 6
 EVALUATION, LENGTH = 128, 256
 SEEDS = (0, 1, 2)
-# The choices are made on a small text: the searches run the model hundreds of times.
+# The calibration text is small, because the greedy searches run the model on it hundreds of times.
 COMMON: dict[str, Any] = {"calibration": "stdlib:calibration", "samples": 24, "length": LENGTH}
-# Healed on text that begins with what is calibrated on, and that the models were not trained on, nor are judged by.
+# The healing text begins with the calibration text. No model was trained on it, and it is not the evaluation text.
 HEAL: dict[str, Any] = {"heal_data": "stdlib:calibration", "heal_tokens": 200_000, "heal_epochs": 1, "heal_batch": 4}
 LM = {**HEAL, "heal": "lm"}
 DISTILL = {**HEAL, "heal": "distill", "heal_kl": 1.0, "heal_hidden": 10.0}
 
-# Every choice of layers, with nothing trained afterwards.
+# Every method, without healing.
 UNHEALED: dict[str, dict[str, Any]] = {
     "shortgpt": {"method": "shortgpt"},
     "shortgpt iterative": {"method": "shortgpt", "iterative": True},
@@ -51,8 +51,8 @@ UNHEALED: dict[str, dict[str, Any]] = {
     "auto": {"method": "auto"},
 }
 
-# Those that are also healed: of LayerChop's patterns its paper's best and worst, of the linear maps one, and not
-# gromov, whose layers are llm-streamline's at every share.
+# The methods that are also measured with distillation. They include the best and the worst pattern of LayerChop's
+# paper, and one linear map. Gromov is left out: it chooses the same layers as llm-streamline at every share.
 DISTILLED = (
     "shortgpt",
     "llm-streamline none",
@@ -68,9 +68,9 @@ DISTILLED = (
     "shortened-ppl",
     "shortened-taylor",
 )
-# What `auto` chooses among, distilled on the other models too.
+# The methods that `auto` chooses from; they are distilled on the other models too.
 CANDIDATES = ("blockpruner", "come-p", "sleb + linear", "shortgpt + linear")
-# What each paper itself repairs with; CoMe-sp is "come: distill" under its own name.
+# Each paper's own healing. CoMe's, CoMe-sp, is the row "come: distill".
 OWN_HEALING: dict[str, dict[str, Any]] = {
     "llm-streamline layer: hidden-mse": {"replacement": "layer", **HEAL, "heal": "hidden-mse"},
     "llm-streamline layer: lm on it": {"replacement": "layer", **LM},
@@ -85,15 +85,15 @@ OWN_HEALING: dict[str, dict[str, Any]] = {
     "shortgpt: lm": {"method": "shortgpt", **LM},
     "sleb: lm": {"method": "sleb", **LM},
 }
-# LayerChop's paper compares the first two at equal seconds.
+# Healings with the same time limit; LayerChop's paper compares the first two.
 SECONDS: dict[str, Any] = {"method": "layerchop", "heal_epochs": 8, "heal_minutes": 1.5}
 EQUAL_SECONDS: dict[str, dict[str, Any]] = {
     "layerchop max-gap: lm, 90 s": {**LM, **SECONDS},
     "layerchop max-gap: half distill, 90 s": {**DISTILL, **SECONDS, "heal_kl": 0.5},
     "layerchop max-gap: distill, 90 s": {**DISTILL, **SECONDS},
 }
-# Distillation's settings, tried on CoMe-sp with four layers merged away: the rate, then the weight of hidden states,
-# the share of the KL, the windows an update and the passes.
+# Settings of distillation, measured on CoMe-sp with four layers removed: first the learning rate, then the weight of
+# the hidden-state loss, the share of the KL loss, the windows per update, and the passes over the text.
 SWEPT_FROM = {**DISTILL, "heal_lr": 2e-3, "heal_kl": 1.0, "heal_batch": 8}
 SWEEP: dict[str, dict[str, Any]] = {
     **{f"rate {rate:g}, hidden 1": {"heal_lr": rate, "heal_hidden": 1.0} for rate in (5e-4, 1e-3, 2e-3, 4e-3)},
@@ -106,13 +106,13 @@ SWEEP: dict[str, dict[str, Any]] = {
     "rate 0.002, hidden 10, 2 passes, 4 windows an update": {"heal_epochs": 2, "heal_batch": 4},
     "rate 0.002, hidden 10, 4 passes, 4 windows an update": {"heal_epochs": 4, "heal_batch": 4},
 }
-# The rate of the next token's loss on all weights, tried on LayerChop's choice, whose own healing it is.
+# Learning rates of fine-tuning all weights on the next-token loss, measured on LayerChop, whose own healing this is.
 LM_RATES = (1.5e-4, 3e-4, 6e-4, 1.7e-3)
-# The same on a trained replacement alone.
+# The same for fine-tuning the replacement alone.
 LM_RATES_ON_IT = (3e-4, 1e-3, 3e-3, 6.4e-3)
-# What the default makes of the same tokens seen four times, as is its own default: a quarter, a third, a half gone.
+# The default method and healing with the default of four passes; a quarter, a third and a half of the layers removed.
 FOUR_PASSES = {4: "25%", 5: "33%", 8: "50%"}
-# The four best healed, by the product of the first seed's two rows; measured with the other seeds too.
+# The four best healed methods, by the product of their two ratios with the first seed; measured with every seed.
 BEST: tuple[str, ...] = (
     "blockpruner: distill",
     "come-p: distill",
@@ -126,9 +126,12 @@ class Case:
     """One row to measure.
 
     Args:
-        model: A name in `MODELS`.
-        removed: Layers to lose, net; 0 is the dense model.
-        fields: The recipe's, but for what all rows share.
+        model: A key of `MODELS`.
+        part: The part of the page that the row belongs to.
+        removed: The number of layers to remove; 0 for the dense model.
+        name: The name of the row.
+        recipe: The fields of the recipe that differ from `COMMON`.
+        seed: The seed of the recipe.
     """
 
     model: str
@@ -140,36 +143,51 @@ class Case:
 
     @property
     def random(self) -> bool:
-        """Whether layers are drawn rather than chosen."""
+        """Whether the layers to remove are drawn at random."""
         return self.name.startswith("random")
 
     @property
     def dense(self) -> bool:
-        """Whether no layer goes."""
+        """Whether no layer is removed."""
         return self.removed == 0
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The whole recipe's fields."""
+        """All fields of the recipe."""
         removal = {} if self.random or self.dense else {"remove": self.removed}
         return {**COMMON, "method": "llm-streamline", **self.recipe, **removal, "seed": self.seed}
 
     @property
     def key(self) -> str:
-        """Names the row, and changes with the recipe and the text; what else a row is measured from is in the code."""
-        made_of = json.dumps([self.fields, EVALUATION, DRAWS], sort_keys=True)
-        digest = hashlib.sha256(made_of.encode()).hexdigest()[:10]
+        """The row's key in the results. It changes with the recipe and the evaluation text, but not with the code."""
+        definition = json.dumps([self.fields, EVALUATION, DRAWS], sort_keys=True)
+        digest = hashlib.sha256(definition.encode()).hexdigest()[:10]
         return f"{self.model}/{self.removed}/{self.name}/{self.seed}/{digest}"
 
     def draws(self) -> list[tuple[int, ...]]:
-        """Layers to take out at random, one tuple a draw."""
+        """Layers to remove, drawn at random: one tuple of layer indices per draw."""
         draw = random.Random(self.removed)
         return [tuple(sorted(draw.sample(range(LAYERS), self.removed))) for _ in range(DRAWS)]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measured row: `Case`'s fields, and what was found. Tuples are a figure and its 95% interval."""
+    """One measured row: the fields of its `Case`, and the measurements.
+
+    Args:
+        key: The key of the case; it and the next five fields are the case's.
+        model: As in `Case`.
+        part: As in `Case`.
+        removed: As in `Case`.
+        name: As in `Case`.
+        seed: As in `Case`.
+        layers: What was done to the layers, in words.
+        perplexity: The perplexity, and its 95% interval; for random draws their mean, lowest and highest.
+        ratio: The perplexity over the dense model's, in the same form.
+        parameters: The number of parameters.
+        seconds: The time to choose, edit and heal, in seconds.
+        peak_mib: The largest resident memory meanwhile, in MiB.
+    """
 
     key: str
     model: str
@@ -186,7 +204,7 @@ class Row:
 
 
 def cases() -> Iterator[Case]:
-    """All rows: cheap ones first, so that an interrupted run leaves the most behind."""
+    """All rows, the cheap ones first, so that an interrupted run has measured as many as possible."""
     for model in MODELS:
         yield Case(model, "unhealed", 0, "dense", {"heal": "none"})
         for removed in REMOVED:
@@ -207,7 +225,7 @@ def cases() -> Iterator[Case]:
 
 
 def sweep_cases() -> Iterator[Case]:
-    """The settings tried, on one choice of layers each."""
+    """The rows that compare settings of healing."""
     for name, fields in SWEEP.items():
         yield Case("reference", "sweep", HEALED[0], name, {"method": "come-sp", **SWEPT_FROM, **fields})
     for rate in LM_RATES:
@@ -219,7 +237,13 @@ def sweep_cases() -> Iterator[Case]:
 
 
 def healed_cases(seed: int, part: Literal["healed", "seeds"], names: tuple[str, ...] | None) -> Iterator[Case]:
-    """The healed rows of one seed, all of them or those that are named."""
+    """The healed rows of one seed.
+
+    Args:
+        seed: The seed.
+        part: The part of the page.
+        names: The names of the rows; `None` for all.
+    """
     rows = {f"{name}: distill": {**UNHEALED[name], **DISTILL} for name in DISTILLED} | OWN_HEALING
     if names is None:
         yield Case("reference", part, 0, "dense: lm", LM, seed)

@@ -1,4 +1,4 @@
-"""The rows of `ci/bench methods` as tables and plots: the generated parts of docs/methods.md. Measures nothing."""
+"""Write the generated parts of docs/methods.md: tables and plots of the rows of `ci/bench methods`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from optimum.streamline.system.atomic_output import write_file
 PAGE = Path("docs/methods.md")
 ALL_ROWS = Path("docs/methods-rows.md")
 PLOTS = Path("docs")
-# Of many curves, these are told apart; the others are drawn thin and grey.
-LIT = {
+# The colours of the curves that stand out in a plot; all others are thin and grey.
+COLOURS = {
     "shortgpt": "#4477aa",
     "llm-streamline none": "#228833",
     "come": "#ccbb44",
@@ -28,7 +28,7 @@ LIT = {
 
 
 def write_page(rows: Sequence[Row]) -> None:
-    """Write every generated part: the tables between their marks, the page of all rows, and the plots."""
+    """Write the tables between their marks, the page of all rows, and the plots."""
     for model in MODELS:
         replace(f"unhealed {model}", wide(rows, model, "unhealed", REMOVED))
     replace("healed", wide(rows, "reference", "healed", HEALED, long=True))
@@ -50,13 +50,21 @@ def replace(part: str, text: str) -> None:
     start, end = f"<!-- {part}: written by ci/bench methods -->", f"<!-- end of {part} -->"
     page = PAGE.read_text(encoding="utf-8")
     if start not in page or end not in page:
-        raise SystemExit(f"{PAGE}: has no marks for {part!r}: {start} ... {end}")
+        raise SystemExit(f"{PAGE}: has no marks for {part!r}; add {start} and {end}")
     before, _, rest = page.partition(start)
     write_file(PAGE, f"{before}{start}\n\n{text}\n{end}{rest.partition(end)[2]}")
 
 
 def wide(rows: Sequence[Row], model: str, part: str, counts: Sequence[int], long: bool = False) -> str:
-    """A row a method, a column a count of removed layers, each the perplexity ratio with its interval."""
+    """A table with a row per method and a column per number of removed layers.
+
+    Args:
+        rows: All measured rows.
+        model: A key of `MODELS`.
+        part: The part of the page.
+        counts: The numbers of removed layers.
+        long: Whether a cell also has parameters and seconds.
+    """
     found = {(row.name, row.removed): row for row in rows if row.model == model and row.part == part}
     names = list(dict.fromkeys(name for name, removed in found if removed))
     names.sort(key=lambda name: found[name, counts[-1]].ratio[0] if (name, counts[-1]) in found else 1e9)
@@ -71,19 +79,19 @@ def wide(rows: Sequence[Row], model: str, part: str, counts: Sequence[int], long
 
 
 def cell(row: Row | None, long: bool) -> str:
-    """One figure with its interval, and with what it cost where there is room."""
+    """The perplexity ratio with its interval; if `long`, also parameters and seconds. Empty without a row."""
     if row is None:
         return ""
     return f"{ratio(row)}; {row.parameters / 1e6:.2f} M, {row.seconds:.0f} s" if long else ratio(row)
 
 
 def ratio(row: Row) -> str:
-    """Perplexity over the dense model's, with its interval."""
+    """The perplexity over the dense model's, with its 95% interval."""
     return "{:.3f} ({:.3f} to {:.3f})".format(*row.ratio)
 
 
 def seeds(rows: Iterable[Row]) -> str:
-    """The rows that were measured with several seeds: mean and range over them."""
+    """A table of the rows that were measured with every seed: mean and range of their ratios."""
     by_name: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         if row.model == "reference" and row.part in ("healed", "seeds"):
@@ -97,7 +105,7 @@ def seeds(rows: Iterable[Row]) -> str:
 
 
 def long_table(rows: Iterable[Row]) -> str:
-    """Every row with every column."""
+    """A table with every row and every column."""
     heads = ("model", "removed", "method", "seed", "perplexity (95%)", "ratio to dense (95%)")
     lines = [
         f"| {' | '.join(heads)} | parameters | seconds | peak MiB | done |",
@@ -111,7 +119,7 @@ def long_table(rows: Iterable[Row]) -> str:
 
 
 def plot(rows: Iterable[Row], model: str, part: str, file: Path) -> None:
-    """Perplexity ratio against the share of parameters removed, a curve a method."""
+    """Plot the perplexity ratio against the share of removed parameters, with one curve per method."""
     curves: dict[str, list[tuple[float, float]]] = {}
     rows = [row for row in rows if row.model == model]
     dense = next((row.parameters for row in rows if not row.removed), None)
@@ -124,7 +132,7 @@ def plot(rows: Iterable[Row], model: str, part: str, file: Path) -> None:
         figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
         for name, points in curves.items():
             x, y = zip(*sorted(points), strict=True)
-            colour = LIT.get(name.removesuffix(": distill"))
+            colour = COLOURS.get(name.removesuffix(": distill"))
             axes.plot(x, y, color=colour or "#bbbbbb", linewidth=1.8 if colour else 0.8, zorder=2 if colour else 1)
             if colour:
                 axes.plot([], [], color=colour, label=name)

@@ -1,4 +1,4 @@
-"""The numbers of `ci/bench export` as tables: the generated parts of docs/performance.md. Measures nothing."""
+"""Write the tables of docs/performance.md from the figures of `ci/bench export`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHECKPOINTS = {"small": "78M", "reference": "reference model"}
 
 
 def write_page(results: dict[str, Any]) -> None:
-    """Write every generated part between its marks."""
+    """Write each table between its marks."""
     tables: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
         "export": _exports,
         "depth": _depth,
@@ -65,7 +65,7 @@ def _speed(checkpoints: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _compared(first: str, rows: dict[str, Any]) -> list[str]:
-    """Rows against the first of them: times, speed-up, and that as a share of the ideal."""
+    """A table that compares each row with the first one: times, speed-up, ideal speed-up, and the share reached."""
     dense = next(iter(rows.values()))
     head = [first, "layers"]
     for phase in ("prefill", "decode"):

@@ -1,4 +1,4 @@
-"""docs/quantization.md, from what `ci/bench orthogonality` measured; the words around the tables stay in it."""
+"""Write the tables of docs/quantization.md from the figures of `ci/bench orthogonality`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MARK = "<!-- {} {} -->"
 
 
 def write_page(results: dict[str, Any]) -> None:
-    """Put the tables into the page, between the marks that name them."""
+    """Write each table between its marks."""
     text = PAGE.read_text(encoding="utf-8")
     tables: dict[str, list[str]] = {}
     if "table" in results:
@@ -31,8 +31,8 @@ def write_page(results: dict[str, Any]) -> None:
     for name, lines in tables.items():
         begin, end = MARK.format("begin", name), MARK.format("end", name)
         before, _, rest = text.partition(begin)
-        _, found, after = rest.partition(end)
-        assert found, f"{PAGE} has no mark for {name}"
+        _, mark, after = rest.partition(end)
+        assert mark, f"{PAGE} has no mark for {name}"
         text = "\n".join([before + begin, *lines, end]) + after
     PAGE.write_text(text, encoding="utf-8")
 
@@ -47,20 +47,21 @@ def _interactions(runs: list[dict[str, Any]]) -> list[str]:
         for each in run["interactions"]:
             figures = {name: each[name] and Interval(**each[name]) for name in FIGURES}
             groups[run["recipe"], each["quantizer"], each["steps"]].append(Interaction(**{**each, **figures}))
-    for (recipe, quantizer, steps), found in groups.items():
-        lines.append(f"| {recipe} | {quantizer} | {steps.replace(',', ', then ')} | {' | '.join(_cells(found))} |")
+    for (recipe, quantizer, steps), by_seed in groups.items():
+        lines.append(f"| {recipe} | {quantizer} | {steps.replace(',', ', then ')} | {' | '.join(_cells(by_seed))} |")
     return lines
 
 
-def _cells(found: list[Interaction]) -> list[str]:
-    if found[0].missing:
-        return ["", "", "", "", f"not possible: {found[0].missing.partition(';')[0]}"]
-    means = [f"{statistics.mean(getattr(each, name).value for each in found):.4f}" for name in FIGURES[:3]]
-    terms = [each.term for each in found if each.term is not None]
-    by_seed = "; ".join(f"{term.value:+.4f} [{term.low:+.4f}, {term.high:+.4f}]" for term in terms)
-    # Of each seed's sentence its meaning: how many nats it is about is in the column before.
-    readings = Counter(re.sub(r" [0-9.e-]+ nats a token", "", reading(each)) for each in found)
-    return [*means, by_seed, "; ".join(f"{text} ({count} of {len(found)})" for text, count in readings.items())]
+def _cells(by_seed: list[Interaction]) -> list[str]:
+    """The last five cells of a row, from the interactions of all seeds."""
+    if by_seed[0].missing:
+        return ["", "", "", "", f"not possible: {by_seed[0].missing.partition(';')[0]}"]
+    means = [f"{statistics.mean(getattr(each, name).value for each in by_seed):.4f}" for name in FIGURES[:3]]
+    terms = [each.term for each in by_seed if each.term is not None]
+    term_cell = "; ".join(f"{term.value:+.4f} [{term.low:+.4f}, {term.high:+.4f}]" for term in terms)
+    # The number of nats is left out of each seed's sentence, because the column before has it.
+    readings = Counter(re.sub(r" [0-9.e-]+ nats a token", "", reading(each)) for each in by_seed)
+    return [*means, term_cell, "; ".join(f"{text} ({count} of {len(by_seed)})" for text, count in readings.items())]
 
 
 def _models(runs: list[dict[str, Any]]) -> list[str]:
@@ -111,5 +112,5 @@ def _product(rows: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _interval(found: Interval, digits: int) -> str:
-    return f"{found.value:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+def _interval(figure: Interval, digits: int) -> str:
+    return f"{figure.value:.{digits}f} [{figure.low:.{digits}f}, {figure.high:.{digits}f}]"

@@ -1,4 +1,4 @@
-# Sourced by the other scripts: makes .venv once, and again only when what it is made from has changed.
+# Other scripts source this file. It makes .venv, and makes it again only if pyproject.toml or ci/constraints.txt changed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1

@@ -31,7 +31,7 @@ def ci(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 
 
 def row(**fields: Any) -> dict[str, Any]:
-    return {"shape": "s", "weights": "bf16", "phase": "decode", "batch": 1, "how": "eager", **fields}
+    return {"shape": "s", "weights": "bf16", "phase": "decode", "batch": 1, "runtime": "eager", **fields}
 
 
 @pytest.mark.parametrize("name", ["gpu_cases", "gpu_measure"])
@@ -48,10 +48,10 @@ def test_the_cases(ci: Importer) -> None:
     assert len({case.name for case in made}) == len(made) == 2 * 3 * 4 + 2 * 2 + 3
     engines = [(case.shape, case.phase, case.batch) for case in made if case.weights == "tensorrt"]
     assert engines == [("llama-3.2-1b", *each) for each in (("prefill", 1), ("decode", 1), ("decode", 16))]
-    assert {(case.weights, case.phase) for case in made if case.how == "cuda-graph"} == {("bf16", "decode")}
-    assert cases.make_cases(cases.FULL, "cpu", "tensorrt") == [case for case in made if case.how != "cuda-graph"]
+    assert {(case.weights, case.phase) for case in made if case.runtime == "cuda-graph"} == {("bf16", "decode")}
+    assert cases.make_cases(cases.FULL, "cpu", "tensorrt") == [case for case in made if case.runtime != "cuda-graph"]
     # What a failed capture spoils is no other case's.
-    of_bf16 = [case.how for case in made if case.model == ("llama-2-7b", "bf16")]
+    of_bf16 = [case.runtime for case in made if case.model == ("llama-2-7b", "bf16")]
     assert of_bf16 == ["eager"] * 4 + ["cuda-graph"] * 2
     assert all(cases.kept_layers(shape) == 24 for shape in cases.SHAPES.values())
 
@@ -106,7 +106,7 @@ def test_the_table_of_the_page(ci: Importer) -> None:
     pruned = {"ms": [2.0, 3.0, 3.5], "tokens_per_second": 1600.0, "peak_bytes": None}
     rows = [
         row(dense=dense, pruned=pruned, dense_over_pruned=[1.25, 1.33, 1.4], ideal_dense_over_pruned=1.31),
-        row(how="cuda-graph", error="RuntimeError: a|b"),
+        row(runtime="cuda-graph", error="RuntimeError: a|b"),
         row(not_run="the time given was over"),
     ]
     assert ci("gpu_page").table(rows)[2:] == [
@@ -250,8 +250,8 @@ def test_the_captured_step_answers_as_the_eager_one(ci: Importer, tmp_path: Path
     out = tmp_path / "gpu.json"
     assert ci("bench_gpu").main(["--smoke", "--out", str(out)]) == 0
     results = json.loads(out.read_text())
-    measured = [(each["how"], each[layers]) for each in results["rows"] for layers in ("dense", "pruned")]
-    graphs = [figures for how, figures in measured if how == "cuda-graph"]
+    measured = [(each["runtime"], each[layers]) for each in results["rows"] for layers in ("dense", "pruned")]
+    graphs = [figures for runtime, figures in measured if runtime == "cuda-graph"]
     assert len(graphs) == 4
     assert all(figures["graph_max_difference"] <= 0.05 * figures["largest_logit"] for figures in graphs)
     assert all(figures["peak_bytes"] > figures["weight_bytes"] for _, figures in measured)

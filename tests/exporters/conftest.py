@@ -1,4 +1,4 @@
-"""Real exports of tiny random models, each made once a session: an export takes seconds."""
+"""Fixtures with real exports of tiny random models. Each is made once per session, because an export takes seconds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from reference import REFERENCE
 from tiny import tiny_model
 
 GEMMA2_KINDS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 6}
-# Architecture, skipped sublayers, dtype, and config fields.
+# Each case: architecture, skipped sublayers ("dead" in the names), dtype, and config fields.
 CASES = {
     "llama": ("llama", (), "fp32", {"num_hidden_layers": 2, "tie_word_embeddings": True}),
     "dead first": ("llama", ((0, ATTENTION),), "fp32", {"num_hidden_layers": 3}),
@@ -39,7 +39,8 @@ CASES = {
     "dead mlp": ("llama", ((0, MLP), (1, ATTENTION), (1, MLP)), "fp32", {"num_hidden_layers": 3}),
     "gpt2 dead mlp": ("gpt2", ((1, MLP),), "fp32", {"n_layer": 2}),
     "opt dead mlp": ("opt", ((0, MLP),), "fp32", {"num_hidden_layers": 2}),
-    # Norms after the sublayers, which stay when one dies; norms of mixed types in fp16; two kinds of cache.
+    # Gemma 2 has norms after the sublayers, which stay when a sublayer is skipped; norms with two types in fp16; and
+    # two kinds of attention.
     "gemma2": ("gemma2", ((0, ATTENTION),), "fp16", {"num_hidden_layers": 3, **GEMMA2_KINDS}),
 }
 
@@ -64,7 +65,7 @@ class Exported:
         return OnnxRunner(self.folder)
 
     def stock(self) -> PreTrainedModel:
-        """What stock transformers makes of the checkpoint: skipped sublayers computed with their zeros."""
+        """The checkpoint in stock transformers, which computes skipped sublayers with their zeros."""
         return AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32).eval()
 
 
@@ -83,7 +84,7 @@ def save_tiny(folder: Path, case: str) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
-    """The export of a case of `CASES`."""
+    """A function that exports a case of `CASES`."""
 
     @cache
     def make(case: str) -> Exported:
@@ -98,7 +99,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
 
 @pytest.fixture(scope="session")
 def pruned_reference(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """The export of the trained reference model less three of its layers."""
+    """The export of the trained reference model without three of its layers."""
     folder = tmp_path_factory.mktemp("pruned-reference")
     model = load_stock(ModelSource(REFERENCE), torch.float32)
     apply_plan(model, Plan(16, (3, 5, 11)), None)
@@ -107,7 +108,9 @@ def pruned_reference(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
-    symbols = string.ascii_letters + string.digits + string.punctuation + "\u0120\u010a"  # and a space, a line's end
+    symbols = (
+        string.ascii_letters + string.digits + string.punctuation + "\u0120\u010a"
+    )  # also the byte-level space and newline
     vocabulary = {"<|endoftext|>": 0, "<pad>": 1, **{symbol: index + 2 for index, symbol in enumerate(symbols)}}
     vocabulary["th"] = len(vocabulary)
     backend = Tokenizer(models.BPE(vocabulary, [("t", "h")]))

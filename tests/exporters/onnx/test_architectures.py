@@ -1,4 +1,4 @@
-"""Every architecture of the table in ONNX, and the page that says what came of each: docs/architectures.md."""
+"""Tests that export every known architecture to ONNX, and that docs/architectures.md has the results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tiny import LAYERS, tiny_model
 
 pytestmark = pytest.mark.onnx
 
-# The first, one more of its kind, and one of each other kind: see `tiny.SPECIAL` for the kinds.
+# The traced layers, where they are not the first two. They are the first layer, one more of its kind, and one of each
+# other kind; `tiny.SPECIAL` has the kinds.
 TRACED = {"gemma2": (0, 1, 2), "qwen2": (0, 1, 2), "qwen3_moe": (0, 1, 3), "smollm3": (0, 1, 2)}
 
 

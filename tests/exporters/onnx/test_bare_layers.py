@@ -1,4 +1,4 @@
-"""A bare feed-forward layer leaves an ONNX graph as plain as any: parity, and a cache for real attentions only."""
+"""Tests that a model with bare layers exports to ONNX with parity, and with cache entries for real attentions only."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_export_has_parity_and_a_cache_for_real_attentions_only(
     keys = [value.name for value in graph.input if value.name.endswith(".key")]
     assert keys == ["past_key_values.0.key", "past_key_values.1.key"]
     assert sum(node.op_type == "Attention" for node in graph.node) == 2
-    # The export's own config says what it costs, in the host's form: no runtime has to know of bare layers.
+    # The export's config has the original model type, and still gives the right cost: no runtime knows bare layers.
     config = read_config(ModelSource(str(tmp_path / "onnx")), of_export=True)
     assert config.model_type == architecture
     assert cost_of(config, "fp32").attention_layers == 2

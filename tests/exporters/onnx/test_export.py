@@ -1,4 +1,4 @@
-"""`export_checkpoint` as a whole: the folder it writes, what it refuses, and that a wrong export leaves nothing."""
+"""Tests of `export_checkpoint` to ONNX: the folder, refused options, and that a wrong graph leaves no folder."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ import pytest
 from optimum.exporters.streamline import export_checkpoint, graph_files, open_artifact
 from optimum.exporters.streamline.onnx import export
 from optimum.exporters.streamline.parity import compare
-from optimum.exporters.streamline.parity.calls import one_by_one
+from optimum.exporters.streamline.parity.calls import answer_with
 from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.checkpoints.source import ModelSource, fingerprint
 from optimum.streamline.errors import ParityError, StreamlineError
@@ -123,7 +123,7 @@ def test_a_graph_whose_weights_are_not_the_models_is_not_kept(exported, tmp_path
 
 
 class Faulty:
-    """A real runner with one fault."""
+    """A runner with one fault: scaled logits, an ignored mask, or a forgotten cache."""
 
     def __init__(self, runner, scale=1.0, ignore_mask=False, forget_before=0):
         self.runner, self.scale, self.ignore_mask, self.forget_before = runner, scale, ignore_mask, forget_before
@@ -137,7 +137,7 @@ class Faulty:
 
 
 class WrongInOneLogit:
-    """A real runner whose answer to one call is wrong in one number."""
+    """A runner that returns one wrong logit in one of its calls."""
 
     def __init__(self, runner, call, place, error=50.0):
         self.runner, self.call, self.place, self.error = runner, call, place, error
@@ -169,7 +169,7 @@ class WrongInOneLogit:
 def test_each_check_finds_its_fault(exported, check, fault):
     made = exported("llama")
     with pytest.raises(ParityError, match=f"parity: {check} differs"):
-        compare.check_parity(made.stock(), one_by_one(Faulty(made.runner(), **fault)), compare.TOLERANCES["fp32"])
+        compare.check_parity(made.stock(), answer_with(Faulty(made.runner(), **fault)), compare.TOLERANCES["fp32"])
 
 
 @pytest.mark.parametrize("error", [50.0, float("nan")])
@@ -187,13 +187,13 @@ def test_each_check_finds_its_fault(exported, check, fault):
 def test_the_refusal_says_where_it_diverged(exported, call, place, said, error):
     made = exported("llama")
     with pytest.raises(ParityError, match=f"parity: {CHECKS[call]} differs .*; most at {said}$"):
-        compare.check_parity(made.stock(), one_by_one(WrongInOneLogit(made.runner(), call, place, error)), 1e-4)
+        compare.check_parity(made.stock(), answer_with(WrongInOneLogit(made.runner(), call, place, error)), 1e-4)
 
 
 def test_what_is_said_of_padding_is_of_no_consequence(exported):
     made = exported("llama")
     wrong_in_padding = WrongInOneLogit(made.runner(), CHECKS.index("left-padded prefill"), (1, 4, 17))
-    assert compare.check_parity(made.stock(), one_by_one(wrong_in_padding), 1e-4) == made.artifact.parity
+    assert compare.check_parity(made.stock(), answer_with(wrong_in_padding), 1e-4) == made.artifact.parity
 
 
 def test_the_runner_needs_neither_torch_nor_transformers(exported):

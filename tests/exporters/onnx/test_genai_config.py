@@ -1,4 +1,4 @@
-"""The folder in onnxruntime-genai, unchanged, and a pruned checkpoint in its builder."""
+"""Tests that onnxruntime-genai runs an export unchanged, and that its model builder takes a pruned checkpoint."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ CODE = '''    def read(self, path, encoding="utf-8"):
 
 
 def greedy(folder, *prompts):
-    """The new tokens of each prompt, the shorter ones padded as GenAI pads: on the right."""
+    """The new tokens of each prompt, decoded greedily; shorter prompts are padded on the right, as GenAI does."""
     parameters = genai.GeneratorParams(model := genai.Model(str(folder)))
     longest = max(map(len, prompts))
     lengths = {"max_length": longest + NEW_TOKENS, "min_length": longest + NEW_TOKENS}
@@ -57,7 +57,7 @@ def test_greedy_tokens_are_those_of_torch(exported, case):
 def test_a_pruned_trained_model_writes_what_it_writes_in_torch(pruned_reference):
     prompt = AutoTokenizer.from_pretrained(REFERENCE).encode(CODE)
     expected = greedy_in_torch(pruned_reference.stock(), prompt)
-    assert len(set(expected)) > 2  # or it repeats itself, and equality says little
+    assert len(set(expected)) > 2  # a model that repeats one token would make the comparison weak
     assert greedy(pruned_reference.folder, prompt) == [expected]
 
 

@@ -1,4 +1,4 @@
-"""Graphs that give the logits of each row's last token unless they are asked for more."""
+"""Tests of graphs that return the last token's logits only, unless `num_logits_to_keep` asks for more."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from console import optimum_cli
 from optimum.exporters.streamline import GRAPH_QUANTIZERS, export_checkpoint
 from optimum.exporters.streamline.onnx import last_logits
 from optimum.exporters.streamline.onnx.quantization.settings import Quantization
-from optimum.exporters.streamline.onnx.runner import OnnxRunner, token_feeds
+from optimum.exporters.streamline.onnx.runner import OnnxRunner, token_inputs
 from optimum.exporters.streamline.rewriting import public_names
 from optimum.streamline.errors import ParityError, StreamlineError
 from optimum.streamline.text.windows import Windows
@@ -44,17 +44,17 @@ def nothing(cache, rows: int):
 
 
 def answer(folder: Path, ids, mask, keep: int | None, past: dict | None = None):
-    """Everything a plain session gives, for some tokens after `past`."""
+    """The logits and the cache that a plain session returns for tokens after `past`."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(folder / "model.onnx", options)
     caches = [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
-    feeds = token_feeds(ids, mask) | (past or {value.name: nothing(value, len(ids)) for value in caches})
+    inputs = token_inputs(ids, mask) | (past or {value.name: nothing(value, len(ids)) for value in caches})
     if keep is not None:
-        feeds["num_logits_to_keep"] = np.array(keep)
-    given = dict(zip([value.name for value in session.get_outputs()], session.run(None, feeds), strict=True))
-    cache = {name.replace("present", "past_key_values"): value for name, value in given.items() if name != "logits"}
-    return given["logits"], cache
+        inputs["num_logits_to_keep"] = np.array(keep)
+    outputs = dict(zip([value.name for value in session.get_outputs()], session.run(None, inputs), strict=True))
+    cache = {name.replace("present", "past_key_values"): value for name, value in outputs.items() if name != "logits"}
+    return outputs["logits"], cache
 
 
 @pytest.mark.parametrize("padding", MASKS)
@@ -72,7 +72,7 @@ def test_what_is_given_is_that_of_the_last_token_of_each_row(exported, last_only
     np.testing.assert_allclose(answer(folder, ids, mask, 0)[0], every, **close)
     two = np.maximum(last[:, None] + [-1, 0], 0)
     np.testing.assert_allclose(answer(folder, ids, mask, 2)[0], every[rows, two], **close)
-    # Decoding one token, and going on with several, after either.
+    # Decode one token, and continue with several, after a prompt with all logits and with the last ones only.
     for more in (1, 4):
         after = token_ids(ROWS, more, seed=1).numpy()
         longer = np.concatenate([mask, np.ones((ROWS, more), np.int64)], axis=1)
@@ -126,19 +126,19 @@ def test_the_projection_reads_what_is_kept(last_only):
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_what_gives_other_logits_is_not_delivered(exported, tmp_path, monkeypatch, dtype):
-    right = last_logits._places
+    right = last_logits._kept_positions
 
-    def one_too_early(graph, steps):
-        return steps.add("Sub", right(graph, steps), steps.constant(1))
+    def one_too_early(graph, builder):
+        return builder.add("Sub", right(graph, builder), builder.constant(1))
 
-    monkeypatch.setattr(last_logits, "_places", one_too_early)
+    monkeypatch.setattr(last_logits, "_kept_positions", one_too_early)
     with pytest.raises(ParityError, match=r"last-logits: with num_logits_to_keep 0 a logit differs from the whole"):
         export_checkpoint(str(exported("llama").checkpoint), tmp_path / "out", dtype=dtype, last_logits=True)
     assert not (tmp_path / "out").exists()
 
 
 def test_no_projection_is_an_error_and_no_export(exported, tmp_path, monkeypatch):
-    monkeypatch.setattr(public_names, "PRODUCTS", ())
+    monkeypatch.setattr(public_names, "MATMUL_OPERATORS", ())
     with pytest.raises(StreamlineError, match=r"last-logits: the graph's output projection was not found"):
         export_checkpoint(str(exported("llama").checkpoint), tmp_path / "out", last_logits=True)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""lm-eval's `onnxruntime` model on the folder, unchanged, against its `hf` model on the checkpoint."""
+"""Tests that lm-eval's `onnxruntime` model scores an export as its `hf` model scores the checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BEGINNINGS = ["    for index, name in enumerate(", "import os\nimport ", "def ad
 
 
 def task(rows: Iterable[dict[str, Any]], folder: Path, name: str, **fields: object) -> dict[str, Any]:
-    """A task over rows of our own, as a user writes one: nothing is fetched."""
+    """An lm-eval task on our own rows, as a user writes one; it downloads nothing."""
     file = folder / f"{name}.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(file)}}, "test_split": "test"}
@@ -56,7 +56,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def scores(tasks: list[dict[str, Any]], model: str, folder: Path, **arguments: object) -> dict[str, np.ndarray]:
-    """Every log-likelihood of a task, and for a choice whether it is what greedy decoding writes."""
+    """Every log-likelihood of a task; for multiple choice also whether greedy decoding gives the same text."""
     arguments = {"pretrained": str(folder), **arguments}
     results = simple_evaluate(model=model, model_args=arguments, tasks=tasks, device="cpu", bootstrap_iters=0)
     samples = results["samples"].items()

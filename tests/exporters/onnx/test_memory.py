@@ -1,4 +1,4 @@
-"""How much memory there is, in a container and outside."""
+"""Tests of `free_memory`, inside and outside of a container."""
 
 import psutil
 import pytest

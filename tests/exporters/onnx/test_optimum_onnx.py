@@ -1,4 +1,4 @@
-"""A plain pruned checkpoint in `optimum-cli export onnx` of optimum-onnx, which lives on transformers 4."""
+"""Tests that optimum-onnx, which needs transformers 4, exports a pruned checkpoint correctly."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
 
 
 def exported_logits(interpreter: str, checkpoint: Path, out: Path, ids: np.ndarray) -> np.ndarray:
-    """What the graph that optimum-onnx makes of a checkpoint answers to a prompt."""
+    """The logits of a prompt from the graph that optimum-onnx exports from a checkpoint."""
     words = ["export", "onnx", "--task", "text-generation-with-past", "-m", str(checkpoint), str(out)]
     subprocess.run([interpreter, "-c", CLI, *words], check=True, capture_output=True)
     session = onnxruntime.InferenceSession(str(out / "model.onnx"), providers=["CPUExecutionProvider"])

@@ -1,4 +1,4 @@
-"""Quantized checkpoints in ONNX: made float, exported, quantized anew if asked, and what that changed measured."""
+"""Tests of exporting quantized checkpoints to ONNX: dequantized, exported, quantized again if asked, and measured."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_quantized_checkpoint_becomes_a_float_graph(tmp_path: Path, how: str, 
     with torch.inference_mode():
         expected = load(checkpoint)(torch.from_numpy(ids)).logits.float().numpy()
     error = np.abs(found - expected).max() / np.abs(expected).max()
-    # bitsandbytes' 8-bit products round what they multiply, too; of the others only the weights are rounded.
+    # bitsandbytes' int8 matmuls round activations too; the other quantizers round weights only.
     assert error < (0.1 if how == "bnb-int8" else 1e-5)
     assert max(artifact.dequantized_error.values()) < (0.1 if how == "bnb-int8" else 1e-5)
     assert Artifact.read(tmp_path / "onnx") == artifact
@@ -64,7 +64,7 @@ def test_the_command_says_so_and_quantizes_anew(
     assert "compared with the bnb-nf4 checkpoint, prefill: " in done.out
     artifact = Artifact.read(tmp_path / "onnx")
     assert (artifact.dequantized, artifact.quantize) == ("bnb-nf4", "int4")
-    # Against the float numbers and against the quantized checkpoint: the same weights, so the same error.
+    # The float model and the quantized checkpoint have the same weights, so the errors against both are equal.
     for check, share in artifact.dequantized_error.items():
         assert share == pytest.approx(artifact.divergence[check], rel=1e-3)
         assert share > 0.01
@@ -104,7 +104,7 @@ def test_a_run_quantizes_its_export(
 def test_memory_cannot_be_bounded_where_weights_are_made_float(tmp_path: Path) -> None:
     checkpoint = save_quantized(tmp_path, "bnb-nf4")
     with pytest.raises(
-        StreamlineError, match=r"max-memory 1000000000: the weights of a quantized checkpoint \(bnb-nf4\)"
+        StreamlineError, match=r"max-memory 1000000000: a quantized checkpoint \(bnb-nf4\) is dequantized in memory"
     ):
         export_checkpoint(checkpoint, tmp_path / "onnx", max_memory=10**9)
     assert not (tmp_path / "onnx").exists()
@@ -121,7 +121,9 @@ def test_hidden_states_of_a_graph_are_those_of_torch(tmp_path: Path, architectur
     with torch.inference_mode():
         expected = model(token_ids(), output_hidden_states=True).hidden_states
     assert len(states) == len(expected)
-    for found, right in list(zip(states, expected, strict=True))[:-1]:  # torch's last is normalised
+    for found, right in list(zip(states, expected, strict=True))[
+        :-1
+    ]:  # torch's last hidden state has the final norm applied
         np.testing.assert_allclose(found, right.numpy(), atol=2e-5 * right.abs().max().item())
 
 
@@ -139,5 +141,5 @@ def test_a_graph_whose_layers_are_no_parts_is_not_scored(tmp_path: Path) -> None
     wide_model(num_hidden_layers=1).save_pretrained(tmp_path / "in")
     artifact = export_checkpoint(str(tmp_path / "in"), tmp_path / "out")
     unknown = Artifact(artifact.path, "onnx", "fp32", "", "", {}, ())
-    with pytest.raises(StreamlineError, match="its layers are no parts of the graph, so they cannot be scored in it"):
+    with pytest.raises(StreamlineError, match="its hidden states cannot be read, the layers are not separable"):
         open_hidden_states(unknown)

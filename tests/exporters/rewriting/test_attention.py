@@ -1,4 +1,4 @@
-"""What is left around `Attention` in a graph, its mask above all, and what is left alone."""
+"""Tests of simplifying the nodes around `Attention` and its mask, and of leaving unknown forms unchanged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ LAYER = [
     "Add",
 ]  # fmt: skip
 
-# Two query heads to a key-value head, each written out twice; a cache; a mask; masked rows set to zero.
+# A traced attention: two query heads per key-value head, so that keys and values are repeated; a cache that `Concat`
+# extends; a mask; and a `Where` that zeroes the rows that attend to nothing.
 TRACED = """
 <ir_version: 10, opset_import: ["" : 23]>
 traced (float[b,s,32] q, float[b,s,16] k, float[b,s,16] v, bool[b,1,s,t] mask,
@@ -107,19 +108,19 @@ def test_the_simple_form_computes_the_same(past: int) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "left"),
     [
-        # Heads repeated as a whole, not each in a row: those are other heads.
+        # All heads are repeated as a group, not each in a row, which pairs queries with other heads.
         (
             "two = {2}, int64[5] twice = {1, 1, 2, 1, 1}",
             "two = {1}, int64[5] twice = {1, 2, 1, 1, 1}",
             {"Expand": 2, "Concat": 2},
         ),
-        # A mask that does not silence with the least number may leave what `Where` takes out.
+        # Masked scores are not the lowest number, so a masked row may have an effect that `Where` removes.
         ("least = {-3.4028234663852886e+38}", "least = {-1e9}", {"Where": 1}),
-        # What replaces a row that sees nothing is not zero.
+        # A row that attends to nothing is replaced by 1, not by 0.
         ("zero = {0}", "zero = {1}", {"Where": 1}),
-        # New keys before those of the cache.
+        # New keys come before the past keys.
         ("(past_key_values.layers.0.keys, keys)", "(keys, past_key_values.layers.0.keys)", {"Concat": 2}),
-        # Something is done to a head before attention.
+        # The queries are changed after the split into heads.
         (
             "queries = Transpose<perm = [0, 2, 1, 3]>(q4)",
             "q9 = Transpose<perm = [0, 2, 1, 3]>(q4)\n    queries = Neg(q9)",
@@ -154,7 +155,7 @@ def test_a_layer_is_little_more_than_its_products(exported) -> None:
 
 @pytest.mark.parametrize("case", ["llama", "fp16"])
 def test_padding_is_a_number(exported, case: str) -> None:
-    # In half precision the least number overflows as soon as anything is added to it.
+    # In half precision the lowest number overflows when anything is added to it.
     ids = token_ids(3, 12).numpy()
     mask = (np.arange(12) >= np.array([[11], [5], [0]])).astype(np.int64)
     logits, cache = exported(case).runner().prefill(ids, mask)
@@ -189,8 +190,8 @@ traced (int64[b,t] attention_mask, int64 rows, int64 columns) => (bool[b,1,1,t] 
     [
         ("", "", False),
         ("c = Range(zero", "c = Range(one", True),  # not all columns
-        ("Concat<axis = -1>(r5, c5)", "Concat<axis = -1>(c5, r5)", True),  # the other way round
-        ("attention_mask", "other_mask", True),  # of which nothing is known
+        ("Concat<axis = -1>(r5, c5)", "Concat<axis = -1>(c5, r5)", True),  # rows and columns are swapped
+        ("attention_mask", "other_mask", True),  # an input that is not known to be the mask
     ],
 )
 def test_the_mask_is_looked_up_only_where_it_must_be(old: str, new: str, left: bool) -> None:

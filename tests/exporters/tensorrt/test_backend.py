@@ -1,4 +1,4 @@
-"""TensorRT behind `transformers.exporters`: what opens our folders, and exports with their classes."""
+"""Tests of the TensorRT backend: `transformers.exporters` opens our exports, and exports with our exporter."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(monkeypatch: pytest.MonkeyPatch, exported: Path, folder: Path) -> ExportedModel:
-    """What transformers makes of a folder, with the stand-in for the library."""
-    here(exported)  # its record says that it was built for this CPU
+    """A folder opened by transformers, with the stand-in for the TensorRT library."""
+    here(exported)  # changes the record, as if the engine had been built for this CPU
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", Library(exported / "engine"))
     return ExportedModel.from_pretrained(folder, device="cpu")
 
@@ -59,7 +59,7 @@ def test_transformers_runs_an_engine(monkeypatch: pytest.MonkeyPatch, exported: 
     found = torch.cat([first.logits, second.logits, third.logits], dim=1)
     torch.testing.assert_close(found[mask == 1], expected[mask == 1], rtol=0, atol=1e-4)
     assert (model.device.type, model.dtype, model.config.model_type) == ("cpu", torch.float32, "qwen2")
-    with pytest.raises(StreamlineError, match="attention_mask: there is padding behind a prompt"):
+    with pytest.raises(StreamlineError, match="attention_mask: there is padding after a prompt"):
         model(input_ids=ids[:, :1], attention_mask=torch.zeros(2, 10), past_key_values=third.past_key_values)
 
 

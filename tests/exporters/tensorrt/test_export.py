@@ -1,4 +1,4 @@
-"""Real engines, built by TensorRT-RTX without a GPU; their graphs compared with torch on ONNX Runtime's CPU."""
+"""Tests of exporting engines: TensorRT-RTX builds them without a GPU, and their graphs are compared with torch."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from tiny import LAYERS, tiny_model, token_ids
 
 pytestmark = [pytest.mark.onnx, pytest.mark.tensorrt]
 
-# Of the largest logit: the graph has the very operations of torch, in another order.
+# As a share of the largest logit. Small, because the graph has torch's operations, in another order.
 CLOSE = {"fp32": 4e-6, "fp16": 2e-3}
 RTX = EngineOptions("tensorrt-rtx", (89, 120), max_batch=4, max_length=32, max_input=16)
 Cli = Callable[..., Outcome]
 
 
 def exported(model: PreTrainedModel, folder: Path, dtype: str) -> Artifact:
-    """Its engine of a dtype, or in fp16 quantized to `int8`."""
+    """Export a model to an engine of a dtype; `int8` stands for fp16 quantized by the quantizer `int8`."""
     save = save_bare if bare_layers(model.config) else PreTrainedModel.save_pretrained
     save(model, folder / "checkpoint")
     options = {"engine": RTX, "quantize": "none", "windows": None}
@@ -50,7 +50,7 @@ def exported(model: PreTrainedModel, folder: Path, dtype: str) -> Artifact:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Artifact | str]:
-    """What came of an architecture: its export, or the line that refuses it."""
+    """A function that exports an architecture; it returns the artifact, or the message of the refusal."""
 
     @cache
     def export(architecture: str) -> Artifact | str:
@@ -146,7 +146,7 @@ def test_fewer_layers_make_a_smaller_engine(
     assert len(record.aliases) == 2 * caches
     assert record.layers < of_a_dense_model(dtype).layers
     scale = largest_logit(tmp_path / "checkpoint")
-    # In bf16 torch and the graph are both computed in float, with the same rounded weights.
+    # For bf16, torch and the graph both compute in float32, with the same rounded weights.
     assert max(artifact.parity.values()) < CLOSE["fp16"] * scale
     kind = onnx.TensorProto.BFLOAT16 if dtype == "bf16" else onnx.TensorProto.FLOAT16
     assert artifact.precision == dtype
@@ -182,7 +182,7 @@ def test_a_command_exports_the_reference_model_and_says_what_was_built(
         "tokenizer_config.json",
     ]
     runner = StaticOnnxRunner(tmp_path / "out", record.masks)
-    with pytest.raises(StreamlineError, match="length 65: beyond the 64 tokens that this export has room for"):
+    with pytest.raises(StreamlineError, match="length 65: must be at most 64, the tokens that the caches hold"):
         runner.prefill(np.ones((1, 65), np.int64))
     with pytest.raises(StreamlineError, match="device 'cpu': an engine runs on a GPU"):
         open_artifact(artifact)
@@ -197,12 +197,12 @@ BUILDER = ("--builder", "tensorrt-rtx", "--compute-capability", "89")
         (("--builder", "trt"), "builder 'trt': unknown; one of tensorrt, tensorrt-rtx"),
         ((*BUILDER[:3], "90"), "compute-capability 90: tensorrt-rtx builds for 75, 80, 86, 89, 120, 121"),
         ((*BUILDER[:3], "8.9"), "compute-capability '8.9': must be numbers by commas, as 89,120"),
-        (("--compute-capability", "89"), "compute-capability 89: builder 'tensorrt' builds for the GPU it is on"),
+        (("--compute-capability", "89"), "compute-capability 89: builder 'tensorrt' builds for this machine's GPU"),
         ((*BUILDER, "--max-length", "513"), "max-length 513: must be from 16 to 512, the model's positions"),
-        ((*BUILDER, "--quantize", "int4-gptq"), "quantize 'int4-gptq': not of an engine; one of none, int8, fp8, int4"),
+        ((*BUILDER, "--quantize", "int4-gptq"), "quantize 'int4-gptq': unknown for format 'tensorrt'; one of none"),
         (
             (*BUILDER[:3], "86", "--quantize", "fp8"),
-            "quantize 'fp8': compute capability 86 has no such numbers; 89 is the first",
+            "quantize 'fp8': compute capability 86 does not support it; it must be at least 89",
         ),
         ((*BUILDER, "--quantize", "int4", "--samples", "4"), "samples 4: quantize 'int4' is not calibrated; leave it"),
         ((*BUILDER, "--quantize", "int8", "--max-length", "64", "--length", "65"), "length 65: must be from 8 to 64"),
@@ -229,5 +229,5 @@ def test_wrong_words_are_one_line(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to build for")
 def test_without_a_gpu_a_builder_for_others_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StreamlineError, match="builder 'tensorrt': there is no GPU here to build for"):
+    with pytest.raises(StreamlineError, match="builder 'tensorrt': this machine has no GPU to build for"):
         export_checkpoint(str(REFERENCE), tmp_path / "out", "tensorrt")

@@ -1,4 +1,4 @@
-"""An ONNX export on ONNX Runtime's TensorRT provider: its graph, its shapes, its options; and itself, on a GPU."""
+"""Tests of ONNX Runtime's TensorRT provider: the converted graph, the shapes and the options; on a GPU also a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from optimum.exporters.streamline import EngineOptions, export_checkpoint
 from optimum.exporters.streamline.onnx.runner import OnnxRunner
-from optimum.exporters.streamline.parity.calls import one_by_one
+from optimum.exporters.streamline.parity.calls import answer_with
 from optimum.exporters.streamline.parity.compare import check_parity
 from optimum.exporters.streamline.tensorrt.build_engine import build_engine, open_builder
 from optimum.exporters.streamline.tensorrt.graph.growing_cache import write_growing_graph
@@ -27,7 +27,12 @@ from tiny import tiny_model, token_ids
 pytestmark = pytest.mark.onnx
 
 OPTIONS = EngineOptions(max_batch=4, max_length=32, max_input=16)
-ARCHITECTURES = ["llama", "gpt2", "qwen2", "gemma2"]  # rotary embeddings or none, heads that share keys or not, windows
+ARCHITECTURES = [
+    "llama",
+    "gpt2",
+    "qwen2",
+    "gemma2",
+]  # with and without rotary embeddings, grouped-query heads and sliding windows
 
 
 def exported(folder: Path, architecture: str, dtype: str = "fp32", **options: Any) -> Path:
@@ -48,12 +53,12 @@ def test_the_graph_with_appending_outside_computes_the_same(tmp_path: Path, arch
         return onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
 
     model = load(str(tmp_path / "checkpoint"), torch.float32)
-    assert max(check_parity(model, one_by_one(OnnxRunner(folder, open=opened)), 1e-4).values()) > 0
-    assert graph.stat().st_size < (folder / "model.onnx.data").stat().st_size  # whose weights it has
+    assert max(check_parity(model, answer_with(OnnxRunner(folder, open=opened)), 1e-4).values()) > 0
+    assert graph.stat().st_size < (folder / "model.onnx.data").stat().st_size  # it uses that weight file
 
 
 class Session:
-    """ONNX Runtime's session on the CPU, as if the provider were there."""
+    """An ONNX Runtime session on the CPU that pretends to use the TensorRT provider."""
 
     opened: dict[str, str]
 
@@ -84,14 +89,14 @@ def test_every_request_is_within_the_shapes_that_engines_are_built_for(
     folder = exported(tmp_path, "llama")
     runner = opened_as_if_there(monkeypatch, folder)
     model = load(str(tmp_path / "checkpoint"), torch.float32)
-    assert len(check_parity(model, one_by_one(runner), 1e-4)) == 5
+    assert len(check_parity(model, answer_with(runner), 1e-4)) == 5
     options = Session.opened
     ranges = [options[f"trt_profile_{kind}_shapes"] for kind in ("min", "opt", "max")]
     names = [each.name for each in runner.session.get_inputs()]
     assert [[part.partition(":")[0] for part in each.split(",")] for each in ranges] == [names] * 3
     least, _, most = (dict(part.split(":") for part in each.split(",")) for each in ranges)
     assert (least["past_key_values.0.key"], most["past_key_values.0.key"]) == ("1x2x0x8", "4x2x32x8")
-    # The provider wants the largest lengths to add up.
+    # The provider requires that the largest past and new lengths add up to the largest total length.
     assert (most["input_ids"], most["attention_mask"]) == ("4x16", "4x48")
     assert options["trt_engine_cache_enable"] == options["trt_timing_cache_enable"] == "1"
     assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == str(folder / "engines")
@@ -137,7 +142,7 @@ def test_without_the_provider_it_says_so(tmp_path: Path) -> None:
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_tensorrt_takes_the_graph_whole_within_these_shapes(tmp_path: Path, architecture: str) -> None:
-    """By TensorRT-RTX, which builds without a GPU: a node that it refused would be refused with the graph."""
+    """TensorRT-RTX builds an engine from the graph without a GPU, which fails if it refuses any node."""
     folder = exported(tmp_path, architecture, "fp16")
     graph = write_growing_graph(folder)
     inputs = _SESSION(str(graph), providers=["CPUExecutionProvider"]).get_inputs()
@@ -157,7 +162,7 @@ def test_an_engine_is_built_once_on_a_gpu(tmp_path: Path, dtype: str) -> None:
         return {file.name: file.stat().st_mtime_ns for file in (folder / "engines").glob("*.engine")}
 
     runner = open_runner(str(folder), device="cuda", tensorrt=OPTIONS)
-    check_parity(model, one_by_one(runner), {"fp32": 1e-3, "fp16": 2e-2}[dtype])
+    check_parity(model, answer_with(runner), {"fp32": 1e-3, "fp16": 2e-2}[dtype])
     built = engines()
     assert len(built) == 1
     _, cache = runner.prefill(token_ids(2, 7).numpy())

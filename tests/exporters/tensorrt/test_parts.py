@@ -1,4 +1,4 @@
-"""What surrounds a TensorRT engine and needs no library of NVIDIA's: limits, profiles, records, the lint, the call."""
+"""Tests that need no TensorRT library: limits, profiles, records, the graph rules, and the calls of a build."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from optimum.exporters.streamline.parity.compare import LONGEST
+from optimum.exporters.streamline.parity.compare import LONGEST_TEXT
 from optimum.exporters.streamline.rewriting.public_names import MaskInput
 from optimum.exporters.streamline.tensorrt.build_engine import build_engine
-from optimum.exporters.streamline.tensorrt.engine_options import SHORTEST, EngineOptions, Limits
+from optimum.exporters.streamline.tensorrt.engine_options import MIN_LENGTH, EngineOptions, Limits
 from optimum.exporters.streamline.tensorrt.engine_record import EngineRecord, Machine
-from optimum.exporters.streamline.tensorrt.graph.engine_inputs import static_feeds
+from optimum.exporters.streamline.tensorrt.graph.engine_inputs import static_inputs
 from optimum.exporters.streamline.tensorrt.graph.graph_rules import check_graph
 from optimum.exporters.streamline.tensorrt.profiles import choose_profile, make_profiles
 from optimum.exporters.streamline.tracing.build import build_graph
@@ -46,7 +46,7 @@ def test_every_input_that_varies_is_in_every_profile() -> None:
 
 
 def test_an_axis_that_nothing_bounds_is_refused() -> None:
-    with pytest.raises(StreamlineError, match="input past: nothing says how long its axis 'past_sequence_length' may"):
+    with pytest.raises(StreamlineError, match="input past: its axis 'past_sequence_length' has no known limits"):
         make_profiles({"past": ("batch_size", "past_sequence_length")}, Limits(1, 1, 32))
 
 
@@ -86,7 +86,7 @@ def test_limits_that_cannot_be_are_refused(options: EngineOptions, said: str) ->
 
 
 def test_caches_have_room_for_what_is_compared_with_torch() -> None:
-    assert SHORTEST == LONGEST
+    assert MIN_LENGTH == LONGEST_TEXT
 
 
 def record(**fields: Any) -> EngineRecord:
@@ -147,13 +147,13 @@ def test_an_engine_is_refused_elsewhere_by_name() -> None:
 
 
 def test_a_text_that_the_caches_have_no_room_for_is_refused() -> None:
-    with pytest.raises(StreamlineError, match="length 33: beyond the 32 tokens that this export has room for"):
-        static_feeds(np.ones((1, 33), np.int64), np.ones((1, 33), np.int64), [MaskInput("mask")], 32, -1e9)
+    with pytest.raises(StreamlineError, match="length 33: must be at most 32, the tokens that the caches hold"):
+        static_inputs(np.ones((1, 33), np.int64), np.ones((1, 33), np.int64), [MaskInput("mask")], 32, -1e9)
 
 
 @pytest.fixture(scope="module")
 def strict(tmp_path_factory: pytest.TempPathFactory) -> ir.ModelProtocol:
-    """The strict graph of a tiny model, as bytes."""
+    """The graph of a tiny model with static caches, as a protobuf, so that each test can change its own copy."""
     folder = tmp_path_factory.mktemp("strict")
     tiny_model("llama", num_hidden_layers=2).save_pretrained(folder / "checkpoint")
     model = load(str(folder / "checkpoint"), DTYPES["fp32"], offload=folder / "weights")
@@ -226,19 +226,19 @@ def with_a_cache_of_another_layer(model: ir.Model) -> None:
 
 
 FAULTS: dict[Callable[[ir.Model], None], str] = {
-    of_an_older_opset: "its graph is of opset 23, not 24",
+    of_an_older_opset: "its graph has opset 23, not 24",
     of_another_domain: "its graph has operators of 'com.microsoft'",
     with_an_operator_that_fails: "operator NonZero is not among those that engines are built of",
-    counting_keys: r"/Attention: Attention has an input beyond the mask \(input_ids\)",
-    appending_within: r"/Attention: Attention has an input beyond the mask \(past_key_values.0.key\)",
+    counting_keys: r"/Attention: Attention has an input after the mask \(input_ids\)",
+    appending_within: r"/Attention: Attention has an input after the mask \(past_key_values.0.key\)",
     without_a_mask: "/Attention: Attention has no mask",
-    causal_too: "/Attention: Attention is causal beside its mask",
-    capped: "/Attention: Attention caps its scores",
+    causal_too: "/Attention: Attention has is_causal in addition to its mask",
+    capped: "/Attention: Attention has a softcap",
     with_an_idle_input: "input idle reaches no output",
-    with_a_number_for_a_name: "input_ids: axis 0, '2', is named by a number",
-    with_a_cache_that_grows: "past_key_values.0.key: axis 2, 'past_sequence_length', must be a number",
-    with_a_cache_of_another_length: r"present.0.key is FLOAT\[batch_size,2,31,8\], and past_key_values.0.key FLOAT\[",
-    with_a_cache_of_another_layer: "present.0.key is not past_key_values.0.key with new tokens written into it",
+    with_a_number_for_a_name: "input_ids: axis 0, '2', has a number for a name",
+    with_a_cache_that_grows: "past_key_values.0.key: axis 2, 'past_sequence_length', must have a fixed size",
+    with_a_cache_of_another_length: r"present.0.key is FLOAT\[batch_size,2,31,8\], but past_key_values.0.key is FLOAT",
+    with_a_cache_of_another_layer: "present.0.key is not a TensorScatter of new tokens into past_key_values.0.key",
 }
 
 
@@ -255,7 +255,7 @@ def test_a_planted_fault_is_found(strict: Any, plant: Callable[[ir.Model], None]
 
 
 class FakeTrt:
-    """What both libraries offer, as far as building calls it; it writes down each call."""
+    """A fake of both libraries, with the parts that a build calls; it records each call."""
 
     def __init__(self, name: str, fails: str = "") -> None:
         self.__name__ = name
@@ -293,7 +293,7 @@ class _Layer:
 
 
 class _Recorder:
-    """Any object of the library's: what is called of it is written down, and what is asked for is made."""
+    """A fake of any object of the library: it records each call and each assignment, and returns further fakes."""
 
     num_errors = 1
 
@@ -334,7 +334,7 @@ def built(trt: FakeTrt, folder: Path, capabilities: tuple[int, ...] = ()) -> Any
 
 
 def plain(calls: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Without the objects among what was given, which differ from one library to the next."""
+    """The calls without their object arguments, which differ between the two fakes."""
     return [tuple(each for each in call if isinstance(each, (str, int, tuple, bytes))) for call in calls]
 
 

@@ -1,4 +1,4 @@
-"""Running an engine: how it is called, with a stand-in that computes its graph; and as it is, where there is a GPU."""
+"""Tests of running an engine: with a stand-in library that computes the graph on the CPU, and on a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from console import optimum_cli
 from optimum.exporters.streamline import EngineOptions, export_checkpoint, open_artifact
-from optimum.exporters.streamline.parity.calls import one_by_one
+from optimum.exporters.streamline.parity.calls import answer_with
 from optimum.exporters.streamline.parity.compare import check_parity
 from optimum.exporters.streamline.tensorrt.engine_record import EngineRecord
 from optimum.exporters.streamline.tensorrt.runner import TensorrtRunner
@@ -30,18 +30,18 @@ pytestmark = [pytest.mark.onnx, pytest.mark.tensorrt]
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An engine with two kinds of mask."""
+    """An engine with two mask inputs: full attention and a sliding window."""
     return export_qwen2(tmp_path_factory.mktemp("engine"))
 
 
 @pytest.mark.parametrize("most", [16, 5, 1])
 def test_an_engine_is_called_to_what_torch_computes(exported: Path, most: int) -> None:
     model, runner = load(str(exported / "checkpoint"), torch.float32), here(exported, most)
-    parity = check_parity(model, one_by_one(runner), 1e-4)
+    parity = check_parity(model, answer_with(runner), 1e-4)
     assert len(parity) == 5
     run = runner._trt.shapes_run
     assert max(new for _, new in run) == min(most, 12)
-    # Prompts in parts of as many tokens as a call takes, and a single token by the profile of its own.
+    # A prompt runs in parts of at most the tokens that a call takes; a single token uses the decode profile.
     assert runner._trt.profiles_used == ([0] if most == 1 else [0, 1])
     if most == 5:
         assert [new for _, new in run[:3]] == [5, 5, 2]
@@ -59,18 +59,18 @@ def test_a_cache_is_written_where_it_lies(exported: Path) -> None:
         _, cache = runner.decode(ids[:, :1], cache)
     assert {name: tensor.data_ptr() for name, tensor in cache.states.items()} == lies
     assert [int(tensor.abs().sum((0, 1, 3)).count_nonzero()) for tensor in cache.states.values()] == [9] * len(states)
-    assert len(cache.steps) == 2  # one for the prompt's length, one for all that decode
+    assert len(cache.steps) == 2  # one call for the prompt's length, one for all decode steps
 
 
 def test_requests_beyond_the_engine_are_refused_by_name(exported: Path) -> None:
     runner = here(exported)
     with pytest.raises(StreamlineError, match=r"input input_ids \[5, 3\]: axis 0 is 5, not from 1 to 4"):
         runner.prefill(np.ones((5, 3), np.int64))
-    with pytest.raises(StreamlineError, match="length 33: beyond the 32 tokens that this export has room for"):
+    with pytest.raises(StreamlineError, match="length 33: must be at most 32, the tokens that the caches hold"):
         runner.prefill(np.ones((1, 33), np.int64))
     _, cache = runner.prefill(np.ones((1, 31), np.int64))
     _, cache = runner.decode(np.ones((1, 1), np.int64), cache)
-    with pytest.raises(StreamlineError, match="length 33: beyond the 32 tokens"):
+    with pytest.raises(StreamlineError, match="length 33: must be at most 32, the tokens that the caches hold"):
         runner.decode(np.ones((1, 1), np.int64), cache)
 
 
@@ -103,7 +103,7 @@ def test_an_engine_computes_what_torch_does_on_a_gpu(tmp_path: Path, builder: st
     artifact = export_checkpoint(str(tmp_path / "checkpoint"), tmp_path / "engine", "tensorrt", dtype, engine=options)
     runner: Any = open_artifact(artifact, "cuda")
     model = load(str(tmp_path / "checkpoint"), torch.float32)
-    assert len(check_parity(model, one_by_one(runner), {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}[dtype])) == 5
+    assert len(check_parity(model, answer_with(runner), {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}[dtype])) == 5
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Graphs of which few layers were traced and the rest stamped out, and what cannot be stamped."""
+"""Tests of stamping: copying a few traced layers to the whole graph, and refusing layers that cannot be copied."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from optimum.exporters.streamline.onnx.runner import OnnxRunner
 from optimum.exporters.streamline.parity.calls import Call
 from optimum.exporters.streamline.rewriting import prune_unused
 from optimum.exporters.streamline.tracing import build, skeleton, stamp_layers
-from optimum.exporters.streamline.tracing.stamp_layers import CannotStampError, Layers
+from optimum.exporters.streamline.tracing.stamp_layers import CannotStampError, LayerMap
 from optimum.streamline.checkpoints.loading import load
 from optimum.streamline.errors import ParityError, StreamlineError
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
@@ -66,7 +66,7 @@ def test_layers_with_dead_sublayers_are_kinds_of_their_own(
     found = operators(tmp_path / "onnx")
     assert found["Attention"] == attentions
     assert found["MatMul"] == 4 * attentions + 3 * mlps + 1
-    # And it is that of stock transformers, which computes with the zeros.
+    # The logits equal stock transformers', which computes the skipped sublayers' zeros.
     ids = token_ids().numpy()
     with torch.inference_mode():
         stock = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
@@ -75,7 +75,7 @@ def test_layers_with_dead_sublayers_are_kinds_of_their_own(
     np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("heads", [2, 3, 4, 5])  # as many as rows, past or new tokens, and all tokens, of the trace
+@pytest.mark.parametrize("heads", [2, 3, 4, 5])  # the sizes in the sample of the trace: new, past, rows, total
 def test_a_number_of_heads_freezes_no_length(heads: int, tmp_path: Path) -> None:
     sizes = {"num_attention_heads": heads, "num_key_value_heads": heads, "hidden_size": 8 * heads, "head_dim": 8}
     artifact = export_checkpoint(saved(tmp_path / "checkpoint", num_hidden_layers=3, **sizes), tmp_path / "onnx")
@@ -114,7 +114,7 @@ def test_a_stamped_graph_is_the_traced_one(tmp_path_factory: pytest.TempPathFact
 def test_a_stamp_that_computes_something_else_is_noticed_and_every_layer_traced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stamp_wrongly(model: ir.Model, layers: stamp_layers.Layers) -> list[ir.Value]:
+    def stamp_wrongly(model: ir.Model, layers: stamp_layers.LayerMap) -> list[ir.Value]:
         hidden = right(model, layers)
         if len(layers.traced) == LAYERS:
             return hidden
@@ -135,19 +135,19 @@ def test_a_stamp_that_computes_something_else_is_noticed_and_every_layer_traced(
 def test_layers_that_pass_on_more_than_a_hidden_state_are_all_traced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def compact_and_tie(model: ir.Model) -> None:
+    def prune_and_tie(model: ir.Model) -> None:
         right(model)
         norms = [node for node in model.graph if node.op_type == "RMSNormalization"]
-        # The second layer reads the first one's norm beside its hidden state, and the graph says so everywhere.
+        # The second layer now reads the first layer's norm, in addition to its hidden state.
         add = ir.node("Add", [norms[2].outputs[0], norms[0].outputs[0]])
         add.outputs[0].dtype = ir.DataType.FLOAT
         norms[2].outputs[0].replace_all_uses_with(add.outputs[0])
         add.replace_input_with(0, norms[2].outputs[0])
         model.graph.insert_after(norms[2], add)
 
-    right = prune_unused.compact
-    monkeypatch.setattr(build, "compact", compact_and_tie)
-    with pytest.raises(ParityError):  # what was planted is in the whole graph, too
+    right = prune_unused.remove_unused
+    monkeypatch.setattr(build, "remove_unused", prune_and_tie)
+    with pytest.raises(ParityError):  # the graph of all layers has the planted fault too
         export_checkpoint(saved(tmp_path / "checkpoint"), tmp_path / "onnx")
     model = load(str(tmp_path / "checkpoint"), torch.float32, offload=tmp_path / "offload")
     with pytest.raises(CannotStampError, match="layer 0 should have one output, it has"):
@@ -156,7 +156,7 @@ def test_layers_that_pass_on_more_than_a_hidden_state_are_all_traced(
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """In how many segments each export of the test was run."""
+    """The number of segments of each segmented comparison in the test."""
     counts = []
 
     class Counted(segmented_runner.SegmentedRunner):
@@ -174,7 +174,7 @@ def test_an_export_in_little_memory_is_judged_alike(dtype: str, tmp_path: Path, 
     plenty = export_checkpoint(checkpoint, tmp_path / "plenty", dtype=dtype)
     assert opened == []
     little = export_checkpoint(checkpoint, tmp_path / "little", dtype=dtype, max_memory=1)
-    assert opened == [6 + 1]  # each layer alone, and what comes after them
+    assert opened == [6 + 1]  # one segment per layer, and one for the nodes after the last layer
     for check, difference in plenty.parity.items():
         assert 0 < little.parity[check] < 3 * difference
     files = [tmp_path / name / graph_files.WEIGHTS_FILE for name in ("plenty", "little")]
@@ -194,14 +194,14 @@ def test_in_little_memory_a_model_that_is_traced_whole_is_run_in_parts_too(tmp_p
 
 def test_what_has_no_parts_is_refused_in_little_memory(tmp_path: Path) -> None:
     checkpoint = saved(tmp_path / "in", skipped=((0, ATTENTION), (0, MLP)), num_hidden_layers=3)
-    with pytest.raises(StreamlineError, match=r"max-memory 1: the layers of this model are not parts that can be run"):
+    with pytest.raises(StreamlineError, match=r"max-memory 1: the layers of this model cannot be run one by one"):
         export_checkpoint(checkpoint, tmp_path / "out", max_memory=1)
     assert [each.name for each in tmp_path.iterdir()] == ["in"]
 
 
 @pytest.mark.slow
 def test_a_stamped_graph_that_cannot_be_opened_is_traced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stamp_and_spoil(graph: ir.Model, layers: Layers) -> list[ir.Value]:
+    def stamp_and_spoil(graph: ir.Model, layers: LayerMap) -> list[ir.Value]:
         hidden = stamp_layers.stamp(graph, layers)
         if len(layers.traced) < LAYERS:
             next(iter(graph.graph)).op_type = "NoSuchOperator"
@@ -227,4 +227,4 @@ def test_in_little_memory_a_wrong_weight_is_found_too(
     monkeypatch.setattr(export, "write_graph", write_and_corrupt)
     with pytest.raises(ParityError, match="prefill differs from torch by"):
         export_checkpoint(saved(tmp_path / "checkpoint"), tmp_path / "onnx", max_memory=1)
-    assert opened == [LAYERS + 1] * 2  # stamped, and traced whole
+    assert opened == [LAYERS + 1] * 2  # the stamped graph, and then the graph of all layers

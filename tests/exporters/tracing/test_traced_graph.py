@@ -1,4 +1,4 @@
-"""The exported graph: its names, what it computes, and what it leaves out."""
+"""Tests of the exported graph: its names, its logits on padded batches and in pieces, and its skipped sublayers."""
 
 import re
 from itertools import pairwise
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.onnx
 
 CASES = ["llama", "dead first", "dead middle", "fp16", "gpt2", "opt", "gemma2"]
 DEAD_MLPS = ["dead mlp", "gpt2 dead mlp", "opt dead mlp"]
-# Of logits around 1 to 10, against fp32; an fp16 graph also rounds its weights.
+# As a share of the largest logit, against torch in fp32; an fp16 graph also rounds its weights.
 TOLERANCE = {"fp32": 5e-5, "fp16": 5e-2}
 
 
@@ -47,8 +47,8 @@ def test_nodes_are_named_by_their_module(exported):
 
 @pytest.mark.parametrize("case", CASES + DEAD_MLPS)
 def test_every_row_of_a_padded_batch_is_what_stock_transformers_computes_of_it_alone(exported, case):
-    # Rows and lengths that neither the trace nor the check at export has seen; the longest is longer than
-    # gemma2's sliding window.
+    # Neither the trace nor the comparison at export has these rows and lengths. The longest text is longer than the
+    # sliding window of gemma2.
     lengths, steps = (13, 1, 9, 5), (4, 1, 1)
     export = exported(case)
     texts = [token_ids(1, length + sum(steps), seed=length).numpy() for length in lengths]
@@ -81,12 +81,13 @@ def test_every_row_of_a_padded_batch_is_what_stock_transformers_computes_of_it_a
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("pieces", [(1, 12), (3, 9, 1), (12, 1), (1,) * 13])
 def test_a_prompt_in_pieces_is_what_stock_transformers_computes_of_the_whole(exported, case, pieces):
-    # A piece that is longer than what the cache holds, one longer than gemma2's sliding window, and single tokens.
+    # Some pieces are longer than the cache before them, some are longer than the sliding window of gemma2, and some have
+    # one token.
     export = exported(case)
     ids = token_ids(2, sum(pieces), seed=5).numpy()
     mask = (np.arange(len(ids[0])) >= np.array([[0], [2]])).astype(
         np.int64
-    )  # the second has padding in its first piece
+    )  # the second row has padding in its first piece
     ends = np.cumsum(pieces)
     mask[:, ends[0] - 1 :] = 1
     runner = export.runner()
@@ -109,7 +110,7 @@ def test_a_dead_attention_leaves_nothing_in_the_graph(exported, case, live):
     cache = [value.name for value in export.graph.input if value.name.startswith("past_key_values.")]
     assert cache == [f"past_key_values.{index}.{part}" for index in range(live) for part in ("key", "value")]
     layers = export.stock().config.num_hidden_layers
-    per_attention = 6 if case == "gemma2" else 4  # its softcap keeps the two products inside attention apart
+    per_attention = 6 if case == "gemma2" else 4  # with its softcap, attention is traced as two matmuls
     assert export.count("MatMul") == live * per_attention + layers * 3 + 1
     if case != "gemma2":
         assert export.count("Attention") == live

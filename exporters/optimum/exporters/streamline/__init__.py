@@ -1,8 +1,8 @@
 """Export a checkpoint to ONNX or to TensorRT, and open an export for running.
 
-Start at `api.py`. `onnx/` and `tensorrt/` hold the two formats. Both take the steps of `export_steps.py`: trace the
-model (`tracing/`), rewrite the graph (`rewriting/`), and compare it with torch (`parity/`).
-Importing this package is cheap: an export imports torch and transformers, opening an export imports its runtime.
+Start at `api.py`. `onnx/` and `tensorrt/` hold the two formats. Both trace the model (`tracing/`), rewrite the graph
+(`rewriting/`) and compare it with torch (`parity/`); `export_steps.py` has the other steps that they share.
+Importing this package is cheap: torch, transformers and the runtimes are imported when a function needs them.
 """
 
 from .api import check_export, export_checkpoint, open_artifact, open_hidden_states

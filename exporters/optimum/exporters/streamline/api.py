@@ -1,6 +1,6 @@
-"""Exporting a checkpoint to a runtime, and opening what was exported: `Artifact` in, `Runner` out.
+"""The functions that a caller of the exporters uses: export a checkpoint, check an export beforehand, open an export.
 
-Importing this package is cheap: torch and transformers are imported by an export, a runtime by opening one.
+Importing this file is cheap: each function imports torch, transformers or a runtime only when it needs them.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from optimum.streamline.text.windows import Windows
 
 ONNX, TENSORRT = FORMATS = ("onnx", "tensorrt")
-_OF_ONNX_ALONE: dict[str, Any] = {"device": "cpu", "max_memory": None, "last_logits": False}
+_ONNX_ONLY_DEFAULTS: dict[str, Any] = {"device": "cpu", "max_memory": None, "last_logits": False}
 
 
 def export_checkpoint(
     checkpoint: str,
     out: Path,
-    format: str = "onnx",  # noqa: A002 -- what the command calls it
+    format: str = "onnx",  # noqa: A002 -- the command's name for it
     dtype: str = "fp32",
     device: str = "cpu",
     overwrite: bool = False,
@@ -40,37 +40,38 @@ def export_checkpoint(
     engine: EngineOptions | None = None,
     **options: Any,
 ) -> Artifact:
-    """Export a checkpoint into the folder `out`, proved equal to torch, or not at all.
+    """Export a checkpoint into the folder `out`; the folder is written only if the export agrees with torch.
 
     Args:
-        checkpoint: A checkpoint's folder or Hub id.
-        out: The folder to write: beside its name, then renamed.
-        format: `onnx`, or `tensorrt`, of which what is said below of memory and last logits does not hold.
-        dtype: `fp32`, `fp16`, or on `cuda` `bf16`: what weights, cache and logits are in (fp32 logits with `bf16`).
-        device: `cpu` or `cuda`: where the export runs to be compared with torch.
-        overwrite: Whether `out` may exist.
-        tolerance: Largest logit difference from torch allowed, as a share of the largest logit;
-            the default is `compare.TOLERANCES` of the dtype.
-        verbose: Whether what torch and transformers say goes to the terminal rather than to `export.log`.
-        max_memory: Bytes of memory to make do with, though never with less than two layers take, or about five times
-            the largest weight: the weights stay on disk, and the graph is compared with torch a few layers at a time.
-            By default what is free.
-        quantize: How to quantize the graph once it has been compared with torch: a key of `GRAPH_QUANTIZERS`, or for
-            `tensorrt` of `ENGINE_QUANTIZERS`.
-        quantize_exclude: What to leave in float: numbers of the checkpoint's layers, and names of modules in which `*`
-            stands for anything.
-        windows: Text to calibrate on, for a way to quantize that does.
-        last_logits: Whether the graph, left to itself, gives the logits of each row's last token only: a shorter
-            prefill for a client that generates. Fed 0 as `num_logits_to_keep` it gives all.
-        engine: What engine to build, for `tensorrt`.
-        options: `cache_dir`, `trust_remote_code`, `revision`.
+        checkpoint: The checkpoint: a folder or a Hub id.
+        out: The folder to write. The files are written beside it under a temporary name, which is then changed.
+        format: `onnx` or `tensorrt`.
+        dtype: `fp32`, `fp16` or `bf16`: the type of weights, caches and logits. An ONNX graph in `bf16` needs device
+            `cuda`, and its logits are fp32.
+        device: For `onnx`: `cpu` or `cuda`, where the graph runs to be compared with torch.
+        overwrite: Whether to replace `out` if it exists.
+        tolerance: The largest difference of a logit from torch that is allowed, as a share of the largest logit; by
+            default `parity.compare.TOLERANCES[dtype]`.
+        verbose: Whether messages of torch and transformers go to the terminal and not to `export.log`.
+        max_memory: For `onnx`: the memory to use, in bytes; by default all that is free. The weights stay on disk, and
+            the graph is compared with torch a few layers at a time. At least two layers, and about five times the
+            largest weight, are needed even so.
+        quantize: The quantizer to apply after the comparison with torch: a key of `GRAPH_QUANTIZERS`, for `tensorrt`
+            of `ENGINE_QUANTIZERS`, or `none`.
+        quantize_exclude: The modules to leave in float: layer indices of the checkpoint, or module names in which `*`
+            stands for any text.
+        windows: The calibration text, for a quantizer that needs one.
+        last_logits: For `onnx`: whether the graph returns the logits of each row's last token only, which shortens
+            the prefill of a client that generates text. With the input `num_logits_to_keep` set to 0 it returns all.
+        engine: For `tensorrt`: the engine to build.
+        options: `cache_dir`, `trust_remote_code`, `revision`, as in `ModelSource`.
 
     Returns:
-        The artifact, with the differences from torch that were measured.
+        The artifact, with its measured differences from torch.
 
     Raises:
         ParityError: the export does not compute what the checkpoint does.
-        StreamlineError: the checkpoint, `out`, or an option cannot be used, or a package is missing.
+        StreamlineError: the checkpoint, `out` or an option cannot be used, or a package is missing.
     """
     _check_format(format)
     quantization = None if quantize == NONE else Quantization(quantize, tuple(quantize_exclude), windows)
@@ -81,8 +82,9 @@ def export_checkpoint(
         check_packages(TENSORRT)
         from optimum.exporters.streamline.tensorrt.export import TensorrtExport, export_tensorrt
 
-        built = TensorrtExport(checkpoint, out, engine or EngineOptions(), dtype, tolerance, quantization, options)
-        return export_tensorrt(built, overwrite, verbose)
+        engine = engine or EngineOptions()
+        tensorrt_job = TensorrtExport(checkpoint, out, engine, dtype, tolerance, quantization, options)
+        return export_tensorrt(tensorrt_job, overwrite, verbose)
     if engine is not None:
         raise StreamlineError(f"builder {engine.builder!r}: format {format!r} has no engine; leave it out")
     from optimum.exporters.streamline.onnx.export import OnnxExport, export_onnx
@@ -92,19 +94,23 @@ def export_checkpoint(
 
 
 def check_export(
-    format: str,  # noqa: A002 - the command's word
+    format: str,  # noqa: A002 -- the command's name for it
     dtype: str,
     device: str,
     quantize: str = NONE,
     engine: EngineOptions | None = None,
 ) -> None:
-    """Refuse what cannot be exported here, before anything is made to be exported.
+    """Refuse an export that this machine cannot make, before any work is done.
 
     Args:
-        engine: What engine is asked for, where one is and that is known already.
+        format: `onnx` or `tensorrt`.
+        dtype: As in `export_checkpoint`.
+        device: As in `export_checkpoint`.
+        quantize: As in `export_checkpoint`.
+        engine: For `tensorrt`: the engine to build, if it is already known.
 
     Raises:
-        StreamlineError: the format, dtype or device is wrong, or a package is missing.
+        StreamlineError: the format, dtype, device or quantizer cannot be used, or a package is missing.
     """
     _check_format(format)
     if format == TENSORRT:
@@ -121,12 +127,17 @@ def open_artifact(artifact: Artifact, device: str = "cpu", tensorrt: EngineOptio
     """Open an exported model for running.
 
     Args:
-        device: `cpu` or `cuda`.
-        tensorrt: Have ONNX Runtime's TensorRT provider run an ONNX export on a GPU, by engines that are built for
-            requests up to these and kept in the artifact's folder; `builder` and `capabilities` say nothing then.
+        artifact: The export.
+        device: `cpu` or `cuda`; an engine needs `cuda`.
+        tensorrt: For an ONNX export on `cuda`: run it on ONNX Runtime's TensorRT provider. The provider builds engines
+            for requests up to these limits, and keeps them in the artifact's folder. `builder` and `capabilities` are
+            ignored.
+
+    Returns:
+        A runner: `prefill` and `decode`.
 
     Raises:
-        StreamlineError: its runtime is not installed, or lacks the device.
+        StreamlineError: the runtime is not installed, or does not support the device.
     """
     _check_format(artifact.format)
     if artifact.format == TENSORRT:
@@ -147,10 +158,19 @@ def open_artifact(artifact: Artifact, device: str = "cpu", tensorrt: EngineOptio
 
 
 def open_hidden_states(artifact: Artifact, device: str = "cpu") -> Callable[[TokenIds], list[Logits]]:
-    """What gives, for tokens `[batch, length]`, the hidden states `[batch, length, width]` around each layer.
+    """Open an ONNX export for reading its hidden states.
+
+    Args:
+        artifact: An export to ONNX.
+        device: `cpu` or `cuda`.
+
+    Returns:
+        A function from token ids `[batch, length]` to one array `[batch, length, width]` before the first layer and
+        one after each layer.
 
     Raises:
-        StreamlineError: the layers are no parts of the graph; or as `open_artifact`.
+        StreamlineError: the export is not ONNX, its layers are not separable parts of the graph, or as
+            `open_artifact`.
     """
     if artifact.format != ONNX:
         raise StreamlineError(f"format {artifact.format!r}: has no hidden states to read; give an export to {ONNX}")
@@ -159,9 +179,10 @@ def open_hidden_states(artifact: Artifact, device: str = "cpu") -> Callable[[Tok
     return open_states(artifact, device)
 
 
-def _refuse_for_tensorrt(**given: Any) -> None:
-    for name, value in given.items():
-        if value != _OF_ONNX_ALONE[name]:
+def _refuse_for_tensorrt(**values: Any) -> None:
+    """Refuse an option of ONNX exports that is not at its default."""
+    for name, value in values.items():
+        if value != _ONNX_ONLY_DEFAULTS[name]:
             raise StreamlineError(f"{name.replace('_', '-')} {value}: format 'tensorrt' cannot do it; leave it out")
 
 

@@ -1,4 +1,4 @@
-"""Steps that the export to ONNX and the export to TensorRT share."""
+"""Steps that both exports share, to ONNX and to TensorRT: checks, the choice of traced layers, and companion files."""
 
 from __future__ import annotations
 
@@ -16,28 +16,33 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-
 LOG_FILE = "export.log"
 DTYPES = ("fp32", "fp16", "bf16")
 
 
 def check_packages(extra: str) -> None:
-    """Refuse to make a graph without the packages that make one.
+    """Refuse an export if a package that tracing needs is missing.
+
+    Args:
+        extra: The extra of this distribution that installs the packages: `onnx` or `tensorrt`.
 
     Raises:
-        StreamlineError: naming the package that is missing, and the extra that brings it.
+        StreamlineError: naming the missing package and the extra that installs it.
     """
-    for package in ("onnx", "onnxscript", "transformers.exporters"):  # older transformers lack the last
+    for package in ("onnx", "onnxscript", "transformers.exporters"):  # older versions of transformers lack the last
         require_extra(package, extra)
 
 
 def check_config(config: PretrainedConfig) -> None:
-    """Refuse a model whose graph could not be made, or not be compared with torch.
+    """Refuse a model that cannot be traced or cannot be compared with torch.
+
+    Args:
+        config: The model's config.
 
     Raises:
-        StreamlineError: naming the field.
+        StreamlineError: naming the field of the config and its value.
     """
-    from optimum.exporters.streamline.parity.compare import LONGEST
+    from optimum.exporters.streamline.parity.compare import LONGEST_TEXT
 
     rope = getattr(config, "rope_parameters", None) or {}
     if "dynamic" in {
@@ -46,36 +51,49 @@ def check_config(config: PretrainedConfig) -> None:
     }:
         raise StreamlineError("rope_type 'dynamic': cannot be exported, its angles change with the length of the text")
     context = config.max_position_embeddings
-    if context < LONGEST:
+    if context < LONGEST_TEXT:
         raise StreamlineError(
-            f"max_position_embeddings {context}: must be at least {LONGEST} for the comparison with torch"
+            f"max_position_embeddings {context}: must be at least {LONGEST_TEXT} for the comparison with torch"
         )
 
 
-def from_few_layers(model: PreTrainedModel, attempt: Callable[[list[int]], T]) -> tuple[T, str]:
-    """What `attempt` makes of a graph that a few traced layers were stamped out to, or of all if they will not do.
+def try_few_layers(model: PreTrainedModel, attempt: Callable[[list[int]], T]) -> tuple[T, str]:
+    """Call `attempt` with one traced layer of each kind; if that fails, with all layers, which takes longer.
+
+    Args:
+        model: The model to export.
+        attempt: A function from the indices of the layers to trace to its result. It raises `CannotStampError` or
+            `ParityError` if the graph made from these layers is not good.
 
     Returns:
-        That, and why all layers had to be traced; empty where few were enough.
+        The result of `attempt`, and the reason why all layers were traced; an empty reason if few were enough.
+
+    Raises:
+        CannotStampError: `attempt` failed with all layers too; so for `ParityError`.
     """
     from optimum.exporters.streamline.tracing.skeleton import layers_to_trace
     from optimum.exporters.streamline.tracing.stamp_layers import CannotStampError
 
-    every, few = list(range(model.config.num_hidden_layers)), layers_to_trace(model)
+    all_layers, few_layers = list(range(model.config.num_hidden_layers)), layers_to_trace(model)
     whole_because = ""
-    if few != every:
+    if few_layers != all_layers:
         try:
-            return attempt(few), ""
+            return attempt(few_layers), ""
         except (CannotStampError, ParityError) as error:
             whole_because = str(error)
-    return attempt(every), whole_because
+    return attempt(all_layers), whole_because
 
 
 def write_companions(model: PreTrainedModel, source: ModelSource, folder: Path) -> None:
-    """Write what clients read beside a graph: the model's config, how it generates, its tokenizer.
+    """Write the files that clients read beside a graph: config, generation config and tokenizer.
+
+    Args:
+        model: The model.
+        source: The checkpoint, whose tokenizer is copied; a checkpoint without one is accepted.
+        folder: The folder of the export.
 
     Raises:
-        ParityError: the tokenizer, read back, gives other tokens.
+        ParityError: the tokenizer, saved and loaded again, gives other tokens.
     """
     from optimum.streamline.checkpoints.loading import load_tokenizer
     from optimum.streamline.checkpoints.read_back import compare_tokenizer
@@ -83,14 +101,14 @@ def write_companions(model: PreTrainedModel, source: ModelSource, folder: Path) 
     from optimum.streamline.checkpoints.transformers4_tokenizer import save_tokenizer
 
     config = copy.deepcopy(model.config)
-    if hasattr(config, "auto_map"):  # no code is run beside a graph
+    if hasattr(config, "auto_map"):  # a graph needs no modeling code
         del config.auto_map
     config.save_pretrained(folder)
     add_older_names(folder)
     model.generation_config.save_pretrained(folder)
     try:
         tokenizer = load_tokenizer(source)
-    except StreamlineError:  # a checkpoint without a tokenizer is a model all the same
+    except StreamlineError:  # a checkpoint without a tokenizer can be exported too
         return
     save_tokenizer(tokenizer, folder)
     compare_tokenizer(folder, tokenizer, source.trust_remote_code)

@@ -1,4 +1,4 @@
-"""The file names of an exported graph, and the name of the one input that not every graph has."""
+"""Names of an exported graph that files without ONNX also need: its two files, and its one optional input."""
 
 from __future__ import annotations
 

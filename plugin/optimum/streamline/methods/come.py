@@ -59,8 +59,8 @@ class CoMe(Method):
         if self.count(recipe, config.num_hidden_layers) > possible:
             raise StreamlineError(
                 f"remove {recipe.pruning.remove!r}: method {recipe.resolved_method} merges neighbours with the same "
-                f"kind of attention, and so can lose at most {possible} layers of this model; remove fewer, or use a method "
-                "that removes layers"
+                f"kind of attention, and so can lose at most {possible} layers of this model; remove fewer, or use a "
+                "method that removes layers"
             )
 
     def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:

@@ -1,4 +1,4 @@
-"""Quantized exports: what each way makes of the trained model, what is left in float, and what is refused."""
+"""Tests of quantized ONNX exports: the loss and size with each quantizer, excluded modules, and refused options."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from tiny import LAYERS, tiny_model, token_ids
 
 pytestmark = pytest.mark.onnx
 
-# Perplexity over that of float, at most; and bytes of the files over those of float, at most. Measured on 16 windows:
-# 1.004, 1.005, 1.032, 1.029, 1.032; 0.41, 0.41, 0.16, 0.19, 0.17.
+# The largest perplexity ratio and the largest file-size ratio over the float export. Measured on 16 windows: 1.004,
+# 1.005, 1.032, 1.029, 1.032; 0.41, 0.41, 0.16, 0.19, 0.17.
 LIMITS = {
     "int8": (1.01, 0.45),
     "int8-static": (1.012, 0.45),
@@ -49,7 +49,7 @@ LIMITS = {
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
-    """The reference model exported with a quantization of the table, or with none."""
+    """A function that exports the reference model with a quantizer, or with `none`."""
 
     @cache
     def make(how: str, *exclude: str) -> Artifact:
@@ -106,16 +106,16 @@ def test_four_bits_hold_a_tied_embedding_once(quantized: Callable[..., Artifact]
     found = operators(quantized("int4"))
     assert found["GatherBlockQuantized"] == 1
     assert found["MatMul"] == found["Gather"] == found["Transpose"] == 0
-    assert found["MatMulNBits"] == 16 * 4 + 1  # queries, keys and values are one product; gate and up another
+    assert found["MatMulNBits"] == 16 * 4 + 1  # queries, keys and values are one matmul; gate and up another
     assert found["SkipSimplifiedLayerNormalization"] == 2 * 16
-    # Of 3.67 million weights each takes half a byte and 4 bytes for 32.
+    # Each of the 3.67 million weights takes half a byte, and its share of a 4-byte scale per 32 weights.
     assert quantized("int4").weight_bytes == pytest.approx(3.67e6 * (0.5 + 4 / 32), rel=0.02)
 
 
 @pytest.mark.parametrize("how", ["int4", pytest.param("int4-gptq", marks=pytest.mark.slow), "int8"])
 def test_what_is_excluded_stays_in_float(quantized: Callable[..., Artifact], how: str) -> None:
     found = operators(quantized(how, "0", "15", "*.v_proj", "lm_head"))
-    # Of two layers all seven products, of the other fourteen one, and the output projection.
+    # All seven matmuls of two layers, one of the other fourteen, and the output projection.
     assert found["MatMul"] == 2 * 7 + 14 + 1
     assert found["GatherBlockQuantized"] == 0
 
@@ -131,7 +131,7 @@ def test_the_layers_of_a_pruned_model_become_what_they_become_in_the_original(
     pruned = weights(export_checkpoint(str(tmp_path / "pruned"), tmp_path / "onnx", quantize=how))
     original = weights(quantized(how))
     of_layers = [name for name in pruned if ".layers." in name]
-    assert len(of_layers) >= 7 * len(kept)  # numbers and scales of each product, and norms
+    assert len(of_layers) >= 7 * len(kept)  # values and scales of each matmul, and norms
     for name in of_layers:
         place = int(re.search(r"\.layers\.(\d+)\.", name)[1])  # type: ignore[index]
         older = name.replace(f".layers.{place}.", f".layers.{kept[place]}.")
@@ -154,9 +154,9 @@ def test_an_exclusion_that_names_nothing_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("architecture", "products"),
     [
-        ("gpt2", LAYERS * 4 + 1),  # biases added behind
+        ("gpt2", LAYERS * 4 + 1),  # its linear modules have biases
         ("qwen3", LAYERS * 4 + 1),
-        ("mixtral", LAYERS * (2 + 4 * 2) + 1),  # four experts of two products; what chooses them stays in float
+        ("mixtral", LAYERS * (2 + 4 * 2) + 1),  # four experts with two matmuls each; the router stays in float
         ("gemma2", LAYERS * 4 + 1),
         ("opt", LAYERS * 4 + 1),
     ],
@@ -190,7 +190,7 @@ def test_a_quantized_graph_that_gives_no_numbers_is_not_kept(tmp_path: Path, mon
 
     tiny_model("llama", num_hidden_layers=1).save_pretrained(tmp_path / "checkpoint")
     monkeypatch.setitem(GRAPH_QUANTIZERS, "int4", GraphQuantizer(quantize_to_nothing, "all of it nothing"))
-    with pytest.raises(ParityError, match="prefill gives what is not a number"):
+    with pytest.raises(ParityError, match="prefill gives logits that are not finite"):
         export_checkpoint(str(tmp_path / "checkpoint"), tmp_path / "onnx", quantize="int4")
     assert [each.name for each in tmp_path.iterdir()] == ["checkpoint"]
 
@@ -229,7 +229,7 @@ def test_an_odd_number_of_blocks_is_refused_for_gptq(
     )
     done = optimum_cli(monkeypatch, capsys, "streamline", *words)
     assert done.code == 2
-    assert "quantize 'int4-gptq': model.layers.0.self_attn.q_proj multiplies 32 numbers, an odd number of" in done.err
+    assert "quantize 'int4-gptq': model.layers.0.self_attn.q_proj has an input width of 32, an odd number" in done.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -238,13 +238,13 @@ def test_experts_are_refused_for_gptq(tmp_path: Path) -> None:
     tiny_model("mixtral", **fields).save_pretrained(tmp_path / "in")
     windows = Windows(token_ids(1, 8), "some text")
     with pytest.raises(
-        StreamlineError, match=r"'int4-gptq': .*experts.* is an expert's, .* use 'int4', or quantize-ex"
+        StreamlineError, match=r"'int4-gptq': .*experts.* is in an expert, .* use 'int4', or quantize-ex"
     ):
         export_checkpoint(str(tmp_path / "in"), tmp_path / "out", quantize="int4-gptq", windows=windows)
 
 
 def test_calibration_without_text_is_refused_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(StreamlineError, match="windows None: quantize 'int8-static' needs text to calibrate on"):
+    with pytest.raises(StreamlineError, match="windows None: quantize 'int8-static' needs calibration text"):
         export_checkpoint("no such model", tmp_path / "out", quantize="int8-static")
 
 

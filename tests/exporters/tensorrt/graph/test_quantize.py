@@ -1,4 +1,4 @@
-"""Quantized engines: what their graphs compute, what is held in how many bits, and what is refused before a build."""
+"""Tests of quantized engines: their loss, the types of their weights, and options refused before a build."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ pytestmark = [pytest.mark.onnx, pytest.mark.tensorrt]
 
 RTX = EngineOptions("tensorrt-rtx", (89, 120), max_length=128)
 KINDS = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN, "int4": TensorProto.INT4}
-# Perplexity over that of the float graph, at most; measured on 16 windows: 1.004, 1.006, 1.033.
+# The largest perplexity ratio over the float graph. Measured on 16 windows: 1.004, 1.006, 1.033.
 LIMITS = {"int8": 1.012, "fp8": 1.015, "int4": 1.05}
-PRODUCTS = 16 * 7  # of the reference model, beside its output projection, which is its embedding
+MATMULS = 16 * 7  # of the reference model, without its output projection, which is tied to the embedding
 
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
-    """The reference model's engine, quantized one way or none."""
+    """A function that exports the reference model to an engine with a quantizer, or with `none`."""
 
     @cache
     def make(how: str, *exclude: str) -> Artifact:
@@ -76,9 +76,9 @@ def test_a_quantized_engine_keeps_the_function(engines: Callable[..., Artifact],
     assert (small.quantize, Artifact.read(Path(small.path))) == (how, small)
     graph = graph_of(small)
     held = Counter(each.data_type for each in graph.initializer if math.prod(each.dims) > 1000)
-    assert held[KINDS[how]] == PRODUCTS
+    assert held[KINDS[how]] == MATMULS
     operators = Counter(node.op_type for node in graph.node)
-    # Queries, keys and values read the same, as do gate and up: each is quantized once.
+    # Queries, keys and values read the same activation, as do gate and up; each activation is quantized once.
     assert operators["QuantizeLinear"] == (16 * 4 if ENGINE_QUANTIZERS[how].calibrated else 0)
     assert {node.domain for node in graph.node} == {""}
     bits = {"int8": 8, "fp8": 8, "int4": 4 + 32 / 64}[how]  # a scale in 32 bits for 64 weights
@@ -94,23 +94,23 @@ def test_every_weight_is_the_nearest_that_its_scale_allows(engines: Callable[...
     for name in [name.removesuffix("_quantized") for name in arrays if name.endswith("_quantized")]:
         numbers, scale = (arrays[f"{name}_{part}"].astype(np.float32) for part in ("quantized", "scale"))
         steps = np.repeat(scale, len(numbers) // len(scale), axis=0) if scale.ndim == 2 else scale
-        # A float of 3 bits is off by a sixteenth of itself, or by half of the least step, 1/512.
+        # A float with a 3-bit mantissa is rounded by at most a sixteenth of itself, or half the smallest step, 1/512.
         allowed = np.maximum(abs(numbers) / 16, 1 / 1024) if how == "fp8" else 0.5
         assert (abs(numbers * steps - true[name]) <= (allowed + 1e-3) * steps).all(), name
-        assert abs(numbers).max() == ENGINE_QUANTIZERS[how].most
+        assert abs(numbers).max() == ENGINE_QUANTIZERS[how].largest
         checked += 1
-    assert checked == PRODUCTS
+    assert checked == MATMULS
 
 
 def test_what_is_excluded_stays_float(engines: Callable[..., Artifact]) -> None:
     graph = graph_of(engines("int4", "0", "15", "*.v_proj"))
     held = Counter(each.data_type for each in graph.initializer if math.prod(each.dims) > 1000)
-    assert held[TensorProto.INT4] == PRODUCTS - 2 * 7 - 14
+    assert held[TensorProto.INT4] == MATMULS - 2 * 7 - 14
 
 
 @pytest.mark.parametrize("how", ["int8", "fp8"])
 def test_scales_are_of_the_text(engines: Callable[..., Artifact], how: str) -> None:
-    """The largest number that the text gives is the largest that an 8-bit one can say."""
+    """The scale maps the activation's largest number on the text to the largest value of the 8-bit type."""
     plain = Path(engines("none").path)
     graph = onnx.load(plain / "model.onnx")
     read = next(node for node in graph.graph.node if node.name.startswith("model.layers.3.mlp.down_proj")).input[0]
@@ -121,15 +121,17 @@ def test_scales_are_of_the_text(engines: Callable[..., Artifact], how: str) -> N
     session = onnxruntime.InferenceSession(str(plain / "with_inner.onnx"))
     runner = StaticOnnxRunner(plain, EngineRecord.read(plain).masks)
     windows = text("calibration", 8).ids.numpy()
-    largest = max(np.abs(session.run([read], runner.prompt_feeds(window[None]))[0]).max() for window in windows)
+    largest = max(np.abs(session.run([read], runner.prompt_inputs(window[None]))[0]).max() for window in windows)
     [scale] = [each for each in graph_of(engines(how)).initializer if each.name == f"{read}_scale"]
-    assert onnx.numpy_helper.to_array(scale) * ENGINE_QUANTIZERS[how].most == pytest.approx(largest, rel=1e-4)
+    assert onnx.numpy_helper.to_array(scale) * ENGINE_QUANTIZERS[how].largest == pytest.approx(largest, rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("how", ENGINE_QUANTIZERS)
 def test_every_way_is_built_in_every_dtype(tmp_path: Path, how: str, dtype: str) -> None:
-    wide_model("gpt2" if how == "int8" else "llama").save_pretrained(tmp_path / "in")  # whose products have biases
+    wide_model("gpt2" if how == "int8" else "llama").save_pretrained(
+        tmp_path / "in"
+    )  # gpt2's linear modules have biases
     options = EngineOptions("tensorrt-rtx", (89,), max_length=32)
     windows = Windows(token_ids(2, 32), "random") if ENGINE_QUANTIZERS[how].calibrated else None
     artifact = export_checkpoint(
@@ -143,7 +145,7 @@ def test_every_way_is_built_in_every_dtype(tmp_path: Path, how: str, dtype: str)
 
 def test_blocks_that_are_not_whole_are_refused_before_a_build(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "in")
-    with pytest.raises(StreamlineError, match="multiplies 32 numbers, which are not whole blocks of 64"):
+    with pytest.raises(StreamlineError, match="has an input width of 32, no multiple of the block size 64"):
         export_checkpoint(str(tmp_path / "in"), tmp_path / "out", "tensorrt", engine=RTX_SHORT, quantize="int4")
     assert [each.name for each in tmp_path.iterdir()] == ["in"]
 
@@ -152,7 +154,7 @@ RTX_SHORT = EngineOptions("tensorrt-rtx", (89,), max_length=32)
 
 
 def test_calibration_without_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StreamlineError, match="windows None: quantize 'int8' needs text to calibrate on"):
+    with pytest.raises(StreamlineError, match="windows None: quantize 'int8' needs calibration text"):
         export_checkpoint(REFERENCE, tmp_path / "out", "tensorrt", engine=RTX_SHORT, quantize="int8")
 
 

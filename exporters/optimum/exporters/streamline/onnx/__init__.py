@@ -1,5 +1,7 @@
-"""Exports to ONNX: the export from start to end, the runner on ONNX Runtime, and what other runtimes read beside the
-graph.
+"""Export to ONNX, and run an export on ONNX Runtime.
+
+`export.py` is the export from start to end, `runner.py` the runner. `quantization/` quantizes the graph.
+`genai_config.py` writes the file that onnxruntime-genai reads.
 """
 
 __all__ = [

@@ -1,6 +1,7 @@
-"""The steps from a checkpoint to a proved ONNX folder, in order: build, write, compare, or nothing.
+"""Export a checkpoint to ONNX: load it, build and write the graph, compare it with torch, quantize it.
 
-A graph to be quantized is proved first, as any; what quantizing it changed is measured, not judged.
+A graph that differs from torch is refused, and then no folder is left. Quantization comes after that comparison; its
+effect on the logits is measured and recorded, and only a broken graph is refused.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from optimum.exporters.streamline.export_steps import (
     LOG_FILE,
     check_config,
     check_packages,
-    from_few_layers,
+    try_few_layers,
     write_companions,
 )
 from optimum.exporters.streamline.graph_files import GRAPH_FILE, WEIGHTS_FILE
-from optimum.exporters.streamline.onnx.quantization.quantizers import GRAPH_QUANTIZERS, check_quantization, weight_bytes
+from optimum.exporters.streamline.onnx.quantization.quantizers import GRAPH_QUANTIZERS, check_quantizer, weight_bytes
 from optimum.exporters.streamline.onnx.quantization.settings import NONE, Quantization
 from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.errors import ParityError, StreamlineError
@@ -33,18 +34,17 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from transformers import PreTrainedModel
 
-    from optimum.exporters.streamline.parity.calls import Answer
-    from optimum.exporters.streamline.tracing.build import Built
+    from optimum.exporters.streamline.parity.calls import CallFunction
+    from optimum.exporters.streamline.tracing.build import BuiltGraph
 
 FORMAT = "onnx"
-
 
 STAGES = ("loading", "tracing", "writing", "comparing with torch", "quantizing", "measuring what that changed")
 
 
 @dataclass(frozen=True)
 class OnnxExport:
-    """What to export, and to what: the arguments of `export_checkpoint`, documented there."""
+    """One export to ONNX: the arguments of `api.export_checkpoint`, which documents them."""
 
     checkpoint: str
     out: Path
@@ -58,8 +58,8 @@ class OnnxExport:
 
 
 @dataclass(frozen=True)
-class _Proved:
-    """A graph that was written and compared with torch: what the fields of `Artifact` of these names say."""
+class _CheckedGraph:
+    """The result of a graph that was written and compared with torch; `Artifact` documents these fields."""
 
     traced_layers: tuple[int, ...]
     parity: dict[str, float]
@@ -68,15 +68,24 @@ class _Proved:
 
 
 def export_onnx(job: OnnxExport, overwrite: bool = False, verbose: bool = False) -> Artifact:
-    """Export, compare with torch, and only then give the folder its name.
+    """Export a checkpoint to ONNX into `job.out`; the folder appears only if the graph agrees with torch.
+
+    Args:
+        job: What to export.
+        overwrite: Whether to replace `job.out` if it exists.
+        verbose: Whether messages of torch and transformers go to the terminal and not to `export.log`.
+
+    Returns:
+        The artifact, with its measured differences from torch.
 
     Raises:
         ParityError: the graph does not compute what the checkpoint does.
-        StreamlineError: the job cannot be done as it is given.
+        StreamlineError: the checkpoint, the folder or an option cannot be used.
     """
-    check_options(job.dtype, job.device, job.quantization.how if job.quantization else NONE)
-    if job.quantization and GRAPH_QUANTIZERS[job.quantization.how].calibrated and job.quantization.windows is None:
-        raise StreamlineError(f"windows None: quantize {job.quantization.how!r} needs text to calibrate on")
+    quantizer = job.quantization.quantizer if job.quantization else NONE
+    check_options(job.dtype, job.device, quantizer)
+    if job.quantization and GRAPH_QUANTIZERS[quantizer].calibrated and job.quantization.windows is None:
+        raise StreamlineError(f"windows None: quantize {quantizer!r} needs calibration text; give windows")
     with staged_folder(job.out, (job.checkpoint,), overwrite) as folder:
         with captured_logs(folder / LOG_FILE, verbose):
             artifact = _export_into(folder, job).with_files(folder)
@@ -85,10 +94,15 @@ def export_onnx(job: OnnxExport, overwrite: bool = False, verbose: bool = False)
 
 
 def check_options(dtype: str, device: str, quantize: str = NONE) -> None:
-    """Refuse a dtype, device or quantization that cannot be exported to here.
+    """Refuse a dtype, device or quantizer that this machine cannot export to.
+
+    Args:
+        dtype: `fp32`, `fp16` or `bf16`.
+        device: `cpu` or `cuda`.
+        quantize: A key of `GRAPH_QUANTIZERS`, or `none`.
 
     Raises:
-        StreamlineError: naming it, or the package that is missing.
+        StreamlineError: naming the option and its value, or the missing package.
     """
     if dtype not in DTYPES:
         raise StreamlineError(f"dtype {dtype!r}: unknown; one of {', '.join(DTYPES)}")
@@ -98,7 +112,7 @@ def check_options(dtype: str, device: str, quantize: str = NONE) -> None:
             "with torch; use 'fp32' or 'fp16', or device 'cuda'"
         )
     if quantize != NONE:
-        check_quantization(quantize, dtype)
+        check_quantizer(quantize, dtype)
     check_packages("onnx")
     provider_of(device)
 
@@ -121,8 +135,8 @@ def _export_into(folder: Path, job: OnnxExport) -> Artifact:
     dequantized = quantization_name(config) or ""
     if dequantized and job.max_memory is not None:
         raise StreamlineError(
-            f"max-memory {job.max_memory}: the weights of a quantized checkpoint ({dequantized}) are made float "
-            "numbers in memory; leave it out, or export the float model"
+            f"max-memory {job.max_memory}: a quantized checkpoint ({dequantized}) is dequantized in memory, which may "
+            "need more; leave it out, or export the float model"
         )
     with (
         TemporaryDirectory(dir=folder) as scratch,
@@ -136,12 +150,12 @@ def _export_into(folder: Path, job: OnnxExport) -> Artifact:
             source.model, loading.DTYPES[job.dtype], offload=Path(scratch) / "weights", **source.options()
         )
         check_finite(model, job.dtype)
-        # Before the graph: what is done last to this folder is to open its graph and compare it.
+        # Written before the graph, so that the comparison is the last step and sees the finished folder.
         write_companions(model, ModelSource(job.checkpoint, **job.options), folder)
         plain = Path(scratch) if job.quantization else folder
-        proved = _export_model(model, job, plain, bar)
+        checked = _export_model(model, job, plain, bar)
         divergence = _quantize(model, job, plain, folder, bar) if job.quantization else {}
-        read = weight_bytes(folder, active_share(model.config)) if job.quantization else None
+        bytes_read = weight_bytes(folder, active_share(model.config)) if job.quantization else None
         if job.last_logits:
             from .last_logits import keep_last_logits
 
@@ -154,13 +168,13 @@ def _export_into(folder: Path, job: OnnxExport) -> Artifact:
         dtype=job.dtype,
         source=job.checkpoint,
         source_fingerprint=made_from,
-        parity=proved.parity,
-        traced_layers=proved.traced_layers,
-        whole_because=proved.whole_because,
-        hidden=proved.hidden,
-        quantize=job.quantization.how if job.quantization else NONE,
+        parity=checked.parity,
+        traced_layers=checked.traced_layers,
+        whole_because=checked.whole_because,
+        hidden=checked.hidden,
+        quantize=job.quantization.quantizer if job.quantization else NONE,
         divergence=divergence,
-        weight_bytes=read,
+        weight_bytes=bytes_read,
         quantize_exclude=tuple(job.quantization.exclude) if job.quantization else (),
         last_logits=job.last_logits,
         dequantized=dequantized,
@@ -170,51 +184,51 @@ def _export_into(folder: Path, job: OnnxExport) -> Artifact:
 
 
 def _dequantized_error(job: OnnxExport, folder: Path, bar: Bar) -> dict[str, float]:
-    """By how much the finished graph differs from a quantized checkpoint."""
-    from optimum.exporters.streamline.parity.calls import one_by_one
+    """The difference of the finished graph from the quantized checkpoint in torch, as `measure_divergence` gives it."""
+    from optimum.exporters.streamline.parity.calls import answer_with
     from optimum.exporters.streamline.parity.compare import measure_divergence
     from optimum.streamline.checkpoints import loading
 
     bar.at(3, STAGES[3])
     model = loading.load(job.checkpoint, **job.options)
-    return measure_divergence(model, one_by_one(OnnxRunner(folder, job.device)))
+    return measure_divergence(model, answer_with(OnnxRunner(folder, job.device)))
 
 
 def _text_of(job: OnnxExport) -> dict[str, dict[str, Any]]:
-    """What text went into the artifact's weights, by purpose."""
+    """The text that influenced the artifact's weights, by purpose: the checkpoint's record, and this calibration."""
     from optimum.streamline.checkpoints.record_file import recorded_text
     from optimum.streamline.checkpoints.source import ModelSource
     from optimum.streamline.text.windows import seen_text
 
     data = dict(recorded_text(str(ModelSource(job.checkpoint, **job.options).folder)))
-    if job.quantization and GRAPH_QUANTIZERS[job.quantization.how].calibrated:
+    if job.quantization and GRAPH_QUANTIZERS[job.quantization.quantizer].calibrated:
         assert job.quantization.windows is not None
         data["quantization"] = seen_text(job.quantization.windows)
     return data
 
 
 def _quantize(model: PreTrainedModel, job: OnnxExport, plain: Path, folder: Path, bar: Bar) -> dict[str, float]:
-    """Quantize the graph in `plain` into `folder`; returns by how much it then differs from torch."""
-    from optimum.exporters.streamline.parity.calls import one_by_one
+    """Quantize the graph in `plain` into `folder`; returns its difference from torch (`measure_divergence`)."""
+    from optimum.exporters.streamline.parity.calls import answer_with
     from optimum.exporters.streamline.parity.compare import measure_divergence
 
     from .genai_config import CONFIG_FILE
 
     assert job.quantization is not None
     bar.at(4, STAGES[4])
-    GRAPH_QUANTIZERS[job.quantization.how].run(plain, folder, job.quantization)
+    GRAPH_QUANTIZERS[job.quantization.quantizer].run(plain, folder, job.quantization)
     (folder / CONFIG_FILE).write_bytes((plain / CONFIG_FILE).read_bytes())
     bar.at(5, STAGES[5])
-    return measure_divergence(model, one_by_one(OnnxRunner(folder, job.device)))
+    return measure_divergence(model, answer_with(OnnxRunner(folder, job.device)))
 
 
-def _export_model(model: PreTrainedModel, job: OnnxExport, folder: Path, bar: Bar) -> _Proved:
-    """Write a graph that is proved equal to `model`."""
-    proved, whole_because = from_few_layers(model, lambda traced: _export_traced(model, job, folder, traced, bar))
-    return replace(proved, whole_because=whole_because)
+def _export_model(model: PreTrainedModel, job: OnnxExport, folder: Path, bar: Bar) -> _CheckedGraph:
+    """Write the graph of `model` and compare it with torch; trace few layers if that is enough."""
+    checked, whole_because = try_few_layers(model, lambda traced: _export_traced(model, job, folder, traced, bar))
+    return replace(checked, whole_because=whole_because)
 
 
-def _export_traced(model: PreTrainedModel, job: OnnxExport, folder: Path, traced: list[int], bar: Bar) -> _Proved:
+def _export_traced(model: PreTrainedModel, job: OnnxExport, folder: Path, traced: list[int], bar: Bar) -> _CheckedGraph:
     from optimum.exporters.streamline.parity.compare import TOLERANCES, check_parity
     from optimum.exporters.streamline.tracing.build import build_graph
 
@@ -228,12 +242,12 @@ def _export_traced(model: PreTrainedModel, job: OnnxExport, folder: Path, traced
         parity = check_parity(model, _answer(folder, built, job), tolerance)
     except CannotOpenError as error:
         raise ParityError(f"parity: ONNX Runtime cannot open the graph ({error.reason})") from None
-    return _Proved(tuple(traced), parity, built.states)
+    return _CheckedGraph(tuple(traced), parity, built.states)
 
 
-def _answer(folder: Path, built: Built, job: OnnxExport) -> Answer:
-    """What answers for the graph: a session on the whole of it, or on a few layers after another if it is too large."""
-    from optimum.exporters.streamline.parity.calls import one_by_one
+def _answer(folder: Path, built: BuiltGraph, job: OnnxExport) -> CallFunction:
+    """A function that answers calls with the graph: whole, or a few layers at a time if it does not fit in memory."""
+    from optimum.exporters.streamline.parity.calls import answer_with
 
     from .memory import IN_RUNTIME, free_memory, taken_memory
     from .segmented_runner import SegmentedRunner
@@ -241,18 +255,24 @@ def _answer(folder: Path, built: Built, job: OnnxExport) -> Answer:
     free = free_memory() if job.max_memory is None else job.max_memory - taken_memory()
     weights = (folder / WEIGHTS_FILE).stat().st_size
     if IN_RUNTIME * weights <= free or (not built.hidden and job.max_memory is None):
-        return one_by_one(OnnxRunner(folder, job.device))
+        return answer_with(OnnxRunner(folder, job.device))
     if not built.hidden:
         raise StreamlineError(
-            f"max-memory {job.max_memory}: the layers of this model are not parts that can be run one by one, and all "
-            f"of them take up to {IN_RUNTIME * weights + taken_memory()} bytes"
+            f"max-memory {job.max_memory}: the layers of this model cannot be run one by one; give "
+            f"{IN_RUNTIME * weights + taken_memory()} bytes, which the whole model may take"
         )
     hidden = [str(value.name) for value in built.hidden]
     return SegmentedRunner(folder, hidden, free // IN_RUNTIME, job.device).answer
 
 
 def write_graph(graph: ir.Model, model: PreTrainedModel, folder: Path) -> None:
-    """Write `model.onnx`, its weights beside it, and what GenAI needs to know of them."""
+    """Write `model.onnx`, `model.onnx.data` with the weights, and `genai_config.json`.
+
+    Args:
+        graph: The graph, with public names.
+        model: The model that it was traced from.
+        folder: The folder to write into.
+    """
     import onnx_ir as ir
 
     from .genai_config import write_genai_config

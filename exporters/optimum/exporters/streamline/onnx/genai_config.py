@@ -1,6 +1,6 @@
-"""`genai_config.json`: what onnxruntime-genai, and lm-eval's `onnxruntime` model, read to run the graph.
+"""Write `genai_config.json`, which onnxruntime-genai reads to run the graph, as does lm-eval's model `onnxruntime`.
 
-onnxruntime-genai writes this file only for graphs of its own model builder.
+onnxruntime-genai itself writes this file only for graphs of its own model builder.
 """
 
 from __future__ import annotations
@@ -19,9 +19,15 @@ CONFIG_FILE = "genai_config.json"
 
 
 def write_genai_config(model: PreTrainedModel, graph: ir.Model, folder: Path) -> None:
-    """Describe `graph`, traced from `model` and renamed, to GenAI.
+    """Write `genai_config.json` for a graph.
 
-    Layers are counted by cache entries, which is what GenAI feeds: a layer without attention has none.
+    Its number of layers is the number of cache entries, because GenAI makes one cache entry per layer. A layer without
+    attention has none.
+
+    Args:
+        model: The model that the graph was traced from.
+        graph: The graph, with public names.
+        folder: The folder to write into.
     """
     config = {"model": _model_section(model, graph), "search": _search_section(model)}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=4) + "\n")
@@ -31,7 +37,7 @@ def _model_section(model: PreTrainedModel, graph: ir.Model) -> dict[str, Any]:
     eos = _token_id(model, "eos_token_id")
     pad = _token_id(model, "pad_token_id")
     section = {
-        # GenAI's own word for a decoder it need not know more of: inputs and outputs are named below.
+        # GenAI's generic type: it takes the inputs and outputs from the names below.
         "type": "decoder",
         "vocab_size": model.config.vocab_size,
         "context_length": model.config.max_position_embeddings,
@@ -72,7 +78,7 @@ def _search_section(model: PreTrainedModel) -> dict[str, Any]:
     return {
         "do_sample": False,
         "max_length": model.config.max_position_embeddings,
-        # The graph appends to the cache; it does not write into a buffer of the final length.
+        # The graph returns a longer cache at each call; it does not write into a buffer of the final length.
         "past_present_share_buffer": False,
     }
 

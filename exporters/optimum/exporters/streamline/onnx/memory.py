@@ -1,4 +1,4 @@
-"""How much memory an export may take, and how much of it weights in ONNX Runtime do."""
+"""How much memory is free for an export, and how much the weights of an opened graph take."""
 
 from __future__ import annotations
 
@@ -8,29 +8,28 @@ from pathlib import Path
 import psutil
 
 IN_RUNTIME = 3
-"""Bytes of memory for a byte of weights in a graph that is opened on a CPU, at most.
+"""An upper bound of the bytes of memory that ONNX Runtime takes per byte of weights, on a CPU.
 
-Half precision is computed as float there, twice the size, beside what was read; float is rearranged, beside what was
-read. Measured: 2.2 for a graph in fp16, 1.5 in fp32.
+It keeps the weights as read. Beside them it keeps fp16 weights converted to float32, and float32 weights repacked for
+its kernels. Measured: 2.2 for a graph in fp16, 1.5 in fp32.
 """
 
 _GROUP = Path("/sys/fs/cgroup")  # which psutil does not look at
 
 
 def free_memory() -> int:
-    """Bytes that this process can still have: of the machine's memory, and of its container's (control groups, v2)."""
+    """The memory in bytes that this process can still take, on the machine and in its container (cgroup v2)."""
     free: int = psutil.virtual_memory().available
-    with suppress(OSError, ValueError, KeyError):  # no container, or one without a limit, which says "max"
+    with suppress(OSError, ValueError, KeyError):  # no container, or one without a limit: its file says "max"
         limit = int((_GROUP / "memory.max").read_text())
         counts = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
-        cached = int(
-            counts["inactive_file"]
-        )  # of files, the weights just written among them: given back when asked for
-        free = min(free, limit - int((_GROUP / "memory.current").read_text()) + cached)
+        # The page cache holds the weights just written, among other files; the kernel frees it on demand.
+        page_cache = int(counts["inactive_file"])
+        free = min(free, limit - int((_GROUP / "memory.current").read_text()) + page_cache)
     return free
 
 
 def taken_memory() -> int:
-    """Bytes that this process has."""
+    """The memory in bytes that this process takes (resident set size)."""
     taken: int = psutil.Process().memory_info().rss
     return taken

@@ -1,7 +1,7 @@
-"""Running an exported graph on ONNX Runtime. Imports neither torch nor transformers.
+"""Run an exported graph on ONNX Runtime. Imports neither torch nor transformers.
 
-The cache stays in ONNX Runtime's own buffers from one call to the next: what a call returns is fed to the
-next as it is. Knows the names that `public_names.py` gives, nothing of how the graph was made.
+The cache stays in ONNX Runtime's buffers: the cache outputs of one call are bound as the inputs of the next call, and
+nothing is copied. The runner relies on the names that `public_names.py` sets.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ if TYPE_CHECKING:
     import onnxruntime
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-# Types of caches, by ONNX Runtime's names, as ONNX numbers them: numpy has none for the last.
-_ELEMENTS = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
-_QUIET = 3  # errors only: ONNX Runtime writes its warnings to the file descriptor
+# ONNX element types by ONNX Runtime's names of them; numbers, because numpy has no bfloat16.
+_ELEMENT_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
+_ERRORS_ONLY = 3  # a log severity; warnings would go straight to the process's stderr, past Python
 
 
 @dataclass(frozen=True)
 class OnnxCache:
-    """What a graph remembers of the tokens so far.
+    """The keys and values of all tokens so far, and their attention mask.
 
     Args:
-        attention_mask: `[batch, length]`, 1 for a token and 0 for padding, of everything fed so far.
-        states: Keys and values in the order of the graph's cache inputs, each `[batch, heads, length, head size]`.
+        attention_mask: `[batch, length]` for all tokens so far; 1 for a token, 0 for padding.
+        states: `OrtValue`s of keys and values in the order of the graph's cache inputs, each
+            `[batch, heads, length, head size]`.
     """
 
     attention_mask: Mask
@@ -42,12 +43,12 @@ class OnnxCache:
 
 
 class OnnxRunner:
-    """A `Runner` over `model.onnx` of an exported folder.
+    """A `Runner` for an export to ONNX.
 
     Args:
         folder: The artifact's folder.
-        device: `cpu` or `cuda`.
-        open: Opens a session on the graph in `folder`, otherwise than on the provider that stands for `device`.
+        device: `cpu` or `cuda`: where the graph runs and the caches are.
+        open: A function from `folder` to a session on its graph; by default `open_session` on the device's provider.
 
     Raises:
         StreamlineError: ONNX Runtime is not installed, has no such device, or cannot read the graph.
@@ -64,38 +65,51 @@ class OnnxRunner:
         self.device = device
         self.session = open(folder) if open else open_session(folder / GRAPH_FILE, device)
         self._past = [each for each in self.session.get_inputs() if each.name.startswith("past_key_values.")]
-        # All of them, of a graph that left to itself gives the last only. The binding takes such an input as a value.
+        # A graph exported with `last_logits` returns all logits only if this input is 0. It is bound as an `OrtValue`,
+        # because the binding does not take an array for an optional input.
         optional = [each.name for each in self.session.get_overridable_initializers()]
-        self._every_logit = {LOGITS_TO_KEEP: value_of(np.array(0))} if LOGITS_TO_KEEP in optional else {}
+        self._all_logits = {LOGITS_TO_KEEP: to_ort_value(np.array(0))} if LOGITS_TO_KEEP in optional else {}
         self._present = [each.name.replace("past_key_values", "present") for each in self._past]
 
     def prefill(self, input_ids: TokenIds, attention_mask: Mask | None = None) -> tuple[Logits, OnnxCache]:
-        """Logits `[batch, length, vocabulary]` of a prompt `[batch, length]`, and its cache.
+        """Compute the logits of a prompt.
 
         Args:
-            attention_mask: `[batch, length]`, 0 for padding, which must be on the left; all tokens by default.
+            input_ids: The prompt, `[batch, length]`.
+            attention_mask: `[batch, length]`; 0 for padding, which must be on the left. By default no padding.
+
+        Returns:
+            The logits `[batch, length, vocabulary]`, and the cache.
         """
         batch = len(input_ids)
-        states = tuple(empty_state(each, batch, self.device) for each in self._past)
+        states = tuple(empty_cache_state(each, batch, self.device) for each in self._past)
         empty = OnnxCache(np.ones((batch, 0), np.int64), states)
         return self._extend(input_ids, np.ones_like(input_ids) if attention_mask is None else attention_mask, empty)
 
     def decode(self, input_ids: TokenIds, cache: OnnxCache) -> tuple[Logits, OnnxCache]:
-        """Logits of the tokens `[batch, length]` that follow `cache`, and the cache that holds them too."""
+        """Compute the logits of the tokens that follow a cache.
+
+        Args:
+            input_ids: The new tokens, `[batch, length]`.
+            cache: The cache of the call before.
+
+        Returns:
+            The logits `[batch, length, vocabulary]` of the new tokens, and the cache with them.
+        """
         return self._extend(input_ids, np.ones_like(input_ids), cache)
 
     def _extend(self, input_ids: TokenIds, mask: Mask, cache: OnnxCache) -> tuple[Logits, OnnxCache]:
         attention_mask = np.concatenate([cache.attention_mask, mask], axis=1)
-        feeds = token_feeds(input_ids, attention_mask)  # the binding reads these arrays where they lie
-        logits, *states = self._run(feeds, cache.states)
+        inputs = token_inputs(input_ids, attention_mask)  # kept here, because the binding reads them without a copy
+        logits, *states = self._run(inputs, cache.states)
         return logits.numpy().astype(np.float32, copy=False), OnnxCache(attention_mask, tuple(states))
 
-    def _run(self, feeds: dict[str, npt.NDArray[np.int64]], states: tuple[Any, ...]) -> list[Any]:
-        """One call: logits, then the new states, as ONNX Runtime's own values."""
+    def _run(self, inputs: dict[str, npt.NDArray[np.int64]], states: tuple[Any, ...]) -> list[Any]:
+        """Run the graph once; returns the logits and then the new keys and values, as `OrtValue`s."""
         binding = self.session.io_binding()
-        for name, array in feeds.items():
+        for name, array in inputs.items():
             binding.bind_cpu_input(name, array)
-        for name, value in self._every_logit.items():
+        for name, value in self._all_logits.items():
             binding.bind_ortvalue_input(name, value)
         for each, state in zip(self._past, states, strict=True):
             binding.bind_ortvalue_input(each.name, state)
@@ -107,32 +121,46 @@ class OnnxRunner:
         return outputs
 
 
-def value_of(array: npt.NDArray[Any]) -> onnxruntime.OrtValue:
-    """An array as ONNX Runtime's own value."""
+def to_ort_value(array: npt.NDArray[Any]) -> onnxruntime.OrtValue:
+    """Convert a numpy array to an `OrtValue`."""
     import onnxruntime
 
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 
-def token_feeds(input_ids: TokenIds, attention_mask: Mask) -> dict[str, npt.NDArray[Any]]:
-    """What a graph is fed beside its cache, for tokens `[batch, length]` and the mask of everything up to their end."""
+def token_inputs(input_ids: TokenIds, attention_mask: Mask) -> dict[str, npt.NDArray[Any]]:
+    """The inputs of a graph other than caches, by name.
+
+    Args:
+        input_ids: The new tokens, `[batch, length]`.
+        attention_mask: The mask of all tokens so far, these included, `[batch, total length]`.
+    """
     positions = token_positions(attention_mask, input_ids.shape[1])
-    feeds = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
-    return {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
+    return {name: np.ascontiguousarray(array) for name, array in inputs.items()}
 
 
-def empty_state(value: Any, batch: int, device: str) -> onnxruntime.OrtValue:
-    """What to feed to a session's cache input before the first token."""
+def empty_cache_state(value: Any, batch: int, device: str) -> onnxruntime.OrtValue:
+    """The empty keys or values for a cache input, before the first token.
+
+    Args:
+        value: The session's description of the input, `[batch, heads, past length, head size]`.
+        batch: The number of rows.
+        device: `cpu` or `cuda`.
+
+    Returns:
+        An `OrtValue` of shape `[batch, heads, 0, head size]`.
+    """
     import onnxruntime
 
     _, heads, _, head_size = value.shape
     return onnxruntime.OrtValue.ortvalue_from_shape_and_type(
-        (batch, heads, 0, head_size), _ELEMENTS[value.type], device
+        (batch, heads, 0, head_size), _ELEMENT_TYPES[value.type], device
     )
 
 
 class CannotOpenError(StreamlineError):
-    """ONNX Runtime cannot open a graph; `reason` is its own line."""
+    """ONNX Runtime cannot open a graph; `reason` is the first line of its message."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(f"{path}: ONNX Runtime cannot open it ({reason})")
@@ -140,7 +168,10 @@ class CannotOpenError(StreamlineError):
 
 
 def provider_of(device: str) -> str:
-    """The execution provider that stands for a device.
+    """The ONNX Runtime execution provider of a device.
+
+    Args:
+        device: `cpu` or `cuda`.
 
     Raises:
         StreamlineError: ONNX Runtime is not installed, or has no such device.
@@ -155,28 +186,28 @@ def provider_of(device: str) -> str:
 
 
 def open_session(graph: Path | bytes, device: str, weights: Path | None = None) -> onnxruntime.InferenceSession:
-    """A session on a graph.
+    """Open an ONNX Runtime session on a graph.
 
     Args:
-        graph: Its file, or its bytes.
+        graph: The graph's file, or its serialized bytes.
         device: `cpu` or `cuda`.
-        weights: The folder of its weights, if it is given by its bytes.
+        weights: The folder of the graph's weight file, for a graph given as bytes.
 
     Raises:
-        StreamlineError: ONNX Runtime is not installed, or has no such device.
-        CannotOpenError: it cannot read the graph.
+        StreamlineError: ONNX Runtime is not installed, or does not support the device.
+        CannotOpenError: ONNX Runtime cannot read the graph.
     """
     provider = provider_of(device)
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = _QUIET
+    options.log_severity_level = _ERRORS_ONLY
     if weights is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
         options.enable_cpu_mem_arena = False
     source = graph if isinstance(graph, bytes) else str(graph)
     try:
         return onnxruntime.InferenceSession(source, options, providers=[provider])
-    except Exception as error:  # ONNX Runtime raises a class of its own for each kind of fault
-        said = str(error).strip().splitlines()[0]
-        raise CannotOpenError(str(weights or source), said) from None
+    except Exception as error:  # ONNX Runtime has an exception class per fault, and no common base class
+        reason = str(error).strip().splitlines()[0]
+        raise CannotOpenError(str(weights or source), reason) from None

@@ -1,3 +1,3 @@
-"""Whether a graph computes what the model in torch computes: the calls to compare, and the comparison."""
+"""Compare an exported graph with the torch model: `calls.py` has the form of a call, `compare.py` the comparison."""
 
 __all__ = ["calls", "compare"]

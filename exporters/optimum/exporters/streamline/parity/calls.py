@@ -1,4 +1,7 @@
-"""Calls to a model that are known beforehand: what a comparison asks, of any runner, in whatever order it likes."""
+"""The calls of a comparison with torch, as data, so that a runner can answer them in any order.
+
+A runner for little memory answers all calls with one part of the graph before it opens the next part.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,13 @@ Mask = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Call:
-    """Tokens to answer.
+    """One call to a model: new tokens, and the earlier call whose cache they continue.
 
     Args:
-        input_ids: `[batch, length]`.
-        attention_mask: `[batch, everything fed so far]`, these tokens included; 0 for padding, which is on the left.
-        follows: Which earlier call's text they continue, by its place; none for a prompt.
+        input_ids: The new tokens, `[batch, length]`.
+        attention_mask: The mask of all tokens so far, these included, `[batch, total length]`; 0 for padding, which is
+            on the left.
+        follows: The index, in the list of calls, of the earlier call that these tokens continue; `None` for a prompt.
     """
 
     input_ids: TokenIds
@@ -29,33 +33,34 @@ class Call:
     follows: int | None = None
 
 
-Answer = Callable[[Sequence[Call]], list[Logits]]
-"""The logits `[batch, length, vocabulary]` of each call."""
+CallFunction = Callable[[Sequence[Call]], list[Logits]]
+"""A function that answers calls: it returns the logits `[batch, length, vocabulary]` of each."""
 
 
 def token_positions(attention_mask: Mask, new: int) -> npt.NDArray[np.int64]:
-    """Where in its own text each of the last `new` tokens is, `[batch, new]`, from 0.
+    """The position of each of the last `new` tokens in its own text, `[batch, new]`, from 0; padding does not count.
 
     Args:
-        attention_mask: `[batch, everything fed so far]`, 0 for padding, which is on the left.
+        attention_mask: The mask of all tokens so far, `[batch, total length]`; 0 for padding, which is on the left.
+        new: The number of new tokens per row.
     """
-    # A padding token's position is of no consequence, but must be one.
-    found: npt.NDArray[np.int64] = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)[:, -new:]
-    return found
+    # The position of a padding token has no effect, but it must be a valid index.
+    positions: npt.NDArray[np.int64] = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)[:, -new:]
+    return positions
 
 
 class MaskedRunner(Protocol):
-    """A `Runner` whose prefill takes a mask, and whose cache remembers it."""
+    """A `Runner` whose prefill takes an attention mask, and whose cache keeps it."""
 
     def prefill(self, input_ids: TokenIds, attention_mask: Mask | None = None) -> tuple[Logits, Any]:
-        """As `Runner.prefill`, the mask `[batch, length]` being 0 for padding on the left."""
+        """As `Runner.prefill`, with an attention mask `[batch, length]`: 0 for padding, which is on the left."""
 
     def decode(self, input_ids: TokenIds, cache: Any) -> tuple[Logits, Any]:
         """As `Runner.decode`."""
 
 
-def one_by_one(runner: MaskedRunner) -> Answer:
-    """What answers calls by having `runner` answer one after the other."""
+def answer_with(runner: MaskedRunner) -> CallFunction:
+    """A function that answers calls with `runner`, one after the other, each with the cache of the call it follows."""
 
     def answer(calls: Sequence[Call]) -> list[Logits]:
         answers: list[tuple[Logits, Any]] = []

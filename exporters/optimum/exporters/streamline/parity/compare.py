@@ -1,7 +1,7 @@
-"""Whether an exported graph computes what the model computes: `check_parity`, run at every export.
+"""Compare an exported graph with the torch model; every export calls `check_parity`.
 
-The reference is one torch forward over the whole text, without a cache: so prefill, continuation and decode
-are each held to the model itself. Whatever answers calls can be checked.
+The reference is one torch forward pass over the whole text, without a cache. So prefill, continuation and decode of the
+graph are each compared with the model itself.
 """
 
 from __future__ import annotations
@@ -17,107 +17,120 @@ from transformers import PreTrainedModel
 from optimum.streamline.errors import ParityError, StreamlineError
 from optimum.streamline.runtime.runner import Logits, TokenIds
 
-from .calls import Answer, Call, token_positions
+from .calls import Call, CallFunction, token_positions
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
-"""Largest difference of a logit allowed, as a share of the largest reference logit of the check.
+"""The largest difference of a logit that is allowed, as a share of the check's largest reference logit, by dtype.
 
-Rounding gives 1e-6 and 1e-3 on shallow models and grows with depth; a wrong mask, position or weight gives 1e-1.
+On shallow models rounding gives about 1e-6 in fp32 and 1e-3 in fp16, and more on deeper ones. A wrong mask, position or
+weight gives about 1e-1.
 """
 
 PROMPT, CONTINUATION = 12, 3
-LONGEST = PROMPT + CONTINUATION + 1
-"""Tokens of the longest text that is asked."""
+LONGEST_TEXT = PROMPT + CONTINUATION + 1
+"""The length in tokens of the longest text of the comparison."""
 
-LEAST_ALIKE = 0.5
-"""Correlation of a quantized graph's logits with torch's. Four bits left 0.90 to 0.99, a lost scale none."""
+MIN_CORRELATION = 0.5
+"""The least correlation of a quantized graph's logits with torch's.
 
-LENGTHS = (PROMPT, 7, 4)
-"""Prompt lengths of the padded batch: three rows, where the graph was traced with two."""
+Measured: 4-bit quantizers give 0.90 to 0.99; a graph whose scales are lost gives about 0.
+"""
+
+PADDED_LENGTHS = (PROMPT, 7, 4)
+"""The prompt lengths of the padded batch, in tokens. It has three rows, and the graph was traced with four."""
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is asked of some places of some texts, and what torch answers there.
+class ParityCheck:
+    """One call and the logits that torch gives for it.
 
     Args:
-        check: What is checked.
-        call: What is asked.
-        expected: Torch's logits, `[rows, length, vocabulary]`.
-        positions: Where in its own text each place is, `[rows, length]`, from 0; nothing is promised for padding,
-            which lies before 0 and is not compared.
+        name: The name of the check, such as `prefill`.
+        call: The call.
+        expected: Torch's logits, `[batch, length, vocabulary]`.
+        positions: The position of each token in its own text, `[batch, length]`, from 0. Padding has a negative
+            position and is not compared.
     """
 
-    check: str
+    name: str
     call: Call
     expected: Logits
     positions: npt.NDArray[np.int64]
 
     def judge(self, got: Logits, tolerance: float) -> float:
-        """The largest absolute difference of a logit that was answered, `[rows, length, vocabulary]`.
+        """Compare logits with torch's; returns the largest absolute difference.
+
+        Args:
+            got: The logits to compare, `[batch, length, vocabulary]`.
+            tolerance: The largest difference allowed, as a share of the largest reference logit.
 
         Raises:
-            ParityError: it is beyond the tolerance.
+            ParityError: the difference is larger than the tolerance allows, or is not a number.
         """
         difference, row, position, token = self.largest_difference(got)
         allowed = tolerance * self.scale
-        if not difference <= allowed:  # not `>`: a NaN must fail
+        if not difference <= allowed:  # not `>`, because a NaN must fail
             raise ParityError(
-                f"parity: {self.check} differs from torch by {difference:.3g} in a logit, allowed is {allowed:.3g}; "
+                f"parity: {self.name} differs from torch by {difference:.3g} in a logit, allowed is {allowed:.3g}; "
                 f"most at row {row}, position {position}, token {token}"
             )
         return difference
 
     @property
     def scale(self) -> float:
-        """The largest logit that is compared."""
+        """The largest absolute reference logit among those that are compared."""
         rows, columns = np.nonzero(self.positions >= 0)
         return float(np.abs(self.expected[rows, columns]).max())
 
     def correlation(self, got: Logits) -> float:
-        """How alike the logits are that are compared, -1 to 1: their correlation over all tokens and places."""
+        """The correlation of the compared logits with torch's, over all tokens and positions; from -1 to 1, or NaN."""
         rows, columns = np.nonzero(self.positions >= 0)
         pair = np.stack([got[rows, columns].ravel(), self.expected[rows, columns].ravel()]).astype(np.float64)
-        with np.errstate(invalid="ignore", divide="ignore"):  # of constants it is not a number
+        with np.errstate(invalid="ignore", divide="ignore"):  # the correlation with a constant is NaN
             matrix: npt.NDArray[np.float64] = np.asarray(np.corrcoef(pair))
         return float(matrix[0, 1])
 
     def largest_difference(self, got: Logits) -> tuple[float, int, int, int]:
-        """The largest absolute difference, and its row, position and token."""
+        """The largest absolute difference of a logit, and its row, position in the text, and token id."""
         rows, columns = np.nonzero(self.positions >= 0)
         differences = np.abs(got[rows, columns] - self.expected[rows, columns])
-        place, token = np.unravel_index(differences.argmax(), differences.shape)  # to `argmax`, a NaN is the largest
-        row, position = int(rows[place]), int(self.positions[rows[place], columns[place]])
-        return float(differences[place, token]), row, position, int(token)
+        index, token = np.unravel_index(differences.argmax(), differences.shape)  # `argmax` takes a NaN for the largest
+        row, position = int(rows[index]), int(self.positions[rows[index], columns[index]])
+        return float(differences[index, token]), row, position, int(token)
 
 
-def check_parity(model: PreTrainedModel, answer: Answer, tolerance: float) -> dict[str, float]:
-    """Compare answers with those of `model` on prefill, continuation, decode and a left-padded batch.
+def check_parity(model: PreTrainedModel, answer: CallFunction, tolerance: float) -> dict[str, float]:
+    """Compare a graph with `model` on prefill, continuation, decode, and prefill and decode of a left-padded batch.
 
     Args:
-        model: The source, in evaluation mode, computed on the CPU.
-        answer: What is to be judged.
-        tolerance: As in `TOLERANCES`.
+        model: The torch model, in evaluation mode, on the CPU.
+        answer: The function that answers calls with the graph.
+        tolerance: The largest difference of a logit allowed, as a share of the largest reference logit of the check.
 
     Returns:
-        The largest absolute logit difference, by check.
+        The largest absolute logit difference of each check, by its name.
 
     Raises:
-        ParityError: a difference is beyond the tolerance; says which check, the difference, what was allowed, and
-            where it is largest: the row of the batch, the position in the row's text, the token id, all from 0.
+        ParityError: a difference is larger than the tolerance allows. The message names the check, the difference,
+            the allowed difference, and where it is largest: the row of the batch, the position in the row's text,
+            and the token id, all from 0.
     """
-    return {question.check: question.judge(got, tolerance) for question, got in _answered(model, answer)}
+    return {check.name: check.judge(got, tolerance) for check, got in _answered(model, answer)}
 
 
 def check_finite(model: PreTrainedModel, dtype: str) -> None:
-    """Refuse a model that gives no numbers in the type it is to be exported in, before its graph is made.
+    """Refuse a model whose logits overflow in the dtype of the export, before it is traced.
+
+    Args:
+        model: The model, loaded in that dtype.
+        dtype: The name of the dtype, for the message: `fp32`, `fp16` or `bf16`.
 
     Raises:
-        StreamlineError: its logits are not finite.
+        StreamlineError: the logits are not finite.
     """
-    ids = _tokens(model, 1, LONGEST)
+    ids = _tokens(model, 1, LONGEST_TEXT)
     logits = _reference(model, ids, np.ones_like(ids))
-    model.tie_weights()  # weights that stay on disk are put back one by one, shared ones as two
+    model.tie_weights()  # offloading restores tied weights as two separate parameters after a forward pass
     if not np.isfinite(logits).all():
         raise StreamlineError(
             f"dtype {dtype!r}: the model's logits are not finite when it is computed in it"
@@ -125,55 +138,62 @@ def check_finite(model: PreTrainedModel, dtype: str) -> None:
         )
 
 
-def measure_divergence(model: PreTrainedModel, answer: Answer) -> dict[str, float]:
-    """How far answers that need not be those of `model` are from them.
+def measure_divergence(model: PreTrainedModel, answer: CallFunction) -> dict[str, float]:
+    """Measure how far a quantized graph is from `model`; only a broken graph is refused.
+
+    Args:
+        model: The torch model, in evaluation mode, on the CPU.
+        answer: The function that answers calls with the graph.
 
     Returns:
-        The largest absolute logit difference as a share of the largest logit, by check.
+        The largest absolute logit difference of each check, as a share of the check's largest logit, by its name.
 
     Raises:
-        ParityError: an answer is not a number, or has little to do with the model's.
+        ParityError: a logit is not finite, or the logits correlate with torch's by less than `MIN_CORRELATION`.
     """
     shares: dict[str, float] = {}
-    for question, got in _answered(model, answer):
-        share = question.largest_difference(got)[0] / question.scale
+    for check, got in _answered(model, answer):
+        share = check.largest_difference(got)[0] / check.scale
         if not np.isfinite(share):
-            raise ParityError(f"parity: {question.check} gives what is not a number")
-        alike = question.correlation(got)
-        if not alike >= LEAST_ALIKE:
+            raise ParityError(f"parity: {check.name} gives logits that are not finite")
+        correlation = check.correlation(got)
+        if not correlation >= MIN_CORRELATION:
             raise ParityError(
-                f"parity: {question.check} is not the model any more: its logits and torch's correlate by {alike:.2f}, "
-                f"at least {LEAST_ALIKE} is needed"
+                f"parity: {check.name} differs too much from torch: the logits correlate by {correlation:.2f}, "
+                f"at least {MIN_CORRELATION} is needed"
             )
-        shares[question.check] = share
+        shares[check.name] = share
     return shares
 
 
-def _answered(model: PreTrainedModel, answer: Answer) -> Iterator[tuple[Question, Logits]]:
-    questions = (*_one_row(model), *_padded_rows(model))
-    return zip(questions, answer([question.call for question in questions]), strict=True)
+def _answered(model: PreTrainedModel, answer: CallFunction) -> Iterator[tuple[ParityCheck, Logits]]:
+    """Each check with the logits of its call."""
+    checks = (*_one_row(model), *_padded_rows(model))
+    return zip(checks, answer([check.call for check in checks]), strict=True)
 
 
-def _one_row(model: PreTrainedModel) -> Iterator[Question]:
-    ids = _tokens(model, 1, LONGEST)
+def _one_row(model: PreTrainedModel) -> Iterator[ParityCheck]:
+    """One text in three calls: a prompt, a few more tokens, and one token."""
+    ids = _tokens(model, 1, LONGEST_TEXT)
     mask, positions = np.ones_like(ids), np.arange(ids.shape[1])[None]
     expected = _reference(model, ids, mask)
     ends = (0, PROMPT, PROMPT + CONTINUATION, ids.shape[1])
-    for place, check in enumerate(("prefill", "continuation", "decode")):
-        part, end = slice(ends[place], ends[place + 1]), ends[place + 1]
-        call = Call(ids[:, part], mask[:, :end], place - 1 if place else None)
-        yield Question(check, call, expected[:, part], positions[:, part])
+    for index, name in enumerate(("prefill", "continuation", "decode")):
+        part, end = slice(ends[index], ends[index + 1]), ends[index + 1]
+        call = Call(ids[:, part], mask[:, :end], index - 1 if index else None)
+        yield ParityCheck(name, call, expected[:, part], positions[:, part])
 
 
-def _padded_rows(model: PreTrainedModel) -> Iterator[Question]:
-    ids = _tokens(model, len(LENGTHS), PROMPT + 1)
-    positions = np.arange(PROMPT + 1) - (PROMPT - np.array(LENGTHS)[:, None])
+def _padded_rows(model: PreTrainedModel) -> Iterator[ParityCheck]:
+    """A left-padded batch in two calls: the prompts, and one token; the prompts are call 3 of all calls, from 0."""
+    ids = _tokens(model, len(PADDED_LENGTHS), PROMPT + 1)
+    positions = np.arange(PROMPT + 1) - (PROMPT - np.array(PADDED_LENGTHS)[:, None])
     mask = (positions >= 0).astype(np.int64)
     expected = _reference(model, ids, mask)
     prompt, token = slice(PROMPT), slice(PROMPT, PROMPT + 1)
     first = Call(ids[:, prompt], mask[:, prompt])
-    yield Question("left-padded prefill", first, expected[:, prompt], positions[:, prompt])
-    yield Question("left-padded decode", Call(ids[:, token], mask, 3), expected[:, token], positions[:, token])
+    yield ParityCheck("left-padded prefill", first, expected[:, prompt], positions[:, prompt])
+    yield ParityCheck("left-padded decode", Call(ids[:, token], mask, 3), expected[:, token], positions[:, token])
 
 
 def _tokens(model: PreTrainedModel, rows: int, length: int) -> TokenIds:
@@ -182,7 +202,7 @@ def _tokens(model: PreTrainedModel, rows: int, length: int) -> TokenIds:
 
 @torch.inference_mode()
 def _reference(model: PreTrainedModel, ids: TokenIds, mask: npt.NDArray[np.int64]) -> Logits:
-    """Logits `[batch, length, vocabulary]` of one forward without cache."""
+    """Torch's logits `[batch, length, vocabulary]`, from one forward pass without a cache."""
     positions = token_positions(mask, mask.shape[1])
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}

@@ -1,5 +1,8 @@
-"""Rewriting of graphs, one kind a file: repair, removal of what nothing reads, attention and its mask, static caches,
-names. Nothing here runs a graph.
+"""Rewrite ONNX graphs: one kind of rewriting per file. Nothing here traces or runs a graph.
+
+After tracing: `repair`, `prune_unused`, `mask`, `attention`, `static_cache` and `public_names`, in this order. On a
+finished export: `fuse_for_ort`, `tied_embedding` and `excluded_nodes` for quantizers, and `to_float32`. `edits` has
+the small edits that they share.
 """
 
 __all__ = [

@@ -1,16 +1,16 @@
-"""What more than one rewriting of a graph needs: small edits, a list of operators."""
+"""Small graph edits, and a list of operators, that several files of this package use."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 from onnx_ir.convenience import replace_all_uses_with
 
-PRODUCTS = ("MatMul", "Gemm")
-"""Operators that multiply by a weight."""
+MATMUL_OPERATORS = ("MatMul", "Gemm")
+"""The operators that multiply an activation by a weight matrix."""
 
 
-def take_over(old: ir.Value, new: ir.Value) -> None:
-    """Let `new` stand wherever `old` stood, under its name, also as an output of the graph."""
+def replace_value(old: ir.Value, new: ir.Value) -> None:
+    """Replace the value `old` by `new` everywhere, also as a graph output; `new` takes its name, shape and type."""
     new.shape, new.type = old.shape, old.type
     name = old.name
     replace_all_uses_with(old, new, replace_graph_outputs=True)
@@ -18,7 +18,7 @@ def take_over(old: ir.Value, new: ir.Value) -> None:
 
 
 def initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    """The initializer of the tensor's name, made if there is none."""
+    """The graph's initializer with the tensor's name; if the graph has none, it is added with this tensor."""
     name = str(tensor.name)
     if name not in graph.initializers:
         shape = ir.Shape(tensor.shape.numpy())
@@ -28,8 +28,8 @@ def initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     return graph.initializers[name]
 
 
-def sizes(value: ir.Value | None) -> tuple[int, ...]:
-    """The shape of what the graph holds."""
+def static_shape(value: ir.Value | None) -> tuple[int, ...]:
+    """The shape of a value whose sizes are all known, such as an initializer."""
     assert value is not None
     assert value.shape is not None
     return value.shape.numpy()

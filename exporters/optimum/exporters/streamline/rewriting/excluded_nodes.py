@@ -1,4 +1,4 @@
-"""Which products of a graph are left as they are: by layer, or by the name of their module."""
+"""Find the nodes that a user excludes from quantization, by layer index or by module name."""
 
 from __future__ import annotations
 
@@ -15,15 +15,23 @@ from optimum.streamline.models.quantization_config import float_config
 
 
 def module_of(node: ir.Node) -> str:
-    """The module a node of a named graph came from, `model.layers.3.mlp.up_proj`."""
+    """The name of the module that a node came from, such as `model.layers.3.mlp.up_proj`.
+
+    Args:
+        node: A node of a graph with public names (`public_names.py`).
+    """
     return str(node.name).rpartition("/")[0]
 
 
 def check_excluded(config: PretrainedConfig, patterns: Sequence[str]) -> None:
-    """Refuse what chooses no product of a model of this config, before a graph is made of it.
+    """Refuse a pattern that matches no linear module of the model, before the model is loaded or traced.
+
+    Args:
+        config: The model's config.
+        patterns: Layer indices, or module names in which `*` stands for any text.
 
     Raises:
-        StreamlineError: naming the pattern.
+        StreamlineError: a pattern matches no linear module; names the pattern.
     """
     if patterns:
         with torch.device("meta"):
@@ -32,5 +40,5 @@ def check_excluded(config: PretrainedConfig, patterns: Sequence[str]) -> None:
 
 
 def excluded(nodes: Iterable[ir.Node], patterns: Sequence[str]) -> set[ir.Node]:
-    """The nodes that these patterns name: a layer's number, or a module's name with `*` for any part of it."""
+    """The nodes whose module matches a pattern: a layer index, or a module name in which `*` stands for any text."""
     return {node for node in nodes if matches_any(module_of(node), patterns)}

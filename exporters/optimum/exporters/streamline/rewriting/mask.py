@@ -1,7 +1,7 @@
-"""Making the mask of attention in few steps: the tracer writes out a lookup for what is a broadcast.
+"""Simplify the nodes that make the attention mask: the tracer writes a `GatherND` where a broadcast is enough.
 
-Each step leaves a node as it is where it is not of the form that the step knows. Runs while the tracer's shapes are
-still on the values.
+A step that does not recognize the nodes around it changes nothing. The steps need the shapes that the tracer left on
+the values, so they run before `public_names.set_public_names`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 
 def simplify_mask(model: ir.Model) -> None:
-    """Read `attention_mask` as it is, and leave out what changes nothing, in place."""
+    """Read `attention_mask` directly, and remove each `Expand` and `And` that changes nothing, in place."""
     for node in list(model.graph):
         if node.op_type == "GatherND":
             _read_in_place(model.graph, node)
@@ -26,32 +26,36 @@ def simplify_mask(model: ir.Model) -> None:
 
 
 def _read_in_place(graph: ir.Graph, gather: ir.Node) -> None:
-    """`mask[row, column]`, for all rows and all columns in order, is the mask with axes between."""
+    """Replace `GatherND` by `Unsqueeze` where it reads `mask[row, column]` for all rows and all columns in order."""
     mask, indices = gather.inputs
     concat = indices.producer() if indices is not None else None
     if mask is None or concat is None or concat.op_type != "Concat" or not _is_mask(mask):
         return
-    shapes = [_counted(value) for value in concat.inputs]
-    if shapes == [(False, True, True, True), (True, True, True, False)]:
+    size_one_axes = [_index_axes(value) for value in concat.inputs]
+    if size_one_axes == [(False, True, True, True), (True, True, True, False)]:
         axes = ir.node("Constant", [], {"value_ints": [1, 2]}, metadata_props=dict(gather.metadata_props))
-        between = ir.node("Unsqueeze", [mask, axes.outputs[0]], metadata_props=dict(gather.metadata_props))
-        graph.insert_before(gather, [axes, between])
-        between.outputs[0].shape, between.outputs[0].type = gather.outputs[0].shape, gather.outputs[0].type
-        _replace(gather, between.outputs[0])
+        unsqueeze = ir.node("Unsqueeze", [mask, axes.outputs[0]], metadata_props=dict(gather.metadata_props))
+        graph.insert_before(gather, [axes, unsqueeze])
+        unsqueeze.outputs[0].shape, unsqueeze.outputs[0].type = gather.outputs[0].shape, gather.outputs[0].type
+        _replace(gather, unsqueeze.outputs[0])
 
 
 def _is_mask(value: ir.Value) -> bool:
-    """Whether this is the input `attention_mask`, or that as another type, in its two axes."""
+    """Whether this is the input `attention_mask`, `[batch, length]`, possibly cast to another type."""
     node, source = value.producer(), value
     while node is not None and node.op_type in ("Cast", "Reshape") and node.inputs[0] is not None:
         source = node.inputs[0]
         node = source.producer()
-    two = value.shape is not None and source.shape is not None and len(value.shape) == len(source.shape) == 2
-    return two and source.is_graph_input() and source.name == "attention_mask"
+    both_2d = value.shape is not None and source.shape is not None and len(value.shape) == len(source.shape) == 2
+    return both_2d and source.is_graph_input() and source.name == "attention_mask"
 
 
-def _counted(value: ir.Value | None) -> tuple[bool, ...] | None:
-    """Of 0, 1, 2, ... laid along an axis, broadcast, and with an axis of one behind: on which axes it lies not."""
+def _index_axes(value: ir.Value | None) -> tuple[bool, ...] | None:
+    """For indices 0, 1, 2, ... along one axis: whether each axis has size 1 before the indices are broadcast.
+
+    The form that is recognized is `Range`, any number of `Unsqueeze`, `Expand`, and an `Unsqueeze` for a last axis of
+    size 1. `None` for any other form.
+    """
     for operator in ("Unsqueeze", "Expand"):
         node = value.producer() if value is not None else None
         if node is None or node.op_type != operator:
@@ -66,8 +70,9 @@ def _counted(value: ir.Value | None) -> tuple[bool, ...] | None:
     return tuple(size == 1 for size in shape)
 
 
-def _starts_at_zero(counting: ir.Node) -> bool:
-    start, _, step = ((None if value is None else value.const_value) for value in counting.inputs)
+def _starts_at_zero(range_node: ir.Node) -> bool:
+    """Whether a `Range` starts at 0 and steps by 1."""
+    start, _, step = ((None if value is None else value.const_value) for value in range_node.inputs)
     return start is not None and step is not None and start.numpy().item() == 0 and step.numpy().item() == 1
 
 

@@ -1,7 +1,8 @@
-"""Leaving out of a traced graph what is of no use: traces of skipped sublayers, unread state, repetitions.
+"""Remove from a traced graph the rest of skipped sublayers, state that nothing reads, and repeated computation.
 
-A skipped sublayer was dropped before tracing (`optimum.streamline.load`); what is left of it is the addition of a
-zero to the residual stream. Knows no architecture. Runs while the tracer's shapes are still on the values.
+Loading replaces each skipped sublayer by zeros (`optimum.streamline.load`), so the traced graph adds a zero to the
+residual stream in its place. The code works for every architecture. It needs the shapes that the tracer left on the
+values, so it runs before `public_names.set_public_names`.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnus
 
 from .public_names import TRACED_CACHE
 
-# Zero in the first input gives zero out: what a norm after a skipped sublayer is made of.
-_KEEP_ZERO = {"RMSNormalization", "Cast"}
+# Operators that return zero if their first input is zero. A norm after a skipped sublayer consists of them.
+_ZERO_PRESERVING = {"RMSNormalization", "Cast"}
 
 
-def compact(model: ir.Model) -> None:
-    """Remove additions of zero, unread state, and what is computed more than once, in place."""
+def remove_unused(model: ir.Model) -> None:
+    """Remove additions of zero, state that nothing reads, and repeated computation, in place."""
     _drop_zero_additions(model.graph)
     _read_lengths_once(model.graph)
-    CommonSubexpressionEliminationPass()(model)  # rotary angles above all, which come out once for each use
-    # A sliding window's cache entry also carries the window's size and a count, passed through to an output. The
-    # graph keeps every key and masks the window, so nothing reads them; `rename` refuses what something does read.
+    CommonSubexpressionEliminationPass()(model)  # the tracer repeats rotary angles at each use, above all
+    # A sliding window's cache entry also carries the window size and a token count, from an input to an output. The
+    # graph keeps every key and masks the window, so nothing reads them. `set_public_names` refuses one that is read.
     _remove(model.graph.outputs, [value for value in model.graph.outputs if _is_bookkeeping(value)])
     RemoveUnusedNodesPass()(model)
     _remove(model.graph.inputs, [value for value in model.graph.inputs if _is_bookkeeping(value) and not value.uses()])
@@ -52,12 +53,12 @@ def _drop_zero_additions(graph: ir.Graph) -> None:
 
 
 def _read_lengths_once(graph: ir.Graph) -> None:
-    """Read the batch size and the number of past tokens off the first cache entry, which all entries share."""
+    """Make every node that reads batch size or past length from a cache read them from the first cache: all agree."""
     first = next(value for value in graph.inputs if TRACED_CACHE.fullmatch(str(value.name)))
     for node in graph:
         axis = node.attributes.get_int("start", 0)
-        of_a_cache = node.op_type == "Shape" and TRACED_CACHE.fullmatch(str(node.inputs[0] and node.inputs[0].name))
-        if of_a_cache and axis in (0, 2) and node.attributes.get_int("end", None) == axis + 1:
+        reads_cache = node.op_type == "Shape" and TRACED_CACHE.fullmatch(str(node.inputs[0] and node.inputs[0].name))
+        if reads_cache and axis in (0, 2) and node.attributes.get_int("end", None) == axis + 1:
             node.replace_input_with(0, first)
 
 
@@ -65,11 +66,11 @@ def _is_zero(node: ir.Node, zero: set[ir.Value]) -> bool:
     if node.op_type == "ConstantOfShape":
         value = node.attributes.get_tensor("value")
         return value is None or not value.numpy().any()
-    if node.op_type == "Mul":  # weights are finite: `load` has looked
+    if node.op_type == "Mul":  # zero times a weight is zero, since `load` refuses weights that are not finite
         return any(value in zero for value in node.inputs if value is not None)
-    return node.op_type in _KEEP_ZERO and node.inputs[0] in zero
+    return node.op_type in _ZERO_PRESERVING and node.inputs[0] in zero
 
 
 def _same_shape(value: ir.Value, other: ir.Value) -> bool:
-    # What is added may have more axes, and then its zeros broadcast.
+    # A zero with more axes would broadcast the other operand, so removing the addition would change the shape.
     return value.shape is not None and value.shape == other.shape

@@ -1,10 +1,10 @@
-"""The names a client sees: inputs, outputs and axes as optimum, ONNX Runtime GenAI and transformers.js expect them.
+"""Set the graph's public names, which optimum, ONNX Runtime GenAI and transformers.js expect.
 
     input_ids, attention_mask, position_ids, past_key_values.N.key/value -> logits, present.N.key/value
 
-A graph with caches of a fixed length has `write_indices` and `mask`, or `mask.window_N`, in place of `attention_mask`.
-One value within has a name that is relied on, `last_hidden_state`: what the output projection reads. Knows no model: N
-counts the cache entries the graph has, in order, whichever layers they belong to.
+A graph with static caches has the inputs `write_indices` and `mask` (or `mask.window_N`) in place of `attention_mask`.
+N counts the graph's cache entries from 0. It is no layer index, because a layer without attention has no cache entry.
+One inner value has a fixed name too: `last_hidden_state`, the input of the output projection.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from optimum.streamline.errors import StreamlineError
 
-from .edits import PRODUCTS
+from .edits import MATMUL_OPERATORS
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 LAST_HIDDEN_STATE = "last_hidden_state"
@@ -39,14 +39,15 @@ _AXES = {
 }
 
 
-def rename(model: ir.Model, tokens: Iterable[str] = TOKEN_INPUTS) -> None:
-    """Give inputs, outputs, their axes, and the nodes their public names, in place.
+def set_public_names(model: ir.Model, tokens: Iterable[str] = TOKEN_INPUTS) -> None:
+    """Rename the graph's inputs, outputs, axes and nodes, in place.
 
     Args:
-        tokens: The inputs that there must be beside the caches.
+        model: The traced graph, with the tracer's names.
+        tokens: The inputs, besides masks and caches, that the graph must have.
 
     Raises:
-        StreamlineError: the graph lacks an input that clients feed, or has one that they do not know.
+        StreamlineError: the graph lacks one of `tokens`, or has an input or output that clients do not know.
     """
     graph = model.graph
     missing = sorted(set(tokens) - {str(value.name) for value in graph.inputs})
@@ -62,25 +63,28 @@ def rename(model: ir.Model, tokens: Iterable[str] = TOKEN_INPUTS) -> None:
 
 
 def scopes(node: ir.Node) -> list[str]:
-    """The modules a traced node came from, outermost first, and last the torch operator; none where that was lost."""
-    found: list[str] = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
-    return found
+    """The names of the modules that a traced node came from, outermost first; the last is the torch operator.
+
+    Empty for a node whose origin an optimization dropped.
+    """
+    names: list[str] = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+    return names
 
 
-def set_scopes(node: ir.Node, found: list[str]) -> None:
-    """Say where a node came from, as `scopes` tells it."""
-    node.metadata_props[_SCOPES] = repr(found)
+def set_scopes(node: ir.Node, names: list[str]) -> None:
+    """Record the modules that a node came from, in the form that `scopes` returns."""
+    node.metadata_props[_SCOPES] = repr(names)
 
 
 def cache_inputs(model: ir.Model) -> list[ir.Value]:
-    """The inputs that hold keys and values, each `[batch, heads, past, head size]`, of a renamed graph."""
+    """The cache inputs of a graph with public names, each `[batch, heads, past length, head size]`."""
     return [value for value in model.graph.inputs if str(value.name).startswith("past_key_values.")]
 
 
 def _rename_cache(values: list[ir.Value], prefix: str) -> None:
-    found = [(match, value) for value in values if (match := TRACED_CACHE.fullmatch(str(value.name)))]
-    entries = sorted({int(match[1]) for match, _ in found})
-    for match, value in found:
+    caches = [(match, value) for value in values if (match := TRACED_CACHE.fullmatch(str(value.name)))]
+    entries = sorted({int(match[1]) for match, _ in caches})
+    for match, value in caches:
         value.name = f"{prefix}.{entries.index(int(match[1]))}.{match[2]}"
 
 
@@ -93,12 +97,12 @@ def _rename_axes(value: ir.Value) -> None:
 
 
 def _axis(name: str | None, size: int | ir.SymbolicDim) -> int | str:
-    # The tracer writes a fixed size as a symbol too, "2", which TensorRT and GenAI read as a name.
+    # The tracer writes a fixed size as a symbol, "2", which TensorRT and GenAI would take for the name of an axis.
     return size if isinstance(size, int) else name or int(str(size))
 
 
 def _forget_inner_shapes(graph: ir.Graph) -> None:
-    # They are written in the tracer's symbols, which mean nothing once the axes have their names.
+    # They use the tracer's symbols, which no longer match the names of the input and output axes.
     for node in graph:
         for output in node.outputs:
             if not output.is_graph_output():
@@ -106,34 +110,39 @@ def _forget_inner_shapes(graph: ir.Graph) -> None:
 
 
 def _name_last_hidden_state(graph: ir.Graph) -> None:
-    # Behind the output projection is at most what scales or caps logits, of one input and constants.
+    # After the output projection there are at most nodes that scale or cap logits; they have one input and constants.
     [node] = [value.producer() for value in graph.outputs if value.name == "logits"]
-    while node is not None and node.op_type not in PRODUCTS:
+    while node is not None and node.op_type not in MATMUL_OPERATORS:
         node = node.inputs[0].producer() if node.inputs[0] is not None else None
     if node is not None and node.inputs[0] is not None:
         node.inputs[0].name = LAST_HIDDEN_STATE
 
 
 def _name_nodes(graph: ir.Graph) -> None:
-    """Name nodes by the module they came from, `model.layers.3.mlp.up_proj/MatMul`, for profiles and exclusions."""
-    taken: dict[str, int] = {}
+    """Name each node by module and operator, such as `model.layers.3.mlp.up_proj/MatMul`.
+
+    Profilers show these names, and `excluded_nodes.py` reads them.
+    """
+    count: dict[str, int] = {}
     for node in graph:
         modules = scopes(node)[:-1]
         name = f"{modules[-1] if modules and modules[-1] != _NO_MODULE else ''}/{node.op_type}"
-        taken[name] = taken.get(name, 0) + 1
-        node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
+        count[name] = count.get(name, 0) + 1
+        node.name = name if count[name] == 1 else f"{name}_{count[name]}"
         node.metadata_props.clear()
-    graph.metadata_props.clear()  # the tracer's account of the few layers it saw
+    graph.metadata_props.clear()  # the tracer's notes, which describe the few traced layers only
 
 
 @dataclass(frozen=True)
 class MaskInput:
-    """An input of a static graph that says which places of the caches a token attends to.
+    """An attention-mask input of a graph with static caches.
+
+    The input has the shape `[batch, 1, new tokens, cache length]` and is added to the attention scores: 0 for a cache
+    position that the token attends to, and half the lowest number of its type for any other.
 
     Args:
-        name: Of the input, `[batch, 1, length, cache length]`, which is added to attention scores: 0 for a place that
-            is attended to, and half the least number of its type for one that is not.
-        window: How many places a token attends to at most, its own the last of them; `None` where it is all.
+        name: The name of the input.
+        window: The sliding window in tokens, the token itself included; `None` for full attention.
     """
 
     name: str

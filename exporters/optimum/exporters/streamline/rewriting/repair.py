@@ -1,4 +1,4 @@
-"""Faults of traced graphs that a runtime trips over, each mended where it stands. Knows no architecture."""
+"""Repair what ONNX Runtime or its clients cannot take in a traced graph, for every architecture."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import onnx_ir as ir
 
 
 def repair(model: ir.Model) -> None:
-    """Mend what ONNX Runtime refuses, or its clients cannot read, in place."""
-    _unmix_norms(model.graph)
+    """Give norms inputs of one type, and logits a type that numpy can read, in place."""
+    _unify_norm_types(model.graph)
     _widen_logits(model.graph)
 
 
-def _unmix_norms(graph: ir.Graph) -> None:
-    """Cast a norm's input to the type of its scale.
+def _unify_norm_types(graph: ir.Graph) -> None:
+    """Cast the input of each RMS norm to the type of its scale.
 
-    The standard allows a half-precision input with a float scale, and Gemma's norm in fp16 comes out so; ONNX
-    Runtime then expands the operator into a product of two types and refuses the graph.
+    The ONNX standard allows a half-precision input with a float32 scale, and Gemma's norm in fp16 is traced so. ONNX
+    Runtime then expands the operator into a multiplication of two types, and refuses it.
     """
     for node in graph:
         if node.op_type != "RMSNormalization":
@@ -30,9 +30,9 @@ def _unmix_norms(graph: ir.Graph) -> None:
 
 
 def _widen_logits(graph: ir.Graph) -> None:
-    """Give logits in bfloat16, which neither numpy nor GenAI's search can read, as float."""
-    [place] = [place for place, value in enumerate(graph.outputs) if value.name == "logits"]
-    logits = graph.outputs[place]
+    """Cast bfloat16 logits to float32: neither numpy nor GenAI's search can read bfloat16."""
+    [index] = [index for index, value in enumerate(graph.outputs) if value.name == "logits"]
+    logits = graph.outputs[index]
     if logits.dtype != ir.DataType.BFLOAT16:
         return
     cast = ir.node("Cast", [logits], {"to": ir.DataType.FLOAT})
@@ -40,4 +40,4 @@ def _widen_logits(graph: ir.Graph) -> None:
     wide.shape, wide.dtype = logits.shape, ir.DataType.FLOAT
     wide.name, logits.name = "logits", "logits/bfloat16"
     graph.append(cast)
-    graph.outputs[place] = wide
+    graph.outputs[index] = wide

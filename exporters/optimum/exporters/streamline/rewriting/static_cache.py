@@ -1,8 +1,9 @@
-"""The form of a graph that TensorRT takes: caches of a fixed length that are written in place, and masks from outside.
+"""Give a traced graph static caches and mask inputs, the form that a TensorRT engine needs.
 
-`Concat(past, new)` becomes `TensorScatter(past, new, write_indices)`, whose output may lie where its input does, and
-what the tracer made of `attention_mask` becomes an input for each kind of mask, which the runner fills. Runs while the
-tracer's names are still on the values. Knows no architecture.
+`Concat(past, new)` becomes `TensorScatter(past, new, write_indices)`, whose output can share memory with its input.
+The nodes that computed masks from `attention_mask` are removed. In their place the graph gets one input per kind of
+mask, full attention or a sliding window, and the runner fills it. The code works for every architecture. It needs the
+tracer's names, so it runs before `public_names.set_public_names`.
 """
 
 from __future__ import annotations
@@ -18,30 +19,38 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from optimum.streamline.errors import StreamlineError
 
-from .edits import initializer, take_over
+from .edits import initializer, replace_value
 from .public_names import TOKEN_INPUTS, TRACED_CACHE, MaskInput
 
 OPSET = 24
-"""The first with `TensorScatter`."""
+"""The first opset with `TensorScatter`."""
 
 INPUT_IDS, ATTENTION_MASK, POSITION_IDS = TOKEN_INPUTS
 WRITE_INDICES, MASK = "write_indices", "mask"
 STATIC_INPUTS = (INPUT_IDS, POSITION_IDS, WRITE_INDICES)
-"""What is fed beside masks and caches."""
+"""The inputs of a graph with static caches, besides masks and caches."""
 
 
 def use_static_caches(model: ir.Model, length: int) -> tuple[MaskInput, ...]:
-    """Give a traced graph caches of `length` places, and masks as inputs, in place.
+    """Give a traced graph static caches and mask inputs, in place.
+
+    Args:
+        model: The traced graph, with the tracer's names.
+        length: The length of the caches, in tokens.
+
+    Returns:
+        The mask inputs.
 
     Raises:
-        StreamlineError: the graph does not append to its caches, or makes something else of its masks.
+        StreamlineError: the graph changes its caches otherwise than by appending, or its masks are not added to
+            attention scores or have another pattern than full attention or a sliding window.
     """
     graph = model.graph
     _read_batch_of_tokens(graph)
-    masks = _open_masks(graph, length)
+    masks = _replace_masks(graph, length)
     write_indices = ir.val(WRITE_INDICES, ir.DataType.INT64, [None])
     graph.inputs.append(write_indices)
-    _count_from_the_end(graph, length)
+    _set_past_length(graph, length)
     for node in list(graph):
         if node.op_type == "Concat" and _is_cache(node.inputs[0]) and node.outputs[0].is_graph_output():
             _write_in_place(graph, node, write_indices, length)
@@ -60,16 +69,20 @@ def _write_in_place(graph: ir.Graph, concat: ir.Node, write_indices: ir.Value, l
     assert past is not None
     assert past.shape is not None
     past.shape = ir.Shape([past.shape[0], past.shape[1], length, past.shape[3]])
-    made = ir.node(
+    scatter = ir.node(
         "TensorScatter", [past, new, write_indices], {"axis": -2}, metadata_props=dict(concat.metadata_props)
     )
-    graph.insert_before(concat, made)
-    take_over(concat.outputs[0], made.outputs[0])
-    made.outputs[0].shape = past.shape
+    graph.insert_before(concat, scatter)
+    replace_value(concat.outputs[0], scatter.outputs[0])
+    scatter.outputs[0].shape = past.shape
 
 
-def _count_from_the_end(graph: ir.Graph, length: int) -> None:
-    """Let past tokens be so many that with the new ones they are `length`: all that is asked of them is that sum."""
+def _set_past_length(graph: ir.Graph, length: int) -> None:
+    """Compute each past length as `length` minus the number of new tokens.
+
+    The graph read it from the size of a growing cache, to get the total length of past and new tokens. With a static
+    cache that total is `length`.
+    """
     counts = [node for node in graph if node.op_type == "Shape" and _is_cache(node.inputs[0]) and _axis(node) == 2]
     if not counts:
         return
@@ -85,82 +98,87 @@ def _count_from_the_end(graph: ir.Graph, length: int) -> None:
 
 
 def _axis(shape: ir.Node) -> int | None:
-    """The one axis whose size a node reads, if it is one."""
+    """The axis whose size a `Shape` node reads; `None` if it reads several."""
     start = shape.attributes.get_int("start", 0)
     return start if shape.attributes.get_int("end", None) == start + 1 else None
 
 
 def _read_batch_of_tokens(graph: ir.Graph) -> None:
-    """Read the batch size off `input_ids`, where it is read off the mask."""
+    """Make the nodes that read the batch size from the mask read it from `input_ids`."""
     tokens = next(value for value in graph.inputs if value.name == INPUT_IDS)
     for node in graph:
-        of_the_mask = node.op_type == "Shape" and node.inputs[0] is not None and node.inputs[0].name == ATTENTION_MASK
-        if of_the_mask and _axis(node) == 0:
+        reads_mask = node.op_type == "Shape" and node.inputs[0] is not None and node.inputs[0].name == ATTENTION_MASK
+        if reads_mask and _axis(node) == 0:
             node.replace_input_with(0, tokens)
 
 
-def _open_masks(graph: ir.Graph, length: int) -> tuple[MaskInput, ...]:
-    """Make inputs of what attention reads of masks; those that mask alike become one."""
-    inner = _made_of_masks(graph)
-    read = [value for node in graph if node in inner for value in node.outputs if _leaves(value, inner)]
-    if not read:
+def _replace_masks(graph: ir.Graph, length: int) -> tuple[MaskInput, ...]:
+    """Replace each mask that attention reads by a graph input; masks with the same window become one input."""
+    mask_nodes = _mask_nodes(graph)
+    masks = [value for node in graph if node in mask_nodes for value in node.outputs if _leaves(value, mask_nodes)]
+    if not masks:
         raise StreamlineError("architecture cannot be exported to TensorRT: nothing in its graph reads a mask")
-    found: dict[int | None, ir.Value] = {}
-    for value, window in zip(read, _windows(graph, read, length), strict=True):
-        if window not in found:
+    inputs: dict[int | None, ir.Value] = {}
+    for value, window in zip(masks, _windows(graph, masks, length), strict=True):
+        if window not in inputs:
             name = MASK if window is None else f"{MASK}.window_{window}"
             shape = ir.Shape([None, 1, None, length])
-            found[window] = ir.val(name, _float_type(value), shape)
-            graph.inputs.append(found[window])
-        value.replace_all_uses_with(found[window])
-    return tuple(MaskInput(str(value.name), window) for window, value in found.items())
+            inputs[window] = ir.val(name, _float_type(value), shape)
+            graph.inputs.append(inputs[window])
+        value.replace_all_uses_with(inputs[window])
+    return tuple(MaskInput(str(value.name), window) for window, value in inputs.items())
 
 
-def _made_of_masks(graph: ir.Graph) -> set[ir.Node]:
-    """The nodes that make something of `attention_mask`, and of nothing but it, constants, and shapes."""
-    inner: set[ir.Node] = set()
-    plain: set[ir.Value] = set()
+def _mask_nodes(graph: ir.Graph) -> set[ir.Node]:
+    """The nodes that compute masks: they read `attention_mask` or its results, and otherwise constants and shapes."""
+    mask_nodes: set[ir.Node] = set()
+    independent: set[ir.Value] = set()  # values that depend on constants and shapes alone
     for node in graph:
-        given = [value for value in node.inputs if value is not None]
-        if node.op_type == "Shape" or all(_is_constant(value) or value in plain for value in given):
-            plain.update(node.outputs)
-        elif all(_is_constant(value) or value in plain or _is_masked(value, inner) for value in given):
-            inner.add(node)
-    return inner
+        inputs = [value for value in node.inputs if value is not None]
+        if node.op_type == "Shape" or all(_is_constant(value) or value in independent for value in inputs):
+            independent.update(node.outputs)
+        elif all(_is_constant(each) or each in independent or _is_masked(each, mask_nodes) for each in inputs):
+            mask_nodes.add(node)
+    return mask_nodes
 
 
 def _is_constant(value: ir.Value) -> bool:
     return value.const_value is not None
 
 
-def _is_masked(value: ir.Value, inner: set[ir.Node]) -> bool:
-    return value.name == ATTENTION_MASK or value.producer() in inner
+def _is_masked(value: ir.Value, mask_nodes: set[ir.Node]) -> bool:
+    return value.name == ATTENTION_MASK or value.producer() in mask_nodes
 
 
-def _leaves(value: ir.Value, inner: set[ir.Node]) -> bool:
-    return any(use.node not in inner and use.node.op_type != "Shape" for use in value.uses())
+def _leaves(value: ir.Value, mask_nodes: set[ir.Node]) -> bool:
+    """Whether a node other than the mask nodes reads the value itself, not only its shape."""
+    return any(use.node not in mask_nodes and use.node.op_type != "Shape" for use in value.uses())
 
 
 def _float_type(value: ir.Value) -> ir.DataType:
     if value.shape is None or len(value.shape) != 4 or value.dtype is None or not value.dtype.is_floating_point():
         raise StreamlineError(
-            f"architecture cannot be exported to TensorRT: of its mask it makes {value.name!r}, {value.dtype} "
-            f"{value.shape}, where an addend to attention scores is known"
+            f"architecture cannot be exported to TensorRT: it computes {value.name!r} ({value.dtype} {value.shape}) "
+            "from its mask; only masks that are added to attention scores are supported"
         )
     return value.dtype
 
 
 def _windows(graph: ir.Graph, masks: list[ir.Value], length: int) -> list[int | None]:
-    """How many places the last of `length` tokens attends to, by mask: the mask is computed, and looked at."""
+    """The sliding window of each mask in tokens, `None` for full attention.
+
+    Each mask is computed for the last of `length` tokens, and the positions that it leaves open are counted.
+    """
     inputs = [value for value in graph.inputs if value.name in TOKEN_INPUTS or _is_cache(value)]
-    asked = ir.Model(extract(graph, inputs, masks), ir_version=10)
-    asked.graph.opset_imports.update(graph.opset_imports)
-    rows = ReferenceEvaluator(ir.to_proto(asked)).run(None, {str(value.name): _fed(value, length) for value in inputs})
+    mask_model = ir.Model(extract(graph, inputs, masks), ir_version=10)
+    mask_model.graph.opset_imports.update(graph.opset_imports)
+    arrays = {str(value.name): _sample_input(value, length) for value in inputs}
+    rows = ReferenceEvaluator(ir.to_proto(mask_model)).run(None, arrays)
     return [_window(np.asarray(row, np.float64).reshape(-1)) for row in rows]
 
 
-def _fed(value: ir.Value, length: int) -> npt.NDArray[Any]:
-    """One token behind `length` less one others."""
+def _sample_input(value: ir.Value, length: int) -> npt.NDArray[Any]:
+    """The value of an input for one new token after `length - 1` past tokens."""
     if not _is_cache(value):
         return np.ones((1, length if value.name == ATTENTION_MASK else 1), np.int64)
     assert value.shape is not None
@@ -169,17 +187,17 @@ def _fed(value: ir.Value, length: int) -> npt.NDArray[Any]:
 
 
 def _window(row: npt.NDArray[np.float64]) -> int | None:
-    open_places = int((row == 0).sum())
-    if not open_places or row[-open_places:].any():
+    attended = int((row == 0).sum())
+    if not attended or row[-attended:].any():
         raise StreamlineError(
-            f"architecture cannot be exported to TensorRT: a token attends to {open_places} of {row.size} places that "
-            f"are not the last ones"
+            f"architecture cannot be exported to TensorRT: its last token attends to {attended} of {row.size} "
+            "positions that are not the last ones; only full attention and sliding windows are supported"
         )
-    return None if open_places == row.size else open_places
+    return None if attended == row.size else attended
 
 
 def _refuse_other_uses(graph: ir.Graph) -> None:
-    """Nothing may read the mask that was there before, nor lengths of caches that no longer grow."""
+    """Remove the input `attention_mask`; refuse a graph that still reads it, or changes a cache in another way."""
     [mask] = [value for value in graph.inputs if value.name == ATTENTION_MASK]
     if mask.uses():
         readers = ", ".join(sorted({use.node.op_type for use in mask.uses()}))
@@ -189,6 +207,6 @@ def _refuse_other_uses(graph: ir.Graph) -> None:
         node = value.producer()
         if TRACED_CACHE.fullmatch(str(value.name)) and (node is None or node.op_type != "TensorScatter"):
             raise StreamlineError(
-                f"architecture cannot be exported to TensorRT: {value.name} is not appended to, but made by "
-                f"{node.op_type if node else 'nothing'}"
+                f"architecture cannot be exported to TensorRT: the cache {value.name} must be appended to, it is made "
+                f"by {node.op_type if node else 'nothing'}"
             )

@@ -1,4 +1,7 @@
-"""An embedding that is also the output projection: one weight, looked up row by row and multiplied by, transposed."""
+"""Find and untie a tied embedding: one weight that is both the input embedding and the output projection.
+
+The embedding reads its rows (`Gather`); the output projection multiplies by its transpose (`Transpose`, `MatMul`).
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,19 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
-from .edits import initializer, sizes, take_over
+from .edits import initializer, replace_value, static_shape
 
 
 @dataclass(frozen=True)
-class Tied:
-    """A weight `[vocabulary, width]` and the two nodes that read it, one of them through a transposition."""
+class TiedEmbedding:
+    """A tied embedding and the nodes that read it.
+
+    Args:
+        weight: The weight `[vocabulary, width]`.
+        lookup: The `Gather` that looks up tokens.
+        transposition: The `Transpose` between the weight and the output projection.
+        product: The `MatMul` of the output projection.
+    """
 
     weight: ir.Value
     lookup: ir.Node
@@ -21,8 +31,8 @@ class Tied:
     product: ir.Node
 
 
-def find_tied(graph: ir.Graph) -> Tied | None:
-    """The tied embedding, if there is one."""
+def find_tied_embedding(graph: ir.Graph) -> TiedEmbedding | None:
+    """The graph's tied embedding; `None` if it has none."""
     for transposition in graph:
         weight = transposition.inputs[0] if transposition.op_type == "Transpose" else None
         if weight is None or not weight.is_initializer():
@@ -30,26 +40,26 @@ def find_tied(graph: ir.Graph) -> Tied | None:
         readers = {use.node.op_type: use.node for use in weight.uses()}
         products = [use.node for use in transposition.outputs[0].uses()]
         if readers.keys() == {"Gather", "Transpose"} and [each.op_type for each in products] == ["MatMul"]:
-            return Tied(weight, readers["Gather"], transposition, products[0])
+            return TiedEmbedding(weight, readers["Gather"], transposition, products[0])
     return None
 
 
-def untie(graph: ir.Graph) -> None:
-    """Give the output projection a weight of its own, in place, so that it can be quantized."""
-    tied = find_tied(graph)
+def untie_embedding(graph: ir.Graph) -> None:
+    """Give the output projection its own copy of the weight, in place, so that it can be quantized alone."""
+    tied = find_tied_embedding(graph)
     if tied is None:
         return
-    take_over(tied.transposition.outputs[0], transposed(graph, tied.weight))
+    replace_value(tied.transposition.outputs[0], transposed(graph, tied.weight))
     graph.remove(tied.transposition, safe=True)
 
 
 def transposed(graph: ir.Graph, weight: ir.Value) -> ir.Value:
-    """Another initializer, with a weight the other way round; read when it is written."""
+    """Add an initializer that holds the transpose of a weight; its values are read when the graph is saved."""
     assert weight.dtype is not None
 
     def read() -> ir.TensorProtocol:
         assert weight.const_value is not None
         return TorchTensor(torch.from_numpy(weight.const_value.numpy()).t().contiguous())
 
-    shape, name = ir.Shape(sizes(weight)[::-1]), f"{weight.name}.transposed"
+    shape, name = ir.Shape(static_shape(weight)[::-1]), f"{weight.name}.transposed"
     return initializer(graph, ir.LazyTensor(read, dtype=weight.dtype, shape=shape, name=name))

@@ -1,4 +1,4 @@
-"""A graph in half precision as one in float, which every machine can compute: with the same rounded weights."""
+"""Convert a half-precision graph to float32, so that any CPU can compute it. The weights keep their rounded values."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ import onnx_ir as ir
 _NARROW = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 
 
-def write_widened(graph: Path, target: Path) -> None:
-    """Write the graph in float, its weights within: their values are those that they had in half precision."""
+def write_float32(graph: Path, target: Path) -> None:
+    """Write a copy of a graph in which float16 and bfloat16 become float32.
+
+    Args:
+        graph: The `.onnx` file to read, its weights beside it.
+        target: The `.onnx` file to write; its weights go to the same name with `.data`.
+    """
     model = ir.load(graph)
     for value in model.graph.initializers.values():
         if value.dtype in _NARROW:
@@ -21,11 +26,12 @@ def write_widened(graph: Path, target: Path) -> None:
         if value.dtype in _NARROW:
             value.dtype = ir.DataType.FLOAT
     for node in model.graph:
-        _widen(node)
+        _convert(node)
     ir.save(model, target, external_data=f"{target.name}.data")
 
 
-def _widen(node: ir.Node) -> None:
+def _convert(node: ir.Node) -> None:
+    """Convert the types that a node names in attributes, and drop the recorded types of its outputs."""
     if node.op_type == "Cast" and node.attributes.get_int("to", 0) in _NARROW:
         node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
     tensor = node.attributes.get_tensor("value", None)

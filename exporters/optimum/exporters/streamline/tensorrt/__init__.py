@@ -1,5 +1,8 @@
-"""Exports to TensorRT: the export from start to end, the engine's options, profiles and record, the builders, the
-runner, and the backend for transformers' exporters.
+"""Export to TensorRT, and run the engine.
+
+`export.py` is the export from start to end; it uses `graph/` for the ONNX graph and `build_engine.py` for the engine.
+`runner.py` runs an engine. `backend.py` offers both to `transformers.exporters`. `ort_provider.py` runs an ONNX export
+on ONNX Runtime's TensorRT provider.
 """
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""TensorRT as a backend of transformers' exporters: `ExportedModel.from_pretrained` opens what was exported here.
+"""TensorRT as a backend of `transformers.exporters`, so that `ExportedModel.from_pretrained` opens our exports.
 
     import optimum.exporters.streamline
     from transformers.exporters import ExportedModel
@@ -7,7 +7,8 @@
     output = model(input_ids=prompt)
     output = model(input_ids=token, past_key_values=output.past_key_values)
 
-`registration.py` imports this when transformers' table of backends is imported, and importing it registers.
+Importing this file registers the backend. `registration.py` imports it as soon as transformers' table of backends is
+imported.
 """
 
 from __future__ import annotations
@@ -39,16 +40,16 @@ from .transformers_manifest import FORMAT, describe
 
 @dataclass
 class TensorrtConfig(ExportConfigMixin):
-    """What engine to build; the fields are those of `EngineOptions`, beside `dtype`.
+    """The settings of an export to TensorRT: `dtype`, and the fields of `EngineOptions`.
 
     Args:
         export_format: `tensorrt`.
-        dtype: `fp32`, `fp16` or `bf16`.
-        builder: As in `EngineOptions`; so are the others.
-        capabilities: Compute capabilities to build for.
-        max_batch: Rows.
-        max_length: Tokens of a text.
-        max_input: New tokens a call.
+        dtype: The type of weights, caches and logits: `fp32`, `fp16` or `bf16`.
+        builder: `tensorrt` or `tensorrt-rtx`.
+        capabilities: The compute capabilities to build for, 89 for 8.9; empty for the GPU of this machine.
+        max_batch: The most rows of a call.
+        max_length: The most tokens of a text; `None` as in `EngineOptions`.
+        max_input: The most new tokens of a call; `None` as in `EngineOptions`.
     """
 
     export_format: str = FORMAT
@@ -61,17 +62,17 @@ class TensorrtConfig(ExportConfigMixin):
 
     @property
     def engine(self) -> EngineOptions:
-        """The same, as an export takes it."""
+        """The same settings as `EngineOptions`."""
         return EngineOptions(self.builder, tuple(self.capabilities), self.max_batch, self.max_length, self.max_input)
 
 
 @dataclass(frozen=True)
 class TensorrtProgram:
-    """An engine and its record.
+    """An engine and its record, in a folder.
 
     Args:
-        folder: Where they lie.
-        scratch: What clears the folder away, of a program that was not saved yet.
+        folder: The folder.
+        scratch: The temporary directory of a program that is not saved yet; it is deleted with the program.
     """
 
     folder: Path
@@ -79,7 +80,7 @@ class TensorrtProgram:
 
 
 class TensorrtExporter(HfExporter):
-    """Exports to TensorRT as `export_checkpoint` does, compared with torch before the engine is built."""
+    """Exports a model to TensorRT as `export_checkpoint` does: the graph is compared with torch before the build."""
 
     export_format = FORMAT
     config_class = TensorrtConfig
@@ -88,14 +89,18 @@ class TensorrtExporter(HfExporter):
     def export_program(
         self, model: PreTrainedModel, sample_inputs: MutableMapping[str, Any], config: ExportConfigMixin
     ) -> tuple[TensorrtProgram, ExportMetadata]:
-        """The engine of a model.
+        """Build an engine for a model.
 
         Args:
-            model: One that can be saved.
-            sample_inputs: Are not read: the graph has the inputs of a language model, whatever is given.
+            model: The model; it is saved as a checkpoint first.
+            sample_inputs: Ignored; the graph always has the inputs of a causal language model.
             config: A `TensorrtConfig`.
 
+        Returns:
+            The program, and its metadata for transformers.
+
         Raises:
+            ParityError: the graph does not compute what the model does.
             StreamlineError: as `export_checkpoint`.
         """
         from optimum.exporters.streamline.export_steps import check_packages
@@ -119,17 +124,17 @@ class TensorrtExporter(HfExporter):
 
     @classmethod
     def load_program(cls, path: str | Path) -> TensorrtProgram:
-        """The engine at `path`, whose record lies beside it."""
+        """Load the engine at `path`; its record must be in the same folder."""
         return TensorrtProgram(Path(path).parent)
 
     @classmethod
     def program_files(cls, filename: str) -> list[str]:
-        """The engine's file and its record's."""
+        """The names of a program's files: the engine and its record."""
         return [filename, RECORD_FILE]
 
 
 class TensorrtModelRunner(ModelRunner):
-    """Runs an engine: `input_ids`, `attention_mask` and `past_key_values` in, logits and the cache out."""
+    """Runs an engine for transformers: from `input_ids`, `attention_mask` and `past_key_values` to logits and cache."""
 
     def __init__(self, runner: TensorrtRunner, metadata: ExportMetadata, device: torch.device) -> None:
         super().__init__(metadata)
@@ -137,48 +142,56 @@ class TensorrtModelRunner(ModelRunner):
 
     @property
     def device(self) -> torch.device:
-        """Where the engine runs."""
+        """The device that the engine runs on."""
         return self._device
 
     @classmethod
     def from_program(
         cls, program: TensorrtProgram, metadata: ExportMetadata, device: Any = None
     ) -> TensorrtModelRunner:
-        """A runner of a program.
-
-        Raises:
-            StreamlineError: the engine cannot be run here.
-        """
-        there = torch.device("cuda" if device is None else device)
-        check_device(there.type)
-        return cls(TensorrtRunner(program.folder, device=str(there)), metadata, there)
-
-    def __call__(self, share_inputs: bool = True, share_outputs: bool = False, **kwargs: Any) -> CausalLMOutputWithPast:
-        """Logits `[batch, length, vocabulary]` of these tokens, and the cache that holds them too.
+        """Open a program for running.
 
         Args:
-            share_inputs: Makes no difference: inputs are copied, caches stay where they are.
-            share_outputs: Makes no difference: logits are copied.
-            kwargs: `input_ids` `[batch, length]`; of a prompt, `attention_mask` `[batch, length]`, padding on the left;
-                after it, the `past_key_values` of the call before, which it is written into.
+            program: The engine and its record.
+            metadata: The metadata of the export.
+            device: The device to run on; by default `cuda`.
 
         Raises:
-            StreamlineError: as `TensorrtRunner.prefill`; or there is padding behind a prompt.
+            StreamlineError: the engine cannot run on this machine.
+        """
+        target = torch.device("cuda" if device is None else device)
+        check_device(target.type)
+        return cls(TensorrtRunner(program.folder, device=str(target)), metadata, target)
+
+    def __call__(self, share_inputs: bool = True, share_outputs: bool = False, **kwargs: Any) -> CausalLMOutputWithPast:
+        """Compute the logits of tokens.
+
+        Args:
+            share_inputs: Ignored: inputs are always copied, and caches are never.
+            share_outputs: Ignored: logits are always copied.
+            kwargs: `input_ids`, `[batch, length]`. For a prompt also `attention_mask`, `[batch, length]`, with padding
+                on the left. After a prompt `past_key_values` from the call before, which is changed in place.
+
+        Returns:
+            The logits `[batch, length, vocabulary]`, and the cache with the new tokens.
+
+        Raises:
+            StreamlineError: `input_ids` is missing, there is padding after a prompt, or as `TensorrtRunner.prefill`.
         """
         ids, mask, past = (kwargs.get(name) for name in ("input_ids", "attention_mask", "past_key_values"))
         if ids is None:
-            raise StreamlineError("input_ids None: an engine needs tokens")
+            raise StreamlineError("input_ids None: must be the tokens to compute, [batch, length]")
         tokens = ids.cpu().numpy()
-        given = None if mask is None else mask[:, -tokens.shape[1] :].cpu().numpy().astype(tokens.dtype)
+        new_mask = None if mask is None else mask[:, -tokens.shape[1] :].cpu().numpy().astype(tokens.dtype)
         if past is None:
-            logits, cache = self._runner.prefill(tokens, given)
+            logits, cache = self._runner.prefill(tokens, new_mask)
         else:
-            if given is not None and not given.all():
-                raise StreamlineError("attention_mask: there is padding behind a prompt; it must be before it")
+            if new_mask is not None and not new_mask.all():
+                raise StreamlineError("attention_mask: there is padding after a prompt; padding must be before it")
             logits, cache = self._runner.decode(tokens, past)
-        found: Any = cache
-        return CausalLMOutputWithPast(logits=torch.from_numpy(logits).to(ids.device), past_key_values=found)
+        untyped_cache: Any = cache  # transformers expects its own cache class here
+        return CausalLMOutputWithPast(logits=torch.from_numpy(logits).to(ids.device), past_key_values=untyped_cache)
 
 
-# On import: `registration.py` says when. This may be the first to import the table that it registers in.
+# Importing this file registers the backend.
 register_backend(TensorrtExporter, TensorrtModelRunner)

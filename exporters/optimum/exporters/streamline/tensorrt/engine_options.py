@@ -1,4 +1,4 @@
-"""What is asked of an engine. Imports nothing heavy: the command line reads it."""
+"""The options of an engine, and its limits. Its imports are cheap, because the command line reads it."""
 
 from __future__ import annotations
 
@@ -6,20 +6,24 @@ from dataclasses import dataclass
 
 from optimum.streamline.errors import StreamlineError
 
-SHORTEST = 16
-"""Tokens of the text that a graph is compared with torch on, for which its caches must have room."""
+MIN_LENGTH = 16
+"""The least length of the caches, in tokens: the text of the comparison with torch must fit.
 
-USUAL_LENGTH = 2048
+It equals `parity.compare.LONGEST_TEXT`; importing that would import torch.
+"""
+
+DEFAULT_LENGTH = 2048
+"""The length of the caches, in tokens, if none is given and the model has as many positions."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest requests to an engine.
+    """The largest requests that an engine takes.
 
     Args:
-        batch: Rows.
-        input: New tokens a call: the longest prompt, or part of one.
-        length: Tokens of a text, prompt and answer together: the places of the caches.
+        batch: The most rows of a call.
+        input: The most new tokens of a call; a longer prompt is processed in several calls.
+        length: The most tokens of a text, prompt and answer together: the length of the caches.
     """
 
     batch: int
@@ -29,14 +33,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What to build, and for which GPUs.
+    """The engine to build, and the GPUs to build it for.
 
     Args:
         builder: `tensorrt` or `tensorrt-rtx`.
-        capabilities: Compute capabilities to build for, 89 for 8.9; none for the GPU that is there.
-        max_batch: Rows.
-        max_length: Tokens of a text; by default 2048, or what positions the model has.
-        max_input: New tokens a call; by default as many as a text has.
+        capabilities: The compute capabilities to build for, 89 for 8.9; empty for the GPU of this machine.
+        max_batch: The most rows of a call.
+        max_length: The most tokens of a text; by default 2048, or the model's number of positions if that is less.
+        max_input: The most new tokens of a call; by default `max_length`.
     """
 
     builder: str = "tensorrt"
@@ -46,20 +50,23 @@ class EngineOptions:
     max_input: int | None = None
 
     def limits(self, context: int) -> Limits:
-        """The limits of an engine for a model of so many positions.
+        """The limits of the engine, with defaults filled in.
 
         >>> EngineOptions(max_batch=4).limits(1024)
         Limits(batch=4, input=1024, length=1024)
 
+        Args:
+            context: The model's number of positions, in tokens.
+
         Raises:
-            StreamlineError: one is none, or cannot be reached.
+            StreamlineError: a limit is out of range; names it, its value and the range.
         """
-        length = min(USUAL_LENGTH, context) if self.max_length is None else self.max_length
-        entry = length if self.max_input is None else self.max_input
+        length = min(DEFAULT_LENGTH, context) if self.max_length is None else self.max_length
+        max_new = length if self.max_input is None else self.max_input
         if self.max_batch < 1:
             raise StreamlineError(f"max-batch {self.max_batch}: must be at least 1")
-        if not SHORTEST <= length <= context:
-            raise StreamlineError(f"max-length {length}: must be from {SHORTEST} to {context}, the model's positions")
-        if not 1 <= entry <= length:
-            raise StreamlineError(f"max-input {entry}: must be from 1 to {length}, which is max-length")
-        return Limits(self.max_batch, entry, length)
+        if not MIN_LENGTH <= length <= context:
+            raise StreamlineError(f"max-length {length}: must be from {MIN_LENGTH} to {context}, the model's positions")
+        if not 1 <= max_new <= length:
+            raise StreamlineError(f"max-input {max_new}: must be from 1 to {length}, which is max-length")
+        return Limits(self.max_batch, max_new, length)

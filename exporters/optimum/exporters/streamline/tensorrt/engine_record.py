@@ -1,4 +1,4 @@
-"""What is known of an engine: what built it, for which GPUs and shapes, and how it is fed. `engine.json` beside it."""
+"""The record of an engine, `engine.json` beside it: its builder, the GPUs and shapes it was built for, its inputs."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ ENGINE_FILE, RECORD_FILE, TIMING_FILE = "model.engine", "engine.json", "timing.c
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Where an engine is to run.
+    """The machine that an engine is to run on.
 
     Args:
-        version: Of the library that would run it.
+        version: The version of the installed library.
         gpu: The name of the GPU.
-        capability: Its compute capability, 89 for 8.9.
+        capability: The GPU's compute capability, 89 for 8.9.
     """
 
     version: str
@@ -35,18 +35,18 @@ class Machine:
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class EngineRecord:
-    """What is known of an engine.
+    """The record of an engine.
 
     Args:
         builder: A key of `build_engine.BUILDERS`.
-        version: Of that library.
-        gpu: The GPU it was built on and for; empty where it was built for `capabilities`.
-        capabilities: The compute capabilities that it was built for.
-        limits: The largest requests.
+        version: The version of the builder's library.
+        gpu: The name of the GPU that it was built on and for; empty if it was built for `capabilities`.
+        capabilities: The compute capabilities that it was built for, 89 for 8.9.
+        limits: The largest requests that it takes.
         profiles: The shapes that it was built for.
-        aliases: Of each cache output the input that it lies in the place of.
-        masks: The inputs that are masks.
-        layers: Of the network, before they were fused.
+        aliases: For each cache output, the cache input whose memory it shares, by name.
+        masks: The mask inputs.
+        layers: The number of layers of the network before the library fused them.
     """
 
     builder: str
@@ -61,14 +61,17 @@ class EngineRecord:
 
     @property
     def target(self) -> str:
-        """The GPUs that it was built for, in words."""
+        """The GPUs that the engine was built for, in words."""
         return self.gpu or f"compute capability {', '.join(map(str, self.capabilities))}"
 
     def check_machine(self, here: Machine) -> None:
-        """Refuse to run it where it was not built for.
+        """Refuse to run the engine on a machine that it was not built for.
+
+        Args:
+            here: The machine.
 
         Raises:
-            StreamlineError: naming what differs.
+            StreamlineError: the library's version or the GPU differs; names both.
         """
         if here.version != self.version:
             raise StreamlineError(
@@ -87,10 +90,13 @@ class EngineRecord:
 
     @classmethod
     def read(cls, folder: Path) -> EngineRecord:
-        """Read a folder's `engine.json`.
+        """Read the `engine.json` of a folder.
+
+        Args:
+            folder: The artifact's folder.
 
         Raises:
-            StreamlineError: the file is not there, or not one of ours.
+            StreamlineError: the file is missing, or is not the record of an engine.
         """
         file = folder / RECORD_FILE
         try:

@@ -1,6 +1,6 @@
-"""The steps from a checkpoint to an engine: build the graph, lint it, compare it with torch, build the engine.
+"""Export a checkpoint to TensorRT: trace the graph, check its rules, compare it with torch, and build the engine.
 
-The graph is compared on ONNX Runtime's CPU, which every machine has; what the engine computes is not compared here.
+The comparison runs the graph on ONNX Runtime's CPU, so it needs no GPU. The engine itself is not compared with torch.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import onnx_ir as ir
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from optimum.exporters.streamline.export_steps import DTYPES, LOG_FILE, check_config, from_few_layers, write_companions
+from optimum.exporters.streamline.export_steps import DTYPES, LOG_FILE, check_config, try_few_layers, write_companions
 from optimum.exporters.streamline.graph_files import GRAPH_FILE, WEIGHTS_FILE
 from optimum.exporters.streamline.onnx.quantization.quantizers import weight_bytes
 from optimum.exporters.streamline.onnx.quantization.settings import NONE, Quantization
-from optimum.exporters.streamline.parity.calls import one_by_one
+from optimum.exporters.streamline.parity.calls import answer_with
 from optimum.exporters.streamline.parity.compare import TOLERANCES, check_finite, check_parity, measure_divergence
 from optimum.exporters.streamline.rewriting.excluded_nodes import check_excluded
 from optimum.exporters.streamline.rewriting.public_names import MaskInput
-from optimum.exporters.streamline.rewriting.to_float32 import write_widened
-from optimum.exporters.streamline.tensorrt.graph.graph_rules import aliases, check_graph
+from optimum.exporters.streamline.rewriting.to_float32 import write_float32
+from optimum.exporters.streamline.tensorrt.graph.graph_rules import cache_aliases, check_graph
 from optimum.exporters.streamline.tensorrt.graph.quantize import quantize_engine_graph
 from optimum.exporters.streamline.tensorrt.graph.quantizers import ENGINE_QUANTIZERS, check_engine_quantizer
 from optimum.exporters.streamline.tensorrt.graph.reference_runner import StaticOnnxRunner
-from optimum.exporters.streamline.tracing.build import Built, build_graph
+from optimum.exporters.streamline.tracing.build import BuiltGraph, build_graph
 from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.checkpoints.loading import DTYPES as TORCH_DTYPES
 from optimum.streamline.checkpoints.loading import load, read_config
@@ -54,16 +54,17 @@ STAGES = ("loading", "tracing", "writing", "comparing with torch", "quantizing",
 
 @dataclass(frozen=True)
 class TensorrtExport:
-    """What to export, and to what.
+    """One export to TensorRT.
 
     Args:
-        checkpoint: A checkpoint's folder or Hub id.
+        checkpoint: The checkpoint: a folder or a Hub id.
         out: The folder to write.
-        engine: What to build, and for which GPUs.
-        dtype: What weights, cache and masks are in.
-        tolerance: Largest logit difference of the graph from torch, as a share of the largest logit.
-        quantization: What the graph becomes when it has been proved equal to torch, by a way of `ENGINE_QUANTIZERS`.
-        options: `cache_dir`, `trust_remote_code`, `revision`.
+        engine: The engine to build, and the GPUs to build it for.
+        dtype: The type of weights, caches and masks: `fp32`, `fp16` or `bf16`.
+        tolerance: The largest difference of a logit from torch that is allowed, as a share of the largest logit; by
+            default `parity.compare.TOLERANCES` of the dtype, for `bf16` of `fp16`.
+        quantization: The quantization to apply after the comparison with torch, by one of `ENGINE_QUANTIZERS`.
+        options: `cache_dir`, `trust_remote_code`, `revision`, as in `ModelSource`.
     """
 
     checkpoint: str
@@ -76,8 +77,16 @@ class TensorrtExport:
 
 
 @dataclass(frozen=True)
-class _Proved:
-    """A graph that was written and compared with torch."""
+class _CheckedGraph:
+    """The result of a graph that was written and compared with torch.
+
+    Args:
+        traced: The indices of the traced layers.
+        parity: The largest absolute logit difference of each check, by its name.
+        inputs: The axes of the graph's inputs, by name.
+        aliases: For each cache output, the cache input whose memory it shares, by name.
+        masks: The mask inputs.
+    """
 
     traced: tuple[int, ...]
     parity: dict[str, float]
@@ -87,11 +96,19 @@ class _Proved:
 
 
 def export_tensorrt(job: TensorrtExport, overwrite: bool = False, verbose: bool = False) -> Artifact:
-    """Export a graph that is proved equal to torch, and the engine of it, or nothing.
+    """Export a checkpoint to TensorRT into `job.out`; the folder appears only if every step succeeds.
+
+    Args:
+        job: What to export.
+        overwrite: Whether to replace `job.out` if it exists.
+        verbose: Whether messages of torch and transformers go to the terminal and not to `export.log`.
+
+    Returns:
+        The artifact, with the graph's measured differences from torch.
 
     Raises:
         ParityError: the graph does not compute what the checkpoint does.
-        StreamlineError: the job cannot be done as it is given, or the builder cannot do it.
+        StreamlineError: the checkpoint, the folder or an option cannot be used, or the builder fails.
     """
     if job.dtype not in DTYPES:
         raise StreamlineError(f"dtype {job.dtype!r}: unknown; one of {', '.join(DTYPES)}")
@@ -103,7 +120,9 @@ def export_tensorrt(job: TensorrtExport, overwrite: bool = False, verbose: bool 
         _check_quantization(job.quantization, job.engine, config)
     limits = job.engine.limits(config.max_position_embeddings)
     if quantized := quantization_name(config):
-        raise StreamlineError(f"model {job.checkpoint!r}: {quantized} weights cannot be exported to TensorRT")
+        raise StreamlineError(
+            f"model {job.checkpoint!r}: {quantized} weights cannot be exported to TensorRT; give the float model"
+        )
     with staged_folder(job.out, (job.checkpoint,), overwrite) as folder:
         with captured_logs(folder / LOG_FILE, verbose):
             artifact = _export_into(folder, job, source, limits, trt).with_files(folder)
@@ -113,9 +132,9 @@ def export_tensorrt(job: TensorrtExport, overwrite: bool = False, verbose: bool 
 
 def _check_quantization(quantization: Quantization, engine: EngineOptions, config: PretrainedConfig) -> None:
     major, minor = (0, 0) if engine.capabilities else torch.cuda.get_device_capability()
-    way = check_engine_quantizer(quantization.how, engine.capabilities or (10 * major + minor,))
-    if way.calibrated and quantization.windows is None:
-        raise StreamlineError(f"windows None: quantize {quantization.how!r} needs text to calibrate on")
+    quantizer = check_engine_quantizer(quantization.quantizer, engine.capabilities or (10 * major + minor,))
+    if quantizer.calibrated and quantization.windows is None:
+        raise StreamlineError(f"windows None: quantize {quantization.quantizer!r} needs calibration text; give windows")
     check_excluded(config, quantization.exclude)
 
 
@@ -126,14 +145,14 @@ def _export_into(folder: Path, job: TensorrtExport, source: ModelSource, limits:
         check_finite(model, job.dtype)
         plain = Path(scratch) / "plain" if job.quantization else folder
         plain.mkdir(exist_ok=True)
-        proved, whole_because = from_few_layers(
-            model, lambda traced: _prove(model, job, limits.length, plain, traced, bar)
+        checked, whole_because = try_few_layers(
+            model, lambda traced: _trace_and_compare(model, job, limits.length, plain, traced, bar)
         )
-        divergence = _quantize(model, job, proved, plain, folder, bar) if job.quantization else {}
+        divergence = _quantize(model, job, checked, plain, folder, bar) if job.quantization else {}
         write_companions(model, source, folder)
         write_manifest(folder, type(model).__name__, job.dtype)
         bar.at(len(STAGES) - 1, STAGES[-1])
-        record = _build(folder, job, limits, proved, trt)
+        record = _build(folder, job, limits, checked, trt)
     record.write(folder)
     return Artifact(
         path=str(job.out),
@@ -141,11 +160,11 @@ def _export_into(folder: Path, job: TensorrtExport, source: ModelSource, limits:
         dtype=job.dtype,
         source=job.checkpoint,
         source_fingerprint=fingerprint(source),
-        parity=proved.parity,
-        traced_layers=proved.traced,
+        parity=checked.parity,
+        traced_layers=checked.traced,
         whole_because=whole_because,
         engine=f"{record.builder} {record.version} for {record.target}, {record.layers} layers in its network",
-        quantize=job.quantization.how if job.quantization else NONE,
+        quantize=job.quantization.quantizer if job.quantization else NONE,
         quantize_exclude=tuple(job.quantization.exclude) if job.quantization else (),
         divergence=divergence,
         weight_bytes=weight_bytes(folder) if job.quantization else None,
@@ -154,29 +173,29 @@ def _export_into(folder: Path, job: TensorrtExport, source: ModelSource, limits:
 
 
 def _text_of(job: TensorrtExport) -> dict[str, dict[str, Any]]:
-    """What text went into the engine, by purpose."""
+    """The text that influenced the engine's weights, by purpose: the checkpoint's record, and this calibration."""
     data = dict(recorded_text(str(ModelSource(job.checkpoint, **job.options).folder)))
-    if job.quantization and ENGINE_QUANTIZERS[job.quantization.how].calibrated:
+    if job.quantization and ENGINE_QUANTIZERS[job.quantization.quantizer].calibrated:
         assert job.quantization.windows is not None
         data["quantization"] = seen_text(job.quantization.windows)
     return data
 
 
 def _quantize(
-    model: PreTrainedModel, job: TensorrtExport, proved: _Proved, plain: Path, folder: Path, bar: Bar
+    model: PreTrainedModel, job: TensorrtExport, checked: _CheckedGraph, plain: Path, folder: Path, bar: Bar
 ) -> dict[str, float]:
-    """Quantize the graph in `plain` into `folder`; returns by how much it then differs from torch."""
+    """Quantize the graph in `plain` into `folder`; returns its difference from torch (`measure_divergence`)."""
     assert job.quantization is not None
     bar.at(4, STAGES[4])
-    quantize_engine_graph(plain, folder, job.quantization, proved.masks)
+    quantize_engine_graph(plain, folder, job.quantization, checked.masks)
     check_graph(ir.load(folder / GRAPH_FILE))
-    with _computable(folder, job.dtype) as there:
-        return measure_divergence(model, one_by_one(StaticOnnxRunner(there, proved.masks)))
+    with _runnable_on_cpu(folder, job.dtype) as runnable:
+        return measure_divergence(model, answer_with(StaticOnnxRunner(runnable, checked.masks)))
 
 
-def _prove(
+def _trace_and_compare(
     model: PreTrainedModel, job: TensorrtExport, length: int, folder: Path, traced: Sequence[int], bar: Bar
-) -> _Proved:
+) -> _CheckedGraph:
     bar.at(1, STAGES[1])
     built = build_graph(model, traced, length)
     check_graph(built.model)
@@ -185,50 +204,52 @@ def _prove(
     bar.at(3, STAGES[3])
     parity = _compare(model, job, folder, built)
     graph = built.model.graph
-    return _Proved(
+    return _CheckedGraph(
         tuple(traced),
         parity,
         {str(value.name): axes_of(value) for value in graph.inputs},
-        {str(written.name): str(read.name) for written, read in aliases(graph).items()},
+        {str(written.name): str(read.name) for written, read in cache_aliases(graph).items()},
         built.masks,
     )
 
 
-def _compare(model: PreTrainedModel, job: TensorrtExport, folder: Path, built: Built) -> dict[str, float]:
-    """The largest difference from torch, by check."""
-    # In bfloat16 torch is widened as the graph is. Its constants are rounded, so it is held to half precision.
-    narrow = job.dtype == "bf16"
-    tolerance = TOLERANCES["fp16" if narrow else job.dtype] if job.tolerance is None else job.tolerance
-    reference = load(job.checkpoint, torch.bfloat16, **job.options).float() if narrow else model
-    with _computable(folder, job.dtype) as there:
-        return check_parity(reference, one_by_one(StaticOnnxRunner(there, built.masks)), tolerance)
+def _compare(model: PreTrainedModel, job: TensorrtExport, folder: Path, built: BuiltGraph) -> dict[str, float]:
+    """Compare the graph with torch; returns the largest absolute logit difference of each check, by its name."""
+    # A bfloat16 graph is compared in float32, with a torch model whose weights were rounded to bfloat16. The graph's
+    # constants are rounded too, so the tolerance is the one of fp16.
+    is_bf16 = job.dtype == "bf16"
+    tolerance = TOLERANCES["fp16" if is_bf16 else job.dtype] if job.tolerance is None else job.tolerance
+    reference = load(job.checkpoint, torch.bfloat16, **job.options).float() if is_bf16 else model
+    with _runnable_on_cpu(folder, job.dtype) as runnable:
+        return check_parity(reference, answer_with(StaticOnnxRunner(runnable, built.masks)), tolerance)
 
 
 @contextmanager
-def _computable(folder: Path, dtype: str) -> Iterator[Path]:
-    """A folder of the same graph that ONNX Runtime's CPU can compute, which is in float for one in bfloat16."""
+def _runnable_on_cpu(folder: Path, dtype: str) -> Iterator[Path]:
+    """A folder with a graph that ONNX Runtime's CPU can run: the same one, or for bfloat16 a copy in float32."""
     if dtype != "bf16":
         yield folder
         return
     with TemporaryDirectory(dir=folder) as scratch:
-        write_widened(folder / GRAPH_FILE, Path(scratch) / GRAPH_FILE)
+        write_float32(folder / GRAPH_FILE, Path(scratch) / GRAPH_FILE)
         yield Path(scratch)
 
 
-def _build(folder: Path, job: TensorrtExport, limits: Limits, proved: _Proved, trt: ModuleType) -> EngineRecord:
-    profiles = make_profiles(proved.inputs, limits)
-    kept, timing = job.out / TIMING_FILE, None if BUILDERS[job.engine.builder].elsewhere else folder / TIMING_FILE
-    if timing is not None and kept.is_file():  # of the export that this one replaces
-        timing.write_bytes(kept.read_bytes())
-    made = build_engine(trt, folder / GRAPH_FILE, folder / ENGINE_FILE, profiles, job.engine.capabilities, timing)
+def _build(folder: Path, job: TensorrtExport, limits: Limits, checked: _CheckedGraph, trt: ModuleType) -> EngineRecord:
+    profiles = make_profiles(checked.inputs, limits)
+    timing = None if BUILDERS[job.engine.builder].cross_builds else folder / TIMING_FILE
+    earlier_timing = job.out / TIMING_FILE  # in the export that this one replaces, if there is one
+    if timing is not None and earlier_timing.is_file():
+        timing.write_bytes(earlier_timing.read_bytes())
+    build = build_engine(trt, folder / GRAPH_FILE, folder / ENGINE_FILE, profiles, job.engine.capabilities, timing)
     return EngineRecord(
         builder=job.engine.builder,
-        version=made.version,
+        version=build.version,
         gpu="" if job.engine.capabilities else torch.cuda.get_device_name(),
         capabilities=job.engine.capabilities,
         limits=limits,
         profiles=profiles,
-        aliases=proved.aliases,
-        masks=proved.masks,
-        layers=made.layers,
+        aliases=checked.aliases,
+        masks=checked.masks,
+        layers=build.layers,
     )

@@ -1,8 +1,8 @@
-"""An ONNX export on ONNX Runtime's TensorRT provider, whose engines are built once and kept.
+"""Run an ONNX export on ONNX Runtime's TensorRT provider, with engines that are built once and kept.
 
-The provider builds an engine anew whenever a shape is outside the ones it was built for, at every decode step if nobody
-says otherwise. Here every input that varies has its range from the start, engines are kept beside the graph, and what
-is outside of the ranges is refused before the provider hears of it. TensorRT 10, which onnxruntime-gpu is linked to.
+By default the provider rebuilds an engine for each shape that it has not seen, and so at every decode step. Here the
+engine is built for a range of shapes from the start and kept beside the graph, and a request outside the range is
+refused. The provider uses TensorRT 10, because onnxruntime-gpu is linked against it.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _PRECISIONS = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataTy
 
 
 class TensorrtProviderRunner(OnnxRunner):
-    """An `OnnxRunner` on the TensorRT provider of a GPU.
+    """An `OnnxRunner` on ONNX Runtime's TensorRT provider.
 
     Args:
-        folder: The artifact's folder, which engines are kept in.
-        options: The largest requests, which engines are built for; what else they say is of other builders.
-        device: Where the caches are.
+        folder: The artifact's folder; its subfolder `engines` keeps the engines.
+        options: The largest requests to build engines for; `builder` and `capabilities` are ignored.
+        device: The device of the caches.
 
     Raises:
-        StreamlineError: ONNX Runtime has no such provider or cannot load TensorRT; or the graph is not one for it.
+        StreamlineError: ONNX Runtime lacks the provider or cannot load TensorRT, or TensorRT does not take the graph.
     """
 
     runtime = "onnxruntime-tensorrt"
@@ -59,7 +59,8 @@ class TensorrtProviderRunner(OnnxRunner):
             raise StreamlineError(
                 f'{PROVIDER}: the installed ONNX Runtime has none; pip install "optimum-streamline[{EXTRA}]"'
             )
-        with suppress(ImportError):  # it may be installed otherwise; from its package, importing loads what is linked
+        # Importing the Python package loads the libraries that the provider links to. They may be installed otherwise.
+        with suppress(ImportError):
             import_module("tensorrt")
         graph = write_growing_graph(folder)
         inputs = {str(value.name): value for value in ir.load(graph).graph.inputs}
@@ -75,18 +76,22 @@ class TensorrtProviderRunner(OnnxRunner):
             )
         return session
 
-    def _run(self, feeds: dict[str, Any], states: tuple[Any, ...]) -> list[Any]:
-        shapes: dict[str, Sequence[int]] = {name: array.shape for name, array in feeds.items()}
+    def _run(self, inputs: dict[str, Any], states: tuple[Any, ...]) -> list[Any]:
+        shapes: dict[str, Sequence[int]] = {name: array.shape for name, array in inputs.items()}
         shapes |= {each.name: tuple(state.shape()) for each, state in zip(self._past, states, strict=True)}
         choose_profile([self._profile], shapes)
-        return super()._run(feeds, states)
+        return super()._run(inputs, states)
 
 
 def growing_profile(inputs: Mapping[str, Axes], limits: Limits) -> Profile:
-    """The shapes of every input that varies, of a graph whose caches grow.
+    """The profile of a graph with growing caches.
 
-    The longest text has `limits.length` tokens before the last call and `limits.input` in it: the provider wants the
-    largest of all lengths to add up, as it does the least.
+    The provider requires that the largest past length and the largest new length add up to the largest total length,
+    and the smallest likewise. So the profile allows `limits.length` past tokens and `limits.input` new ones.
+
+    Args:
+        inputs: The axes of each input, by name.
+        limits: The largest requests.
     """
     half = limits.length // 2
     sizes = {
@@ -99,18 +104,19 @@ def growing_profile(inputs: Mapping[str, Axes], limits: Limits) -> Profile:
 
 
 def provider_options(profile: Profile, precision: str, engines: Path) -> dict[str, str]:
-    """The options under which the provider builds an engine once, and finds it again.
+    """The provider options that make it build an engine once and load it the next time.
 
     Args:
+        profile: The allowed shapes of each input.
         precision: The type of the graph's caches: `fp32`, `fp16` or `bf16`.
-        engines: The folder that engines, and what was measured of kernels, are kept in.
+        engines: The folder for the engine cache and the timing cache.
     """
-    kinds = {"min": "least", "opt": "usual", "max": "most"}
+    fields = {"min": "least", "opt": "usual", "max": "most"}
     shapes = {
-        f"trt_profile_{said}_shapes": ",".join(
-            f"{name}:{'x'.join(map(str, getattr(shapes, kind)))}" for name, shapes in profile.items()
+        f"trt_profile_{name_in_option}_shapes": ",".join(
+            f"{name}:{'x'.join(map(str, getattr(shapes, field)))}" for name, shapes in profile.items()
         )
-        for said, kind in kinds.items()
+        for name_in_option, field in fields.items()
     }
     return {
         **shapes,
@@ -118,7 +124,7 @@ def provider_options(profile: Profile, precision: str, engines: Path) -> dict[st
         "trt_engine_cache_path": str(engines),
         "trt_timing_cache_enable": "1",
         "trt_timing_cache_path": str(engines),
-        # A network of TensorRT 10 computes in half precision only where that is allowed.
+        # The provider's TensorRT 10 uses half precision only if it is enabled.
         **({} if precision == "fp32" else {f"trt_{precision}_enable": "1"}),
     }
 
@@ -128,6 +134,6 @@ def _axes(session: Any) -> dict[str, Axes]:
 
 
 def _context(folder: Path) -> int:
-    """How many positions the model of an export has."""
+    """The number of positions of the exported model."""
     fields = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     return int(fields["model"]["context_length"])

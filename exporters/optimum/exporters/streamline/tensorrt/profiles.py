@@ -1,6 +1,7 @@
-"""What shapes an engine is built for: of every input that varies the least, the usual and the most.
+"""Optimization profiles: for each input with a variable shape, the smallest, usual and largest shape of an engine.
 
-Imports nothing but numbers: an engine's record holds profiles, and a request is held against them.
+TensorRT calls the three min, opt and max. The engine's record stores the profiles, and the runner checks each request
+against them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 Axes = tuple[int | str, ...]
+"""The axes of an input: a size, or the name of a variable axis."""
 
 
 def axes_of(value: ir.Value) -> Axes:
@@ -27,17 +29,23 @@ def axes_of(value: ir.Value) -> Axes:
 
 
 @dataclass(frozen=True)
-class Range:
-    """The shapes of one input, from the least to the most, and the one to be fastest."""
+class ShapeRange:
+    """The allowed shapes of one input.
+
+    Args:
+        least: The smallest size of each axis.
+        usual: The shape that the engine is optimized for.
+        most: The largest size of each axis.
+    """
 
     least: tuple[int, ...]
     usual: tuple[int, ...]
     most: tuple[int, ...]
 
-    def misses(self, shape: Sequence[int]) -> str:
-        """Where a shape is outside, in words; empty where it is not.
+    def violation(self, shape: Sequence[int]) -> str:
+        """Why a shape is not allowed, in words; empty if it is.
 
-        >>> Range((1, 1), (1, 8), (4, 8)).misses((2, 9))
+        >>> ShapeRange((1, 1), (1, 8), (4, 8)).violation((2, 9))
         'axis 1 is 9, not from 1 to 8'
         """
         if len(shape) != len(self.least):
@@ -48,15 +56,18 @@ class Range:
         return ""
 
 
-Profile = dict[str, Range]
-"""By input; every input that varies is there."""
+Profile = dict[str, ShapeRange]
+"""The allowed shapes of every input with a variable shape, by name."""
 
 
 def make_profiles(inputs: Mapping[str, Axes], limits: Limits) -> tuple[Profile, ...]:
-    """One for prompts, of any length, and where there are such one for decoding, a token a row.
+    """The profiles of an engine: one for prompts of any length, and one for decoding one token per row.
+
+    If a call takes one new token at most, one profile serves both.
 
     Args:
-        inputs: Of each input of a graph the axes, a number or a name.
+        inputs: The axes of each input of the graph, by name.
+        limits: The largest requests.
     """
     prompt = {BATCH: (1, 1, limits.batch), SEQUENCE: (1, max(1, limits.input // 2), limits.input)}
     decode = {BATCH: prompt[BATCH], SEQUENCE: (1, 1, 1)}
@@ -65,41 +76,46 @@ def make_profiles(inputs: Mapping[str, Axes], limits: Limits) -> tuple[Profile, 
 
 
 def profile_of(inputs: Mapping[str, Axes], sizes: Mapping[str, tuple[int, int, int]]) -> Profile:
-    """The shapes of every input that varies.
+    """A profile from the sizes of the named axes.
 
     Args:
-        inputs: As in `make_profiles`.
-        sizes: Of each axis that has a name the least, the usual and the largest size.
+        inputs: The axes of each input of the graph, by name.
+        sizes: For each named axis, its smallest, usual and largest size.
 
     Raises:
-        StreamlineError: an axis is not among them.
+        StreamlineError: an input has a named axis without sizes.
     """
     varying = {name: axes for name, axes in inputs.items() if any(isinstance(axis, str) for axis in axes)}
     return {name: _range(name, axes, sizes) for name, axes in varying.items()}
 
 
-def _range(name: str, axes: Axes, sizes: Mapping[str, tuple[int, int, int]]) -> Range:
+def _range(name: str, axes: Axes, sizes: Mapping[str, tuple[int, int, int]]) -> ShapeRange:
     unknown = [axis for axis in axes if isinstance(axis, str) and axis not in sizes]
     if unknown:
-        raise StreamlineError(f"input {name}: nothing says how long its axis {unknown[0]!r} may be")
-    shapes = [tuple(axis if isinstance(axis, int) else sizes[axis][place] for axis in axes) for place in range(3)]
-    return Range(*shapes)
+        raise StreamlineError(f"input {name}: its axis {unknown[0]!r} has no known limits; one of {', '.join(sizes)}")
+    shapes = [tuple(axis if isinstance(axis, int) else sizes[axis][index] for axis in axes) for index in range(3)]
+    return ShapeRange(*shapes)
 
 
 def choose_profile(profiles: Sequence[Profile], shapes: Mapping[str, Sequence[int]]) -> int:
-    """The last profile that all shapes are within, since later ones are of fewer shapes.
+    """The index of the last profile that allows all shapes; later profiles are narrower, and so faster.
+
+    Args:
+        profiles: The profiles, the widest first.
+        shapes: The shape of each input of a call, by name.
 
     Raises:
-        StreamlineError: none is; names an input, its shape, and the range of the first profile.
+        StreamlineError: no profile allows the shapes; names an input, its shape, and the range of the first profile.
     """
-    for place in reversed(range(len(profiles))):
-        if not any(_misses(profiles[place], shapes)):
-            return place
-    name, missed = next(iter(_misses(profiles[0], shapes)))
-    raise StreamlineError(f"input {name} {list(shapes[name])}: {missed}")
+    for index in reversed(range(len(profiles))):
+        if not any(_violations(profiles[index], shapes)):
+            return index
+    name, violation = next(iter(_violations(profiles[0], shapes)))
+    raise StreamlineError(f"input {name} {list(shapes[name])}: {violation}")
 
 
-def _misses(profile: Profile, shapes: Mapping[str, Sequence[int]]) -> Iterable[tuple[str, str]]:
-    for name, within in profile.items():
-        if missed := within.misses(shapes[name]):
-            yield name, missed
+def _violations(profile: Profile, shapes: Mapping[str, Sequence[int]]) -> Iterable[tuple[str, str]]:
+    """The inputs whose shape the profile does not allow, each with the reason."""
+    for name, allowed in profile.items():
+        if violation := allowed.violation(shapes[name]):
+            yield name, violation

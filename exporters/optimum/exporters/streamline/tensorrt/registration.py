@@ -1,6 +1,7 @@
-"""Registers our backend with transformers' exporters as soon as their table of backends is imported, and not before.
+"""Register our backend with `transformers.exporters` when its table of backends is imported, and not before.
 
-Importing them costs torch, which a process that runs a graph in ONNX Runtime must not load. Knows nothing of engines.
+Importing `transformers.exporters` also imports torch, which a process that only runs an ONNX graph must not load. So an
+import hook waits for the table.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ BACKEND = "optimum.exporters.streamline.tensorrt.backend"
 
 
 class _Registering(Loader):
-    """The table's own loader, and afterwards the registration."""
+    """Loads the table with its own loader, and then registers the backend."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -32,6 +33,8 @@ class _Registering(Loader):
 
 
 class _Finder(MetaPathFinder):
+    """Wraps the loader of the table of backends; removes itself when the table is imported."""
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
@@ -45,7 +48,7 @@ class _Finder(MetaPathFinder):
 
 
 def register_when_needed() -> None:
-    """Register now if the table is there, else when it is imported."""
+    """Register the backend: now if the table of backends is already imported, otherwise when it is."""
     if TABLE in sys.modules:
         import_module(BACKEND)
     else:

@@ -1,6 +1,6 @@
-"""Running an engine on torch's tensors: caches are written in place, decoding is one CUDA graph.
+"""Run an engine on torch tensors: it writes its caches in place, and decoding replays one CUDA graph.
 
-What is fed, and where in the caches it goes, `engine_inputs.py` says; which requests an engine takes, its record.
+`graph/engine_inputs.py` makes the inputs of a call. The engine's record limits the requests.
 """
 
 from __future__ import annotations
@@ -14,25 +14,29 @@ import numpy as np
 import torch
 
 from optimum.exporters.streamline.parity.calls import Mask
-from optimum.exporters.streamline.tensorrt.graph.engine_inputs import check_length, static_feeds
+from optimum.exporters.streamline.tensorrt.graph.engine_inputs import check_length, static_inputs
 from optimum.streamline.errors import StreamlineError, require_extra
 from optimum.streamline.runtime.runner import Logits, TokenIds
 
-from .build_engine import BUILDERS, last_words, open_log
+from .build_engine import BUILDERS, last_error, make_logger
 from .engine_record import ENGINE_FILE, EngineRecord, Machine
 from .profiles import choose_profile
 
 Tensors = dict[str, torch.Tensor]
+"""Tensors by the name of the engine's input or output."""
 
 
 @dataclass
 class EngineCache:
-    """What an engine remembers; it is written in place, so that an earlier one is gone once there is a later.
+    """The keys and values of all tokens so far, and their attention mask.
+
+    The engine writes `states` in place, so a cache cannot be used again after the call that continues it.
 
     Args:
-        attention_mask: `[batch, length]`, 0 for padding, of everything fed so far.
-        states: By input, `[batch, heads, cache length, head size]`.
-        steps: What decodes further tokens, by their number: once captured it is replayed.
+        attention_mask: `[batch, length]` for all tokens so far; 0 for padding.
+        states: Keys and values by the name of the cache input, each `[batch, heads, cache length, head size]`.
+        steps: The prepared calls on these tensors, by their number of new tokens; a call for one token is a captured
+            CUDA graph.
     """
 
     attention_mask: Mask
@@ -42,7 +46,13 @@ class EngineCache:
 
 @dataclass(frozen=True)
 class _Step:
-    """A call of fixed shapes: its inputs beside the caches, its logits, and what runs it."""
+    """A prepared call of fixed shapes.
+
+    Args:
+        inputs: The input tensors other than caches; they are filled before each run.
+        logits: The logits tensor, which each run overwrites.
+        run: The function that runs the engine on these tensors.
+    """
 
     inputs: Tensors
     logits: torch.Tensor
@@ -50,15 +60,16 @@ class _Step:
 
 
 class TensorrtRunner:
-    """A `Runner` over the engine of an exported folder.
+    """A `Runner` for an export to TensorRT.
 
     Args:
-        folder: Of the artifact.
-        library: The builder's own module; imported where it is not given.
-        device: Where the engine is.
+        folder: The artifact's folder.
+        library: The module of the builder's library; by default it is imported.
+        device: The device to run on.
 
     Raises:
-        StreamlineError: the library is not installed, or the engine is of another version or for another GPU.
+        StreamlineError: the library is not installed, or the engine was built with another version of it or for
+            another GPU.
     """
 
     def __init__(self, folder: Path, library: Any = None, device: str = "cuda") -> None:
@@ -68,25 +79,29 @@ class TensorrtRunner:
         self._trt = library or require_extra(builder.module, builder.extra)
         self._device = torch.device(device)
         self.record.check_machine(_machine(self._trt, self._device))
-        # The engine does not outlive the runtime that read it.
-        self._log = open_log(self._trt)
-        self._reader = self._trt.Runtime(self._log)
-        self._engine = self._reader.deserialize_cuda_engine((folder / ENGINE_FILE).read_bytes())
+        # The library's runtime and logger must live as long as the engine.
+        self._log = make_logger(self._trt)
+        self._library_runtime = self._trt.Runtime(self._log)
+        self._engine = self._library_runtime.deserialize_cuda_engine((folder / ENGINE_FILE).read_bytes())
         if self._engine is None:
-            raise StreamlineError(f"{folder / ENGINE_FILE}: {self.runtime} cannot read it: {last_words(self._log)}")
+            raise StreamlineError(f"{folder / ENGINE_FILE}: {self.runtime} cannot read it: {last_error(self._log)}")
         self._contexts: dict[int, Any] = {}
         self._dtypes = {name: self._dtype(name) for name in self._names()}
 
     def prefill(self, input_ids: TokenIds, attention_mask: Mask | None = None) -> tuple[Logits, EngineCache]:
-        """Logits `[batch, length, vocabulary]` of a prompt `[batch, length]`, and its cache.
+        """Compute the logits of a prompt.
 
-        A prompt of more tokens than a call takes is fed in parts.
+        A prompt that is longer than a call may be is computed in several calls.
 
         Args:
-            attention_mask: `[batch, length]`, 0 for padding, which must be on the left; all tokens by default.
+            input_ids: The prompt, `[batch, length]`.
+            attention_mask: `[batch, length]`; 0 for padding, which must be on the left. By default no padding.
+
+        Returns:
+            The logits `[batch, length, vocabulary]`, and the cache.
 
         Raises:
-            StreamlineError: the request is beyond what the engine was built for.
+            StreamlineError: the request is larger than the engine was built for.
         """
         batch = len(input_ids)
         check_length(input_ids.shape[1], self.record.limits.length)
@@ -95,7 +110,14 @@ class TensorrtRunner:
         return self._extend(input_ids, np.ones_like(input_ids) if attention_mask is None else attention_mask, cache)
 
     def decode(self, input_ids: TokenIds, cache: EngineCache) -> tuple[Logits, EngineCache]:
-        """Logits of the tokens `[batch, length]` that follow `cache`, and the cache that holds them too.
+        """Compute the logits of the tokens that follow a cache.
+
+        Args:
+            input_ids: The new tokens, `[batch, length]`.
+            cache: The cache of the call before; its tensors are changed in place.
+
+        Returns:
+            The logits `[batch, length, vocabulary]` of the new tokens, and the cache with them.
 
         Raises:
             StreamlineError: as `prefill`.
@@ -104,31 +126,32 @@ class TensorrtRunner:
         return self._extend(input_ids, np.ones_like(input_ids), cache)
 
     def _extend(self, input_ids: TokenIds, mask: Mask, cache: EngineCache) -> tuple[Logits, EngineCache]:
-        most, parts, seen = self.record.limits.input, [], cache.attention_mask
-        for start in range(0, input_ids.shape[1], most):
-            part = slice(start, start + most)
-            seen = np.concatenate([seen, mask[:, part]], axis=1)
-            parts.append(self._call(input_ids[:, part], seen, cache))
-        return np.concatenate(parts, axis=1), EngineCache(seen, cache.states, cache.steps)
+        limit, parts, total_mask = self.record.limits.input, [], cache.attention_mask
+        for start in range(0, input_ids.shape[1], limit):
+            part = slice(start, start + limit)
+            total_mask = np.concatenate([total_mask, mask[:, part]], axis=1)
+            parts.append(self._call(input_ids[:, part], total_mask, cache))
+        return np.concatenate(parts, axis=1), EngineCache(total_mask, cache.states, cache.steps)
 
-    def _call(self, input_ids: TokenIds, seen: Mask, cache: EngineCache) -> Logits:
+    def _call(self, input_ids: TokenIds, total_mask: Mask, cache: EngineCache) -> Logits:
+        """One call of the engine; `total_mask` is the mask of all tokens so far, the new ones included."""
         mask_type = self._dtypes[self.record.masks[0].name]
-        closed = torch.finfo(mask_type).min / 2
-        arrays = static_feeds(input_ids, seen, self.record.masks, self.record.limits.length, closed)
-        fed = {name: torch.from_numpy(array).to(self._dtypes[name]) for name, array in arrays.items()}
+        masked_score = torch.finfo(mask_type).min / 2
+        arrays = static_inputs(input_ids, total_mask, self.record.masks, self.record.limits.length, masked_score)
+        tensors = {name: torch.from_numpy(array).to(self._dtypes[name]) for name, array in arrays.items()}
         new = input_ids.shape[1]
         if new not in cache.steps:
-            cache.steps[new] = self._prepare(fed, cache.states)
+            cache.steps[new] = self._prepare(tensors, cache.states)
         step = cache.steps[new]
-        for name, tensor in fed.items():
+        for name, tensor in tensors.items():
             step.inputs[name].copy_(tensor)
         step.run()
-        logits: Logits = step.logits.to("cpu", torch.float32, copy=True).numpy()  # the next call writes there again
+        logits: Logits = step.logits.to("cpu", torch.float32, copy=True).numpy()  # the next run overwrites the tensor
         return logits
 
-    def _prepare(self, fed: Tensors, states: Tensors) -> _Step:
-        """A call of these shapes, its tensors bound; one token a row is captured, to be replayed."""
-        inputs = {name: tensor.to(self._device, copy=True) for name, tensor in fed.items()}
+    def _prepare(self, sample: Tensors, states: Tensors) -> _Step:
+        """Prepare a call with the shapes of `sample`; a call for one token per row becomes a CUDA graph."""
+        inputs = {name: tensor.to(self._device, copy=True) for name, tensor in sample.items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in (inputs | states).items()}
         context = self._context(choose_profile(self.record.profiles, shapes))
         for name, tensor in (inputs | states).items():
@@ -136,23 +159,23 @@ class TensorrtRunner:
         logits = torch.empty(
             tuple(context.get_tensor_shape("logits")), dtype=self._dtypes["logits"], device=self._device
         )
-        written = {output: states[given] for output, given in self.record.aliases.items()}
-        tensors = {**inputs, **states, **written, "logits": logits}
+        cache_outputs = {output: states[cache_input] for output, cache_input in self.record.aliases.items()}
+        tensors = {**inputs, **states, **cache_outputs, "logits": logits}
 
         def run() -> None:
-            # Bound at each call: steps of other lengths share the context.
+            # Shapes and addresses are set at each run, because prepared calls of other lengths share the context.
             for name, tensor in inputs.items():
                 context.set_input_shape(name, tuple(tensor.shape))
             for name, tensor in tensors.items():
                 context.set_tensor_address(name, tensor.data_ptr())
             if not context.execute_async_v3(self._stream()):
-                raise StreamlineError(f"{self.runtime} cannot run the engine: {last_words(self._log)}")
+                raise StreamlineError(f"{self.runtime} cannot run the engine: {last_error(self._log)}")
 
         one_token = inputs["input_ids"].shape[1] == 1
         return _Step(inputs, logits, _captured(run) if one_token and self._device.type == "cuda" else run)
 
     def _context(self, profile: int) -> Any:
-        """A context for a profile, which has memory of its own."""
+        """The execution context of a profile; created once, because each has its own memory."""
         if profile not in self._contexts:
             context = self._engine.create_execution_context()
             context.set_optimization_profile_async(profile, self._stream())
@@ -163,7 +186,7 @@ class TensorrtRunner:
         return int(torch.cuda.current_stream().cuda_stream) if self._device.type == "cuda" else 0
 
     def _names(self) -> list[str]:
-        return [self._engine.get_tensor_name(place) for place in range(self._engine.num_io_tensors)]
+        return [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
 
     def _dtype(self, name: str) -> torch.dtype:
         kinds: Mapping[Any, torch.dtype] = {
@@ -187,9 +210,13 @@ def _machine(trt: Any, device: torch.device) -> Machine:
 
 
 def _captured(run: Callable[[], None]) -> Callable[[], None]:
-    """Run once, as an engine must be before it is captured, then capture: a token is written twice, to one place."""
-    make: Any = torch.cuda.Stream  # untyped
-    side = make()
+    """Capture a run of the engine as a CUDA graph; returns the function that replays it.
+
+    An engine must run once before a capture. Running it twice is harmless: it writes the same token to the same cache
+    position.
+    """
+    stream_class: Any = torch.cuda.Stream  # torch has no type hints for it
+    side = stream_class()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         run()

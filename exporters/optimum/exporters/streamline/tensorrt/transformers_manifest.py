@@ -1,4 +1,4 @@
-"""What `ExportedModel.from_pretrained` of transformers reads beside an engine, before it opens it."""
+"""Write the manifest that `transformers.exporters.ExportedModel.from_pretrained` reads before it opens an engine."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ COMPONENT = "model"
 
 
 def describe(architecture: str, dtype: str) -> ExportMetadata:
-    """What transformers is told of an engine.
+    """The metadata of an engine for transformers.
 
     Args:
-        architecture: The class of the model.
-        dtype: A key of `DTYPES`.
+        architecture: The name of the model's class.
+        dtype: `fp32`, `fp16` or `bf16`.
     """
     tokens = {"rank": 2, "dtype": "int64"}
     _, spec = torch.utils._pytree.tree_flatten(CausalLMOutputWithPast(logits=torch.empty(0)))
@@ -41,7 +41,13 @@ def describe(architecture: str, dtype: str) -> ExportMetadata:
 
 
 def write_manifest(folder: Path, architecture: str, dtype: str) -> None:
-    """Write what `ExportedModel.from_pretrained` reads first, into the folder of an engine."""
+    """Write the manifest into the folder of an engine.
+
+    Args:
+        folder: The artifact's folder.
+        architecture: The name of the model's class.
+        dtype: `fp32`, `fp16` or `bf16`.
+    """
     component = {"file": ENGINE_FILE, "metadata": asdict(describe(architecture, dtype))}
     manifest = {
         "schema_version": EXPORT_SCHEMA_VERSION,

@@ -1,4 +1,8 @@
-"""From a model to its whole graph, every weight still on disk: trace, tidy, stamp, bind, name."""
+"""Build the complete ONNX graph of a model; its weights stay on disk.
+
+The steps, in order: trace a few layers, simplify the graph, copy the traced layers to all layers ("stamp" them), bind
+the weights, and set the public names.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,8 @@ from transformers import PreTrainedModel
 
 from optimum.exporters.streamline.rewriting.attention import append_within_attention, simplify_attention
 from optimum.exporters.streamline.rewriting.mask import simplify_mask
-from optimum.exporters.streamline.rewriting.prune_unused import compact
-from optimum.exporters.streamline.rewriting.public_names import TOKEN_INPUTS, MaskInput, rename
+from optimum.exporters.streamline.rewriting.prune_unused import remove_unused
+from optimum.exporters.streamline.rewriting.public_names import TOKEN_INPUTS, MaskInput, set_public_names
 from optimum.exporters.streamline.rewriting.repair import repair
 from optimum.exporters.streamline.rewriting.static_cache import STATIC_INPUTS, use_static_caches
 from optimum.streamline.models.architectures import architecture_of
@@ -19,50 +23,55 @@ from optimum.streamline.models.skipped_sublayers import cache_indices
 
 from .bind_weights import bind_weights
 from .skeleton import skeleton, templates
-from .stamp_layers import CannotStampError, Layers, entering, stamp
+from .stamp_layers import CannotStampError, LayerMap, first_layer_input, stamp
 from .trace import trace
 
 
 @dataclass(frozen=True)
-class Built:
-    """A graph.
+class BuiltGraph:
+    """The complete graph of a model.
 
     Args:
-        model: The graph, its weights read when they are asked for.
-        hidden: The hidden states that leave the layers, first to last; empty where the layers are not parts of it.
-        entering: The one that enters the first layer, where it could be told.
-        masks: The inputs that are masks, of a graph whose caches have a fixed length.
+        model: The graph. Its weights are lazy: they are read when the graph is saved.
+        hidden: The output hidden state of each layer, `[batch, length, width]`, first to last; empty if the layers
+            are not separable parts of the graph.
+        first_layer_input: The hidden state that the first layer reads; `None` if it could not be identified.
+        masks: The attention-mask inputs of a graph with static caches; empty for a graph with growing caches.
     """
 
     model: ir.Model
     hidden: list[ir.Value]
-    entering: ir.Value | None = None
+    first_layer_input: ir.Value | None = None
     masks: tuple[MaskInput, ...] = ()
 
     @property
     def states(self) -> tuple[str, ...]:
-        """The names of all of them, first to last; empty where one is not known."""
-        if self.entering is None or not self.hidden:
+        """The names of the hidden states before the first layer and after each; empty if any is unknown."""
+        if self.first_layer_input is None or not self.hidden:
             return ()
-        return tuple(str(value.name) for value in (self.entering, *self.hidden))
+        return tuple(str(value.name) for value in (self.first_layer_input, *self.hidden))
 
 
-def build_graph(model: PreTrainedModel, traced: Sequence[int], cache_length: int | None = None) -> Built:
-    """The one graph of a model, its dead parts left out and its inputs and outputs named for clients.
+def build_graph(model: PreTrainedModel, traced: Sequence[int], cache_length: int | None = None) -> BuiltGraph:
+    """Build the graph of a model, without its skipped sublayers, and with public input and output names.
 
     Args:
-        model: With its weights offloaded.
-        traced: The layers to trace: all of them, or `layers_to_trace`.
-        cache_length: How many places a cache has that is written in place; `None` where it grows, token by token.
+        model: The model, its weights offloaded to disk.
+        traced: The indices of the layers to trace: all layers, or `layers_to_trace(model)`.
+        cache_length: The length in tokens of static caches, which the graph writes in place; `None` for caches that
+            grow with each call.
+
+    Returns:
+        The graph and its hidden states.
 
     Raises:
-        CannotStampError: the others cannot be made from these.
-        StreamlineError: its caches cannot have a fixed length.
+        CannotStampError: a traced layer is not a separable part of the graph, so it cannot be copied to the others.
+        StreamlineError: the graph cannot be given static caches or public names.
     """
     short = skeleton(model, traced)
     graph = trace(short)
     repair(graph)
-    compact(graph)
+    remove_unused(graph)
     simplify_mask(graph)
     simplify_attention(graph)
     if cache_length is None:
@@ -71,14 +80,14 @@ def build_graph(model: PreTrainedModel, traced: Sequence[int], cache_length: int
     else:
         masks = use_static_caches(graph, cache_length)
     path = architecture_of(model.config).layers
-    layers = Layers(path, traced, templates(model, traced), cache_indices(short), cache_indices(model))
-    entry = entering(graph.graph, layers)
+    layers = LayerMap(path, traced, templates(model, traced), cache_indices(short), cache_indices(model))
+    entry = first_layer_input(graph.graph, layers)
     try:
         hidden = stamp(graph, layers)
     except CannotStampError:
         if len(traced) < model.config.num_hidden_layers:
             raise
-        hidden = []  # none is to be made of another
+        hidden = []  # every layer was traced, so none needs to be copied
     bind_weights(graph, model)
-    rename(graph, TOKEN_INPUTS if cache_length is None else STATIC_INPUTS)
-    return Built(graph, hidden, entry, masks)
+    set_public_names(graph, TOKEN_INPUTS if cache_length is None else STATIC_INPUTS)
+    return BuiltGraph(graph, hidden, entry, masks)

@@ -1,7 +1,7 @@
-"""What is traced in a model's stead: its structure, as few of its layers as can stand for the rest, no weights.
+"""Make the skeleton of a model: a copy with few layers and no weights, which is traced in place of the model.
 
-Tracing takes seconds a layer, and the layers of one kind come out alike. Knows no graph: `trace.py` makes one of the
-skeleton, `stamp_layers.py` makes that of the whole model of it.
+Tracing takes seconds per layer, and layers of one kind give the same graph. So the skeleton has few layers of each
+kind. `trace.py` traces it, and `stamp_layers.py` copies the traced layers to all layers of the model.
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ from optimum.streamline.models.layer_list import set_decoder_layers
 from optimum.streamline.models.skipped_sublayers import renumber_cache
 
 _PLAIN = (bool, int, float, str, torch.dtype, type(None))
-# What numbers a layer without changing what it computes, and what no trace depends on.
-_NOT_OF_THE_KIND = {"layer_idx", "training"}
+# Module attributes that do not change a layer's graph: its index, and the mode, which is always evaluation.
+_IGNORED_SETTINGS = {"layer_idx", "training"}
 
 
 def layers_to_trace(model: PreTrainedModel) -> list[int]:
-    """The layers of which a graph of all can be made: the first, one more of its kind, and one of each other kind."""
+    """The indices of the layers to trace: the first layer, and the first layer of each kind after it.
+
+    The first layer is never copied, because the trace may compute in it what all layers share, such as rotary angles.
+    So its kind is traced a second time if it recurs.
+    """
     kinds = _kinds(model)
     firsts: dict[Hashable, int] = {}
     for index, kind in list(enumerate(kinds))[1:]:
@@ -33,27 +37,30 @@ def layers_to_trace(model: PreTrainedModel) -> list[int]:
 
 
 def templates(model: PreTrainedModel, traced: Sequence[int]) -> list[int]:
-    """For each layer, the place among `traced` of the one that stands for it: its own, or that of one of its kind.
+    """For each layer of the model, its template: the position in `traced` of the traced layer that represents it.
+
+    A traced layer represents itself; any other layer is represented by a traced layer of its kind.
 
     Args:
-        traced: `layers_to_trace(model)`.
+        model: The model.
+        traced: The traced layers: `layers_to_trace(model)`, or all layers.
     """
     kinds = _kinds(model)
-    # The first layer is nobody's template: what layers share may have been made in it.
-    places = {kinds[index]: place for place, index in enumerate(traced) if place}
-    own = {index: place for place, index in enumerate(traced)}
-    return [own[index] if index in own else places[kind] for index, kind in enumerate(kinds)]
+    # The first layer is no template for others: the trace may compute in it what all layers share.
+    of_kind = {kinds[index]: position for position, index in enumerate(traced) if position}
+    own = {index: position for position, index in enumerate(traced)}
+    return [own[index] if index in own else of_kind[kind] for index, kind in enumerate(kinds)]
 
 
 def skeleton(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
-    """A copy of `model` with these of its layers, each parameter standing for its shape and type alone.
+    """A copy of `model` that has only the given layers, and parameters of the right shape and type but no memory.
 
     Args:
-        model: With its weights offloaded.
-        layers: Numbers of layers, rising.
+        model: The model, its weights offloaded to disk.
+        layers: The indices of the layers to keep, in rising order.
 
     Returns:
-        A model that can be traced; its parameters take no memory and hold zeros.
+        A model that can be traced. Each parameter is one zero, expanded to the parameter's shape.
     """
     architecture = architecture_of(model.config)
     short = copy.deepcopy(model)
@@ -62,25 +69,27 @@ def skeleton(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     kept = decoder_layers(short, architecture)
     set_decoder_layers(short, architecture, [kept[index] for index in layers], layers)
     renumber_cache(short, architecture)
-    _stand_in_parameters(short)
+    _replace_parameters(short)
     return short
 
 
-def _stand_in_parameters(model: nn.Module) -> None:
-    # Not on the meta device: a trace mixes them with real inputs. One number seen from everywhere in a parameter.
-    standing: dict[int, nn.Parameter] = {}
+def _replace_parameters(model: nn.Module) -> None:
+    """Replace each parameter by an expanded zero of its shape and type; tied parameters stay tied."""
+    # Not on the meta device: the trace combines parameters with real inputs.
+    placeholders: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                number = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
-                module._parameters[name] = standing.setdefault(id(parameter), nn.Parameter(number, requires_grad=False))
+                zero = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+                placeholder = nn.Parameter(zero, requires_grad=False)
+                module._parameters[name] = placeholders.setdefault(id(parameter), placeholder)
 
 
 def _kinds(model: PreTrainedModel) -> list[Hashable]:
-    """What each layer's graph depends on, but for its number: equal for layers of one kind."""
+    """Each layer's kind: everything that its graph depends on except its index. Equal kinds give equal graphs."""
     layers = decoder_layers(model, architecture_of(model.config))
-    of_the_config = layer_kinds(model.config)
-    return [(of_the_config[index], _structure(layer)) for index, layer in enumerate(layers)]
+    config_kinds = layer_kinds(model.config)
+    return [(config_kinds[index], _structure(layer)) for index, layer in enumerate(layers)]
 
 
 def _structure(layer: nn.Module) -> Hashable:
@@ -89,7 +98,7 @@ def _structure(layer: nn.Module) -> Hashable:
 
 def _settings(module: nn.Module) -> Hashable:
     plain = {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
-    return tuple(sorted((name, repr(value)) for name, value in plain.items() if name not in _NOT_OF_THE_KIND))
+    return tuple(sorted((name, repr(value)) for name, value in plain.items() if name not in _IGNORED_SETTINGS))
 
 
 def _shapes(module: nn.Module) -> Hashable:

@@ -1,7 +1,7 @@
-"""From a torch model to an ONNX graph: the one file that meets transformers' exporters.
+"""Trace a torch model to an ONNX graph with `transformers.exporters`; no other file calls them to trace.
 
-They are experimental, so the extra `onnx` pins their minor version and `compare.py` judges every graph. The
-graph comes out with their names; `public_names.py` gives it those of the ecosystem.
+They are experimental, so the extra `onnx` pins the minor version of transformers, and `parity/compare.py` checks every
+graph. The graph has the tracer's input and output names; `public_names.py` replaces them later.
 """
 
 from __future__ import annotations
@@ -22,21 +22,28 @@ from optimum.streamline.models.architectures import head_size, key_value_heads
 from optimum.streamline.models.skipped_sublayers import cache_indices
 
 OPSET = 23
-"""The first with `Attention`, `RMSNormalization` and `RotaryEmbedding`; 24 falls back to decomposed norms."""
+"""The first opset with `Attention`, `RMSNormalization` and `RotaryEmbedding`.
 
-# All different, or the tracer takes lengths that happen to be equal for one. More than one row, or the batch is frozen.
-# So few tokens that no sliding window in use is full, and every cache entry has the length of the text.
+Opset 24 is not used here: with it the tracer writes norms as several simple operators.
+"""
+
+# The sizes of the sample input: rows, past tokens, new tokens. They all differ, because the tracer would treat equal
+# sizes as one axis. There is more than one row, because the tracer would fix a batch size of 1. There are so few tokens
+# that no sliding window is full, so every cache entry has the length of the text.
 ROWS, PAST, NEW = 4, 3, 2
 
 
 def trace(model: PreTrainedModel) -> ir.Model:
-    """One graph for prefill (empty past), continuation and decode, for any batch, honouring the attention mask.
+    """Trace one graph that serves prefill (with an empty cache), continuation and decode.
+
+    Batch size and lengths vary, and the graph obeys the attention mask.
 
     Args:
-        model: A skeleton, in evaluation mode, in the dtype to export.
+        model: A skeleton (`skeleton.py`), in evaluation mode, in the dtype to export.
 
     Returns:
-        A graph of standard operators. Its weights are initializers without values, under their names in `model`.
+        A graph of standard ONNX operators. Its weights are initializers without values, named as the parameters of
+        `model`.
     """
     model.config.use_cache = True
     inputs = _sample(model)
@@ -44,8 +51,8 @@ def trace(model: PreTrainedModel) -> ir.Model:
     config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, opset_version=OPSET, optimize=False)
     program: ir.Model = OnnxExporter().export(model, inputs, config).program
     weights = _take_weights(program.graph, {name for name, _ in model.named_parameters(remove_duplicate=False)})
-    # What torch.onnx does when it optimizes, but weights are inputs meanwhile: no rule may look into their values,
-    # for there are none yet.
+    # These are the optimizations of torch.onnx. Meanwhile the weights are graph inputs, because they have no values
+    # yet and no optimization may read them.
     onnxscript.optimizer.optimize_ir(program)
     onnxscript.rewriter.onnx_fusions.fuse(program)
     ShapeInferencePass()(program)  # fusions leave some values without a type
@@ -56,6 +63,7 @@ def trace(model: PreTrainedModel) -> ir.Model:
 
 
 def _take_weights(graph: ir.Graph, names: set[str]) -> list[ir.Value]:
+    """Turn the initializers of these names into graph inputs without values; returns them."""
     taken = [value for name, value in graph.initializers.items() if name in names]
     for value in taken:
         del graph.initializers[str(value.name)]
@@ -65,8 +73,8 @@ def _take_weights(graph: ir.Graph, names: set[str]) -> list[ir.Value]:
 
 
 def _sample(model: PreTrainedModel) -> dict[str, Any]:
-    # One row is left-padded, or the mask is found to be unused and its input dropped. Which tokens there are is of no
-    # consequence: only shapes are traced.
+    # One row is left-padded: with a mask of ones the tracer would drop the mask input as unused. The token ids do not
+    # matter, because the trace depends on shapes alone.
     mask = torch.ones((ROWS, PAST + NEW), dtype=torch.int64)
     mask[0, 0] = 0
     return {
@@ -87,16 +95,16 @@ def _sample_cache(model: PreTrainedModel) -> DynamicCache:
 
 
 def _dynamic_shapes(model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
-    # Without them every axis is taken to vary, and a number of heads that happens to be a length in the sample
-    # freezes that length.
+    # Without explicit dynamic shapes every axis is dynamic, and then a number of heads that equals a length of the
+    # sample fixes that length in the graph.
     register_cache_pytrees_for_model(model)
-    return _varying(get_auto_dynamic_shapes(inputs))
+    return _batch_and_length(get_auto_dynamic_shapes(inputs))
 
 
-def _varying(axes: Any) -> Any:
-    """Of each tensor's axes those that vary: rows and length, of `[rows, length]` or `[rows, heads, length, size]`."""
+def _batch_and_length(axes: Any) -> Any:
+    """Keep only the batch and length axes of each tensor: `[batch, length]` or `[batch, heads, length, size]`."""
     if isinstance(axes, dict) and 0 in axes:
         return {axis: axes[axis] for axis in ((0, 2) if len(axes) == 4 else (0, 1))}
     if isinstance(axes, dict):
-        return {name: _varying(value) for name, value in axes.items()}
-    return [_varying(each) for each in axes] if isinstance(axes, list) else axes
+        return {name: _batch_and_length(value) for name, value in axes.items()}
+    return [_batch_and_length(each) for each in axes] if isinstance(axes, list) else axes

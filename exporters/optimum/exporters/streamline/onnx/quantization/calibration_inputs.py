@@ -1,4 +1,4 @@
-"""What a graph is fed to calibrate on text: windows of tokens, each from its beginning."""
+"""The inputs of a graph for calibration: each window of the calibration text as one prompt with an empty cache."""
 
 from __future__ import annotations
 
@@ -10,18 +10,24 @@ import numpy.typing as npt
 import onnx
 from onnxruntime.quantization import CalibrationDataReader
 
-from optimum.exporters.streamline.onnx.runner import token_feeds
+from optimum.exporters.streamline.onnx.runner import token_inputs
 
-Feeds = dict[str, npt.NDArray[Any]]
+InputArrays = dict[str, npt.NDArray[Any]]
+"""The inputs of one call, by name."""
 
 
-def feeds_of(model: onnx.ModelProto, windows: npt.NDArray[np.int64]) -> Iterator[Feeds]:
-    """The inputs of each window, `[windows, length]`, in turn."""
+def calibration_inputs(model: onnx.ModelProto, windows: npt.NDArray[np.int64]) -> Iterator[InputArrays]:
+    """Yield the graph's inputs for each window.
+
+    Args:
+        model: The float32 graph, with public names.
+        windows: Token ids, `[windows, length]`.
+    """
     caches = [value for value in model.graph.input if value.name.startswith("past_key_values.")]
     empty = {value.name: np.empty(_empty_shape(value), np.float32) for value in caches}
     for window in windows:
         tokens = window[None]
-        yield {**token_feeds(tokens, np.ones_like(tokens)), **empty}
+        yield {**token_inputs(tokens, np.ones_like(tokens)), **empty}
 
 
 def _empty_shape(value: onnx.ValueInfoProto) -> tuple[int, ...]:
@@ -29,12 +35,12 @@ def _empty_shape(value: onnx.ValueInfoProto) -> tuple[int, ...]:
     return (1, heads, 0, size)
 
 
-class Reader(CalibrationDataReader):
-    """The same, one after another, as ONNX Runtime's calibration asks for them."""
+class CalibrationReader(CalibrationDataReader):
+    """Gives the inputs of calls, one call after another, in the form that ONNX Runtime's calibration reads."""
 
-    def __init__(self, feeds: Iterator[Feeds]) -> None:
-        self._feeds = feeds
+    def __init__(self, inputs: Iterator[InputArrays]) -> None:
+        self._inputs = inputs
 
-    def get_next(self) -> Feeds | None:
-        """The next window's; nothing when all were given."""
-        return next(self._feeds, None)
+    def get_next(self) -> InputArrays | None:
+        """The inputs of the next call; `None` after the last."""
+        return next(self._inputs, None)

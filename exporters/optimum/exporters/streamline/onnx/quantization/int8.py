@@ -1,4 +1,4 @@
-"""Weights and activations in 8 bits, by onnxruntime's own quantizers: scaled as they come, or as text gave (QDQ)."""
+"""Quantize weights and activations to 8 bits with onnxruntime's quantizers, dynamic or static (QDQ)."""
 
 from __future__ import annotations
 
@@ -10,29 +10,33 @@ import onnx_ir as ir
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 
 from optimum.exporters.streamline.graph_files import GRAPH_FILE
-from optimum.exporters.streamline.rewriting.edits import PRODUCTS
+from optimum.exporters.streamline.rewriting.edits import MATMUL_OPERATORS
 from optimum.exporters.streamline.rewriting.excluded_nodes import excluded
-from optimum.exporters.streamline.rewriting.tied_embedding import untie
+from optimum.exporters.streamline.rewriting.tied_embedding import untie_embedding
 
-from .calibration_inputs import Reader, feeds_of
+from .calibration_inputs import CalibrationReader, calibration_inputs
 from .settings import Quantization
 
 
 def quantize_int8(source: Path, target: Path, quantization: Quantization, calibrated: bool) -> None:
-    """Quantize the graph in `source` into `target`.
+    """Quantize the graph in the folder `source` to 8 bits, into the folder `target`.
 
     Args:
-        calibrated: Whether activations are scaled beforehand, by `quantization.windows`.
+        source: The folder of the float32 graph.
+        target: The folder to write into.
+        quantization: The excluded modules, and the calibration text.
+        calibrated: Whether activation scales come from `quantization.windows` (static); otherwise the graph computes
+            them at each call (dynamic).
     """
     model = ir.load(source / GRAPH_FILE)
-    untie(model.graph)
-    products = [node for node in model.graph if node.op_type in PRODUCTS]
-    kept = [str(node.name) for node in excluded(products, quantization.exclude)]
+    untie_embedding(model.graph)
+    matmuls = [node for node in model.graph if node.op_type in MATMUL_OPERATORS]
+    kept = [str(node.name) for node in excluded(matmuls, quantization.exclude)]
     with TemporaryDirectory(dir=target) as folder:
         plain = Path(folder) / GRAPH_FILE
         ir.save(model, plain, external_data=f"{GRAPH_FILE}.data")
         options = {
-            "op_types_to_quantize": list(PRODUCTS),
+            "op_types_to_quantize": list(MATMUL_OPERATORS),
             "nodes_to_exclude": kept,
             "per_channel": True,
             "weight_type": QuantType.QInt8,
@@ -41,7 +45,9 @@ def quantize_int8(source: Path, target: Path, quantization: Quantization, calibr
         }
         if calibrated:
             assert quantization.windows is not None
-            reader = Reader(feeds_of(onnx.load(plain, load_external_data=False), quantization.windows.ids.numpy()))
+            reader = CalibrationReader(
+                calibration_inputs(onnx.load(plain, load_external_data=False), quantization.windows.ids.numpy())
+            )
             quantize_static(
                 plain, target / GRAPH_FILE, reader, QuantFormat.QDQ, activation_type=QuantType.QUInt8, **options
             )

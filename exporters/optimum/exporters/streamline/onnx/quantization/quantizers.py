@@ -1,6 +1,7 @@
-"""Quantizing an exported graph: one table of ways, onnxruntime's own quantizers behind each.
+"""The table of quantizers for an ONNX graph; each calls a quantizer of onnxruntime.
 
-What goes in is a folder with a float graph that was proved equal to torch; what comes out is another graph file.
+A quantizer reads a folder with a float32 graph that was compared with torch, and writes the quantized graph to another
+folder.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from .settings import NONE, Quantization
 
 @dataclass(frozen=True)
 class GraphQuantizer:
-    """One way to quantize.
+    """A quantizer for an ONNX graph.
 
     Args:
-        run: Quantizes the graph in one folder into another.
-        text: What it does, for a user who chooses.
-        calibrated: Whether it needs text.
+        run: The function that quantizes; it takes the folder to read, the folder to write, and the settings.
+        description: One line for the user.
+        calibrated: Whether it needs calibration text.
     """
 
     run: Callable[[Path, Path, Quantization], None]
-    text: str
+    description: str
     calibrated: bool = False
 
 
@@ -48,36 +49,48 @@ def _int8(calibrated: bool) -> Callable[[Path, Path, Quantization], None]:
 
 
 GRAPH_QUANTIZERS: dict[str, GraphQuantizer] = {
-    "int8": GraphQuantizer(_int8(calibrated=False), "weights in 8 bits, activations too, scaled as they come"),
-    "int8-static": GraphQuantizer(
-        _int8(calibrated=True), "the same, activations scaled by what text gave (QDQ)", calibrated=True
+    "int8": GraphQuantizer(
+        _int8(calibrated=False), "weights and activations in 8 bits, activation scales computed at run time"
     ),
-    "int4": GraphQuantizer(_int4("rtn"), "weights in 4 bits, blocks of 32 rounded to nearest (MatMulNBits)"),
-    "int4-hqq": GraphQuantizer(_int4("hqq"), "the same, offsets chosen by half-quadratic optimization"),
+    "int8-static": GraphQuantizer(
+        _int8(calibrated=True),
+        "weights and activations in 8 bits, activation scales from calibration text (QDQ)",
+        calibrated=True,
+    ),
+    "int4": GraphQuantizer(_int4("rtn"), "weights in 4 bits, blocks of 32, rounded to nearest (MatMulNBits)"),
+    "int4-hqq": GraphQuantizer(
+        _int4("hqq"), "weights in 4 bits, blocks of 32, offsets by half-quadratic quantization (HQQ)"
+    ),
     "int4-gptq": GraphQuantizer(
-        _int4("gptq"), "the same, weights rounded by what they do to text (GPTQ)", calibrated=True
+        _int4("gptq"), "weights in 4 bits, blocks of 32, rounded by their effect on calibration text (GPTQ)", True
     ),
 }
+"""The quantizers for ONNX graphs, by name."""
 
 
-def check_quantization(how: str, dtype: str) -> GraphQuantizer:
-    """The way of this name, if it can be used.
+def check_quantizer(name: str, dtype: str) -> GraphQuantizer:
+    """Look up a quantizer, and check that it takes a graph of this dtype.
+
+    Args:
+        name: A key of `GRAPH_QUANTIZERS`.
+        dtype: The dtype of the export: `fp32`, `fp16` or `bf16`.
 
     Raises:
-        StreamlineError: there is none, or not for this dtype.
+        StreamlineError: there is no such quantizer, or the dtype is not `fp32`.
     """
-    if how not in GRAPH_QUANTIZERS:
-        raise StreamlineError(f"quantize {how!r}: unknown; one of {', '.join((NONE, *GRAPH_QUANTIZERS))}")
+    if name not in GRAPH_QUANTIZERS:
+        raise StreamlineError(f"quantize {name!r}: unknown; one of {', '.join((NONE, *GRAPH_QUANTIZERS))}")
     if dtype != "fp32":
-        raise StreamlineError(f"quantize {how!r}: starts from dtype 'fp32', not {dtype!r}")
-    return GRAPH_QUANTIZERS[how]
+        raise StreamlineError(f"quantize {name!r}: starts from dtype 'fp32', not {dtype!r}")
+    return GRAPH_QUANTIZERS[name]
 
 
 def weight_bytes(folder: Path, active_share: float = 1.0) -> int:
-    """Bytes of the weights in `folder` that a token is multiplied by: all but the tables that it is looked up in.
+    """The bytes of weights that one decode step reads: all weights except tables that are only looked up.
 
     Args:
-        active_share: The share of the experts that a token goes through.
+        folder: The folder of the graph.
+        active_share: For a mixture of experts: the share of the experts that a token is routed to, from 0 to 1.
     """
     import onnx_ir as ir
 

@@ -1,4 +1,4 @@
-"""How a graph is to be quantized: the quantizer, what stays in float, and the calibration text."""
+"""The settings of a quantization: the quantizer, the modules that stay in float, and the calibration text."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Quantization:
-    """How to quantize.
+    """The settings of a quantization.
 
     Args:
-        how: A key of `GRAPH_QUANTIZERS`.
-        exclude: What to leave in float: numbers of the checkpoint's layers, and names of modules as `lm_head` or
+        quantizer: A key of `GRAPH_QUANTIZERS`, for an engine of `ENGINE_QUANTIZERS`.
+        exclude: The modules to leave in float: layer indices of the checkpoint, or module names such as `lm_head` and
             `*.mlp.down_proj`.
-        windows: Text to calibrate on, for a way that does.
+        windows: The calibration text, `[windows, length]` tokens; `None` for a quantizer that needs none.
     """
 
-    how: str
+    quantizer: str
     exclude: Sequence[str] = ()
     windows: Windows | None = None

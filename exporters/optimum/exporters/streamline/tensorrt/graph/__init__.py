@@ -1,5 +1,8 @@
-"""The ONNX graph that TensorRT reads: the form it needs, rules it must keep, its quantization, its inputs, and a
-runner that checks it without a GPU.
+"""The ONNX graph that TensorRT builds an engine from.
+
+`graph_rules.py` checks that TensorRT takes a graph. `quantize.py` quantizes it. `engine_inputs.py` makes its inputs,
+and `reference_runner.py` runs it on a CPU. `growing_cache.py` converts a finished ONNX export for ONNX Runtime's
+TensorRT provider.
 """
 
 __all__ = ["engine_inputs", "graph_rules", "growing_cache", "quantize", "quantizers", "reference_runner"]

@@ -1,7 +1,8 @@
-"""What TensorRT would refuse, or worse, take and compute otherwise: rules that a graph is held to before any builder.
+"""Check a graph against the rules of TensorRT, before any builder reads it.
 
-Each rule comes of a fault that was met: an operator that is said to be supported and then is not, an input that the
-parser drops in silence, an attention that it computes another way.
+A graph that breaks a rule would be refused by TensorRT, or accepted and computed differently. Each rule comes from a
+fault that we met: an operator that TensorRT reports as supported but cannot build, an input that its parser drops
+without a message, a form of attention that it computes differently.
 """
 
 from __future__ import annotations
@@ -51,16 +52,19 @@ OPERATORS = frozenset(
         "Unsqueeze",
     }
 )
-"""Those that engines have been built of; a further one is added with a test that builds an engine of it."""
+"""The operators that engines were built with. Add another one together with a test that builds an engine with it."""
 
-_ATTENTION_INPUTS = 4  # query, key, value, mask; further ones are a past, and the number of keys that are no padding
+_ATTENTION_INPUTS = 4  # query, key, value, mask; the others are past keys and values, and a count of valid keys
 
 
 def check_graph(model: ir.Model) -> None:
-    """Hold a graph with static caches to every rule.
+    """Check a graph with static caches against every rule.
+
+    Args:
+        model: The graph, with public names.
 
     Raises:
-        StreamlineError: naming the node, input or output, and the rule.
+        StreamlineError: the graph breaks a rule; names the node, input or output, and the fault.
     """
     for rule in RULES:
         for fault in rule(model.graph):
@@ -68,41 +72,41 @@ def check_graph(model: ir.Model) -> None:
 
 
 def _opset(graph: ir.Graph) -> Iterator[str]:
-    """A later opset's operators fall back to others, an earlier one has no `TensorScatter`."""
+    """The opset must be `OPSET`: earlier ones lack `TensorScatter`, and TensorRT decomposes operators of later ones."""
     for domain, version in graph.opset_imports.items():
         if domain not in ("", "ai.onnx"):
-            yield f"its graph has operators of {domain!r}, and only those of the standard are taken"
+            yield f"its graph has operators of {domain!r}, only standard ONNX operators are supported"
         elif version != OPSET:
-            yield f"its graph is of opset {version}, not {OPSET}"
+            yield f"its graph has opset {version}, not {OPSET}"
 
 
 def _operators(graph: ir.Graph) -> Iterator[str]:
-    """`supports_operator` says yes to operators that then fail: these are known not to."""
+    """Only operators that were tested: TensorRT's `supports_operator` accepts operators that then fail to build."""
     for node in graph:
         if node.domain not in ("", "ai.onnx") or node.op_type not in OPERATORS:
             yield f"{node.name or node.op_type}: operator {node.op_type} is not among those that engines are built of"
 
 
 def _attention(graph: ir.Graph) -> Iterator[str]:
-    """The parser drops what masks but the mask, and refuses the rest of what `Attention` may have."""
+    """`Attention` must mask by its mask input alone: the parser ignores other ways to mask, and refuses the rest."""
     for node in graph:
         if node.op_type != "Attention":
             continue
-        given = [place for place, value in enumerate(node.inputs) if value is not None]
-        if len(given) < _ATTENTION_INPUTS:
+        present = [index for index, value in enumerate(node.inputs) if value is not None]
+        if len(present) < _ATTENTION_INPUTS:
             yield f"{node.name}: Attention has no mask"
-        if max(given) >= _ATTENTION_INPUTS:
-            yield f"{node.name}: Attention has an input beyond the mask ({node.inputs[max(given)].name})"  # type: ignore[union-attr]
+        if max(present) >= _ATTENTION_INPUTS:
+            yield f"{node.name}: Attention has an input after the mask ({node.inputs[max(present)].name})"  # type: ignore[union-attr]
         if node.attributes.get_int("is_causal", 0):
-            yield f"{node.name}: Attention is causal beside its mask"
+            yield f"{node.name}: Attention has is_causal in addition to its mask"
         if node.attributes.get_float("softcap", 0.0):
-            yield f"{node.name}: Attention caps its scores"
+            yield f"{node.name}: Attention has a softcap"
         if len([value for value in node.outputs if value.uses() or value.is_graph_output()]) > 1:
             yield f"{node.name}: Attention has more than one output"
 
 
 def _inputs_are_read(graph: ir.Graph) -> Iterator[str]:
-    """An input that the parser drops changes nothing, and nothing says so."""
+    """An output must depend on each input: the parser drops any other input without a message."""
     reached = _reaching_an_output(graph)
     for value in graph.inputs:
         if value not in reached:
@@ -118,31 +122,31 @@ def _reaching_an_output(graph: ir.Graph) -> set[ir.Value]:
 
 
 def _axes(graph: ir.Graph) -> Iterator[str]:
-    """Rows and new tokens vary, nothing else; and the name of an axis is no number, which the parser takes for one."""
+    """Only the batch and sequence axes may vary; and an axis whose name is a number is read as that number."""
     for value in (*graph.inputs, *graph.outputs):
         if value.shape is None:
             yield f"{value.name} has no shape"
             continue
-        for place, axis in enumerate(value.shape):
+        for index, axis in enumerate(value.shape):
             name = axis.value if isinstance(axis, ir.SymbolicDim) else None
             if isinstance(axis, int) or name in (BATCH, SEQUENCE):
                 continue
-            said = "is named by a number" if name is not None and name.isdigit() else "must be a number"
-            yield f"{value.name}: axis {place}, {name!r}, {said}"
+            fault = "has a number for a name" if name is not None and name.isdigit() else "must have a fixed size"
+            yield f"{value.name}: axis {index}, {name!r}, {fault}"
 
 
 def _caches(graph: ir.Graph) -> Iterator[str]:
-    """What a cache becomes lies where it was: it has its shape and type, and is written by `TensorScatter` alone."""
-    for written, read in aliases(graph).items():
+    """Each cache output must be able to share memory with its input: `TensorScatter`, same shape, same type."""
+    for written, read in cache_aliases(graph).items():
         node = written.producer()
         if node is None or node.op_type != "TensorScatter" or node.inputs[0] is not read:
-            yield f"{written.name} is not {read.name} with new tokens written into it"
+            yield f"{written.name} is not a TensorScatter of new tokens into {read.name}"
         elif written.shape != read.shape or written.dtype != read.dtype:
-            yield f"{written.name} is {written.dtype}{written.shape}, and {read.name} {read.dtype}{read.shape}"
+            yield f"{written.name} is {written.dtype}{written.shape}, but {read.name} is {read.dtype}{read.shape}"
 
 
-def aliases(graph: ir.Graph) -> dict[ir.Value, ir.Value]:
-    """The cache outputs, each with the input that it lies in the place of."""
+def cache_aliases(graph: ir.Graph) -> dict[ir.Value, ir.Value]:
+    """Each cache output of a graph with static caches, with the cache input whose memory it shares."""
     inputs = {str(value.name): value for value in graph.inputs}
     named = {value: str(value.name).replace("present.", "past_key_values.") for value in graph.outputs}
     return {value: inputs[name] for value, name in named.items() if name != value.name and name in inputs}

@@ -1,8 +1,8 @@
-"""Quantizing the graph of an engine: `QuantizeLinear` and `DequantizeLinear` around products, as TensorRT reads them.
+"""Quantize the graph of an engine: insert `QuantizeLinear` and `DequantizeLinear` around matmuls, as TensorRT expects.
 
-Weights are held quantized; what multiplies them passes through both operators, on scales that text gave, or stays
-float. The builder makes of each such group one product of narrow numbers. Only standard operators: what the graph then
-computes can be computed by ONNX Runtime's CPU, too.
+Each quantized weight is stored as integers or 8-bit floats and passes through `DequantizeLinear`. For a calibrated
+quantizer the activation passes through both operators, with a scale from calibration text. The builder fuses each such
+group into one low-precision matmul. All operators are standard ONNX, so ONNX Runtime on a CPU can run the graph too.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from onnxruntime.quantization import CalibrationMethod
 from onnxruntime.quantization.calibrate import create_calibrator
 
 from optimum.exporters.streamline.graph_files import GRAPH_FILE
-from optimum.exporters.streamline.onnx.quantization.calibration_inputs import Feeds, Reader
+from optimum.exporters.streamline.onnx.quantization.calibration_inputs import CalibrationReader, InputArrays
 from optimum.exporters.streamline.onnx.quantization.settings import Quantization
-from optimum.exporters.streamline.rewriting.edits import initializer, sizes
+from optimum.exporters.streamline.rewriting.edits import initializer, static_shape
 from optimum.exporters.streamline.rewriting.excluded_nodes import excluded, module_of
-from optimum.exporters.streamline.rewriting.fuse_for_ort import is_product, split_biases
+from optimum.exporters.streamline.rewriting.fuse_for_ort import is_weight_matmul, split_biases
 from optimum.exporters.streamline.rewriting.public_names import MaskInput
-from optimum.exporters.streamline.rewriting.to_float32 import write_widened
+from optimum.exporters.streamline.rewriting.to_float32 import write_float32
 from optimum.streamline.errors import StreamlineError
 
 from .quantizers import ENGINE_QUANTIZERS, EngineQuantizer
@@ -34,134 +34,141 @@ from .reference_runner import StaticOnnxRunner
 
 WEIGHTS_FILE = f"{GRAPH_FILE}.data"
 
-_LEAST = float(np.finfo(np.float16).tiny)  # of a largest number: a scale must not be 0
-_NUMBERS = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn), "int4": np.dtype(ml_dtypes.int4)}
+_MIN_RANGE = float(np.finfo(np.float16).tiny)  # the least value of a largest absolute number: a scale must not be 0
+_DTYPES = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn), "int4": np.dtype(ml_dtypes.int4)}
 
 
 def quantize_engine_graph(source: Path, target: Path, quantization: Quantization, masks: Sequence[MaskInput]) -> None:
-    """Quantize the graph in the folder `source` into `target`.
+    """Quantize the graph in the folder `source` into the folder `target`.
 
-    The output projection stays float where it is the embedding.
+    An output projection that is tied to the embedding stays in float.
 
     Args:
-        quantization: Its way is one of `ENGINE_QUANTIZERS`; a calibrated one needs text.
-        masks: The graph's inputs that are masks.
+        source: The folder of the graph, which has static caches.
+        target: The folder to write into.
+        quantization: The settings; the quantizer is a key of `ENGINE_QUANTIZERS`, and a calibrated one needs windows.
+        masks: The graph's mask inputs.
 
     Raises:
-        StreamlineError: a product cannot be quantized so.
+        StreamlineError: the quantizer does not take the input width of a matmul.
     """
-    way, numbers = ENGINE_QUANTIZERS[quantization.how], _NUMBERS[quantization.how]
+    quantizer, dtype = ENGINE_QUANTIZERS[quantization.quantizer], _DTYPES[quantization.quantizer]
     model = ir.load(source / GRAPH_FILE)
     split_biases(model.graph)
-    products = [node for node in model.graph if is_product(node)]
-    kept = excluded(products, quantization.exclude)
-    products = [node for node in products if node not in kept]
-    _check_blocks(products, quantization.how)
-    ranges = _ranges(model, quantization, masks, target) if way.calibrated else {}
-    for node in products:
-        if way.calibrated:
-            _quantize_activation(model.graph, node, ranges, way, numbers)
-        _quantize_weight(model.graph, node, way, numbers)
+    matmuls = [node for node in model.graph if is_weight_matmul(node)]
+    kept = excluded(matmuls, quantization.exclude)
+    matmuls = [node for node in matmuls if node not in kept]
+    _check_blocks(matmuls, quantization.quantizer)
+    ranges = _ranges(model, quantization, masks, target) if quantizer.calibrated else {}
+    for node in matmuls:
+        if quantizer.calibrated:
+            _quantize_activation(model.graph, node, ranges, quantizer, dtype)
+        _quantize_weight(model.graph, node, quantizer, dtype)
     ir.save(model, target / GRAPH_FILE, external_data=WEIGHTS_FILE)
     _quantized.cache_clear()
 
 
-def _check_blocks(products: Sequence[ir.Node], how: str) -> None:
-    block = ENGINE_QUANTIZERS[how].block
-    for node in products:
-        depth = sizes(node.inputs[1])[0]
+def _check_blocks(matmuls: Sequence[ir.Node], quantizer: str) -> None:
+    block = ENGINE_QUANTIZERS[quantizer].block
+    for node in matmuls:
+        depth = static_shape(node.inputs[1])[0]
         if block and depth % block:
             raise StreamlineError(
-                f"quantize {how!r}: {module_of(node)} multiplies {depth} numbers, which are not whole blocks of "
-                f"{block}; quantize-exclude it, or use another way"
+                f"quantize {quantizer!r}: {module_of(node)} has an input width of {depth}, no multiple of the block "
+                f"size {block}; quantize-exclude it, or use another quantizer"
             )
 
 
 def _ranges(model: ir.Model, quantization: Quantization, masks: Sequence[MaskInput], scratch: Path) -> dict[str, float]:
-    """The largest absolute number that text gives, of each value that a product reads."""
+    """The largest absolute number on the calibration text, of each value that a matmul reads, by its name."""
     assert quantization.windows is not None
     with TemporaryDirectory(dir=scratch) as folder:
-        narrow, wide = Path(folder) / "narrow", Path(folder) / "wide"
-        for each in (narrow, wide):
+        as_exported, as_float32 = Path(folder) / "exported", Path(folder) / "float32"
+        for each in (as_exported, as_float32):
             each.mkdir()
-        ir.save(model, narrow / GRAPH_FILE, external_data=WEIGHTS_FILE)
-        write_widened(narrow / GRAPH_FILE, wide / GRAPH_FILE)
+        ir.save(model, as_exported / GRAPH_FILE, external_data=WEIGHTS_FILE)
+        write_float32(as_exported / GRAPH_FILE, as_float32 / GRAPH_FILE)
         calibrator = create_calibrator(
-            wide / GRAPH_FILE,
+            as_float32 / GRAPH_FILE,
             ["MatMul"],
             str(Path(folder) / "augmented.onnx"),
             CalibrationMethod.MinMax,
             use_external_data_format=True,
         )
-        calibrator.collect_data(Reader(_prompts(wide, masks, quantization.windows.ids.numpy())))
-        found = calibrator.compute_data().data
-        return {name: float(np.abs(each.range_value).max()) for name, each in found.items()}
+        calibrator.collect_data(CalibrationReader(_prompts(as_float32, masks, quantization.windows.ids.numpy())))
+        ranges = calibrator.compute_data().data
+        return {name: float(np.abs(each.range_value).max()) for name, each in ranges.items()}
 
 
-def _prompts(folder: Path, masks: Sequence[MaskInput], windows: npt.NDArray[np.int64]) -> Iterator[Feeds]:
+def _prompts(folder: Path, masks: Sequence[MaskInput], windows: npt.NDArray[np.int64]) -> Iterator[InputArrays]:
     runner = StaticOnnxRunner(folder, masks)
     for window in windows:
-        yield runner.prompt_feeds(window[None])
+        yield runner.prompt_inputs(window[None])
 
 
 def _quantize_activation(
-    graph: ir.Graph, node: ir.Node, ranges: Mapping[str, float], way: EngineQuantizer, numbers: np.dtype
+    graph: ir.Graph, node: ir.Node, ranges: Mapping[str, float], quantizer: EngineQuantizer, dtype: np.dtype
 ) -> None:
-    read, weight = node.inputs
-    assert read is not None
+    """Let the activation that a matmul reads pass through `QuantizeLinear` and `DequantizeLinear`, once per value."""
+    activation, weight = node.inputs
+    assert activation is not None
     assert weight is not None
-    quantized = next((use.node for use in read.uses() if use.node.op_type == "QuantizeLinear"), None)
-    if quantized is None:  # the first of the products that read the same
+    quantize = next((use.node for use in activation.uses() if use.node.op_type == "QuantizeLinear"), None)
+    if quantize is None:  # the first matmul that reads this value
         assert weight.dtype is not None
-        step = max(ranges[str(read.name)], _LEAST) / way.most
-        scale = initializer(graph, ir.tensor(np.asarray(step, weight.dtype.numpy()), name=f"{read.name}_scale"))
-        zero = initializer(graph, ir.tensor(np.zeros((), numbers), name=f"zero_{numbers.name}"))
-        quantized = ir.node("QuantizeLinear", [read, scale, zero], name=f"{module_of(node)}/QuantizeLinear")
-        back = ir.node("DequantizeLinear", [quantized.outputs[0], scale, zero], name=f"{module_of(node)}/Dequantize")
-        back.outputs[0].type = read.type
-        graph.insert_before(node, [quantized, back])
-    [back_use] = quantized.outputs[0].uses()
-    node.replace_input_with(0, back_use.node.outputs[0])
+        step = max(ranges[str(activation.name)], _MIN_RANGE) / quantizer.largest
+        scale = initializer(graph, ir.tensor(np.asarray(step, weight.dtype.numpy()), name=f"{activation.name}_scale"))
+        zero = initializer(graph, ir.tensor(np.zeros((), dtype), name=f"zero_{dtype.name}"))
+        quantize = ir.node("QuantizeLinear", [activation, scale, zero], name=f"{module_of(node)}/QuantizeLinear")
+        inputs = [quantize.outputs[0], scale, zero]
+        dequantize = ir.node("DequantizeLinear", inputs, name=f"{module_of(node)}/Dequantize")
+        dequantize.outputs[0].type = activation.type
+        graph.insert_before(node, [quantize, dequantize])
+    [dequantize_use] = quantize.outputs[0].uses()
+    node.replace_input_with(0, dequantize_use.node.outputs[0])
 
 
-def _quantize_weight(graph: ir.Graph, node: ir.Node, way: EngineQuantizer, numbers: np.dtype) -> None:
+def _quantize_weight(graph: ir.Graph, node: ir.Node, quantizer: EngineQuantizer, dtype: np.dtype) -> None:
+    """Replace the weight of a matmul by its quantized values and a `DequantizeLinear`."""
     weight = node.inputs[1]
     assert weight is not None
     assert weight.dtype is not None
-    depth, width = sizes(weight)
-    shape = [depth // way.block, width] if way.block else [width]
-    options = {"axis": 0, "block_size": way.block} if way.block else {"axis": 1}
-    read = partial(_part, weight, way, numbers)
+    depth, width = static_shape(weight)
+    block = quantizer.block
+    shape = [depth // block, width] if block else [width]
+    options = {"axis": 0, "block_size": block} if block else {"axis": 1}
+    read = partial(_part, weight, quantizer, dtype)
     parts = [
-        ir.LazyTensor(partial(read, 0), dtype=ir.DataType.from_numpy(numbers), shape=ir.Shape([depth, width]),
+        ir.LazyTensor(partial(read, 0), dtype=ir.DataType.from_numpy(dtype), shape=ir.Shape([depth, width]),
                       name=f"{weight.name}_quantized"),
         ir.LazyTensor(partial(read, 1), dtype=weight.dtype, shape=ir.Shape(shape), name=f"{weight.name}_scale"),
     ]  # fmt: skip
     values = [initializer(graph, part) for part in parts]
-    back = ir.node("DequantizeLinear", values, options, name=f"{module_of(node)}/DequantizeLinear")
-    back.outputs[0].type, back.outputs[0].shape = weight.type, weight.shape
-    graph.insert_before(node, back)
-    node.replace_input_with(1, back.outputs[0])
+    dequantize = ir.node("DequantizeLinear", values, options, name=f"{module_of(node)}/DequantizeLinear")
+    dequantize.outputs[0].type, dequantize.outputs[0].shape = weight.type, weight.shape
+    graph.insert_before(node, dequantize)
+    node.replace_input_with(1, dequantize.outputs[0])
     if not weight.uses():
         del graph.initializers[str(weight.name)]
 
 
-def _part(weight: ir.Value, way: EngineQuantizer, numbers: np.dtype, place: int) -> ir.TensorProtocol:
-    return ir.tensor(_quantized(weight, way, numbers)[place])
+def _part(weight: ir.Value, quantizer: EngineQuantizer, dtype: np.dtype, index: int) -> ir.TensorProtocol:
+    return ir.tensor(_quantized(weight, quantizer, dtype)[index])
 
 
-@lru_cache(maxsize=1)  # the numbers of a weight are written first and its scales right after
+@lru_cache(maxsize=1)  # saving the graph asks for a weight's values and right after for its scales
 def _quantized(
-    weight: ir.Value, way: EngineQuantizer, numbers: np.dtype
+    weight: ir.Value, quantizer: EngineQuantizer, dtype: np.dtype
 ) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]:
-    """The numbers `[K, N]` of a weight, and their scales `[N]` or `[K / block, N]`."""
+    """The quantized values `[K, N]` of a weight `[K, N]`, and their scales `[N]` or `[K / block, N]`."""
     assert weight.const_value is not None
     array = weight.const_value.numpy()
     depth, width = array.shape
-    blocks = array.astype(np.float32).reshape(-1, way.block or depth, width)
+    blocks = array.astype(np.float32).reshape(-1, quantizer.block or depth, width)
     largest = np.abs(blocks).max(axis=1, keepdims=True)
-    # Rounded as it is held: numbers are then to the steps that they will be multiplied by.
-    scales = (np.maximum(largest, _LEAST) / way.most).astype(array.dtype)
-    steps = np.clip(blocks / scales.astype(np.float32), -way.most, way.most)
-    whole = steps if numbers == _NUMBERS["fp8"] else np.rint(steps)
-    return whole.reshape(depth, width).astype(numbers), scales.squeeze(1) if way.block else scales.reshape(width)
+    # Scales are rounded to their stored type first, so that values are rounded to multiples of the stored scales.
+    scales = (np.maximum(largest, _MIN_RANGE) / quantizer.largest).astype(array.dtype)
+    scaled = np.clip(blocks / scales.astype(np.float32), -quantizer.largest, quantizer.largest)
+    values = scaled if dtype == _DTYPES["fp8"] else np.rint(scaled)
+    flat_scales = scales.squeeze(1) if quantizer.block else scales.reshape(width)
+    return values.reshape(depth, width).astype(dtype), flat_scales

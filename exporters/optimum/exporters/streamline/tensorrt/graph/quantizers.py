@@ -1,4 +1,4 @@
-"""The ways to quantize an engine: one table. Imports nothing heavy: the command line reads it."""
+"""The table of quantizers for an engine. Its imports are cheap, because the command line reads it."""
 
 from __future__ import annotations
 
@@ -10,44 +10,56 @@ from optimum.streamline.errors import StreamlineError
 
 @dataclass(frozen=True)
 class EngineQuantizer:
-    """One way to quantize, always symmetric, which is all that TensorRT takes.
+    """A quantizer for an engine. It is symmetric (without zero points), because TensorRT takes no other.
 
     Args:
-        text: What it does, for a user who chooses.
-        most: The largest number that it can hold.
-        calibrated: Whether activations are quantized too, scaled by what text gave.
-        capability: The least compute capability, 89 for 8.9.
-        block: How many weights of a column share a scale; 0 for all of them.
+        description: One line for the user.
+        largest: The largest value of the quantized type.
+        calibrated: Whether it quantizes activations too, with scales from calibration text.
+        min_capability: The least compute capability of a GPU that has the type, as an integer: 89 for 8.9; 0 for all.
+        block: The number of weights of a column that share a scale; 0 for the whole column.
     """
 
-    text: str
-    most: float
+    description: str
+    largest: float
     calibrated: bool = False
-    capability: int = 0
+    min_capability: int = 0
     block: int = 0
 
 
 ENGINE_QUANTIZERS = {
-    "int8": EngineQuantizer("weights and activations in 8 bits, scaled by what text gave", 127, calibrated=True),
-    "fp8": EngineQuantizer(
-        "the same in 8-bit floats, which begin with compute capability 8.9", 448, True, capability=89
+    "int8": EngineQuantizer(
+        "weights and activations in 8 bits, activation scales from calibration text", 127, calibrated=True
     ),
-    "int4": EngineQuantizer("weights in 4 bits, blocks of 64 rounded to nearest", 7, block=64),
+    "fp8": EngineQuantizer(
+        "weights and activations in 8-bit floats, for GPUs of compute capability 8.9 or later",
+        448,
+        calibrated=True,
+        min_capability=89,
+    ),
+    "int4": EngineQuantizer("weights in 4 bits, blocks of 64, rounded to nearest", 7, block=64),
 }
+"""The quantizers for engines, by name."""
 
 
-def check_engine_quantizer(how: str, capabilities: Sequence[int]) -> EngineQuantizer:
-    """The way of this name, if GPUs of these compute capabilities have it.
+def check_engine_quantizer(name: str, capabilities: Sequence[int]) -> EngineQuantizer:
+    """Look up a quantizer, and check that GPUs of these compute capabilities support it.
+
+    Args:
+        name: A key of `ENGINE_QUANTIZERS`.
+        capabilities: The compute capabilities, 89 for 8.9.
 
     Raises:
-        StreamlineError: there is none, or one of them has not.
+        StreamlineError: there is no such quantizer, or one of the capabilities does not support it.
     """
-    if how not in ENGINE_QUANTIZERS:
-        raise StreamlineError(f"quantize {how!r}: not of an engine; one of {', '.join(('none', *ENGINE_QUANTIZERS))}")
-    way = ENGINE_QUANTIZERS[how]
+    if name not in ENGINE_QUANTIZERS:
+        known = ", ".join(("none", *ENGINE_QUANTIZERS))
+        raise StreamlineError(f"quantize {name!r}: unknown for format 'tensorrt'; one of {known}")
+    quantizer = ENGINE_QUANTIZERS[name]
     for capability in capabilities:
-        if capability < way.capability:
+        if capability < quantizer.min_capability:
             raise StreamlineError(
-                f"quantize {how!r}: compute capability {capability} has no such numbers; {way.capability} is the first"
+                f"quantize {name!r}: compute capability {capability} does not support it; it must be at least "
+                f"{quantizer.min_capability}"
             )
-    return way
+    return quantizer
