@@ -108,9 +108,8 @@ def pruned_reference(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
-    symbols = (
-        string.ascii_letters + string.digits + string.punctuation + "\u0120\u010a"
-    )  # also the byte-level space and newline
+    # The last two symbols are the byte-level forms of a space and a newline.
+    symbols = string.ascii_letters + string.digits + string.punctuation + "\u0120\u010a"
     vocabulary = {"<|endoftext|>": 0, "<pad>": 1, **{symbol: index + 2 for index, symbol in enumerate(symbols)}}
     vocabulary["th"] = len(vocabulary)
     backend = Tokenizer(models.BPE(vocabulary, [("t", "h")]))

@@ -121,9 +121,7 @@ def test_hidden_states_of_a_graph_are_those_of_torch(tmp_path: Path, architectur
     with torch.inference_mode():
         expected = model(token_ids(), output_hidden_states=True).hidden_states
     assert len(states) == len(expected)
-    for found, right in list(zip(states, expected, strict=True))[
-        :-1
-    ]:  # torch's last hidden state has the final norm applied
+    for found, right in list(zip(states, expected, strict=True))[:-1]:  # torch's last one has the final norm
         np.testing.assert_allclose(found, right.numpy(), atol=2e-5 * right.abs().max().item())
 
 

@@ -27,12 +27,8 @@ from tiny import tiny_model, token_ids
 pytestmark = pytest.mark.onnx
 
 OPTIONS = EngineOptions(max_batch=4, max_length=32, max_input=16)
-ARCHITECTURES = [
-    "llama",
-    "gpt2",
-    "qwen2",
-    "gemma2",
-]  # with and without rotary embeddings, grouped-query heads and sliding windows
+# With and without rotary embeddings, grouped-query heads, and sliding windows.
+ARCHITECTURES = ["llama", "gpt2", "qwen2", "gemma2"]
 
 
 def exported(folder: Path, architecture: str, dtype: str = "fp32", **options: Any) -> Path:

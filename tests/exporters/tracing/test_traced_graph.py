@@ -47,8 +47,8 @@ def test_nodes_are_named_by_their_module(exported):
 
 @pytest.mark.parametrize("case", CASES + DEAD_MLPS)
 def test_every_row_of_a_padded_batch_is_what_stock_transformers_computes_of_it_alone(exported, case):
-    # Neither the trace nor the comparison at export has these rows and lengths. The longest text is longer than the
-    # sliding window of gemma2.
+    # Neither the trace nor the comparison at export has these rows and lengths. The longest text is longer than
+    # gemma2's sliding window.
     lengths, steps = (13, 1, 9, 5), (4, 1, 1)
     export = exported(case)
     texts = [token_ids(1, length + sum(steps), seed=length).numpy() for length in lengths]
@@ -81,8 +81,7 @@ def test_every_row_of_a_padded_batch_is_what_stock_transformers_computes_of_it_a
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("pieces", [(1, 12), (3, 9, 1), (12, 1), (1,) * 13])
 def test_a_prompt_in_pieces_is_what_stock_transformers_computes_of_the_whole(exported, case, pieces):
-    # Some pieces are longer than the cache before them, some are longer than the sliding window of gemma2, and some have
-    # one token.
+    # Some pieces are longer than the cache before them, some longer than gemma2's sliding window, some have one token.
     export = exported(case)
     ids = token_ids(2, sum(pieces), seed=5).numpy()
     mask = (np.arange(len(ids[0])) >= np.array([[0], [2]])).astype(
