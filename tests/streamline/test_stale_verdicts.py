@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from transformers import AutoTokenizer
 
 from console import Outcome, optimum_cli
 from optimum.streamline import machine, run, validation
-from optimum.streamline.latency import Timing
 from optimum.streamline.report import Report
 from optimum.streamline.text import open_text
-from optimum.streamline.worker_pool import Job, Timed
+from optimum.streamline.worker_pool import Timed
 from reference import REFERENCE
+from timer import Timer
 from tiny import tiny_model
 
 Cli = Callable[..., Outcome]
@@ -28,16 +28,6 @@ WEIGHTS = "model.safetensors"
 RUN = ("run", "-m", "source", "out", "--layers", 3, "--calibration", "stdlib", "--samples", 2, "--length", 32)
 JUDGED = ("--eval-data", "eval.txt", "--eval-samples", 8, "--max-kl", 50)
 AGAIN = "report.json is there already, of these very files"
-
-
-class Timer:
-    """Stands in for the processes that time models, which take seconds to start, and counts how often it is asked."""
-
-    asked = 0
-
-    def __call__(self, jobs: Sequence[Job], *how: Any) -> list[Timed]:
-        self.asked += 1
-        return [Timed(Timing((2.0, 2.0), (1.0, 1.0)), 1) for _ in jobs]
 
 
 @pytest.fixture(scope="module")
