@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 from collections.abc import Iterator
@@ -12,6 +13,12 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-pages", action="store_true", help="write what the tests find into the pages in docs/")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of every later search for garbage: it stays, and there are a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +33,7 @@ def kept_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Equal models are traced once, whichever test and process asks first."""
     try:
         import optimum.exporters.streamline.tracing.build as build
-        from traces import keeping
+        from traces import keeping, read_operators_once
     except ImportError:  # of an environment without the extra `onnx`
         yield
         return
@@ -35,13 +42,5 @@ def kept_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "trace", keeping(build.trace, folder))
+        read_operators_once(patch)
         yield
-
-
-@pytest.fixture
-def traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a test that is about the tracing itself."""
-    import optimum.exporters.streamline.tracing.build as build
-    from optimum.exporters.streamline.tracing.trace import trace
-
-    monkeypatch.setattr(build, "trace", trace)

@@ -10,11 +10,14 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+import pytest
 import torch
+from torch.onnx._internal.exporter import _registration
 from transformers import PreTrainedModel
 
 Trace = Callable[[PreTrainedModel], ir.Model]
@@ -40,6 +43,12 @@ def keeping(trace: Trace, folder: Path) -> Trace:
         return graph
 
     return traced
+
+
+def read_operators_once(patch: pytest.MonkeyPatch) -> None:
+    """Let the tracer parse its library of operators once a process, which it does anew for each trace otherwise."""
+    library = _registration.onnxscript_apis
+    patch.setattr(library, "get_torchlib_ops", cache(library.get_torchlib_ops))
 
 
 def _mark_weights(graph: ir.Model) -> None:

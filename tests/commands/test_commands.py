@@ -311,7 +311,7 @@ def test_healing_that_would_be_passed_over_is_refused(cli: Cli, tmp_path: Path) 
     ("flags", "processes", "part"),
     [
         (("--heal-data", "no/such.txt"), 1, "'no/such.txt': no such file or folder"),
-        (("--heal-tokens", 10**8), 1, "too short for 1562500 windows of 64"),
+        (("--heal-data", "stdlib:eval", "--heal-tokens", 10**8), 1, "too short for 1562500 windows of 64"),
         (("--heal-tokens", 127), 1, "heal-tokens 127: must be at least two windows of 64 tokens, 128"),
         (("--method", "come-mp", "--heal-tokens", 256), 1, "3 windows to train on, too few for 4 trainings"),
         (("--heal-batch", 7), 2, "heal-batch 7: must be a multiple of the 2 processes"),

@@ -14,6 +14,7 @@ import pytest
 
 from optimum.streamline.errors import StreamlineError, WorkerError
 from optimum.streamline.evaluation.timing_processes import Job, Worker, time_alternating
+from optimum.streamline.runtime.opening import open_runner
 from tiny import tiny_model, token_ids
 
 TOKENS = token_ids(1, 14).numpy()
@@ -24,6 +25,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tiny")
     tiny_model().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def quick(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What a worker opens at once, for it needs no torch: a graph; without the extra `onnx`, the checkpoint."""
+    try:
+        from optimum.exporters.streamline import export_checkpoint
+
+        return export_checkpoint(checkpoint, tmp_path_factory.mktemp("graph") / "onnx").path
+    except StreamlineError:
+        return checkpoint
 
 
 def test_every_model_is_timed_in_every_round(checkpoint: str, tmp_path: Path) -> None:
@@ -38,13 +50,13 @@ def test_every_model_is_timed_in_every_round(checkpoint: str, tmp_path: Path) ->
     assert log.is_file()
 
 
-def test_peak_memory_is_not_the_parents(checkpoint: str) -> None:
+def test_peak_memory_is_not_the_parents(quick: str) -> None:
     burden = np.ones(1 << 28)  # 2 GiB that the worker never holds
-    (result,) = time_alternating([Job("a", checkpoint)], TOKENS, 10, rounds=1, warmup=0)
+    (result,) = time_alternating([Job("a", quick)], TOKENS, 10, rounds=1, warmup=0)
     assert result.peak_bytes < burden.nbytes / 2
 
 
-def test_chatter_on_stdout_does_not_reach_the_answers(checkpoint: str, tmp_path: Path) -> None:
+def test_chatter_on_stdout_does_not_reach_the_answers(quick: str, tmp_path: Path) -> None:
     # Whatever a worker imports may print, to Python's stream or to the file descriptor.
     (tmp_path / "sitecustomize.py").write_text(
         "import os, numpy\n"
@@ -60,7 +72,7 @@ def test_chatter_on_stdout_does_not_reach_the_answers(checkpoint: str, tmp_path:
             sys.executable,
             "-m",
             "optimum.streamline.evaluation.timing_worker",
-            json.dumps(Job("a", checkpoint).arguments()),
+            json.dumps(Job("a", quick).arguments()),
         ],
         input=json.dumps({"tokens": TOKENS[0].tolist(), "prompt_length": 10}) + "\n",
         capture_output=True,
@@ -69,7 +81,7 @@ def test_chatter_on_stdout_does_not_reach_the_answers(checkpoint: str, tmp_path:
         check=True,
     )
     ready, answer = (json.loads(line) for line in process.stdout.splitlines())
-    assert ready == {"runtime": "torch"}
+    assert ready == {"runtime": open_runner(quick).runtime}
     assert set(answer) == {"prefill_ms", "decode_ms", "peak_bytes"}
     assert "chatter in Python" in process.stderr
     assert "chatter below Python" in process.stderr
@@ -95,16 +107,16 @@ def test_a_worker_that_crashes_says_its_last_words(checkpoint: str) -> None:
     assert caught.value.exit_code == 1  # not 2: what it was given is not to blame
 
 
-def test_a_worker_that_is_killed_is_told_from_one_that_hangs(checkpoint: str) -> None:
-    with Worker(Job("candidate", checkpoint)) as worker:
+def test_a_worker_that_is_killed_is_told_from_one_that_hangs(quick: str) -> None:
+    with Worker(Job("candidate", quick)) as worker:
         worker.wait_ready()
         os.kill(worker.pid, signal.SIGKILL)
         with pytest.raises(WorkerError, match="ended with code -9"):
             worker.time_round(TOKENS, 10)
 
 
-def test_leaving_ends_the_process(checkpoint: str) -> None:
-    with Worker(Job("a", checkpoint)) as worker:
+def test_leaving_ends_the_process(quick: str) -> None:
+    with Worker(Job("a", quick)) as worker:
         worker.wait_ready()
     with pytest.raises(ProcessLookupError):
         os.kill(worker.pid, 0)

@@ -46,8 +46,20 @@ def refused(architecture: str, name: str) -> bool:
     return name == "linear" and architecture in POST_NORM
 
 
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+# Where layers differ most: on these every method is fast. On the others a method of each edit is that
+# `test_conformance.py` does not make there; the rest of the product is slow.
+DIFFERENT = {"llama", "gpt2", "gemma2", "qwen3_moe"}
+ELSEWHERE = {"average", "come", "linear"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        pytest.param(each, name, marks=() if each in DIFFERENT or name in ELSEWHERE else pytest.mark.slow)
+        for each in sorted(ARCHITECTURES)
+        for name in RECIPES
+    ],
+)
 def test_what_a_method_leaves_is_a_plain_checkpoint(architecture: str, name: str, tmp_path: Path) -> None:
     fields = NEIGHBOURS.get(architecture, {}) if name in MERGING else {}
     model, recipe, ids = tiny_model(architecture, **fields), make_recipe(RECIPES[name]), token_ids()

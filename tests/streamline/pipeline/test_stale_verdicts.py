@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ from transformers import AutoTokenizer
 
 from console import Outcome, optimum_cli
 from optimum.streamline.evaluation import validate
-from optimum.streamline.evaluation.latency import Timing
 from optimum.streamline.evaluation.results import Report
-from optimum.streamline.evaluation.timing_processes import Job, Timed
+from optimum.streamline.evaluation.timing_processes import Timed
 from optimum.streamline.pipeline import run
 from optimum.streamline.system import environment
 from optimum.streamline.text.sources import open_text
 from reference import REFERENCE
+from timer import Timer
 from tiny import tiny_model
 
 Cli = Callable[..., Outcome]
@@ -30,16 +30,6 @@ WEIGHTS = "model.safetensors"
 RUN = ("run", "-m", "source", "out", "--layers", 3, "--calibration", "stdlib", "--samples", 2, "--length", 32)
 JUDGED = ("--eval-data", "eval.txt", "--eval-samples", 8, "--max-kl", 50)
 AGAIN = "report.json is there already, of these very files"
-
-
-class Timer:
-    """Stands in for the processes that time models, which take seconds to start, and counts how often it is asked."""
-
-    asked = 0
-
-    def __call__(self, jobs: Sequence[Job], *how: Any) -> list[Timed]:
-        self.asked += 1
-        return [Timed(Timing((2.0, 2.0), (1.0, 1.0)), 1) for _ in jobs]
 
 
 @pytest.fixture(scope="module")

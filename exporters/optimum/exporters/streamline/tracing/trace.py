@@ -49,7 +49,9 @@ def trace(model: PreTrainedModel) -> ir.Model:
     inputs = _sample(model)
     shapes = _dynamic_shapes(model, inputs)
     config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, opset_version=OPSET, optimize=False)
-    program: ir.Model = OnnxExporter().export(model, inputs, config).program
+    # Where shapes are symbols, to remember what each operator gave costs more than to ask again: a fifth of the trace.
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        program: ir.Model = OnnxExporter().export(model, inputs, config).program
     weights = _take_weights(program.graph, {name for name, _ in model.named_parameters(remove_duplicate=False)})
     # These are the optimizations of torch.onnx. Meanwhile the weights are graph inputs, because they have no values
     # yet and no optimization may read them.
