@@ -18,7 +18,7 @@ from optimum.exporters.streamline.onnx.runner import OnnxRunner, token_inputs
 from optimum.exporters.streamline.rewriting import public_names
 from optimum.streamline.errors import ParityError, StreamlineError
 from optimum.streamline.text.windows import Windows
-from tiny import tiny_model, token_ids
+from tiny import token_ids, wide_model
 
 pytestmark = pytest.mark.onnx
 
@@ -101,7 +101,7 @@ def test_our_runner_is_given_all_logits_of_any_graph(exported, tmp_path, how):
 
 def test_the_command_quantizes_first(exported, tmp_path, monkeypatch, capsys):
     shutil.copytree(exported("llama").checkpoint, checkpoint := tmp_path / "checkpoint")  # for its tokenizer
-    tiny_model("llama", hidden_size=64, intermediate_size=64, num_hidden_layers=1).save_pretrained(checkpoint)
+    wide_model(num_hidden_layers=2).save_pretrained(checkpoint)
     words = ("--quantize", "int4-gptq", "--last-logits", "--samples", "2", "--length", "16")
     words += ("--calibration", "stdlib")
     assert (
@@ -124,8 +124,8 @@ def test_the_projection_reads_what_is_kept(last_only):
     assert logits.type.tensor_type.shape.dim[1].dim_value == 1
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_what_gives_other_logits_is_not_delivered(exported, tmp_path, monkeypatch, dtype):
+@pytest.mark.parametrize(("case", "dtype"), [("llama", "fp32"), ("fp16", "fp16")])
+def test_what_gives_other_logits_is_not_delivered(exported, tmp_path, monkeypatch, case, dtype):
     right = last_logits._kept_positions
 
     def one_too_early(graph, builder):
@@ -133,7 +133,7 @@ def test_what_gives_other_logits_is_not_delivered(exported, tmp_path, monkeypatc
 
     monkeypatch.setattr(last_logits, "_kept_positions", one_too_early)
     with pytest.raises(ParityError, match=r"last-logits: with num_logits_to_keep 0 a logit differs from the whole"):
-        export_checkpoint(str(exported("llama").checkpoint), tmp_path / "out", dtype=dtype, last_logits=True)
+        export_checkpoint(str(exported(case).checkpoint), tmp_path / "out", dtype=dtype, last_logits=True)
     assert not (tmp_path / "out").exists()
 
 

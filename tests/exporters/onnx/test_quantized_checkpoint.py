@@ -21,7 +21,7 @@ from optimum.streamline.runtime.opening import open_runner
 from optimum.streamline.scoring.similarity import measure_scores, scores_of
 from optimum.streamline.text.windows import read_windows
 from reference import LIBRARY, REFERENCE, VOCABULARY
-from tiny import token_ids, wide_model
+from tiny import tiny_model, token_ids, wide_model
 
 pytestmark = [pytest.mark.onnx, pytest.mark.quantizers]
 
@@ -114,7 +114,7 @@ def test_memory_cannot_be_bounded_where_weights_are_made_float(tmp_path: Path) -
     "architecture", ["llama", "gemma2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "opt"))]
 )
 def test_hidden_states_of_a_graph_are_those_of_torch(tmp_path: Path, architecture: str) -> None:
-    model = wide_model(architecture)
+    model = tiny_model(architecture)
     model.save_pretrained(tmp_path / "in")
     artifact = export_checkpoint(str(tmp_path / "in"), tmp_path / "out")
     states = open_hidden_states(artifact)(token_ids().numpy())
@@ -136,7 +136,7 @@ def test_layers_are_scored_in_a_quantized_graph(tmp_path: Path, how: str, least:
 
 
 def test_a_graph_whose_layers_are_no_parts_is_not_scored(tmp_path: Path) -> None:
-    wide_model(num_hidden_layers=1).save_pretrained(tmp_path / "in")
+    tiny_model().save_pretrained(tmp_path / "in")
     artifact = export_checkpoint(str(tmp_path / "in"), tmp_path / "out")
     unknown = Artifact(artifact.path, "onnx", "fp32", "", "", {}, ())
     with pytest.raises(StreamlineError, match="its hidden states cannot be read, the layers are not separable"):

@@ -126,6 +126,12 @@ def merged() -> PreTrainedModel:
     return model
 
 
+# How many caches each leaves.
+SHORTER = {pruned: 3, replaced: 3, replaced_by_mlp: 3, merged: 4}
+# Every edit in one dtype, and every dtype after one edit.
+FAST = {*((make, "fp16") for make in SHORTER), (pruned, "bf16"), (replaced, "int8")}
+
+
 @pytest.fixture(scope="module")
 def of_a_dense_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], EngineRecord]:
     @cache
@@ -135,8 +141,14 @@ def of_a_dense_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
     return export
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16", "int8"])
-@pytest.mark.parametrize(("make", "caches"), [(pruned, 3), (replaced, 3), (replaced_by_mlp, 3), (merged, 4)])
+@pytest.mark.parametrize(
+    ("make", "caches", "dtype"),
+    [
+        pytest.param(make, caches, dtype, marks=() if (make, dtype) in FAST else pytest.mark.slow)
+        for make, caches in SHORTER.items()
+        for dtype in ("fp16", "bf16", "int8")
+    ],
+)
 def test_fewer_layers_make_a_smaller_engine(
     of_a_dense_model, tmp_path: Path, make: Callable[[], PreTrainedModel], caches: int, dtype: str
 ) -> None:

@@ -169,7 +169,7 @@ def test_other_architectures_in_four_bits(architecture: str, products: int, tmp_
 
 
 def test_of_quantized_experts_a_token_reads_its_share(tmp_path: Path) -> None:
-    model = tiny_model("mixtral", num_hidden_layers=1)
+    model = tiny_model("mixtral")
     model.save_pretrained(tmp_path / "in")
     artifact = export_checkpoint(str(tmp_path / "in"), tmp_path / "out", quantize="int4")
     graph = onnx.load(tmp_path / "out" / "model.onnx").graph
@@ -188,7 +188,7 @@ def test_a_quantized_graph_that_gives_no_numbers_is_not_kept(tmp_path: Path, mon
                 tensor.CopyFrom(onnx.numpy_helper.from_array(np.full(32, np.nan, np.float32), tensor.name))
         onnx.save(model, target / "model.onnx")
 
-    tiny_model("llama", num_hidden_layers=1).save_pretrained(tmp_path / "checkpoint")
+    tiny_model().save_pretrained(tmp_path / "checkpoint")
     monkeypatch.setitem(GRAPH_QUANTIZERS, "int4", GraphQuantizer(quantize_to_nothing, "all of it nothing"))
     with pytest.raises(ParityError, match="prefill gives logits that are not finite"):
         export_checkpoint(str(tmp_path / "checkpoint"), tmp_path / "onnx", quantize="int4")
@@ -260,7 +260,7 @@ def test_what_it_was_calibrated_on_is_not_what_it_is_judged_on(
 
 
 def test_an_export_remembers_the_text_of_its_checkpoint(tmp_path: Path) -> None:
-    tiny_model("llama", num_hidden_layers=1).save_pretrained(tmp_path / "in")
+    tiny_model().save_pretrained(tmp_path / "in")
     record = {key: {} for key in RECORD_KEYS} | {"data": {"calibration": seen_text(calibration())}}
     (tmp_path / "in" / RECORD_FILE).write_text(json.dumps(record))
     export_checkpoint(str(tmp_path / "in"), tmp_path / "out")
