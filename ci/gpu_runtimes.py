@@ -16,7 +16,7 @@ import torch
 
 from gpu_cases import Plan, Shape, kept_layers
 from optimum.exporters.streamline import EngineOptions, export_checkpoint, open_artifact
-from optimum.exporters.streamline.onnx.quantization.quantizers import weight_bytes
+from optimum.exporters.streamline.graph_files import weight_bytes
 
 LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 ONNX = "onnxruntime"

@@ -19,8 +19,8 @@ from optimum.exporters.streamline.export_steps import (
     try_few_layers,
     write_companions,
 )
-from optimum.exporters.streamline.graph_files import GRAPH_FILE, WEIGHTS_FILE
-from optimum.exporters.streamline.onnx.quantization.quantizers import GRAPH_QUANTIZERS, check_quantizer, weight_bytes
+from optimum.exporters.streamline.graph_files import GRAPH_FILE, WEIGHTS_FILE, weight_bytes
+from optimum.exporters.streamline.onnx.quantization.quantizers import GRAPH_QUANTIZERS, check_quantizer
 from optimum.exporters.streamline.onnx.quantization.settings import NONE, Quantization
 from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.errors import ParityError, StreamlineError

@@ -18,8 +18,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from optimum.exporters.streamline.export_steps import DTYPES, LOG_FILE, check_config, try_few_layers, write_companions
-from optimum.exporters.streamline.graph_files import GRAPH_FILE, WEIGHTS_FILE
-from optimum.exporters.streamline.onnx.quantization.quantizers import weight_bytes
+from optimum.exporters.streamline.graph_files import GRAPH_FILE, WEIGHTS_FILE, weight_bytes
 from optimum.exporters.streamline.onnx.quantization.settings import NONE, Quantization
 from optimum.exporters.streamline.parity.calls import answer_with
 from optimum.exporters.streamline.parity.compare import TOLERANCES, check_finite, check_parity, measure_divergence
