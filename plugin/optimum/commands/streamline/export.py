@@ -43,14 +43,10 @@ class ExportCommand(Command):
         parser.add_argument(
             "--opset", type=int, metavar="N", help="Only 23 for onnx and 24 for tensorrt, which are the defaults."
         )
-        parser.add_argument(
-            "--dtype",
-            default="fp32",
-            help="Number type of the export: fp32, fp16, or bf16 (for onnx on device cuda only). (default: fp32)",
+        add_option(
+            parser, "dtype", choices="bf16 is for onnx on device cuda only.", default="fp32", told_default="fp32"
         )
-        parser.add_argument(
-            "--device", default="cpu", help="Where the export is compared with torch: cpu or cuda. (default: cpu)"
-        )
+        add_option(parser, "device", default="cpu")
         parser.add_argument(
             "--max-memory",
             metavar="SIZE",

@@ -63,20 +63,19 @@ def add_option(
         group: The parser, or a group of its flags.
         key: The flag's name with underscores.
         choices: Lines on the choices; left out, those of a recipe.
-        default: What `args` holds where the flag is not given. A flag of a recipe leaves no trace then, so that the
-            value of a recipe file, or the default, stands.
-        told_default: What the help calls the default, if it is not the recipe's.
-        required: Whether the flag must be given; then it has no default to tell.
+        default: Value of a flag that is not given. Without it `args` has no such attribute, so that the value of a
+            recipe file, or the recipe's default, stands.
+        told_default: The default for the help, if it is not the recipe's.
+        required: Whether the flag must be given.
     """
     option = OPTIONS[key]
-    lines = choices or _CHOICES.get(key, str)()
+    lines = choices or (_CHOICES[key]() if key in _CHOICES else "")
     text = option.option.help if required else option.help(told_default)
     text = "\n".join(line for line in (text, lines) if line).replace("%", "%%")
     if option.types == (bool,):
         group.add_argument(option.flag, default=default, action="store_true", help=text)
         return
-    kind = next((each for each in option.types if each in (int, float)), str)
-    kind = str if len(option.types) > 1 else kind
+    kind = option.types[0] if option.types in ((int,), (float,)) else str
     group.add_argument(option.flag, default=default, required=required, type=kind, help=text, metavar=_metavar(option))
 
 
@@ -93,7 +92,7 @@ def _method_lines() -> str:
 def _quantizer_lines() -> str:
     graphs = listed(texts_of(GRAPH_QUANTIZERS))
     return (
-        f"{NONE}, or of the checkpoint one of\n{listed(texts_of(QUANTIZERS))}\nor of the ONNX export one of\n{graphs}"
+        f"{NONE}, or for the checkpoint one of\n{listed(texts_of(QUANTIZERS))}\nor for the ONNX export one of\n{graphs}"
     )
 
 

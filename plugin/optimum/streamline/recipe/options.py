@@ -18,16 +18,16 @@ from optimum.streamline.errors import StreamlineError, shown
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """What an option says of itself beside its type, range and default.
+    """The part of an option's definition that its type, range and default do not hold.
 
     Args:
         help: What it does, in one or two sentences.
-        key: The flag's name with underscores, also a key of YAML and of Python; left out, the field's own name.
-        default: What happens where the option is left out and its default is `None`.
-        metavar: What stands for the value in the help; left out, it follows from the type.
+        key: The flag's name with underscores, also a key of YAML and of Python; if empty, the field's own name.
+        default: What the default `None` means, for the help.
+        metavar: The name of the value in the help; if empty, it follows from the type.
         pattern: A regular expression that a string must match as a whole.
-        form: What a value must look like, for the message about another.
-        commas: An example of a list written with commas; a list of YAML or Python is read as such a string.
+        form: What a value must look like, for the error message.
+        commas: An example of a list with commas, for an option that is one; YAML and Python may give a list instead.
     """
 
     help: str
@@ -41,7 +41,7 @@ class Option:
 
 @dataclasses.dataclass(frozen=True)
 class DefinedOption:
-    """One option of a recipe, with all that its definition says.
+    """One option of a recipe: its field, and its place in the recipe.
 
     Args:
         name: The field's name in its group.
@@ -49,7 +49,7 @@ class DefinedOption:
         group: The field of the recipe that holds the option; empty for an option of the recipe itself.
         annotation: The type with its range.
         default: The default.
-        option: What the option says of itself.
+        option: The rest of the definition.
     """
 
     name: str
@@ -66,14 +66,14 @@ class DefinedOption:
 
     @property
     def types(self) -> tuple[Any, ...]:
-        """The types of a value that is given: the annotation without its range and without `None`."""
+        """The types of a value: the annotation without its range and without `None`."""
         plain = get_args(self.annotation)[0]
         members = get_args(plain) if get_origin(plain) in (Union, types.UnionType) else (plain,)
         return tuple(each for each in members if each is not type(None))
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The values, where the type lists them."""
+        """The values, if the type lists them."""
         return tuple(each for kind in self.types if get_origin(kind) is Literal for each in get_args(kind))
 
     def checked(self, value: Any, name: str) -> Any:
@@ -94,7 +94,7 @@ class DefinedOption:
         """What the option does, its choices and its default, for the help of a command and for a docstring.
 
         Args:
-            default: What to call the default, where a command has another than the recipe.
+            default: The default of a command that has another than the recipe.
         """
         parts = [self.option.help]
         if self.choices:
@@ -107,7 +107,7 @@ class DefinedOption:
 
 def options_of(kind: type) -> tuple[DefinedOption, ...]:
     """The options of a recipe, or of one group, in the order of the definition."""
-    return _options_of(kind)
+    return _options_of(kind)  # mypy does not take every class for an argument of a cached function
 
 
 @cache

@@ -6,7 +6,6 @@ An option has two keys: its name in its group (`healing: {tokens: 100}`), and th
 
 from __future__ import annotations
 
-import dataclasses
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,7 +84,7 @@ def _options_under(key: Any, value: Any, origin: str) -> Iterator[tuple[DefinedO
         defaults = {each.name: each.default for each in options_of(group)}
         value = {name: each for name, each in vars(value).items() if each != defaults[name]}
     if group is not None and isinstance(value, dict):
-        names = {each.name: dataclasses.replace(each, group=key) for each in options_of(group)}
+        names = {each.name: OPTIONS[each.key] for each in options_of(group)}
         for name, each in value.items():
             if name not in names:
                 raise StreamlineError(f"{origin}: {key}: unknown key {shown(name)}; known are {', '.join(names)}")
@@ -93,9 +92,9 @@ def _options_under(key: Any, value: Any, origin: str) -> Iterator[tuple[DefinedO
     elif key in OPTIONS:
         yield OPTIONS[key], Given(value, key.replace("_", "-"), origin)
     elif group is not None:
-        names = {each.name: each for each in options_of(group)}
+        known = ", ".join(each.name for each in options_of(group))
         raise StreamlineError(
-            f"{origin}: {key} is {shown(value)}: must be options with their values; known are {', '.join(names)}"
+            f"{origin}: {key} is {shown(value)}: must be options with their values; known are {known}"
         )
     else:
         known = ", ".join(OPTIONS)

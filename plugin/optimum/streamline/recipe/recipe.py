@@ -192,11 +192,9 @@ class Calibration(CheckedOptions):
 @documented
 @dataclass(frozen=True)
 class Quantization(CheckedOptions):
-    """How the result is quantized."""
+    """How the result is quantized: the checkpoint, by bitsandbytes or torchao, or its ONNX export."""
 
-    quantizer: Annotated[
-        str, Option("Quantizer of the checkpoint, or, with format onnx, of the exported graph.", key="quantize")
-    ] = NONE
+    quantizer: Annotated[str, Option("Name of the quantizer.", key="quantize")] = NONE
     exclude: Annotated[
         str | None,
         Option(
@@ -265,8 +263,8 @@ class Budget(CheckedOptions):
 class Recipe(CheckedOptions):
     """One run, from text to verdict.
 
-    `parsing.make_recipe` makes one from the keys of YAML or Python: the groups with their options, or the name of any
-    flag with underscores.
+    `parsing.make_recipe` makes one from the keys of YAML or Python. An option's key is its name in its group, or the
+    name of its flag with underscores.
     """
 
     pruning: Pruning = field(default_factory=Pruning)
@@ -284,7 +282,7 @@ class Recipe(CheckedOptions):
             default="the original's for a checkpoint, fp32 for an export and for `validate`",
         ),
     ] = None
-    device: Annotated[Device, Option("Where the model is computed.")] = "cpu"
+    device: Annotated[Device, Option("Device that the model runs on.")] = "cpu"
     seed: Annotated[int, Option("Seed of everything random."), Ge(0), Lt(2**63)] = 0
 
     @property
