@@ -78,7 +78,7 @@ def test_what_the_architecture_cannot_have_is_no_candidate(architecture: str, na
     assert Auto().candidates(plain, model.config) == [name for name in names if "linear" not in name]
     assert plain.fingerprint != RECIPE.fingerprint
     healed = make_recipe({"method": "auto", "remove": 2})
-    assert healed.healing == ("distill",)
+    assert healed.resolved_trainings == ("distill",)
     assert Auto().candidates(healed, model.config) == [name for name in names if "linear" not in name]
 
 
