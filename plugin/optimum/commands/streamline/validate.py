@@ -56,14 +56,11 @@ class ValidateCommand(Command):
     @staticmethod
     def execute(args: Namespace, console: Console) -> int:
         """Run the command; returns its exit code."""
-        from optimum.streamline.checkpoints.loading import check_checkpoint, load_tokenizer, source_notes
-        from optimum.streamline.evaluation.contamination import refuse_seen_text
-        from optimum.streamline.evaluation.multiple_choice import read_questions
-        from optimum.streamline.evaluation.validate import compared_models_of, validate
+        from optimum.streamline.evaluation.validate import compared_models_of
+        from optimum.streamline.pipeline.validation import validate_models
         from optimum.streamline.reporting.files import write_report
         from optimum.streamline.reporting.text_forms import comparison_table
         from optimum.streamline.system.atomic_output import check_output
-        from optimum.streamline.text.windows import read_windows
 
         from .console import notifier
         from .inputs import model_source, note_bare_layers, recipe_of
@@ -71,28 +68,8 @@ class ValidateCommand(Command):
         recipe = recipe_of(args)
         check_output(args.output, args.overwrite)
         compared_models = compared_models_of(model_source(args, args.original), args.candidate)
-        configs = [check_checkpoint(compared.source, of_export=True) for compared in compared_models]
-        for compared, config in zip(compared_models, configs, strict=True):
-            for line in source_notes(compared.source, config):
-                console.print(f"{compared.label}: {line}", markup=False)
-        tokenizer = load_tokenizer(compared_models[0].source)
-        questions = read_questions(args.questions, tokenizer) if args.questions else None
-        how = (recipe.evaluation.samples, recipe.length, recipe.seed, configs[0].vocab_size, "eval")
-        windows = read_windows(recipe.evaluation.data, tokenizer, *how)
-        console.print(windows.line("evaluation"), markup=False)
-        for compared in compared_models[1:]:
-            refuse_seen_text(str(compared.source.folder), windows)
-        report = validate(
-            compared_models,
-            windows,
-            recipe.budget,
-            recipe.evaluation.judge,
-            questions=questions,
-            dtype=recipe.dtype or "fp32",
-            device=recipe.device,
-            seed=recipe.seed,
-            notify=notifier(console),
-            rounds=args.rounds,
+        report = validate_models(
+            compared_models, recipe, questions=args.questions, rounds=args.rounds, notify=notifier(console)
         )
         write_report(report, args.output)
         console.print(comparison_table(report))
