@@ -12,7 +12,7 @@ import numpy as np
 
 from optimum.streamline.evaluation.intervals import Interval, median_interval
 from optimum.streamline.evaluation.results import Interaction
-from optimum.streamline.reporting.interaction_wording import reading
+from optimum.streamline.reporting.interaction_wording import interaction_sentence
 from optimum.streamline.reporting.numbers import size
 
 PAGE = Path(__file__).parents[1] / "docs" / "quantization.md"
@@ -59,7 +59,7 @@ def _cells(found: list[Interaction]) -> list[str]:
     terms = [each.term for each in found if each.term is not None]
     by_seed = "; ".join(f"{term.value:+.4f} [{term.low:+.4f}, {term.high:+.4f}]" for term in terms)
     # Of each seed's sentence its meaning: how many nats it is about is in the column before.
-    readings = Counter(re.sub(r" [0-9.e-]+ nats a token", "", reading(each)) for each in found)
+    readings = Counter(re.sub(r" [0-9.e-]+ nats per token", "", interaction_sentence(each)) for each in found)
     return [*means, by_seed, "; ".join(f"{text} ({count} of {len(found)})" for text, count in readings.items())]
 
 

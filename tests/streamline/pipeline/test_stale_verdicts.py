@@ -18,7 +18,7 @@ from console import Outcome, optimum_cli
 from optimum.streamline.evaluation import validate
 from optimum.streamline.evaluation.latency import Timing
 from optimum.streamline.evaluation.results import Report
-from optimum.streamline.evaluation.timing_processes import Job, Timed
+from optimum.streamline.evaluation.timing_processes import Job, WorkerResult
 from optimum.streamline.pipeline import run
 from optimum.streamline.system import environment
 from optimum.streamline.text.sources import open_text
@@ -37,9 +37,9 @@ class Timer:
 
     asked = 0
 
-    def __call__(self, jobs: Sequence[Job], *how: Any) -> list[Timed]:
+    def __call__(self, jobs: Sequence[Job], *how: Any) -> list[WorkerResult]:
         self.asked += 1
-        return [Timed(Timing((2.0, 2.0), (1.0, 1.0)), 1) for _ in jobs]
+        return [WorkerResult(Timing((2.0, 2.0), (1.0, 1.0)), 1) for _ in jobs]
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_a_tampered_report_is_not_believed(cli: Cli, timer: Timer, kind: str) ->
     edit_report(REPORT_EDITS[kind])
     outcome = cli(*RUN, *JUDGED)
     assert (outcome.code, timer.asked) == (0, 1)
-    assert "not the report that was written: its digest is of other content; measuring anew" in outcome.out
+    assert "not the report that was written: its digest does not match its content; measuring anew" in outcome.out
     assert Report.from_json(Path("out/report.json").read_text()).rows == rows
 
 
@@ -233,7 +233,7 @@ def test_an_edited_page_is_written_as_the_report_has_it(cli: Cli, timer: Timer) 
 
 def test_validate_says_that_a_candidate_was_edited_since_it_was_made(cli: Cli) -> None:
     words = ("validate", "source", "out", "--eval-data", "eval.txt", "--eval-samples", 8, "--length", 32)
-    said = f"out: {WEIGHTS} {CHANGED}. Its figures are not of what that record describes."
+    said = f"out: {WEIGHTS} {CHANGED}. The record does not describe the model that was measured."
     assert "that record" not in cli(*words, "--output", "before").out
     edit_weights()
     outcome = cli(*words, "--output", "after")
@@ -248,7 +248,7 @@ def test_validate_says_that_a_candidate_was_edited_since_it_was_made(cli: Cli) -
 def test_a_model_that_changes_while_it_is_measured_is_refused(
     cli: Cli, timer: Timer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def edit_and_time(*how: Any) -> list[Timed]:
+    def edit_and_time(*how: Any) -> list[WorkerResult]:
         edit_weights(f"source/{WEIGHTS}")
         return timer(*how)
 

@@ -1,3 +1,3 @@
-"""What people read: the report as table, Markdown, HTML and plots, the model card, and `streamline.json`."""
+"""Everything for readers: reports as tables, Markdown, HTML and plots, the model card, and `streamline.json`."""
 
 __all__ = ["files", "html", "interaction_wording", "model_card", "numbers", "plots", "record", "text_forms", "wording"]
