@@ -12,7 +12,7 @@ import numpy as np
 
 from optimum.streamline.evaluation.intervals import Interval, median_interval
 from optimum.streamline.evaluation.results import Interaction
-from optimum.streamline.reporting.interaction_wording import reading
+from optimum.streamline.reporting.interaction_wording import interaction_sentence
 from optimum.streamline.reporting.numbers import size
 
 PAGE = Path(__file__).parents[1] / "docs" / "quantization.md"
@@ -60,7 +60,7 @@ def _cells(by_seed: list[Interaction]) -> list[str]:
     terms = [each.term for each in by_seed if each.term is not None]
     term_cell = "; ".join(f"{term.value:+.4f} [{term.low:+.4f}, {term.high:+.4f}]" for term in terms)
     # The number of nats is left out of each seed's sentence, because the column before has it.
-    readings = Counter(re.sub(r" [0-9.e-]+ nats a token", "", reading(each)) for each in by_seed)
+    readings = Counter(re.sub(r" [0-9.e-]+ nats per token", "", interaction_sentence(each)) for each in by_seed)
     return [*means, term_cell, "; ".join(f"{text} ({count} of {len(by_seed)})" for text, count in readings.items())]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from optimum.streamline.evaluation.latency import Timing
-from optimum.streamline.evaluation.timing_processes import Job, Timed
+from optimum.streamline.evaluation.timing_processes import Job, WorkerResult
 
 
 class Timer:
@@ -14,6 +14,6 @@ class Timer:
 
     asked = 0
 
-    def __call__(self, jobs: Sequence[Job], *how: Any) -> list[Timed]:
+    def __call__(self, jobs: Sequence[Job], *how: Any) -> list[WorkerResult]:
         self.asked += 1
-        return [Timed(Timing((2.0, 2.0), (1.0, 1.0)), 1) for _ in jobs]
+        return [WorkerResult(Timing((2.0, 2.0), (1.0, 1.0)), 1) for _ in jobs]

@@ -1,4 +1,4 @@
-"""Linear maps against the least-squares problem they solve, built literally: dense rows, a longer matrix, numpy."""
+"""Linear maps, compared with the solution of the same least-squares problem by numpy."""
 
 from __future__ import annotations
 

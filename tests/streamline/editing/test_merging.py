@@ -1,4 +1,4 @@
-"""Merging two layers, against what the paper says of channels, written out; and what merging goes by."""
+"""Merging two layers, and channel sensitivities, compared with slow implementations of the paper's rules."""
 
 from __future__ import annotations
 

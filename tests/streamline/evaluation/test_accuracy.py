@@ -1,4 +1,4 @@
-"""Accuracy against a slow, literal float64 computation, and what it does with models that do not compute."""
+"""Accuracy, compared with a slow float64 computation, and for models whose logits are not finite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bootstrap intervals: they hold the figure, shrink with evidence, and do not hide what is not a number."""
+"""Bootstrap intervals: they contain the figure, shrink with more samples, and keep NaN."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Timing, by a clock that the test turns."""
+"""Timing, with a clock that the test controls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stability and accuracy on multiple-choice questions: the formula written out, bad files, and the command."""
+"""Multiple-choice accuracy and stability: the formula, faulty files, and the command."""
 
 from __future__ import annotations
 
@@ -22,7 +22,14 @@ from optimum.streamline.editing.apply import apply_plan
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation.intervals import mean_interval, softmax_mean_interval
-from optimum.streamline.evaluation.multiple_choice import Answers, Question, Questions, ask, option_loss, read_questions
+from optimum.streamline.evaluation.multiple_choice import (
+    Answers,
+    Question,
+    Questions,
+    answer_questions,
+    option_loss,
+    read_questions,
+)
 from optimum.streamline.evaluation.validate import compared_models_of, validate
 from optimum.streamline.recipe.recipe import Budget
 from optimum.streamline.runtime.torch_runner import TorchRunner
@@ -65,7 +72,7 @@ def perplexities(model: torch.nn.Module, question: Question) -> list[float]:
 def test_stability_and_accuracy_are_the_formula() -> None:
     questions = random_questions(12)
     original, candidate = tiny_model(), tiny_model(seed=1)
-    theirs, mine = ask([TorchRunner(original), TorchRunner(candidate)], ["a", "b"], questions)
+    theirs, mine = answer_questions([TorchRunner(original), TorchRunner(candidate)], ["a", "b"], questions)
     tables = [[perplexities(model, item) for item in questions.items] for model in (original, candidate)]
     right = [
         [found.index(min(found)) == item.answer for found, item in zip(table, questions.items, strict=True)]
@@ -101,7 +108,7 @@ def test_it_is_not_the_first_weights() -> None:
     assert found == pytest.approx(weights[1] + weights[2])
     # The public code's sum(weights[:matches]).
     assert abs(found - sum(weights[:2])) > 0.05
-    assert original.effective == pytest.approx(1 / sum(w * w for w in weights))
+    assert original.effective_questions == pytest.approx(1 / sum(w * w for w in weights))
 
 
 def test_being_wrong_in_another_way_is_stable() -> None:
@@ -119,7 +126,7 @@ def test_perplexities_far_apart_do_not_overflow() -> None:
     assert interval.value == pytest.approx(float((spreads[0].exp() + spreads[2].exp()) / total), rel=1e-9)
     # A resample may hold none of the heavy ones: the rest then share all weight, and there is still a figure.
     assert (interval.low, interval.high) == (0, 1)
-    assert original.effective == pytest.approx(1.7, abs=0.3)
+    assert original.effective_questions == pytest.approx(1.7, abs=0.3)
 
 
 def test_of_equal_options_the_first_is_the_answer() -> None:
@@ -139,9 +146,9 @@ def test_a_broken_original_is_refused_and_a_broken_candidate_is_not() -> None:
     with torch.no_grad():
         broken.lm_head.weight[5] = math.nan
     runners, labels = [TorchRunner(tiny_model()), TorchRunner(broken)], ["whole", "broken"]
-    assert ask(runners, labels, random_questions(3))[1].accuracy(0).value == 0
+    assert answer_questions(runners, labels, random_questions(3))[1].accuracy(0).value == 0
     with pytest.raises(StreamlineError, match="broken: its perplexity is not finite on random, line 1"):
-        ask(runners[::-1], labels[::-1], random_questions(3))
+        answer_questions(runners[::-1], labels[::-1], random_questions(3))
 
 
 def test_equal_weights_are_the_plain_mean() -> None:
@@ -185,7 +192,7 @@ def test_questions_are_put_into_tokens_as_one_text(tmp_path: Path) -> None:
         ({**GOOD, "options": ["a"]}, "line 2: options ['a']: must be a list of at least 2 texts"),
         ({**GOOD, "options": ["a", 3]}, "line 2: options ['a', 3]: must be"),
         ({**GOOD, "options": "ab"}, "line 2: options 'ab': must be"),
-        ({**GOOD, "answer": 2}, "line 2: answer 2: must be the right option's place, a number from 0 to 1"),
+        ({**GOOD, "answer": 2}, "line 2: answer 2: must be the number of the correct option, from 0 to 1"),
         ({**GOOD, "answer": -1}, "line 2: answer -1: must be"),
         ({**GOOD, "answer": True}, "line 2: answer True: must be"),
         ({**GOOD, "answer": "A"}, "line 2: answer 'A': must be"),
@@ -267,7 +274,7 @@ def test_the_command_reports_them_beside_the_rest(
     assert report["questions"]["questions_file"] == str(file)
     assert 1 <= report["questions"]["questions_effective"] <= len(questions.items)
     for text in (outcome.out, *((tmp_path / "out" / name).read_text() for name in ("report.md", "report.html"))):
-        assert "Questions right" in text
+        assert "Correct answers" in text
         assert "Stability" in text
 
 

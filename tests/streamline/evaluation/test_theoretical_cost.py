@@ -1,4 +1,4 @@
-"""Ideal costs, by hand for one model and by structure for the rest."""
+"""Theoretical costs: computed by hand for one model, and from the modules for the others."""
 
 from __future__ import annotations
 

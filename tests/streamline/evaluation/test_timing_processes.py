@@ -1,4 +1,4 @@
-"""Workers for real: a process a model, its answers intact, its death told."""
+"""Timing workers in real processes: their answers, and the error when one dies."""
 
 from __future__ import annotations
 

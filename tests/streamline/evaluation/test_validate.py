@@ -1,4 +1,4 @@
-"""Validation end to end on tiny checkpoints, and who is compared with whom."""
+"""Validation end to end on tiny checkpoints, and the baseline of each model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from optimum.streamline.editing.apply import apply_plan, build_replacement
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation.results import Report
-from optimum.streamline.evaluation.validate import ComparedModel, compared_models_of, recognise, validate
+from optimum.streamline.evaluation.validate import ComparedModel, compared_models_of, mark_original_exports, validate
 from optimum.streamline.recipe.recipe import Budget
 from optimum.streamline.text.windows import Windows
 from tiny import LAYERS, VOCABULARY, tiny_model, token_ids
@@ -134,10 +134,10 @@ def test_an_export_of_the_original_is_recognised(folder: Path, tmp_path: Path) -
         return str(tmp_path / name)
 
     paths = [str(folder / "candidate"), export("a", "original"), export("b", "candidate")]
-    compared_models = recognise(compared_models_of(ModelSource(str(folder / "original")), paths))
+    compared_models = mark_original_exports(compared_models_of(ModelSource(str(folder / "original")), paths))
     assert [compared.role for compared in compared_models] == ["original", "candidate", "original", "candidate"]
     assert json.loads((tmp_path / "a" / "artifact.json").read_text())["source"] == "gone"
-    both_exported = recognise(compared_models_of(ModelSource(paths[1]), [paths[2]]))
+    both_exported = mark_original_exports(compared_models_of(ModelSource(paths[1]), [paths[2]]))
     assert [compared.role for compared in both_exported] == ["original", "candidate"]
 
 
@@ -147,9 +147,9 @@ def test_an_export_of_the_original_that_was_edited_is_a_candidate(folder: Path, 
     artifact = Artifact(str(tmp_path), "onnx", "fp32", "gone", source_fingerprint, {}, (0,))
     artifact.with_files(tmp_path).write(tmp_path)
     compared_models = compared_models_of(ModelSource(str(folder / "original")), [str(tmp_path)])
-    assert recognise(compared_models)[1].role == "original"
+    assert mark_original_exports(compared_models)[1].role == "original"
     (tmp_path / "model.onnx").write_text("edited")
-    assert recognise(compared_models)[1].role == "candidate"
+    assert mark_original_exports(compared_models)[1].role == "candidate"
 
 
 def hub_cache(root: Path) -> str:
@@ -177,7 +177,7 @@ def test_a_model_of_the_hub_is_read_from_the_cache_it_was_put_in(
 
     source_fingerprint = fingerprint(ModelSource("org/small", cache))
     Artifact(str(tmp_path), "onnx", "fp32", "org/small", source_fingerprint, {}, (0,)).write(tmp_path)
-    export = recognise(compared_models_of(ModelSource("org/small", cache), [str(tmp_path)]))[1]
+    export = mark_original_exports(compared_models_of(ModelSource("org/small", cache), [str(tmp_path)]))[1]
     assert export.role == "original"
 
 

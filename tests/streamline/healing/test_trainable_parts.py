@@ -1,4 +1,4 @@
-"""Training a whole model, or a part of it through the rest: the losses and the loop by hand, what is left alone."""
+"""Training a model or one submodule: losses and updates compared with slow ones, and weights that must not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training a replacement: it learns, its schedule ends where it should, the best weights are the ones kept."""
+"""Training a replacement: it learns, its schedule is right, and the best weights are kept."""
 
 from __future__ import annotations
 

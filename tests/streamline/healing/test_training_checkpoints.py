@@ -1,4 +1,4 @@
-"""A training that is stopped goes on, and ends with the same weights bit for bit; of the real command, killed, too."""
+"""A stopped training resumes, and ends with the same weights bit for bit. The killed command does too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The default method: it follows the candidate whose plan loses least on text that none of them chose on."""
+"""Method `auto`: it takes the candidate whose plan has the lowest loss on held-out text."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_what_is_followed_is_printed_and_on_record(tmp_path: Path) -> None:
     assert record["plan"].startswith(f"by {best}: ")
     assert any(f"{best} {tried[best]:.4f}" in line for line in said)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"The choice: {CITATIONS[best.partition(' + ')[0]]}, of the methods that `auto` tried" in card
+    assert f"by {CITATIONS[best.partition(' + ')[0]]}, which had the lowest held-out loss of the methods" in card
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 

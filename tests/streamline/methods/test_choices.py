@@ -1,4 +1,4 @@
-"""What each method chooses, against the paper's rule written out."""
+"""The layers that each method chooses, compared with a direct implementation of the paper's rule."""
 
 from __future__ import annotations
 

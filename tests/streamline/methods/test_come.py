@@ -1,4 +1,4 @@
-"""CoMe and its variants as methods: what they plan and make, and whom they refuse."""
+"""CoMe and its variants: their plans, their merged models, and the models that they refuse."""
 
 from __future__ import annotations
 

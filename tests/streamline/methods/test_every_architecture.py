@@ -1,4 +1,4 @@
-"""Every method on every architecture: it chooses and edits, and leaves a plain checkpoint, or it says why not."""
+"""Every method on every architecture: it makes a checkpoint that stock transformers loads, or says why not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SLEB, Shortened LLaMA and BlockPruner against the paper's rule by brute force: edit a copy, compute its loss."""
+"""SLEB, Shortened LLaMA and BlockPruner, compared with brute force: edit a copy and compute its loss."""
 
 from __future__ import annotations
 

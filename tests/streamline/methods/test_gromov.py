@@ -1,4 +1,4 @@
-"""Gromov's block, against the distance written out in float64, window by window."""
+"""The block that `gromov` chooses, compared with distances computed in float64, window by window."""
 
 from __future__ import annotations
 

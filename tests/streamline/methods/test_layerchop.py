@@ -1,4 +1,4 @@
-"""LayerChop's patterns: tables written out by hand, and what must hold for any model and any number kept."""
+"""LayerChop's patterns: tables made by hand, and properties for every number of layers."""
 
 from __future__ import annotations
 

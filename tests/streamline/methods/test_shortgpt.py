@@ -1,4 +1,4 @@
-"""ShortGPT one by one, against doing it by hand: delete a layer of a copy, measure what is left, token by token."""
+"""Iterative ShortGPT, compared with a copy whose layers are deleted one by one and measured token by token."""
 
 from __future__ import annotations
 

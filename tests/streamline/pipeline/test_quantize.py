@@ -216,7 +216,7 @@ def test_methods_that_only_remove_take_a_quantized_model(
     model = load(str(tmp_path / "p"))
     assert (model.config.num_hidden_layers, quantization_name(model.config)) == (LAYERS - 2, how)
     card = (tmp_path / "p" / "README.md").read_text()
-    assert f"The original is quantized ({how}); the layers that stayed have its weights as they were.\n" in card
+    assert f"The original is quantized ({how}). The layers that stayed keep their quantized weights.\n" in card
 
 
 _REMOVE = ("--remove", "2", *_FEW)
@@ -318,7 +318,9 @@ def test_the_command_quantizes_what_was_pruned_and_keeps_its_record(
     assert {name.split(".")[2] for name in quantized_modules(load(str(out)))} == {"0", "1"}  # its own layer 2 is not
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
-    assert f"Quantized by optimum-streamline from `{Path(pruned).name}`: {QUANTIZERS['bnb-nf4'].text}.\n" in card
+    assert (
+        f"optimum-streamline quantized this model from `{Path(pruned).name}`: {QUANTIZERS['bnb-nf4'].text}.\n" in card
+    )
     assert "| 1 | 3 | kept |" in card
     record, origin = (json.loads((folder / "streamline.json").read_text()) for folder in (out, pruned))
     hashed = record.pop("files")["model.safetensors"]

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from console import Outcome, optimum_cli
 from optimum.streamline.evaluation import validate
 from optimum.streamline.evaluation.results import Report
-from optimum.streamline.evaluation.timing_processes import Timed
+from optimum.streamline.evaluation.timing_processes import WorkerResult
 from optimum.streamline.pipeline import run
 from optimum.streamline.system import environment
 from optimum.streamline.text.sources import open_text
@@ -169,7 +169,7 @@ def test_a_tampered_report_is_not_believed(cli: Cli, timer: Timer, kind: str) ->
     edit_report(REPORT_EDITS[kind])
     outcome = cli(*RUN, *JUDGED)
     assert (outcome.code, timer.asked) == (0, 1)
-    assert "not the report that was written: its digest is of other content; measuring anew" in outcome.out
+    assert "not the report that was written: its digest does not match its content; measuring anew" in outcome.out
     assert Report.from_json(Path("out/report.json").read_text()).rows == rows
 
 
@@ -223,7 +223,7 @@ def test_an_edited_page_is_written_as_the_report_has_it(cli: Cli, timer: Timer) 
 
 def test_validate_says_that_a_candidate_was_edited_since_it_was_made(cli: Cli) -> None:
     words = ("validate", "source", "out", "--eval-data", "eval.txt", "--eval-samples", 8, "--length", 32)
-    said = f"out: {WEIGHTS} {CHANGED}. Its figures are not of what that record describes."
+    said = f"out: {WEIGHTS} {CHANGED}. The record does not describe the model that was measured."
     assert "that record" not in cli(*words, "--output", "before").out
     edit_weights()
     outcome = cli(*words, "--output", "after")
@@ -238,7 +238,7 @@ def test_validate_says_that_a_candidate_was_edited_since_it_was_made(cli: Cli) -
 def test_a_model_that_changes_while_it_is_measured_is_refused(
     cli: Cli, timer: Timer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def edit_and_time(*how: Any) -> list[Timed]:
+    def edit_and_time(*how: Any) -> list[WorkerResult]:
         edit_weights(f"source/{WEIGHTS}")
         return timer(*how)
 

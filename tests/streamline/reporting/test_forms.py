@@ -1,4 +1,4 @@
-"""Reports: judged rightly, kept whole, and shown with every figure beside the original's."""
+"""Reports: the verdict, the JSON round trip, and the terminal, Markdown and HTML forms."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from optimum.streamline.evaluation.results import Limit, Measurement, Report
 from optimum.streamline.evaluation.verdict import judge, more_to_settle
 from optimum.streamline.recipe.recipe import Budget, Judge
 from optimum.streamline.reporting.files import write_report
-from optimum.streamline.reporting.html import fates, to_html
-from optimum.streamline.reporting.plots import FATES, KEPT, comparison_svg, layer_importance_svg
+from optimum.streamline.reporting.html import layer_outcomes, to_html
+from optimum.streamline.reporting.plots import KEPT, OUTCOMES, comparison_svg, layer_importance_svg
 from optimum.streamline.reporting.text_forms import comparison_table, to_markdown
 from optimum.streamline.reporting.wording import headline, limit_sentence, note, sentences, table_rows
 
@@ -174,8 +174,8 @@ class TestVerdict:
             ("max_ppl_ratio", 1.3125, "about 192 more windows (--eval-samples 256) would settle it"),
             ("max_kl", 1.3125, "about 192 more windows (--eval-samples 256) would settle it"),
             ("min_speedup", 1.1875, "about 30 more rounds (validate --rounds 40) would settle it"),
-            ("max_ppl_ratio", 1.25, "it is at the limit, so no number of windows would settle it"),
-            ("min_speedup", 1.25, "it is at the limit, so no number of rounds would settle it"),
+            ("max_ppl_ratio", 1.25, "the figure equals the limit, so no number of windows would settle it"),
+            ("min_speedup", 1.25, "the figure equals the limit, so no number of rounds would settle it"),
         ],
     )
     def test_an_undecided_limit_says_what_would_settle_it(self, field: str, limit: float, said: str) -> None:
@@ -184,7 +184,7 @@ class TestVerdict:
         found = report(ORIGINAL, candidate, budget=Budget(**{field: limit}))
         assert (found.exit_code, headline(found)) == (3, "Not shown to be within budget")
         sentence = limit_sentence(found.verdict.limits[0], found)
-        assert "undecided, the figure is within and its interval is not" in sentence
+        assert "undecided, because the figure is within the limit but its interval is not" in sentence
         assert said in sentence
         over = report(ORIGINAL, candidate, budget=Budget(max_ppl_ratio=1.2))
         assert limit_sentence(over.verdict.limits[0], over).endswith(": does not hold")
@@ -195,10 +195,8 @@ class TestVerdict:
         found = report(ORIGINAL, candidate, budget=Budget(max_kl=1.3125))
         short = replace(found, data={**found.data, "possible": 200, "read_characters": 9000, "whole": False})
         sentence = limit_sentence(found.verdict.limits[0], short)
-        assert sentence.endswith(
-            "192 more windows would settle it, and this text has room for only 200: give more text"
-        )
-        assert "drawn at random from 200 in the first 9,000 characters that were read of it" in note(short)
+        assert sentence.endswith("192 more windows would settle it, but this text has only 200 in all: give more text")
+        assert "drawn at random from 200 windows in its first 9,000 characters" in note(short)
 
     def test_as_many_windows_as_it_says_do_settle_it(self) -> None:
         losses = np.random.default_rng(0).normal(1.0, 0.5, 4000)
@@ -323,13 +321,15 @@ class TestForms:
         console = Console(record=True, width=160)
         console.print(comparison_table(asked))
         for text in (to_html(asked), to_markdown(asked), console.export_text()):
-            for words in ("Questions right", "71.0% [66.0, 76.0]", "60.0% [55.0, 65.0]", "Stability", "84.5% [81"):
+            for words in ("Correct answers", "71.0% [66.0, 76.0]", "60.0% [55.0, 65.0]", "Stability", "84.5% [81"):
                 assert words in text
-        assert "It answers 60.0% [55.0, 65.0] of the questions right, original 71.0% [66.0, 76.0]" in to_markdown(asked)
-        assert "| equal questions that the stability's weights amount to | 3.25 |" in to_markdown(asked)
+        assert "It answers 60.0% [55.0, 65.0] of the questions correctly, and original answers 71.0%" in to_markdown(
+            asked
+        )
+        assert "| effective number of questions for the stability | 3.25 |" in to_markdown(asked)
         for text in (to_html(report()), to_markdown(report())):
             assert "Stability" not in text
-            assert "Questions" not in text
+            assert "Correct answers" not in text
 
     def test_names_from_outside_are_text(self) -> None:
         named = replace(CANDIDATE, label="<script>alert(1)</script>|[red]", baseline="original")
@@ -377,18 +377,19 @@ class TestForms:
     def test_a_model_that_is_not_what_its_record_says_is_said(self) -> None:
         edited = report(ORIGINAL, replace(CANDIDATE, changed=("model.safetensors is not what was written",)))
         line = (
-            "candidate: model.safetensors is not what was written. Its figures are not of what that record describes."
+            "candidate: model.safetensors is not what was written. "
+            "The record does not describe the model that was measured."
         )
         console = Console(record=True, width=160)
         console.print(comparison_table(edited))
         assert line in console.export_text()
         for form in (to_html, to_markdown):
             assert line in form(edited)
-            assert "that record" not in form(report())
+            assert "The record does" not in form(report())
 
     def test_no_difference_is_said(self) -> None:
         same = replace(CANDIDATE, decode_speedup=Interval(1.05, 0.97, 1.12))
-        assert "no difference was shown" in sentences(report(ORIGINAL, same))[0]
+        assert "no difference in speed was shown" in sentences(report(ORIGINAL, same))[0]
 
     def test_all_forms_are_written(self, tmp_path: Path) -> None:
         origin = with_layers(report())
@@ -399,8 +400,14 @@ class TestForms:
 
 class TestPlots:
     def test_fates_of_layers(self) -> None:
-        assert fates(with_layers(report())) == {0: "kept", 1: "replaced", 2: "replaced", 3: "removed", 4: "kept"}
-        assert fates(report()) == {}
+        assert layer_outcomes(with_layers(report())) == {
+            0: "kept",
+            1: "replaced",
+            2: "replaced",
+            3: "removed",
+            4: "kept",
+        }
+        assert layer_outcomes(report()) == {}
 
     def test_layers_are_coloured_by_fate(self) -> None:
         becomes = {0: "kept", 1: "replaced", 2: "merged", 3: "removed", 4: "thinned"}
@@ -409,8 +416,8 @@ class TestPlots:
         patterns = re.findall(r'<pattern id="(\w+)"[^>]*>\s*<rect[^>]* fill="(#\w+)"', svg)
         hatched = {f"url(#{name})": colour for name, colour in patterns}
         bars = [hatched.get(fill, fill) for fill in fills]
-        assert bars == [FATES[fate][0] if fate in FATES else KEPT for fate in becomes.values()]
-        for word in ("kept", *(words for _, _, words in FATES.values())):
+        assert bars == [OUTCOMES[outcome][0] if outcome in OUTCOMES else KEPT for outcome in becomes.values()]
+        for word in ("kept", *(words for _, _, words in OUTCOMES.values())):
             assert f">{word}<" in svg
         assert ">removed<" not in layer_importance_svg([0.4, 0.1], {1: "replaced"})
 

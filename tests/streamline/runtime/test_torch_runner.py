@@ -1,4 +1,4 @@
-"""The torch runner: prompt, continuation and single tokens give what one pass over all of them gives."""
+"""The torch runner: a prompt and later tokens give the same logits as one pass over all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scoring in one pass, no hidden state kept beyond its batch; `test_architectures.py` compares the values."""
+"""Scoring keeps no hidden state after its batch. `models/test_architectures.py` checks the values."""
 
 from __future__ import annotations
 

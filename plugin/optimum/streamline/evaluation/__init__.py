@@ -1,6 +1,4 @@
-"""Comparing models with their original: loss, KL divergence, agreement, multiple-choice questions, latency,
-theoretical cost, intervals, and the verdict on a budget.
-"""
+"""Comparing models with their original: accuracy, latency, theoretical cost, intervals, and the verdict on a budget."""
 
 __all__ = [
     "accuracy",

@@ -1,7 +1,7 @@
-"""What each model makes of the same tokens: log-loss, KL(original || candidate), top-1 agreement, window by window.
+"""Accuracy of models on the same tokens: log-loss, KL(original || model), and agreement of the most likely tokens.
 
-The original's logits of a window are computed once, and every model is judged on that window before the next:
-memory does not grow with the number of windows. This file knows runners, not what runs behind them.
+All models read a window before the next one, so that the original's logits are computed once, and memory does not grow
+with the number of windows.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from optimum.streamline.text.windows import Windows
 
 from .intervals import Interval, Samples, mean_interval
 
-# Logits are compared in float64, at most this many at a time.
+# The largest number of logits that are converted to float64 and compared at a time.
 CHUNK_LOGITS = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
 class Accuracy:
-    """Sums over the predicted tokens of each window, every array `[windows]`.
+    """The accuracy of one model: sums over the predicted tokens of each window. Every array is `[windows]`.
 
     Args:
-        loss: Next-token log-loss, nats.
-        kl: KL(original || this model), nats.
-        agreement: Tokens for which both models' likeliest next token is the same.
-        tokens: Predicted tokens: a window of n tokens has n - 1.
-        documents: Of each window the document that it is from; empty where that is not known.
+        loss: The next-token log-loss, in nats.
+        kl: KL(original || this model), in nats.
+        agreement: The number of tokens for which both models predict the same most likely next token.
+        tokens: The number of predicted tokens: n - 1 for a window of n tokens.
+        documents: The document that each window comes from; empty if that is not known.
     """
 
     loss: Samples
@@ -42,33 +42,36 @@ class Accuracy:
     documents: tuple[int, ...] = ()
 
     def perplexity(self, seed: int) -> Interval:
-        """exp of the mean log-loss over all tokens."""
+        """The perplexity: exp of the mean log-loss over all tokens."""
         return mean_interval(self.loss, self.tokens, seed, self.documents).map(np.exp)
 
     def perplexity_ratio(self, original: Accuracy, seed: int) -> Interval:
-        """This perplexity over the original's, paired: windows or documents are drawn, each with both its losses."""
+        """This perplexity divided by the original's. The interval is paired: it resamples both on the same windows."""
         return mean_interval(self.loss - original.loss, self.tokens, seed, self.documents).map(np.exp)
 
     def mean_kl(self, seed: int) -> Interval:
-        """Mean KL(original || this model), nats per token."""
+        """The mean KL(original || this model), in nats per token."""
         return mean_interval(self.kl, self.tokens, seed, self.documents)
 
     def mean_agreement(self, seed: int) -> Interval:
-        """Share of tokens, 0 to 1, on which the likeliest next token is the original's."""
+        """The share of tokens, 0 to 1, for which the most likely next token is the same as the original's."""
         return mean_interval(self.agreement, self.tokens, seed, self.documents)
 
 
 def measure_accuracy(runners: Sequence[Runner], labels: Sequence[str], windows: Windows) -> list[Accuracy]:
-    """Judge every runner against the first, the first itself included, on the same tokens.
+    """Compare every runner with the first one, which is the original, on the same tokens.
 
     Args:
-        labels: What messages call the runners.
+        runners: The runners, the original first.
+        labels: The names of the runners in messages.
+        windows: The evaluation text.
 
     Returns:
-        One `Accuracy` a runner. A candidate's logits that are not finite make its sums so: NaN or infinite.
+        One `Accuracy` for each runner. If logits of a candidate are not finite, its sums are NaN or infinite.
 
     Raises:
-        StreamlineError: vocabularies differ, a token is outside of them, or the first runner's logits are not finite.
+        StreamlineError: the vocabularies differ in size, a token is outside them, or logits of the original are not
+            finite.
     """
     _check_vocabularies(runners, labels, int(windows.ids.max()))
     sums = np.zeros((len(runners), 3, len(windows.ids)))
@@ -81,7 +84,7 @@ def measure_accuracy(runners: Sequence[Runner], labels: Sequence[str], windows: 
                 sums[number, :, index] = compare(reference[0], logits[0], ids[0])
             if not np.isfinite(sums[0, :, index]).all():
                 raise StreamlineError(
-                    f"{labels[0]}: its logits are not finite, nothing can be compared; try dtype 'fp32'"
+                    f"{labels[0]}: its logits are not finite, and cannot be compared with; use dtype 'fp32'"
                 )
             bar.advance()
     tokens = np.full(len(windows.ids), windows.ids.shape[1] - 1, np.float64)
@@ -89,15 +92,19 @@ def measure_accuracy(runners: Sequence[Runner], labels: Sequence[str], windows: 
 
 
 def compare(original: Logits, candidate: Logits, ids: TokenIds) -> tuple[float, float, float]:
-    """Sums over one window: the candidate's log-loss and KL(original || candidate) in nats, and tokens agreed on.
+    """Compare the logits of two models on one window.
 
     Args:
         original: Logits `[length, vocabulary]`.
         candidate: Logits `[length, vocabulary]`.
-        ids: Tokens `[length]`; the logits of the last predict none of them, and are left out.
+        ids: Token ids `[length]`. The logits of the last token predict none of them, and are not used.
+
+    Returns:
+        Sums over the window: the candidate's log-loss in nats, KL(original || candidate) in nats, and the number of
+        tokens for which both predict the same most likely next token.
     """
     rows = max(1, CHUNK_LOGITS // original.shape[-1])
-    # Loss of the next token, KL, agreement; what is NaN in any token stays NaN in the sum.
+    # Sums of loss, KL and agreement. A NaN of one token makes the sum NaN.
     total = torch.zeros(3, dtype=torch.float64)
     for start in range(0, len(ids) - 1, rows):
         chunk = slice(start, min(start + rows, len(ids) - 1))
@@ -105,9 +112,9 @@ def compare(original: Logits, candidate: Logits, ids: TokenIds) -> tuple[float, 
         q = torch.from_numpy(candidate[chunk]).double().log_softmax(-1)
         following = torch.from_numpy(ids[start + 1 : chunk.stop + 1])
         loss = -q.gather(-1, following[:, None])
-        # A token that the original rules out adds nothing, whatever the candidate says of it: not 0 x infinity.
+        # A token of probability 0 in the original adds 0. Without this it would add 0 x infinity, which is NaN.
         kl = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
-        # Where NaN is the largest, there is no likeliest token to agree on.
+        # argmax takes NaN for the largest value, and such a token is no prediction.
         agreed = (p.argmax(-1) == q.argmax(-1)) & ~q.isnan().any(-1)
         total += torch.stack([loss.sum(), kl.sum(), agreed.sum().double()])
     return total[0].item(), total[1].item(), total[2].item()
@@ -119,7 +126,8 @@ def _check_vocabularies(runners: Sequence[Runner], labels: Sequence[str], larges
     for label, size in zip(labels, sizes, strict=True):
         if size != sizes[0]:
             raise StreamlineError(
-                f"{label}: a vocabulary of {size} tokens, {labels[0]} has {sizes[0]}: they cannot be compared"
+                f"{label}: has a vocabulary of {size} tokens, but {labels[0]} has {sizes[0]}; compare models with the "
+                "same vocabulary"
             )
     if largest >= sizes[0]:
         raise StreamlineError(f"eval-data: token {largest} is outside {labels[0]}'s vocabulary of {sizes[0]}")

@@ -1,4 +1,4 @@
-"""Refusing to judge a model on the text it was calibrated or healed on."""
+"""Refusing to evaluate a model on text that it was calibrated or healed on."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from optimum.streamline.text.windows import Windows
 
 
 def refuse_seen_text(checkpoint: str, windows: Windows) -> None:
-    """Refuse to judge what we made on the text it was calibrated or healed on, whatever that was called.
+    """Refuse evaluation text that a checkpoint or artifact of this program was calibrated or healed on.
+
+    Texts are compared by content (`text.overlap`), so a copy under another name is refused too.
 
     Args:
-        checkpoint: A checkpoint, or an exported model's folder.
+        checkpoint: The path of a checkpoint or an artifact. One without a record of this program passes.
+        windows: The evaluation text.
 
     Raises:
-        StreamlineError: its record holds too much of the text of `windows`, or was written before there were sketches.
+        StreamlineError: too much of the evaluation text was used, or the record is too old to tell.
     """
-    made = Artifact.read(Path(checkpoint)).data if is_artifact(checkpoint) else recorded_text(checkpoint)
-    for data in made.values():
+    used = Artifact.read(Path(checkpoint)).data if is_artifact(checkpoint) else recorded_text(checkpoint)
+    for data in used.values():
         if "sketch" not in data:
             raise StreamlineError(
-                f"{checkpoint}: an earlier version of this program made it, and did not keep what its text "
-                f"{data['spec']!r} is known again by; make it anew to judge it"
+                f"{checkpoint}: an earlier version made it, and its record cannot tell whether its text "
+                f"{data['spec']!r} is the evaluation text; prune again with this version"
             )
         check_disjoint(Sketch.from_dict(data["sketch"]), data["spec"], windows.sketch, windows.spec)

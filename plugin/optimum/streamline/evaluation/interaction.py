@@ -1,7 +1,7 @@
-"""How removing layers and quantizing meet: log-losses of four models on the same windows, and what to say of them.
+"""The interaction of pruning and quantization, from the log-losses of four models on the same windows.
 
-ShortGPT (arXiv 2403.03853, table 5) claims that the two are orthogonal. Here that is a number with an interval. Knows
-neither models nor how they were made.
+ShortGPT (arXiv 2403.03853, Table 5) claims that the two are orthogonal. Here the claim becomes a number with an
+interval.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from .results import Interaction
 
 
 def interaction(
-    quantizer: str, steps: str, labels: tuple[str, str, str, str], found: Mapping[str, Accuracy], seed: int
+    quantizer: str, steps: str, labels: tuple[str, str, str, str], accuracies: Mapping[str, Accuracy], seed: int
 ) -> Interaction:
-    """The interaction of one quantizer with the removal of layers.
+    """Compute the interaction L(both) - L(pruned) - L(quantized) + L(dense) of pruning and one quantizer.
 
     Args:
-        labels: Of the dense, the pruned, the quantized model and the one that had both.
-        found: What was measured of each label, on the same windows.
-        seed: Of the bootstrap.
+        quantizer: The name of the quantizer.
+        steps: The order of the two, as in a recipe.
+        labels: The labels of the dense, the pruned and the quantized model, and of the model that is both.
+        accuracies: The accuracy of each model by label, on the same windows.
+        seed: The seed of the bootstrap.
     """
-    dense, pruned, quantized, both = (found[label] for label in labels)
+    dense, pruned, quantized, both = (accuracies[label] for label in labels)
 
     def mean(loss: object) -> Interval:
         return mean_interval(loss, dense.tokens, seed, dense.documents)  # type: ignore[arg-type]

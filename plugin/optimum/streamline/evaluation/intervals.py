@@ -1,9 +1,9 @@
-"""Bootstrap 95% intervals of weighted means and of a median.
+"""Bootstrap 95% intervals of weighted means and of medians.
 
-Percentile bootstrap: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13. One seed and one
-number of samples always draw the same resamples, so that everything measured on the same windows, or in the same
-rounds, is resampled together. `scipy.stats.bootstrap` resamples entries but not the documents that they are from, and
-no dependency brings scipy. This file knows neither models nor clocks.
+They are percentile intervals: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13. The same
+seed and number of samples always give the same resamples. So figures measured on the same windows, or in the same
+rounds, are resampled together.
+`scipy.stats.bootstrap` cannot resample the documents that the samples are from, and no dependency installs scipy.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Samples = npt.NDArray[np.float64]
 
 RESAMPLES = 2000
 LEVEL = 0.95
-# With fewer documents, how far apart they are is not known well enough to say how far off their mean is.
+# The smallest number of documents to resample by document. The spread of fewer documents is too uncertain.
 FEWEST_GROUPS = 20
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and the bounds of its 95% interval, all in the figure's own unit; NaN where it cannot be known."""
+    """A figure and the bounds of its 95% interval, all in the unit of the figure; NaN if it cannot be computed."""
 
     value: float
     low: float
@@ -39,40 +39,42 @@ class Interval:
         return math.isfinite(self.value)
 
     def map(self, function: Callable[[Any], Any]) -> Interval:
-        """The interval of a rising function of the figure."""
+        """The interval of `function` of the figure, for an increasing function."""
         with np.errstate(over="ignore"):
             return Interval(*(float(function(bound)) for bound in (self.value, self.low, self.high)))
 
 
 def mean_interval(totals: Samples, counts: Samples, seed: int, groups: Sequence[int] = ()) -> Interval:
-    """Sum of `totals` over sum of `counts`, resampled over their entries, or over what these belong to.
+    """The sum of `totals` divided by the sum of `counts`, resampled over windows or over groups of windows.
 
     Args:
-        totals: `[n]`, one sum a window.
-        counts: `[n]`, how many tokens each sum is over.
-        groups: `[n]`, of each window the document it is from, which are then resampled whole (a cluster bootstrap);
-            empty where that is not known. See `grouped` for when they are.
+        totals: `[n]`, one sum for each window.
+        counts: `[n]`, the number of tokens in each sum.
+        seed: The seed of the bootstrap.
+        groups: `[n]`, the document of each window; empty if that is not known. With enough documents (`grouped`), whole
+            documents are resampled, which is a cluster bootstrap.
     """
     if grouped(groups):
-        _, new_layers = np.unique(groups, return_inverse=True)
-        totals = np.bincount(new_layers, weights=totals).astype(np.float64)
-        counts = np.bincount(new_layers, weights=counts).astype(np.float64)
+        _, group_of_window = np.unique(groups, return_inverse=True)
+        totals = np.bincount(group_of_window, weights=totals).astype(np.float64)
+        counts = np.bincount(group_of_window, weights=counts).astype(np.float64)
     times = _drawn_times(len(totals), seed)
-    with np.errstate(invalid="ignore"):  # a window left out of a resample times an infinite sum is NaN, and is said so
+    with np.errstate(invalid="ignore"):  # 0 times an infinite sum is NaN, which is the right answer
         return _interval(float(totals.sum() / counts.sum()), (times @ totals) / (times @ counts))
 
 
 def grouped(groups: Sequence[int]) -> bool:
-    """Whether entries are resampled by their groups: there are at least `FEWEST_GROUPS`."""
+    """Whether intervals resample groups: there are at least `FEWEST_GROUPS` of them."""
     return len(set(groups)) >= FEWEST_GROUPS
 
 
 def softmax_mean_interval(values: Samples, logits: Samples, seed: int) -> Interval:
-    """sum_i w_i values_i with w = softmax_i(logits), resampled over entries: each resample has its own softmax.
+    """sum_i w_i values_i with w = softmax(logits), resampled over the n entries. Each resample has its own softmax.
 
     Args:
         values: `[n]`.
-        logits: `[n]`, of any size: the largest among those drawn is taken off first.
+        logits: `[n]`. They may be large, because the maximum is subtracted before the softmax.
+        seed: The seed of the bootstrap.
     """
 
     def mean(times: npt.NDArray[np.int64]) -> float:
@@ -85,14 +87,14 @@ def softmax_mean_interval(values: Samples, logits: Samples, seed: int) -> Interv
 
 
 def median_interval(samples: Samples, seed: int) -> Interval:
-    """Median of `samples` `[n]`, resampled over its entries."""
+    """The median of `samples` `[n]`, resampled over the n entries."""
     drawn = np.random.default_rng(seed).integers(0, len(samples), (RESAMPLES, len(samples)))
     return _interval(float(np.median(samples)), np.median(samples[drawn], axis=1))
 
 
-@lru_cache(maxsize=1)  # the figures of one comparison are resampled together
+@lru_cache(maxsize=1)  # all figures of one comparison use the same resamples
 def _drawn_times(count: int, seed: int) -> npt.NDArray[np.int64]:
-    # How often each of `count` entries is drawn, `[RESAMPLES, count]`.
+    # How often each of `count` entries is drawn in each resample: `[RESAMPLES, count]`.
     return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES)
 
 

@@ -1,8 +1,7 @@
-"""Prefill and decode times of anything that has the form of a `Runner`, in rounds that alternate between models.
+"""Prefill and decode times of runners, measured in rounds that alternate between models.
 
-Pure: the clock and the runners are given, so this is tested with plain objects. It knows neither processes nor
-models, and imports no framework, so that a worker on ONNX Runtime stays free of torch: `torch.utils.benchmark` would
-not do, and it times one thing after the other.
+This module imports no framework, so that a worker process for ONNX Runtime does not load torch.
+`torch.utils.benchmark` would load torch, and it times one thing after another.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from .intervals import Interval, median_interval
 
 @dataclass(frozen=True)
 class Round:
-    """One timing of one model.
+    """The times of one model in one round.
 
     Args:
-        prefill_ms: From a prompt to the logits of all its tokens: the time to the first token.
-        decode_ms: Per token, of the tokens fed one by one after it.
+        prefill_ms: Milliseconds from a prompt to the logits of all its tokens: the time to first token.
+        decode_ms: Milliseconds per token that follows the prompt.
     """
 
     prefill_ms: float
@@ -33,7 +32,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Timing:
-    """All rounds of one model, warm-up dropped, in the order they were run."""
+    """The times of one model in all rounds after the warm-up, in order and in milliseconds."""
 
     prefill_ms: tuple[float, ...]
     decode_ms: tuple[float, ...]
@@ -42,14 +41,15 @@ class Timing:
 def time_round(
     runner: Runner, tokens: TokenIds, prompt_length: int, clock: Callable[[], float] = time.perf_counter
 ) -> Round:
-    """Time one prompt and the tokens that follow it.
+    """Time a prompt and the tokens that follow it.
 
-    The tokens are given, not sampled: every model computes on the same ones, and sampling is not timed.
+    The tokens are given, not sampled. So every model computes the same tokens, and sampling is not timed.
 
     Args:
-        tokens: `[1, length]`, the prompt first; the rest is decoded one by one.
-        prompt_length: How many of them are the prompt; fewer than all.
-        clock: Seconds.
+        runner: The model.
+        tokens: Token ids `[1, length]`: the prompt, then the tokens to decode one by one.
+        prompt_length: The length of the prompt, less than `length`.
+        clock: A function that returns the time in seconds.
     """
     started = clock()
     _, cache = runner.prefill(tokens[:, :prompt_length])
@@ -64,14 +64,19 @@ def time_round(
 def alternate(
     timers: Sequence[Callable[[], Round]], rounds: int, warmup: int, on_round: Callable[[], None]
 ) -> list[Timing]:
-    """Run the timers in turn, A B C, C B A, A B C, so that what slows the machine slows them all alike.
+    """Run several timers in turn, in the order A B C, C B A, A B C, and so on.
 
-    Every other round runs backwards: a model is not always timed after the same other one, nor always last.
+    A slow phase of the machine then slows all models alike. Every second round is reversed, so that no model always
+    follows the same other model.
 
     Args:
-        timers: One a model; each call is one round of it.
-        warmup: Rounds to run first and forget.
-        on_round: Called after each round of all timers, warm-up included.
+        timers: One function for each model, which times one round of it.
+        rounds: The number of rounds to keep.
+        warmup: The number of rounds to run first and drop.
+        on_round: A function to call after each round of all timers, with the warm-up rounds.
+
+    Returns:
+        One `Timing` for each timer.
     """
     kept: list[list[Round]] = [[] for _ in timers]
     for number in range(warmup + rounds):
@@ -85,10 +90,10 @@ def alternate(
 
 
 def median_time(times: Sequence[float], seed: int) -> Interval:
-    """Median of the rounds' times, ms."""
+    """The median of the times of all rounds, in milliseconds."""
     return median_interval(np.asarray(times, np.float64), seed)
 
 
 def speedup(baseline: Sequence[float], own: Sequence[float], seed: int) -> Interval:
-    """Median over rounds of the baseline's time over one's own in the same round: above 1 is faster."""
+    """The median over rounds of the baseline's time divided by `own` time in the same round. Above 1 is faster."""
     return median_interval(np.asarray(baseline, np.float64) / np.asarray(own, np.float64), seed)

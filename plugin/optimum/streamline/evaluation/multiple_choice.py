@@ -1,8 +1,8 @@
-"""LLM-Streamline's stability: does a model answer multiple-choice questions right and wrong where its original does?
+"""Multiple-choice questions: the accuracy of a model, and LLM-Streamline's stability.
 
-Questions come from a JSON-lines file; models are asked through the `Runner` protocol. lm-eval, an extra, scores tasks
-of its own, and not one model against another. This file knows neither what runs behind a runner nor how the figures are
-shown.
+Stability measures how often a model and its original are both right or both wrong (arXiv 2403.19135). Questions come
+from a JSON-lines file.
+lm-eval scores one model on its own tasks; it does not compare two models.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Question:
     """One multiple-choice question, in tokens.
 
     Args:
-        line: Where it stands in its file, counted from 1.
+        line: The line in its file, from 1.
         prompt: Tokens that come before every option.
         options: Tokens of each option.
-        answer: Which option is right, counted from 0.
+        answer: The number of the correct option, from 0.
     """
 
     line: int
@@ -47,11 +47,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Questions:
-    """Questions, and where they come from.
+    """The questions of a file.
 
     Args:
-        file: Their file, as it was named.
-        items: The questions, in its order.
+        file: The path of the file, as the user gave it.
+        items: The questions, in order.
     """
 
     file: str
@@ -59,19 +59,19 @@ class Questions:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all tokens and answers: the same questions have the same one."""
-        told = [(item.prompt, item.options, item.answer) for item in self.items]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        """The SHA-256 of all tokens and answers. The same questions have the same fingerprint."""
+        content = [(item.prompt, item.options, item.answer) for item in self.items]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def check(self, positions: int, vocabulary: int) -> None:
         """Refuse questions that a model cannot read.
 
         Args:
-            positions: Tokens it takes at once.
-            vocabulary: Tokens it knows.
+            positions: The largest number of tokens in a sequence of the model.
+            vocabulary: The size of the model's vocabulary.
 
         Raises:
-            StreamlineError: a question is too long, or a token is unknown.
+            StreamlineError: a question is too long, or has a token outside the vocabulary.
         """
         for item in self.items:
             longest = len(item.prompt) + max(len(option) for option in item.options)
@@ -84,12 +84,12 @@ class Questions:
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What one model makes of every question.
+    """The answers of one model to all questions.
 
     Args:
-        losses: For each question the mean log-loss of each option's tokens after the prompt, nats, `[options]`; NaN
-            where the model's logits are.
-        right: For each question the right option, `[questions]`.
+        losses: For each question, the mean log-loss of each option's tokens, in nats, `[options]`; NaN where the logits
+            are NaN.
+        right: The number of the correct option of each question, `[questions]`.
     """
 
     losses: tuple[Samples, ...]
@@ -97,55 +97,61 @@ class Answers:
 
     @property
     def correct(self) -> Samples:
-        """1 where the option of lowest perplexity is the right one, else 0, `[questions]`.
+        """1 for each question whose correct option has the lowest perplexity, otherwise 0, `[questions]`.
 
-        Of equal ones the first is the answer; where a loss is not a number there is none.
+        Among equal perplexities the first option is the answer. A question with a NaN loss counts as wrong.
         """
         chosen = [-1 if np.isnan(losses).any() else int(losses.argmin()) for losses in self.losses]
         return np.equal(chosen, self.right).astype(np.float64)
 
     @property
     def spread(self) -> Samples:
-        """s_i, the standard deviation (over the population) of the options' perplexities exp(loss), `[questions]`."""
+        """s_i: the population standard deviation of the perplexities exp(loss) of the options, `[questions]`."""
         with np.errstate(over="ignore", invalid="ignore"):
             return np.array([np.exp(losses).std() for losses in self.losses])
 
     @property
-    def effective(self) -> float:
-        """How many equally weighing questions the weights w amount to: 1 / sum_i w_i^2 (Kish's effective size)."""
+    def effective_questions(self) -> float:
+        """The effective number of questions 1 / sum_i w_i^2, with the weights w of `stability` (Kish's formula)."""
         weights = np.exp(self.spread - self.spread.max())
         return float(weights.sum() ** 2 / (weights**2).sum())
 
     def accuracy(self, seed: int) -> Interval:
-        """Share of questions answered right, 0 to 1, resampled over questions."""
+        """The share of questions answered correctly, 0 to 1, resampled over questions."""
         return mean_interval(self.correct, np.ones(len(self.losses)), seed)
 
     def stability(self, original: Answers, seed: int) -> Interval:
-        """Stability against `original`, 0 to 1, as LLM-Streamline (arXiv 2403.19135) defines it.
+        """The stability against `original`, 0 to 1, as LLM-Streamline (arXiv 2403.19135) defines it.
 
-            sum_i w_i * 1[(original right on i) == (this right on i)],  w = softmax_i(s_i),
+            sum_i w_i * 1[(original right on i) == (this model right on i)],  w = softmax(s)
 
-        with s_i the spread of the options' perplexities under the original: questions it is decided on weigh most.
-        The authors' code counts the matches m and sums the first m weights, whichever questions they belong to; this
-        is the formula. The softmax is over perplexities, so a few questions can hold all weight: see `effective`.
+        s_i is the spread of the options' perplexities under the original (`spread`). Questions with a large spread
+        count most. The spread is in units of perplexity, so a few questions can have nearly all the weight
+        (`effective_questions`).
+
+        Deviation: the authors' code counts the m questions that match and sums the first m weights, instead of the
+        weights of these m questions. This is the formula of the paper.
         """
         return softmax_mean_interval((self.correct == original.correct).astype(np.float64), original.spread, seed)
 
 
 def read_questions(path: Path, tokenizer: PreTrainedTokenizerBase) -> Questions:
-    """Multiple-choice questions of a JSON-lines file, one object a line; further keys are let be.
+    """Read multiple-choice questions from a JSON-lines file, with one object on each line.
 
         {"question": "The capital of France is", "options": [" Paris", " London"], "answer": 0}
 
-    An option follows its question with nothing put between, so a space stands where the text has one. Question and
-    option are put into tokens together; the prompt is what the tokens of all of them have in common with the
-    question's own.
+    Other keys are ignored. Question and option are joined without a space, so an option begins with its own space. They
+    are tokenized together. The prompt is the longest start that the question and all joined texts have in common.
+
+    Args:
+        path: The file.
+        tokenizer: The tokenizer of the models.
 
     Raises:
-        StreamlineError: the file cannot be read, or a line is not such an object: names the file and the line.
+        StreamlineError: the file cannot be read, or a line is not such an object.
     """
     try:
-        # Not `splitlines`: JSON text may hold what that takes for the end of a line.
+        # Not `splitlines`, which also splits at characters that JSON text may contain, such as U+2028.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -156,15 +162,19 @@ def read_questions(path: Path, tokenizer: PreTrainedTokenizerBase) -> Questions:
     return Questions(str(path), tuple(items))
 
 
-def ask(runners: Sequence[Runner], labels: Sequence[str], questions: Questions) -> list[Answers]:
-    """Put every question to every runner; each option is read after its prompt on its own.
+def answer_questions(runners: Sequence[Runner], labels: Sequence[str], questions: Questions) -> list[Answers]:
+    """Have every runner answer every question. Each option is read after the prompt in a sequence of its own.
 
     Args:
-        runners: The original first.
-        labels: What messages call the runners.
+        runners: The runners, the original first.
+        labels: The names of the runners in messages.
+        questions: The questions.
+
+    Returns:
+        One `Answers` for each runner.
 
     Raises:
-        StreamlineError: a perplexity of the first runner is not finite, so that nothing can be weighed by it.
+        StreamlineError: a perplexity of the original is not finite, so that the weights of stability are undefined.
     """
     losses: list[list[Samples]] = [[] for _ in runners]
     with progress_bar("asking questions", len(questions.items)) as bar:
@@ -178,13 +188,13 @@ def ask(runners: Sequence[Runner], labels: Sequence[str], questions: Questions) 
     if len(broken):
         line = questions.items[broken[0]].line
         raise StreamlineError(
-            f"{labels[0]}: its perplexity is not finite on {questions.file}, line {line}; try dtype 'fp32'"
+            f"{labels[0]}: its perplexity is not finite on {questions.file}, line {line}; use dtype 'fp32'"
         )
     return answers
 
 
 def option_loss(runner: Runner, prompt: Sequence[int], option: Sequence[int]) -> float:
-    """Mean log-loss of an option's tokens after a prompt's, nats: -1/n sum_t log p(option_t | prompt, option_<t)."""
+    """The mean log-loss of an option after a prompt: -1/n sum_t log p(option_t | prompt, option_<t), in nats."""
     logits, _ = runner.prefill(np.array([[*prompt, *option]], np.int64))
     log_p = torch.from_numpy(logits[0, len(prompt) - 1 : -1]).double().log_softmax(-1)
     return -log_p.gather(-1, torch.tensor(option)[:, None]).mean().item()
@@ -204,7 +214,7 @@ def _read_line(path: Path, number: int, line: str, tokenizer: PreTrainedTokenize
         raise _fault(path, number, f"options {options!r}: must be a list of at least 2 texts")
     if type(answer) is not int or not 0 <= answer < len(options):
         raise _fault(
-            path, number, f"answer {answer!r}: must be the right option's place, a number from 0 to {len(options) - 1}"
+            path, number, f"answer {answer!r}: must be the number of the correct option, from 0 to {len(options) - 1}"
         )
     own = _tokens(tokenizer, question)
     texts = [_tokens(tokenizer, question + option) for option in options]
@@ -222,9 +232,9 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: Any) -> list[int]:
 
 
 def _shared_start(texts: Sequence[Sequence[int]]) -> int:
-    for place, tokens in enumerate(zip(*texts, strict=False)):
+    for position, tokens in enumerate(zip(*texts, strict=False)):
         if len(set(tokens)) > 1:
-            return place
+            return position
     return min(map(len, texts))
 
 

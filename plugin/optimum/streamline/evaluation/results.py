@@ -1,6 +1,6 @@
-"""What a validation found: one `Measurement` a model, a `Verdict`, and all it takes to read and repeat them.
+"""The results of a validation: a `Report` with a `Measurement` for each model, the `Verdict`, and all settings.
 
-Plain values that go to JSON and back. Knows neither how they were measured nor how they are shown.
+The classes are plain values. `Report.to_json` writes `report.json`, and `Report.from_json` reads it.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ Role = Literal["original", "candidate"]
 
 @dataclass(frozen=True)
 class Measurement:
-    """Everything measured of one model, beside what it is compared with.
+    """All figures of one model.
 
     Args:
-        label: What the report calls it.
-        path: Where it is; empty for one that was only made to be measured.
+        label: The name of the model in the report.
+        path: Its path or Hub id; empty for a temporary model.
+        role: `original` for the original, in any runtime; `candidate` for a model made from it.
+        runtime: The runtime that ran it.
+        dtype: The dtype that it computed in, or its quantizer.
+        baseline: The label of the model that its speed and size are compared with.
+        parameters: The number of weights in its files.
+        live_parameters: The number of weights without the skipped sublayers.
+        layers: The number of decoder layers.
+        attention_layers: The number of decoder layers with attention.
+        kv_bytes_per_token: The growth of the key-value cache per token, in bytes.
+        disk_bytes: The size of its weights on disk, in bytes.
+        size_ratio: `disk_bytes` divided by the baseline's.
+        perplexity: The perplexity on the evaluation windows.
+        perplexity_ratio: The perplexity divided by the original's, paired.
+        kl: The mean KL(original || this model), in nats per token.
+        agreement: The share of tokens whose most likely next token is the same as the original's, 0 to 1.
+        prefill_ms: The time to first token, in milliseconds.
+        decode_ms: The time per further token, in milliseconds.
+        prefill_speedup: The baseline's `prefill_ms` divided by this one's, paired. Above 1 is faster.
+        decode_speedup: The baseline's `decode_ms` divided by this one's, paired. Above 1 is faster.
+        ideal_prefill_speedup: The ratio of FLOPs of the prompt (`theoretical_cost`).
+        ideal_decode_speedup: The ratio of bytes read per decoded token (`theoretical_cost`).
+        peak_bytes: The most memory that its process held, in bytes.
+        question_accuracy: The share of multiple-choice questions answered correctly, 0 to 1, if there were any.
+        stability: The stability on these questions (`multiple_choice.Answers.stability`), if there were any.
         commit: The commit of the Hub repository that it was read from; empty for a local folder.
-        role: Whether it is the original, in whatever runtime, or made from it.
-        runtime: What ran it.
-        dtype: What it was computed in.
-        baseline: Label of the model that its speed and size are held against.
-        parameters: Weights in the file.
-        live_parameters: Weights left when skipped sublayers are dropped.
-        layers: Decoder layers.
-        attention_layers: Decoder layers that attend.
-        kv_bytes_per_token: Growth of the cache per token, bytes.
-        disk_bytes: Weights on disk, bytes.
-        size_ratio: `disk_bytes` over the baseline's.
-        perplexity: On the evaluation windows.
-        perplexity_ratio: Over the original's, paired.
-        kl: Mean KL(original || this), nats per token.
-        agreement: Share of tokens with the original's likeliest next token.
-        prefill_ms: Time to first token.
-        decode_ms: Time per further token.
-        prefill_speedup: Baseline's time over this one's, paired; above 1 is faster.
-        decode_speedup: The same of decoding.
-        ideal_prefill_speedup: Ratio of FLOPs.
-        ideal_decode_speedup: Ratio of bytes read per token.
-        peak_bytes: Most memory its process held, bytes.
-        question_accuracy: Share of multiple-choice questions answered right, where there were some.
-        stability: LLM-Streamline's stability on them against the original (`stability.Answers.stability`).
-        files: SHA-256 of each of its files that was read for this, by name.
-        changed: Of a model made here, how these differ from what its record says was written, one phrase a file.
+        files: The SHA-256 of each file that was read, by name.
+        changed: How its files differ from its own record, one phrase a file; empty if they do not, or without a record.
     """
 
     label: str
@@ -90,21 +90,21 @@ class Measurement:
 
     @property
     def finite(self) -> bool:
-        """Whether the model's logits gave figures that are numbers."""
+        """Whether the accuracy figures are finite numbers. They are not if the model's logits are not."""
         return self.perplexity.finite and self.perplexity_ratio.finite and self.kl.finite
 
 
 @dataclass(frozen=True)
 class Limit:
-    """One limit held against one model.
+    """A limit of the budget, applied to one model.
 
     Args:
-        name: The budget's field, or `finite`: logits must be numbers, whatever the budget.
-        label: The model's.
-        limit: What is allowed, None for `finite`.
+        name: The field of the budget, or `finite`: figures must be finite numbers under any budget.
+        label: The label of the model.
+        limit: The largest or smallest figure allowed; `None` for `finite`.
         measured: The figure.
-        interval: Its interval; None where there is none.
-        judged: What was held against the limit: an end of the interval, or the figure.
+        interval: The interval of the figure; `None` if it has none.
+        judged: The number that was compared with the limit: an end of the interval, or the figure.
     """
 
     name: str
@@ -116,21 +116,21 @@ class Limit:
 
     @property
     def least(self) -> bool:
-        """Whether the figure must be at least the limit, rather than at most."""
+        """Whether the limit is a minimum, not a maximum."""
         return self.name.startswith("min_")
 
     @property
     def passed(self) -> bool:
-        """Whether it holds: what was judged is within it, and so is the figure."""
+        """Whether the limit holds: both the figure and the judged number are within it."""
         return self._allows(self.measured) and self._allows(self.judged)
 
     @property
     def undecided(self) -> bool:
-        """Whether the figure is within the limit, and what was judged, the end of its interval, is not."""
+        """Whether the figure is within the limit, but the judged end of its interval is not."""
         return not self.passed and self._allows(self.measured) and math.isfinite(self.judged)
 
     def _allows(self, figure: float) -> bool:
-        # NaN is not within anything, nor is infinity.
+        # NaN and infinity are within no limit.
         if self.limit is None or not math.isfinite(figure):
             return False
         return figure >= self.limit if self.least else figure <= self.limit
@@ -138,11 +138,11 @@ class Limit:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All limits, judged.
+    """The verdict on a budget.
 
     Args:
-        limits: One a limit and model.
-        judge: By what of each figure, as in a recipe.
+        limits: One entry for each limit and model.
+        judge: Whether limits apply to the end of an interval (`bound`) or to the figure (`point`).
     """
 
     limits: tuple[Limit, ...]
@@ -150,28 +150,33 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether every limit holds; with none set, it does."""
+        """Whether every limit holds. Without limits, the verdict is passed."""
         return all(limit.passed for limit in self.limits)
 
     @property
     def undecided(self) -> bool:
-        """Whether some limits do not hold, each of them undecided."""
+        """Whether some limits do not hold, and all of those are undecided."""
         return not self.passed and all(limit.passed or limit.undecided for limit in self.limits)
 
 
 @dataclass(frozen=True)
 class Interaction:
-    """How removing layers and quantizing meet, in mean log-losses of the same tokens, nats; each interval is paired.
+    """The interaction of pruning and one quantizer: differences of mean log-losses L on the same tokens.
+
+    All figures are in nats per token, with paired intervals.
 
     Args:
-        quantizer: Its name.
-        steps: The order, as a recipe has it.
-        dense: Label of the original; so are `pruned`, `quantized` and `both` of the models made of it.
-        pruning: L_pruned - L_dense.
-        quantizing: L_quantized - L_dense.
-        together: L_both - L_dense.
-        term: L_both - L_pruned - L_quantized + L_dense: what the two together cost beyond what each costs alone.
-        missing: Why there is no model that had both in this order; then the labels and figures are not there.
+        quantizer: The name of the quantizer.
+        steps: The order of the two, as in a recipe.
+        dense: The label of the original.
+        pruned: The label of the pruned model.
+        quantized: The label of the quantized model.
+        both: The label of the model that is pruned and quantized.
+        pruning: L(pruned) - L(dense).
+        quantizing: L(quantized) - L(dense).
+        together: L(both) - L(dense).
+        term: L(both) - L(pruned) - L(quantized) + L(dense), the interaction: 0 if the two costs add up.
+        missing: Why no model could be pruned and quantized in this order; then there are no labels and figures.
     """
 
     quantizer: str
@@ -189,22 +194,22 @@ class Interaction:
 
 @dataclass(frozen=True)
 class Report:
-    """A validation's outcome.
+    """The result of a validation.
 
     Args:
-        rows: One a model, the original first.
-        verdict: The budget, judged.
-        settings: What was asked for, and what of it could be used.
-        machine: What it ran on, with versions.
-        data: What `Windows.describe` says of the evaluation text.
-        seed: Of the bootstrap.
-        scores: Block Influence of every original layer, where known.
-        layers: The new model's layers and the original ones they stand for, where known.
-        steps: Seconds each step of the run took, where known.
-        recipe: The recipe's fields, where there was one.
-        questions: The multiple-choice questions' file, number and fingerprint, and how many of them the weights of
-            the stability amount to; where there were some.
-        interactions: How removing layers and quantizing meet, where that was asked.
+        rows: One measurement for each model, the original first.
+        verdict: The verdict on the budget.
+        settings: The settings of the measurement, as asked for and as used.
+        machine: The machine and the versions of packages.
+        data: The evaluation text (`Windows.describe`).
+        seed: The seed of the bootstrap.
+        scores: The Block Influence of every original layer, if known.
+        layers: The layers of the pruned model, if known.
+        steps: The seconds that each step of the run took, if known.
+        recipe: The fields of the recipe, if there was one.
+        questions: The file, number and fingerprint of the multiple-choice questions, and the effective number of them
+            for the stability; if there were any.
+        interactions: The interactions of pruning and quantization, if they were measured.
     """
 
     rows: tuple[Measurement, ...]
@@ -222,13 +227,13 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0 within budget, 3 over."""
+        """The exit code of a command: 0 within the budget, 3 otherwise."""
         return 0 if self.verdict.passed else 3
 
     def to_json(self) -> str:
-        """Strict JSON; a figure that is not a number is the string `NaN`, `Infinity` or `-Infinity`.
+        """The report as strict JSON. A figure that is not finite is the string `NaN`, `Infinity` or `-Infinity`.
 
-        Beside the fields stand what scripts look for (`passed`, `exit_code`) and `digest`, the SHA-256 of all the rest.
+        Besides the fields it has `passed` and `exit_code`, for scripts, and `digest`, the SHA-256 of everything else.
         """
         fields = {**asdict(self), "passed": self.verdict.passed, "exit_code": self.exit_code}
         limits = [{**asdict(limit), "passed": limit.passed} for limit in self.verdict.limits]
@@ -238,22 +243,22 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """The report that `to_json` wrote.
+        """Read a report that `to_json` wrote.
 
         Raises:
-            StreamlineError: it is not one, or has been changed since it was written.
+            StreamlineError: the text is not a report, or was changed after it was written.
         """
         try:
             fields = json.loads(text)
             report = TypeAdapter(cls).validate_python(fields)
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise StreamlineError(f"not a report: {place or 'the text'}: {first['msg']}") from None
+            field = ".".join(str(part) for part in first["loc"])
+            raise StreamlineError(f"not a report: {field or 'the text'}: {first['msg']}") from None
         except (ValueError, RecursionError) as error:
             raise StreamlineError(f"not a report: the text: {error}") from None
         if fields.pop("digest", None) != _digest(fields):
-            raise StreamlineError("not the report that was written: its digest is of other content")
+            raise StreamlineError("not the report that was written: its digest does not match its content")
         return report
 
 
@@ -262,7 +267,10 @@ def _digest(fields: dict[str, Any]) -> str:
 
 
 def _spell_out(value: Any) -> Any:
-    # pydantic's `ser_json_inf_nan` does this as it writes JSON, which is too late for the digest.
+    """`value` with every float that is not finite replaced by its name.
+
+    pydantic's `ser_json_inf_nan` does this only while it writes JSON, which is too late for the digest.
+    """
     if isinstance(value, dict):
         return {key: _spell_out(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,8 +1,8 @@
-"""What a model must cost, from its config alone: parameters, cache, bytes read per token, FLOPs of a prompt.
+"""The theoretical cost of a model, from its config alone: parameters, cache, bytes read per token, FLOPs of a prompt.
 
-The ideal that a measured speed-up is held against: decoding one sequence is bound by the bytes that each token
-has to read, a long prompt by arithmetic. Nothing is loaded, and no runtime's overheads are known here. torch's
-`FlopCounterMode` counts the arithmetic of one call, but not the bytes that a token reads.
+The ideal speed-ups follow from it. Decoding one sequence is limited by the bytes read for each token, and a long prompt
+by arithmetic. The overheads of a runtime are not included.
+torch's `FlopCounterMode` counts arithmetic, but not the bytes that a token reads.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP, layers_w
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model's form costs.
+    """The theoretical cost of a model.
 
     Args:
-        parameters: All weights in the file, shared ones once.
-        live_parameters: Those left when the skipped sublayers are dropped.
-        read_parameters: Those that one token multiplies by: no embedding rows, of experts only the active share;
-            a head tied to the embeddings counts.
-        layers: Decoder layers.
-        windows: For each layer that attends, how many tokens back it sees; None is all.
-        kv_width: Cached numbers per token and attending layer, keys and values together.
-        attention_width: Heads times head size.
-        element_bytes: Bytes a number in the dtype it is computed in.
-        weight_bytes: Bytes of what one token multiplies by, where that is quantized; by default they follow from
-            `read_parameters`.
+        parameters: The number of weights in the files; shared weights count once.
+        live_parameters: The number of weights without the skipped sublayers.
+        read_parameters: The number of weights that one token is multiplied by. Embeddings do not count, unless the head
+            shares their weight. Of experts, only the active share counts.
+        layers: The number of decoder layers.
+        windows: For each layer with attention, the size of its sliding window in tokens; `None` for full attention.
+        kv_width: The cached numbers per token and attention layer, keys and values together.
+        attention_width: The number of heads times the head size.
+        element_bytes: The bytes of a number in the dtype of the computation.
+        weight_bytes: The bytes of the weights that one token is multiplied by, if they are quantized. By default
+            `read_parameters` times `element_bytes`.
     """
 
     parameters: int
@@ -55,36 +55,36 @@ class Cost:
 
     @property
     def attention_layers(self) -> int:
-        """Layers that attend."""
+        """The number of layers with attention."""
         return len(self.windows)
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """By how much the cache grows with a token, before any window is full."""
+        """The growth of the cache with each token, in bytes, before any sliding window is full."""
         return self.attention_layers * self.kv_width * self.element_bytes
 
     def decode_bytes(self, context: float) -> float:
-        """Bytes read to decode one token after `context` others, batch 1: weights and cache."""
+        """The bytes of weights and cache read to decode one token after `context` others, at batch size 1."""
         cached = sum(_seen(context, window) for window in self.windows) * self.kv_width * self.element_bytes
         weights = self.read_parameters * self.element_bytes if self.weight_bytes is None else self.weight_bytes
         return weights + cached
 
     def prefill_flops(self, length: int) -> float:
-        """Floating-point operations of a prompt of `length` tokens whose every token gets logits, batch 1.
+        """The floating-point operations of a prompt of `length` tokens, with logits for every token, at batch size 1.
 
-        Two for each weight and token; and, for each pair of a token and one it sees, two for each number of
-        query times key and two for each of weight times value.
+        Each weight takes 2 operations per token. Each pair of a token and a token it attends to takes
+        4 x `attention_width` operations in each layer: 2 for query times key, and 2 for attention weight times value.
         """
         pairs = sum(sum(_seen(position + 1, window) for position in range(length)) for window in self.windows)
         return 2 * self.read_parameters * length + 4 * self.attention_width * pairs
 
 
 def cost_of(config: PreTrainedConfig, dtype: str) -> Cost:
-    """The cost of a model of this config computed in `dtype`."""
+    """The cost of a model with this config that computes in `dtype`, a key of `checkpoints.loading.DTYPES`."""
     with torch.device("meta"):
         model = place_bare_layers(meta_model(float_config(config)))
     skipped = _skipped_prefixes(config)
-    # Weights shared under two names come once.
+    # `named_parameters` yields a weight that is shared under two names once.
     live = [(name, value) for name, value in model.named_parameters() if not name.startswith(skipped)]
     return Cost(
         parameters=model.num_parameters(),
@@ -99,10 +99,10 @@ def cost_of(config: PreTrainedConfig, dtype: str) -> Cost:
 
 
 def stored_weight_bytes(folder: Path, config: PreTrainedConfig) -> int:
-    """Bytes that the weights one token multiplies by take in a checkpoint's files: what a quantized model reads.
+    """The bytes, in a checkpoint's files, of the weights that one token is multiplied by. It is for quantized models.
 
     Args:
-        folder: The checkpoint's.
+        folder: The folder of the checkpoint.
         config: Its config.
     """
     model: Any = meta_model(float_config(config))
@@ -118,7 +118,7 @@ def stored_weight_bytes(folder: Path, config: PreTrainedConfig) -> int:
 
 
 def disk_bytes(folder: Path) -> int:
-    """Bytes on disk of a model's weights: a checkpoint's own files, an engine, or an exported graph with its data."""
+    """The bytes on disk of the weights of a checkpoint, of an engine, or of an ONNX graph with its data files."""
     engine = folder / "model.engine"
     if engine.is_file():
         return engine.stat().st_size

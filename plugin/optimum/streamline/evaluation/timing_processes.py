@@ -1,7 +1,6 @@
-"""The parent's side of `timing_worker.py`: one process a model, asked in turn.
+"""Timing models in worker processes: one process for each model (`timing_worker.py`), which run rounds in turn.
 
-Knows processes and the lines they speak; nothing of models, nor of what the times mean. The workers of multiprocessing
-and concurrent.futures begin with the parent's memory, or its main module, which would count in what is measured.
+Workers of multiprocessing start with the memory or the main module of the parent, which would count in the peak memory.
 """
 
 from __future__ import annotations
@@ -24,13 +23,14 @@ from optimum.streamline.system.progress import progress_bar
 
 from .latency import Round, Timing, alternate
 
-# The threads of ONNX Runtime and OpenMP spin for some 5 to 30 ms after their work before they sleep.
+# The pause before each round, in seconds. Threads of ONNX Runtime and OpenMP use the CPU for another 5 to 30 ms after
+# their work.
 QUIET_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker opens: the arguments of `open_runner`, and what messages call it."""
+    """A model for a worker to open: its name in messages, and the arguments of `open_runner`."""
 
     label: str
     path: str
@@ -44,12 +44,12 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Timed:
-    """What one worker measured.
+class WorkerResult:
+    """The results of one worker.
 
     Args:
-        timing: Its rounds.
-        peak_bytes: Most memory its process held, loading included.
+        timing: The times of its rounds.
+        peak_bytes: The most memory that its process held, with loading, in bytes.
     """
 
     timing: Timing
@@ -57,56 +57,59 @@ class Timed:
 
 
 class Worker:
-    """A process that holds one model. Use as a context manager: leaving ends the process.
+    """A process that holds one model. Use it as a context manager, which ends the process.
 
     Args:
-        job: What it opens.
-        log: File to append to what its libraries say; dropped by default.
+        job: The model to open.
+        log: A file to append the output of its libraries to; by default that output is dropped.
     """
 
     def __init__(self, job: Job, log: Path | None = None) -> None:
         self.job = job
         self.peak_bytes = 0
         self._log = log
-        self._chatter = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
+        self._library_output = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
         self._process = subprocess.Popen(
-            # -P: a file of the working folder must not stand in for a module of the same name.
+            # -P: do not import modules from the working folder.
             [sys.executable, "-P", "-m", "optimum.streamline.evaluation.timing_worker", json.dumps(job.arguments())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._chatter,
+            stderr=self._library_output,
             text=True,
             encoding="utf-8",
         )
 
     @property
     def pid(self) -> int:
-        """The process."""
+        """The process id."""
         return self._process.pid
 
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Killed, not asked: it has nothing to save, and may be in the middle of a round when another one died.
+        # Killed, because it has nothing to save, and may be in the middle of a round if another worker died.
         self._process.kill()
         self._process.communicate()
         if self._log is not None:
             with self._log.open("ab") as log:
-                log.write(self._said())
-        self._chatter.close()
+                log.write(self._read_library_output())
+        self._library_output.close()
 
     def wait_ready(self) -> str:
-        """Wait until the model is open; returns its runtime.
+        """Wait until the model is open.
+
+        Returns:
+            The name of its runtime.
 
         Raises:
-            StreamlineError: it cannot be opened.
+            StreamlineError: the model cannot be opened.
             WorkerError: the worker died.
         """
         return str(self._read()["runtime"])
 
     def time_round(self, tokens: TokenIds, prompt_length: int) -> Round:
-        """`latency.time_round` in the worker.
+        """Run `latency.time_round` in the worker.
 
         Raises:
             WorkerError: the worker died.
@@ -133,24 +136,30 @@ class Worker:
 
     def _death(self) -> WorkerError:
         code = self._process.wait()
-        lines = self._said().decode(errors="replace").strip().splitlines()
-        reason = lines[-1] if lines else "it said nothing"
+        lines = self._read_library_output().decode(errors="replace").strip().splitlines()
+        reason = lines[-1] if lines else "without any output"
         return WorkerError(f"{self.job.label}: the process that timed it ended with code {code} ({reason})")
 
-    def _said(self) -> bytes:
-        self._chatter.seek(0)
-        return self._chatter.read()
+    def _read_library_output(self) -> bytes:
+        self._library_output.seek(0)
+        return self._library_output.read()
 
 
 def time_alternating(
     jobs: Sequence[Job], tokens: TokenIds, prompt_length: int, rounds: int, warmup: int, log: Path | None = None
-) -> list[Timed]:
-    """Time every job in a process of its own, all on the same tokens, in alternating rounds.
+) -> list[WorkerResult]:
+    """Time every model in its own process, on the same tokens, in alternating rounds (`latency.alternate`).
 
     Args:
-        tokens: `[1, length]`, the prompt first; the rest is decoded one by one.
-        warmup: Rounds to run first and forget.
-        log: File to append to what the workers' libraries say.
+        jobs: The models.
+        tokens: Token ids `[1, length]`: the prompt, then the tokens to decode one by one.
+        prompt_length: The length of the prompt.
+        rounds: The number of rounds to keep.
+        warmup: The number of rounds to run first and drop.
+        log: A file to append the output of the workers' libraries to.
+
+    Returns:
+        One result for each model.
 
     Raises:
         StreamlineError: a worker cannot open its model.
@@ -163,7 +172,7 @@ def time_alternating(
         timers = [partial(_time_in_quiet, worker, tokens, prompt_length) for worker in workers]
         with progress_bar("measuring latency", warmup + rounds) as bar:
             timings = alternate(timers, rounds, warmup, bar.advance)
-        return [Timed(timing, worker.peak_bytes) for timing, worker in zip(timings, workers, strict=True)]
+        return [WorkerResult(timing, worker.peak_bytes) for timing, worker in zip(timings, workers, strict=True)]
 
 
 def _time_in_quiet(worker: Worker, tokens: TokenIds, prompt_length: int) -> Round:

@@ -1,8 +1,8 @@
-"""The process that holds one model and times it on request; `timing_processes.py` starts it and sends the requests.
+"""The worker process that opens one model and times it on request. `timing_processes.py` starts it.
 
-Started as `python -m optimum.streamline.evaluation.timing_worker ARGUMENTS`, where ARGUMENTS are the arguments of
-`open_runner` as one JSON object. It writes JSON lines: the first says that the model is open, each further one answers
-one request from standard input. It imports no framework but the one its runner needs.
+It is started as `python -m optimum.streamline.evaluation.timing_worker ARGUMENTS`. ARGUMENTS are the arguments of
+`open_runner` as a JSON object. It writes JSON lines to standard output: the first when the model is open, and then one
+answer for each request from standard input. It imports only the framework that its runner needs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .latency import time_round
 
 
 def main() -> None:
-    """Open the model named on the command line and answer requests."""
+    """Open the model of the command line, and answer requests until standard input ends."""
     answers = _claim_stdout()
     arguments = json.loads(sys.argv[1])
     try:
@@ -39,7 +39,12 @@ def main() -> None:
 
 
 def peak_memory(device: str, runtime: str) -> int:
-    """Most bytes held at once so far: of the GPU where torch computes there, else of this process's RAM."""
+    """The most memory that this process has held so far, in bytes.
+
+    Args:
+        device: `cpu` or `cuda`.
+        runtime: The runtime of the model. For torch on a GPU, GPU memory counts, and otherwise RAM.
+    """
     if device == "cuda" and runtime == "torch":
         import torch
 
@@ -49,15 +54,15 @@ def peak_memory(device: str, runtime: str) -> int:
     except OSError:
         import resource
 
-        # Bytes on macOS, where alone this is reached.
+        # Only macOS gets here, where ru_maxrss is in bytes.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # psutil has no such figure on Linux. The system hands ru_maxrss down from the parent, which may have held far more
-    # than this process ever does; the high-water mark starts anew with the program.
+    # On Linux, ru_maxrss also counts the memory that the parent process held. VmHWM counts only this program's memory.
+    # psutil has no such figure on Linux.
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def _claim_stdout() -> TextIO:
-    """Standard output for answers alone: whatever else any library prints there goes to standard error."""
+    """Reserve standard output for answers, and redirect everything that libraries print there to standard error."""
     claimed = os.dup(1)
     os.dup2(2, 1)
     return os.fdopen(claimed, "w", encoding="utf-8")

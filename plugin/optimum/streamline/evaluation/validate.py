@@ -1,7 +1,6 @@
-"""Measuring models against their original in one run: the steps, in order.
+"""Validation: measuring models against their original in one run, and judging them by a budget.
 
-Each step has a file of its own; this one pairs every model with what it is compared with. It knows nothing of how
-a candidate was made.
+Each measurement has its own file. This one runs them in order, and pairs every model with its baseline.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ from optimum.streamline.text.windows import Windows
 from .accuracy import Accuracy, measure_accuracy
 from .intervals import RESAMPLES, grouped
 from .latency import Timing, median_time, speedup
-from .multiple_choice import Answers, Questions, ask
+from .multiple_choice import Answers, Questions, answer_questions
 from .results import Measurement, Report, Role
 from .theoretical_cost import Cost, cost_of, disk_bytes, stored_weight_bytes
-from .timing_processes import Job, Timed, time_alternating
+from .timing_processes import Job, WorkerResult, time_alternating
 from .verdict import judge
 
 WARMUP_ROUNDS = 2
@@ -43,12 +42,12 @@ class ComparedModel:
     """A model to measure.
 
     Args:
-        label: What the report calls it; each subject has its own.
-        path: A checkpoint's folder or Hub id, or an artifact's folder.
-        role: Whether it is the original, in whatever runtime, or made from it.
-        cache_dir: Where Hub downloads are kept; transformers' own place by default.
-        trust_remote_code: Whether code from the checkpoint may run.
-        revision: Of a Hub id, as `ModelSource` has it.
+        label: Its name in the report, different for each model.
+        path: The folder or Hub id of a checkpoint, or the folder of an artifact.
+        role: `original` for the original, in any runtime; `candidate` for a model made from it.
+        cache_dir: The folder for Hub downloads; by default transformers' own.
+        trust_remote_code: Whether Python code in the checkpoint may run.
+        revision: The revision of a Hub id (`ModelSource`).
     """
 
     label: str
@@ -60,21 +59,21 @@ class ComparedModel:
 
     @property
     def source(self) -> ModelSource:
-        """Where its files are read from; an artifact's folder holds its checkpoint's config."""
+        """The source of its files."""
         return ModelSource(self.path, self.cache_dir, self.trust_remote_code, self.revision)
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """How many tokens are fed at once, and how many one by one after them."""
+class TimedTokens:
+    """The numbers of tokens that are timed: `length` in the prompt, then `decoded` one by one."""
 
     length: int
     decoded: int
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What is known of a subject before and after it was run."""
+class RawMeasurement:
+    """The raw results of one model, before it is compared with its baseline."""
 
     compared: ComparedModel
     dtype: str
@@ -85,15 +84,18 @@ class Facts:
     changed: tuple[str, ...]
     accuracy: Accuracy
     answers: Answers | None
-    timed: Timed
+    timed: WorkerResult
 
 
 def compared_models_of(original: ModelSource, candidates: Sequence[str]) -> list[ComparedModel]:
-    """Subjects named after their folders, or by their whole paths where two folders have one name.
+    """The models to measure, labelled by the names of their folders, or by their paths if two names are the same.
 
     Args:
-        original: The first; its cache and its leave to run code are those of all, its revision is its own.
-        candidates: Folders of checkpoints and exports, and Hub ids, also as `name@revision`.
+        original: The source of the original. Its `cache_dir` and `trust_remote_code` apply to all models.
+        candidates: Folders of checkpoints and artifacts, and Hub ids, also as `name@revision`.
+
+    Returns:
+        The original first, then the candidates in order.
     """
     sources = [original, *(replace(original, model=path, revision=None) for path in candidates)]
     paths = [source.model + (f"@{source.revision}" if source.revision else "") for source in sources]
@@ -106,8 +108,8 @@ def compared_models_of(original: ModelSource, candidates: Sequence[str]) -> list
     return [replace(compared_models[0], role="original"), *compared_models[1:]]
 
 
-def recognise(compared_models: Sequence[ComparedModel]) -> list[ComparedModel]:
-    """The subjects, with the role `original` for every float export of the first one's very weights."""
+def mark_original_exports(compared_models: Sequence[ComparedModel]) -> list[ComparedModel]:
+    """The models, with role `original` for every float export of the same weights as the first model's."""
     exports = [compared for compared in compared_models[1:] if _is_float_export(compared)]
     if not exports:
         return list(compared_models)
@@ -117,21 +119,21 @@ def recognise(compared_models: Sequence[ComparedModel]) -> list[ComparedModel]:
 
 
 def _is_float_export(compared: ComparedModel) -> bool:
-    """Whether it is an export as it was written, which nothing made less than its checkpoint."""
+    """Whether the model is an unquantized artifact whose files are as they were written."""
     if not is_artifact(compared.source.folder):
         return False
     return Artifact.read(compared.source.folder).quantize == "none" and not changed_files(compared.source)
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What was found of the subjects, in their order.
+class Measurements:
+    """The results of `measure`, in the order of the models.
 
     Args:
-        rows: One a subject.
-        accuracies: The sums over each window that the rows' figures are of.
-        settings: As in `Report`.
-        questions: As in `Report`.
+        rows: One measurement for each model.
+        accuracies: The accuracy of each model, with its sums for each window.
+        settings: See `Report`.
+        questions: See `Report`.
     """
 
     rows: tuple[Measurement, ...]
@@ -141,24 +143,31 @@ class Measured:
 
 
 def validate(
-    compared_models: Sequence[ComparedModel], windows: Windows, budget: Budget, judged_by: Judge = "bound", **how: Any
+    compared_models: Sequence[ComparedModel],
+    windows: Windows,
+    budget: Budget,
+    judged_by: Judge = "bound",
+    **options: Any,
 ) -> Report:
-    """Measure every subject against the original, all in this run, and judge the candidates.
+    """Measure all models in this run, and judge the candidates by a budget.
 
     Args:
-        subjects: As in `measure`.
-        windows: As in `measure`.
-        budget: What a candidate may cost, and must bring.
-        judged_by: What must be within it, as in `verdict.judge`.
-        how: The other arguments of `measure`.
+        compared_models: See `measure`.
+        windows: See `measure`.
+        budget: The limits for candidates.
+        judged_by: What must be within a limit, as in `verdict.judge`.
+        options: The other arguments of `measure`.
+
+    Returns:
+        The report.
 
     Raises:
         StreamlineError: as `measure`.
         WorkerError: as `measure`.
     """
-    measured = measure(compared_models, windows, **how)
-    machine = describe_machine(how.get("device", "cpu"))
-    verdict, seed = judge(measured.rows, budget, judged_by), how.get("seed", 0)
+    measured = measure(compared_models, windows, **options)
+    machine = describe_machine(options.get("device", "cpu"))
+    verdict, seed = judge(measured.rows, budget, judged_by), options.get("seed", 0)
     return Report(
         measured.rows, verdict, measured.settings, machine, windows.describe(), seed, questions=measured.questions
     )
@@ -177,30 +186,35 @@ def measure(
     rounds: int = 10,
     log: Path | None = None,
     notify: Callable[[str], None] = print,
-) -> Measured:
-    """Measure every subject against the original, all in this run.
+) -> Measurements:
+    """Measure all models in this run.
 
-    Accuracy is held against the first subject. Speed and size are held against the original in the same runtime
-    where one is among the subjects, against the first otherwise; the row names which.
+    Accuracy is compared with the first model. Speed and size are compared with the original in the same runtime, if it
+    is among the models, and otherwise with the first model. `Measurement.baseline` names it.
 
     Args:
-        subjects: The original first. An export of it is recognised as the original in another runtime.
-        windows: Text that nothing was chosen on; the tokens that are timed come from it too.
-        questions: Multiple-choice questions (`multiple_choice.read_questions`): accuracy on them, and stability.
-        dtype: What checkpoints are computed in; an artifact has its own.
-        seed: Of the bootstrap.
-        prompt_length: Tokens of the timed prompt; clipped, and recorded so, to what all models and the text allow.
-        decode_tokens: Tokens decoded one by one after it; clipped likewise.
-        rounds: Timed rounds, each one prefill and one decode of every subject in turn.
-        log: File to append to what the timing processes' libraries say.
-        say: What is told that a user should know of the comparison.
+        compared_models: The models, the original first. A float export of the original also gets the role `original`.
+        windows: The evaluation text, on which nothing was chosen or trained. The timed tokens come from it too.
+        questions: Multiple-choice questions (`multiple_choice.read_questions`) for accuracy and stability.
+        dtype: The dtype that float checkpoints compute in: `fp32`, `fp16` or `bf16`. Artifacts have their own.
+        device: `cpu` or `cuda`.
+        seed: The seed of the bootstrap.
+        prompt_length: The tokens of the timed prompt. It is reduced to what all models and the text allow, and the
+            settings record both numbers.
+        decode_tokens: The tokens decoded one by one after the prompt; reduced likewise.
+        rounds: The number of timed rounds. In each, every model runs the prompt and the decoded tokens once.
+        log: A file to append the output of the timing processes' libraries to.
+        notify: A function that is told, in one line each, what a user should know about the comparison.
+
+    Returns:
+        The measurements.
 
     Raises:
-        StreamlineError: the subjects, their tokenizers, the text or the settings do not allow a comparison, or a model
+        StreamlineError: the models, their tokenizers, the text or the settings do not allow a comparison, or a model
             cannot be run.
         WorkerError: a process that timed a model died.
     """
-    compared_models = recognise(compared_models)
+    compared_models = mark_original_exports(compared_models)
     _check(compared_models, windows, prompt_length, decode_tokens, rounds)
     configs = [check_checkpoint(compared.source, of_export=True) for compared in compared_models]
     named = [(compared.label, compared.source) for compared in compared_models[1:]]
@@ -223,8 +237,8 @@ def measure(
     sizes = [disk_bytes(compared.source.folder) for compared in compared_models]
     _refuse_other_files(compared_models, files)
     columns = (compared_models, dtypes, costs, sizes, runtimes, files, changed, accuracies, answers, timed)
-    facts = [Facts(*each) for each in zip(*columns, strict=True)]
-    rows = tuple(_measurement(own, facts[0], _baseline(own, facts), prompt, seed) for own in facts)
+    raw = [RawMeasurement(*each) for each in zip(*columns, strict=True)]
+    rows = tuple(_measurement(model, raw[0], _baseline(model, raw), prompt, seed) for model in raw)
     settings: dict[str, str | int] = {
         "device": device,
         "prompt_length": prompt.length,
@@ -236,7 +250,7 @@ def measure(
         "resamples": RESAMPLES,
         "resampled": "documents" if grouped(windows.documents) else "windows",
     }
-    return Measured(rows, tuple(accuracies), settings, _asked(questions, facts[0].answers))
+    return Measurements(rows, tuple(accuracies), settings, _asked(questions, raw[0].answers))
 
 
 def _check(
@@ -273,7 +287,10 @@ def _source_fingerprint(compared: ComparedModel) -> str:
 
 
 def _computed(compared: ComparedModel, config: PreTrainedConfig, dtype: str) -> tuple[str, Cost]:
-    """What a subject is computed in, in a word, and its cost; `dtype` is that of checkpoints in float."""
+    """The name of the dtype or quantizer that a model computes with, and its cost.
+
+    `dtype` applies to float checkpoints.
+    """
     if not is_artifact(compared.source.folder):
         quantized = quantization_name(config)
         if quantized is None:
@@ -284,10 +301,10 @@ def _computed(compared: ComparedModel, config: PreTrainedConfig, dtype: str) -> 
     return artifact.precision, replace(cost_of(config, artifact.dtype), weight_bytes=artifact.weight_bytes)
 
 
-def _clip(length: int, decoded: int, room: int) -> Prompt:
-    """At most half of the room goes to decoding, and what is left to the prompt."""
+def _clip(length: int, decoded: int, room: int) -> TimedTokens:
+    """Reduce both numbers so that they fit into `room` tokens: at most half for decoding, the rest for the prompt."""
     decoded = min(decoded, room // 2)
-    return Prompt(min(length, room - decoded), decoded)
+    return TimedTokens(min(length, room - decoded), decoded)
 
 
 def _judged(
@@ -300,8 +317,8 @@ def _judged(
     runtimes = [runner.runtime for runner in runners]
     labels = [compared.label for compared in compared_models]
     accuracies = measure_accuracy(runners, labels, windows)
-    answers = [None] * len(runners) if questions is None else ask(runners, labels, questions)
-    # The models are timed next, in processes of their own: this one's copies must not crowd them.
+    answers = [None] * len(runners) if questions is None else answer_questions(runners, labels, questions)
+    # The models are timed next, in other processes, which need the memory.
     runners.clear()
     gc.collect()
     return runtimes, accuracies, answers
@@ -314,48 +331,50 @@ def _asked(questions: Questions | None, original: Answers | None) -> dict[str, s
         "questions_file": questions.file,
         "questions": len(questions.items),
         "questions_fingerprint": questions.fingerprint,
-        "questions_effective": original.effective,
+        "questions_effective": original.effective_questions,
     }
 
 
-def _baseline(own: Facts, facts: Sequence[Facts]) -> Facts:
-    same = [each for each in facts if each.compared.role == "original" and each.runtime == own.runtime]
-    return same[0] if same else facts[0]
+def _baseline(model: RawMeasurement, raw: Sequence[RawMeasurement]) -> RawMeasurement:
+    same = [each for each in raw if each.compared.role == "original" and each.runtime == model.runtime]
+    return same[0] if same else raw[0]
 
 
-def _measurement(own: Facts, original: Facts, baseline: Facts, prompt: Prompt, seed: int) -> Measurement:
-    mine: Timing = own.timed.timing
-    theirs: Timing = baseline.timed.timing
-    # The middle of the decoded tokens sees the mean context.
+def _measurement(
+    model: RawMeasurement, original: RawMeasurement, baseline: RawMeasurement, prompt: TimedTokens, seed: int
+) -> Measurement:
+    own: Timing = model.timed.timing
+    other: Timing = baseline.timed.timing
+    # The mean context length over the decoded tokens.
     context = prompt.length + (prompt.decoded + 1) / 2
     return Measurement(
-        label=own.compared.label,
-        path=own.compared.path,
-        commit=own.compared.source.commit,
-        role=own.compared.role,
-        runtime=own.runtime,
-        dtype=own.dtype,
+        label=model.compared.label,
+        path=model.compared.path,
+        commit=model.compared.source.commit,
+        role=model.compared.role,
+        runtime=model.runtime,
+        dtype=model.dtype,
         baseline=baseline.compared.label,
-        parameters=own.cost.parameters,
-        live_parameters=own.cost.live_parameters,
-        layers=own.cost.layers,
-        attention_layers=own.cost.attention_layers,
-        kv_bytes_per_token=own.cost.kv_bytes_per_token,
-        disk_bytes=own.disk_bytes,
-        size_ratio=own.disk_bytes / baseline.disk_bytes,
-        perplexity=own.accuracy.perplexity(seed),
-        perplexity_ratio=own.accuracy.perplexity_ratio(original.accuracy, seed),
-        kl=own.accuracy.mean_kl(seed),
-        agreement=own.accuracy.mean_agreement(seed),
-        prefill_ms=median_time(mine.prefill_ms, seed),
-        decode_ms=median_time(mine.decode_ms, seed),
-        prefill_speedup=speedup(theirs.prefill_ms, mine.prefill_ms, seed),
-        decode_speedup=speedup(theirs.decode_ms, mine.decode_ms, seed),
-        ideal_prefill_speedup=baseline.cost.prefill_flops(prompt.length) / own.cost.prefill_flops(prompt.length),
-        ideal_decode_speedup=baseline.cost.decode_bytes(context) / own.cost.decode_bytes(context),
-        peak_bytes=own.timed.peak_bytes,
-        question_accuracy=own.answers.accuracy(seed) if own.answers else None,
-        stability=own.answers.stability(original.answers, seed) if own.answers and original.answers else None,
-        files=own.files,
-        changed=own.changed,
+        parameters=model.cost.parameters,
+        live_parameters=model.cost.live_parameters,
+        layers=model.cost.layers,
+        attention_layers=model.cost.attention_layers,
+        kv_bytes_per_token=model.cost.kv_bytes_per_token,
+        disk_bytes=model.disk_bytes,
+        size_ratio=model.disk_bytes / baseline.disk_bytes,
+        perplexity=model.accuracy.perplexity(seed),
+        perplexity_ratio=model.accuracy.perplexity_ratio(original.accuracy, seed),
+        kl=model.accuracy.mean_kl(seed),
+        agreement=model.accuracy.mean_agreement(seed),
+        prefill_ms=median_time(own.prefill_ms, seed),
+        decode_ms=median_time(own.decode_ms, seed),
+        prefill_speedup=speedup(other.prefill_ms, own.prefill_ms, seed),
+        decode_speedup=speedup(other.decode_ms, own.decode_ms, seed),
+        ideal_prefill_speedup=baseline.cost.prefill_flops(prompt.length) / model.cost.prefill_flops(prompt.length),
+        ideal_decode_speedup=baseline.cost.decode_bytes(context) / model.cost.decode_bytes(context),
+        peak_bytes=model.timed.peak_bytes,
+        question_accuracy=model.answers.accuracy(seed) if model.answers else None,
+        stability=model.answers.stability(original.answers, seed) if model.answers and original.answers else None,
+        files=model.files,
+        changed=model.changed,
     )

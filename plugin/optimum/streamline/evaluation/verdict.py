@@ -1,4 +1,4 @@
-"""Holding measurements against a budget. Knows neither how they were measured nor how a verdict is shown."""
+"""The verdict: comparing measurements with the limits of a budget."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from .results import Limit, Measurement, Verdict
 
 
 def judge(rows: Sequence[Measurement], budget: Budget, by: Judge = "bound") -> Verdict:
-    """Judge the candidates among `rows`.
+    """Judge the candidates among `rows` by a budget.
 
-    Accuracy limits hold for every candidate. Speed and size limits hold for the candidates in the runtime of
-    the last one listed, which is the exported one where there is an export: what would be deployed. At the limit
-    is within it. Logits that are not numbers fail, whatever the budget.
+    Accuracy limits apply to every candidate. Speed and size limits apply to the candidates in the runtime of the last
+    candidate, which is the exported one if there is an export, because that is the one to deploy. A figure equal to a
+    limit is within it. A candidate whose accuracy figures are not finite fails any budget.
 
     Args:
-        by: What must be within a limit: `bound`, the whole interval, so its end nearest the limit or past it; or
-            `point`, the figure itself. A figure without an interval is judged as it is.
+        rows: The measurements.
+        budget: The limits.
+        by: What must be within a limit: the whole interval (`bound`) or the figure (`point`). A figure without an
+            interval is judged by itself.
     """
     candidates = [row for row in rows if row.role == "candidate"]
     limits: list[Limit] = []
@@ -37,17 +39,18 @@ def judge(rows: Sequence[Measurement], budget: Budget, by: Judge = "bound") -> V
 
 
 def more_to_settle(limit: Limit, count: int) -> int | None:
-    """About how many more windows, or rounds, would bring the whole interval within a limit, if the figure stays.
+    """Estimate how many more windows or rounds would bring the whole interval within a limit, if the figure stays.
 
-    An interval's half-width shrinks as 1 / sqrt(n). From n samples to m, the distance h of its bad end from the figure
-    becomes h sqrt(n / m); that is d, the distance of the limit from the figure, at m = n (h / d)^2.
+    The width of an interval shrinks as 1 / sqrt(n). Let h be the distance from the figure to the end of the interval
+    that is past the limit, and d the distance from the figure to the limit. With m samples instead of n, h becomes
+    h sqrt(n / m). This equals d for m = n (h / d)^2.
 
     Args:
-        limit: One that is undecided (`Limit.undecided`).
-        count: n, how many its interval is of.
+        limit: An undecided limit (`Limit.undecided`).
+        count: n, the number of windows or rounds so far.
 
     Returns:
-        m - n, rounded up; `None` where d is 0: the figure is at the limit, and no number would.
+        m - n, rounded up; `None` if the figure equals the limit, because then no number is enough.
     """
     assert limit.limit is not None
     room = abs(limit.limit - limit.measured)

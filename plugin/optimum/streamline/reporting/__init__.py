@@ -1,4 +1,4 @@
-"""What people read: the report as table, Markdown, HTML and plots, the model card, and `streamline.json`."""
+"""Everything for readers: reports as tables, Markdown, HTML and plots, the model card, and `streamline.json`."""
 
 __all__ = [
     "files",

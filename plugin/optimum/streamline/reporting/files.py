@@ -1,4 +1,4 @@
-"""Writing a report in all its forms into one folder."""
+"""Writing a report as JSON, Markdown and HTML into one folder."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .text_forms import to_markdown
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write `report.json`, `report.md` and `report.html` into `folder`; a file that says the same already stays.
+    """Write `report.json`, `report.md` and `report.html` into `folder`. A file with the same content is left alone.
 
     Raises:
-        StreamlineError: they cannot be written.
+        StreamlineError: a file cannot be written.
     """
-    # `report.json` last: where this one stands, the others do.
+    # `report.json` comes last, so that its presence means that all three files are complete.
     forms = {"report.html": to_html(report), "report.md": to_markdown(report), REPORT_FILE: report.to_json()}
     for name, text in forms.items():
         if not _holds(folder / name, text):

@@ -1,10 +1,11 @@
-"""A report as one HTML page that needs nothing else: no script, no network, plots inside.
+"""A report as one self-contained HTML page: no script, no network access, and plots as SVG.
 
-What it says is in `wording.py`, how it looks in `report.html.j2`; this file puts them together.
+The sentences come from `wording.py`, the layout from `report.html.j2`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from importlib.resources import files
 from itertools import groupby
 from typing import Any
@@ -20,7 +21,7 @@ from .plots import comparison_svg, interactions_svg, layer_importance_svg
 from .wording import headline, limit_sentence, note, sentences, settings_lines, table_rows, warnings
 
 TEMPLATE = "report.html.j2"
-FATES = {
+OUTCOMES = {
     "removed": "were removed",
     "replaced": "were replaced by one trained layer",
     "merged": "were merged",
@@ -29,7 +30,7 @@ FATES = {
 
 
 def to_html(report: Report) -> str:
-    """The whole report. Text from outside, such as model names, is escaped."""
+    """The whole report as HTML. Text from outside, such as model names, is escaped."""
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
@@ -50,19 +51,20 @@ def to_html(report: Report) -> str:
 
 
 def _layers(report: Report) -> dict[str, Markup | str] | None:
-    """The plot of layer importances with a sentence, where the report knows them."""
+    """The plot of layer scores and a sentence; `None` if the report has no scores."""
     if report.scores is None:
         return None
-    by_layer = fates(report)
-    done = [f"{count} {words}" for fate, words in FATES.items() if (count := list(by_layer.values()).count(fate))]
+    by_layer = layer_outcomes(report)
+    counts = Counter(by_layer.values())
+    changes = [f"{counts[outcome]} {words}" for outcome, words in OUTCOMES.items() if counts[outcome]]
     return {
         "plot": Markup(layer_importance_svg(report.scores, by_layer)),
-        "words": f"Of {len(report.scores)} layers, {' and '.join(done) or 'none was taken out'}.",
+        "words": f"Of {len(report.scores)} layers, {' and '.join(changes) or 'none was removed'}.",
     }
 
 
 def _interactions(report: Report) -> dict[str, Any] | None:
-    """How pruning and quantizing meet, as a plot and a table, where the report knows it."""
+    """The plot and the table of interactions; `None` if the report has none."""
     if not report.interactions:
         return None
     return {
@@ -73,16 +75,16 @@ def _interactions(report: Report) -> dict[str, Any] | None:
     }
 
 
-def fates(report: Report) -> dict[int, str]:
-    """What became of each layer of the original, a key of `FATES` or "kept"; empty where it is not known."""
+def layer_outcomes(report: Report) -> dict[int, str]:
+    """The outcome of each layer of the original: a key of `OUTCOMES`, or "kept". Empty if the report does not know."""
     if report.scores is None or report.layers is None:
         return {}
     found = dict.fromkeys(range(len(report.scores)), "removed")
-    for place in report.layers:
-        if place.kind in TRAINED:
-            found |= dict.fromkeys(place.originals, "replaced")
-        elif place.kind == "merged":
-            found |= dict.fromkeys(place.originals, "merged")
-        else:  # what a patched layer stands for beside itself was removed
-            found[place.originals[0]] = "thinned" if place.kind == "thinned" else "kept"
+    for layer in report.layers:
+        if layer.kind in TRAINED:
+            found |= dict.fromkeys(layer.originals, "replaced")
+        elif layer.kind == "merged":
+            found |= dict.fromkeys(layer.originals, "merged")
+        else:  # a patched layer also stands for removed layers, which stay "removed"
+            found[layer.originals[0]] = "thinned" if layer.kind == "thinned" else "kept"
     return found

@@ -1,7 +1,4 @@
-"""The model card: what a stranger who finds the checkpoint has to know.
-
-Plain functions of a record; they know no weights.
-"""
+"""The model card, `README.md` of a checkpoint: how the model was made, and how to load it."""
 
 from __future__ import annotations
 
@@ -19,13 +16,13 @@ from .record import PruningRecord, method_origin
 
 CARD_FILE = "README.md"
 CITATIONS = {
-    "average": "neighbours averaged, a baseline of CoMe (arXiv 2510.15304)",
+    "average": "averaging of neighbours, a baseline in CoMe's paper (arXiv 2510.15304)",
     "blockpruner": "BlockPruner (arXiv 2406.10594)",
     "come": "CoMe (arXiv 2510.15304)",
     "come-mp": "CoMe-mp (arXiv 2510.15304)",
     "come-p": "CoMe-P (arXiv 2510.15304)",
     "come-sp": "CoMe-sp (arXiv 2510.15304)",
-    "explicit": "layers chosen by hand",
+    "explicit": "hand",
     "gromov": "the angle between a block's input and output (Gromov et al., arXiv 2403.17887)",
     "layerchop": "LayerChop (arXiv 2305.14864)",
     "llm-streamline": "LLM-Streamline (arXiv 2403.19135)",
@@ -34,7 +31,7 @@ CITATIONS = {
     "shortgpt": "ShortGPT (arXiv 2403.03853)",
     "sleb": "SLEB (ICML 2024)",
 }
-# What the number is that a training brings down.
+# The name of the loss of each kind of training.
 LOSSES = {
     "hidden-mse": "hidden-state error",
     "lm": "next-token loss",
@@ -57,14 +54,14 @@ from optimum.streamline import load  # pip install optimum-streamline
 model = load("this folder")
 ```
 
-It needs no `trust_remote_code`, and its ONNX export needs neither.
+Loading needs no `trust_remote_code`. An ONNX export of this model runs without optimum-streamline.
 """
 
 
 def model_card(record: PruningRecord) -> str:
-    """The text of the checkpoint's `README.md`."""
+    """The text of the `README.md` of a pruned checkpoint."""
     plan = record.plan
-    bare = any(place.kind in ("ffn", "swiglu") for place in record.change.new_layers)
+    bare = any(layer.kind in ("ffn", "swiglu") for layer in record.change.new_layers)
     lines = [
         "---",
         f"library_name: {'optimum-streamline' if bare else 'transformers'}",
@@ -73,70 +70,70 @@ def model_card(record: PruningRecord) -> str:
         *([] if record.source.is_local else [f"base_model: {record.source.model}"]),
         "---",
         "",
-        f"# {record.source.name.rpartition('/')[2]}, made shallower",
+        f"# {record.source.name.rpartition('/')[2]}, pruned",
         "",
-        f"Made by optimum-streamline from {_origin(record.source)}: {plan.describe()}.",
-        f"The choice: {_choice(record)}{_chosen_on(record)}.",
+        f"optimum-streamline made this model from {_origin(record.source)}: {plan.describe()}.",
+        f"The layers were chosen by {_choice(record)}{_chosen_on(record)}.",
     ]
     lines += [_training(healed, record) for healed in record.healing]
     if record.recipe.quantization.quantizer in QUANTIZERS:
-        when = "before layers were chosen" if record.recipe.quantize_first else "afterwards"
-        lines.append(f"Quantized {when}: {QUANTIZERS[record.recipe.quantization.quantizer].text}.")
+        when = "before the layers were chosen" if record.recipe.quantize_first else "after pruning"
+        lines.append(f"The weights were quantized {when}: {QUANTIZERS[record.recipe.quantization.quantizer].text}.")
     elif record.quantized:
         lines.append(
-            f"The original is quantized ({record.quantized}); the layers that stayed have its weights as they were."
+            f"The original is quantized ({record.quantized}). The layers that stayed keep their quantized weights."
         )
     lines += ["", "## Loading", *(_LOADING_BARE if bare else _LOADING).splitlines(), ""]
     if record.change.skipped:
         named = "; ".join(f"layer {index}: {' and '.join(skip)}" for index, skip in record.change.skipped.items())
         lines += [
-            f"All zeros in this model, and named in `config.json`: {named}. Stock",
-            "transformers computes with the zeros; `optimum.streamline.load` drops them, with the same result.",
+            f"These sublayers output zeros, and `config.json` names them: {named}. Stock transformers computes the",
+            "zeros. `optimum.streamline.load` skips the sublayers, with the same result.",
             "",
         ]
     lines += ["## Layers", "", "| layer | original layers | kind |", "|---|---|---|"]
-    for index, place in enumerate(record.change.new_layers):
-        originals = ", ".join(str(layer) for layer in place.originals)
-        lines.append(f"| {index} | {originals} | {place.kind} |")
+    for index, layer in enumerate(record.change.new_layers):
+        originals = ", ".join(str(original) for original in layer.originals)
+        lines.append(f"| {index} | {originals} | {layer.kind} |")
     lines += ["", "`streamline.json` holds the scores, the recipe, the seed and the versions.", ""]
     return "\n".join(lines)
 
 
-def quantized_card(source: ModelSource, how: str, card: str | None) -> str:
-    """The text of a quantized checkpoint's `README.md`.
+def quantized_card(source: ModelSource, description: str, card: str | None) -> str:
+    """The text of the `README.md` of a quantized checkpoint.
 
     Args:
-        source: The float checkpoint.
-        how: What its weights became.
-        card: The float checkpoint's own card, which is kept below.
+        source: The source of the float checkpoint.
+        description: A description of the quantizer (`Quantizer.text`).
+        card: The card of the float checkpoint, which follows below; `None` if it has none.
     """
     head, body = _parts(
         (card and _without_paths(card))
         or f"---\nlibrary_name: transformers\n---\n\n# {source.name.rpartition('/')[2]}\n"
     )
-    said = f"Quantized by optimum-streamline from {_origin(source)}: {how}."
-    return f"{head}{said}\n\n{body.lstrip()}"
+    sentence = f"optimum-streamline quantized this model from {_origin(source)}: {description}."
+    return f"{head}{sentence}\n\n{body.lstrip()}"
 
 
 def _parts(card: str) -> tuple[str, str]:
-    """The metadata of a card, between lines of `---`, and the rest."""
+    """Split a card into its metadata, between lines of `---`, and the rest."""
     match = re.match(r"---\n.*?\n---\n\s*", card, re.DOTALL)
     return (match[0], card[match.end() :]) if match else ("", card)
 
 
 def _without_paths(card: str) -> str:
-    """A card without the base models that its metadata names by their paths."""
+    """A card without `base_model` entries that are paths on this machine."""
     head, body = _parts(card)
     return re.sub(r"(?m)^base_model: *['\"]?[/~.].*\n", "", head) + body
 
 
 def _origin(source: ModelSource) -> str:
-    """A model as strangers may read it, and the base of an adapter."""
+    """The public name of a model, and of an adapter's base model."""
     return _named(source) + (f", an adapter merged into {_named(source.base)}" if source.base else "")
 
 
 def _named(source: ModelSource) -> str:
-    """A model without any path of the machine that it lay on, and the commit where there is one."""
+    """The public name of a model, without its path on this machine, and its commit if it has one."""
     return f"`{source.name}`" + (f" at commit {source.commit}" if source.commit else "")
 
 
@@ -156,7 +153,7 @@ def _training(healed: HealingResult, record: PruningRecord) -> str:
 def _choice(record: PruningRecord) -> str:
     if record.plan.chosen_by:
         method = record.plan.chosen_by.partition(" + ")[0]
-        return f"{CITATIONS[method]}, of the methods that `auto` tried the one of lowest loss on a part held out"
+        return f"{CITATIONS[method]}, which had the lowest held-out loss of the methods that `auto` tried"
     return _citation(record.recipe.resolved_method)
 
 
@@ -179,7 +176,7 @@ def _data(record: PruningRecord, purpose: str) -> str:
 
 
 def _public(spec: str) -> str:
-    """A text SPEC without the path of a local file or folder, its column and the rest kept."""
+    """A text SPEC with the path of a local file or folder cut to its name."""
     kind, name, rest = re.fullmatch(r"(hub:)?([^,]*)(.*)", spec, re.DOTALL).groups(default="")  # type: ignore[union-attr]
     if os.path.exists(spec):
         return Path(spec).name

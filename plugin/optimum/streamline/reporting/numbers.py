@@ -1,4 +1,4 @@
-"""Figures as a report prints them: significant digits, intervals, percentages, sizes.
+"""Formatting figures for reports: significant digits, intervals, percentages and sizes.
 
 `rich.filesize` and humanize round to decimal places, not to significant digits.
 """
@@ -11,7 +11,7 @@ from optimum.streamline.evaluation.intervals import Interval
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A figure to so many significant digits, with an exponent only where it is minute or huge.
+    """Format a number with `digits` significant digits, and with an exponent only if it is very small or very large.
 
     >>> number(0.00124), number(1234.5), number(0.9999), number(2e-9), number(float("nan"))
     ('0.00124', '1,234', '1.00', '2.00e-09', 'not a number')
@@ -20,7 +20,7 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def with_interval(figure: Interval, unit: str = "", digits: int = 3) -> str:
-    """`1.25x [1.18, 1.31]`, the bounds to the figure's own last place; only the figure where it is certain.
+    """Format a figure with its interval, such as `1.25x [1.18, 1.31]`. The interval is left out if it has no width.
 
     >>> with_interval(Interval(1.05, 0.9712, 1.314), "x"), with_interval(Interval(1.0, 1.0, 1.0), "x")
     ('1.05x [0.97, 1.31]', '1.00x')
@@ -33,7 +33,7 @@ def with_interval(figure: Interval, unit: str = "", digits: int = 3) -> str:
 
 
 def percent(share: Interval) -> str:
-    """A share of 1 as a percentage.
+    """Format a share between 0 and 1, with its interval, as a percentage.
 
     >>> percent(Interval(0.8231, 0.815, 0.83))
     '82.3% [81.5, 83.0]'
@@ -44,7 +44,7 @@ def percent(share: Interval) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as a person says them, in powers of 1000.
+    """Format a number of bytes, in powers of 1000.
 
     >>> size(7_364_224), size(512)
     ('7.36 MB', '512 B')
@@ -58,7 +58,7 @@ def size(count: float) -> str:
 def _format_of(value: float, digits: int) -> str:
     if value == 0 or not math.isfinite(value):
         return ",.0f"
-    # Rounded first: 0.9999 has the places of 1.00.
+    # Rounded before the logarithm, so that 0.9999 has the decimals of 1.00.
     exponent = math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}"))))
     return f".{digits - 1}e" if exponent < -4 or exponent > 9 else f",.{max(0, digits - 1 - exponent)}f"
 

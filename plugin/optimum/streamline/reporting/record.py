@@ -1,4 +1,4 @@
-"""`streamline.json`: what was done to a model, why, with what, so that it can be explained and done again."""
+"""The record `streamline.json`: how a checkpoint was made, in enough detail to explain and repeat it."""
 
 from __future__ import annotations
 
@@ -23,17 +23,20 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class PruningRecord:
-    """Everything a checkpoint of ours says of its making.
+    """How a checkpoint was made.
 
     Args:
-        source: The original.
-        source_fingerprint: `source.fingerprint` of it.
-        scores: What the layers were chosen by; `None` where they were named and nothing was measured.
-        healing: The trainings, in order.
-        data: What text was used, by purpose (`seen_text`).
-        seconds: How long each step took.
-        quantized: What the original's weights are quantized by; empty where they are float.
-        read_back: How the written folder compared with the model in memory (`read_back.read_back`).
+        source: The source of the original.
+        source_fingerprint: The fingerprint of the original (`checkpoints.source.fingerprint`).
+        recipe: The recipe.
+        scores: The scores of the original's layers; `None` if the layers were named and nothing was measured.
+        plan: The plan.
+        change: The result of the edit.
+        healing: The results of the trainings, in order.
+        data: The texts that were used, by purpose: `calibration` and `heal`.
+        seconds: The seconds that each step took.
+        quantized: The quantizer of the original's weights; empty if they are float.
+        read_back: The comparison of the saved checkpoint with the model in memory (`checkpoints.read_back`).
     """
 
     source: ModelSource
@@ -49,7 +52,7 @@ class PruningRecord:
     read_back: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of `streamline.json`, but for the hashes of the files beside it (`provenance.write_record`)."""
+        """The fields of `streamline.json`, without the file hashes that `checkpoints.provenance` adds."""
         base = self.source.base
         return {
             "format": FORMAT,
@@ -68,7 +71,7 @@ class PruningRecord:
             "tried": dict(self.plan.tried),
             "layers": layer_origins(self.change),
             "removed": [] if self.plan.replacement in TRAINED or self.plan.merges else list(self.plan.removed),
-            "merged": [list(place.originals) for place in self.change.new_layers if place.kind == "merged"],
+            "merged": [list(layer.originals) for layer in self.change.new_layers if layer.kind == "merged"],
             "replaced": list(self.plan.removed) if self.plan.replacement in TRAINED else [],
             "dead": {str(index): skip for index, skip in self.change.skipped.items()},
             "scores": None if self.scores is None else scores_to_dict(self.scores),
@@ -97,15 +100,15 @@ def method_origin(name: str) -> dict[str, str]:
 
 
 def layer_origins(change: Change) -> list[dict[str, Any]]:
-    """For each layer of the new model, the original layers (0-based) it stands for, and how."""
+    """For each layer of the new model: its number, the original layers that it stands for (from 0), and its kind."""
     return [
-        {"layer": index, "originals": list(place.originals), "kind": place.kind}
-        for index, place in enumerate(change.new_layers)
+        {"layer": index, "originals": list(layer.originals), "kind": layer.kind}
+        for index, layer in enumerate(change.new_layers)
     ]
 
 
 def scores_to_dict(scores: Scores) -> dict[str, Any]:
-    """Scores as JSON has them."""
+    """The scores as JSON values."""
     return {
         "block_influence": list(scores.block_influence),
         "similarity": [list(row) for row in scores.similarity],

@@ -1,4 +1,4 @@
-"""A report for the terminal and as Markdown. What it says is in `wording.py`; here is only its form."""
+"""A report as tables for the terminal, and as Markdown. The sentences come from `wording.py`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .wording import headline, limit_sentence, note, sentences, settings_lines, 
 
 
 def comparison_table(report: Report) -> RenderableType:
-    """The comparison for a terminal, one column a model, and the verdict below it."""
-    table = Table(title="Against the original, in one run")
+    """The comparison for a terminal: a table with a column for each model, and the verdict below it."""
+    table = Table(title="Comparison with the original")
     table.add_column("")
     for row in report.rows:
         table.add_column(escape(row.label), style="" if row.role == "candidate" else "dim")
@@ -31,8 +31,8 @@ def comparison_table(report: Report) -> RenderableType:
 
 
 def interactions_table(report: Report) -> RenderableType:
-    """How pruning and quantizing meet, for a terminal."""
-    table = Table(title="Pruning and quantizing together, nats a token over the original")
+    """The interactions of pruning and quantizing, as a table for a terminal."""
+    table = Table(title="Pruning and quantizing together: log-loss above the original's, nats per token")
     for heading in HEADINGS:
         table.add_column(heading, overflow="fold")
     for each in report.interactions:
@@ -41,7 +41,7 @@ def interactions_table(report: Report) -> RenderableType:
 
 
 def to_markdown(report: Report) -> str:
-    """The whole report."""
+    """The whole report as Markdown."""
     parts = [f"# {headline(report)}", *(f"**{each}**" for each in warnings(report)), *sentences(report)]
     if report.verdict.limits:
         parts.append("\n".join(f"- {limit_sentence(limit, report)}" for limit in report.verdict.limits))
@@ -49,7 +49,7 @@ def to_markdown(report: Report) -> str:
         rows = [HEADINGS, *(cells(each) for each in report.interactions)]
         parts += ["## Pruning and quantizing together", MEANING, _rows(rows)]
     parts += ["## Comparison", _comparison(report), note(report)]
-    parts += ["## What the lines say", "\n".join(f"- **{line.title}**: {line.meaning}" for line in table_rows(report))]
+    parts += ["## What the rows mean", "\n".join(f"- **{line.title}**: {line.meaning}" for line in table_rows(report))]
     parts += ["## How it was measured", _rows([("", ""), *settings_lines(report)])]
     return "\n\n".join(parts) + "\n"
 

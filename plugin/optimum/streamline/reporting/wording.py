@@ -1,6 +1,6 @@
-"""A report in words: the lines of its table, its verdict in sentences, its settings, for every form it is shown in.
+"""The words of a report: the rows of its table, the sentences of its verdict, and its settings.
 
-Knows what the figures mean to a reader; nothing of Markdown, HTML or terminals.
+Terminal, Markdown and HTML share them (`text_forms.py`, `html.py`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from .numbers import number, percent, size, with_interval
 
 @dataclass(frozen=True)
 class TableRow:
-    """One line of the comparison table.
+    """A row of the comparison table.
 
     Args:
-        group: What it is about.
-        title: Its name.
-        meaning: What it says, for someone who has not met it.
-        cell: Its text for one model, empty where that was not measured.
+        group: The heading of the group that the row belongs to.
+        title: The name of the row.
+        meaning: An explanation for a reader who does not know the term.
+        cell: A function from a measurement to the text of the cell; empty if the figure was not measured.
     """
 
     group: str
@@ -35,7 +35,7 @@ class TableRow:
 
 LIMIT_NAMES = {
     "max_ppl_ratio": "perplexity ratio",
-    "max_kl": "KL from the original",
+    "max_kl": "KL divergence from the original",
     "min_speedup": "decode speed-up",
     "max_size_ratio": "size ratio",
 }
@@ -52,44 +52,44 @@ SETTING_NAMES = {
     "length": "tokens a window",
     "fingerprint": "fingerprint of the tokens",
     "commit": "commit of the text",
-    "possible": "windows that the text had room for",
-    "documents": "documents that the windows are from",
-    "prefix": "tokens that every window begins with",
+    "possible": "windows that the text has room for",
+    "documents": "documents that the windows come from",
+    "prefix": "tokens at the start of every window",
     "separator": "tokens between two documents",
     "read_characters": "characters of the text that were read",
-    "whole": "that is the whole text",
+    "whole": "the whole text was read",
     "resampled": "intervals resample",
     "questions_file": "file of questions",
-    "questions_effective": "equal questions that the stability's weights amount to",
+    "questions_effective": "effective number of questions for the stability",
 }
 
 
 def table_rows(report: Report) -> list[TableRow]:
-    """The lines that say something of at least one model."""
+    """The rows that have a figure for at least one model."""
     return [line for line in TABLE_ROWS if any(line.cell(row) for row in report.rows)]
 
 
 def note(report: Report) -> str:
-    """What the figures were measured on, and what the brackets are."""
+    """How the figures of the table were measured, and what the brackets mean."""
     data, settings = report.data, report.settings
     return (
-        f"Accuracy: {data['windows']} windows of {data['length']} tokens of {data['spec']}{_drawn(data)}. Times: a "
-        f"prompt of {settings['prompt_length']} tokens and {settings['decode_tokens']} after it, one sequence, "
-        f"{settings['rounds']} rounds. Brackets hold the bootstrap 95% interval: over "
-        f"{settings.get('resampled', 'windows')} for accuracy, over rounds for times. A ratio and its "
-        "interval are paired: both models saw the same text, and took turns on the same machine."
+        f"Accuracy was measured on {data['windows']} windows of {data['length']} tokens of {data['spec']}"
+        f"{_drawn(data)}. Times are for one sequence: a prompt of {settings['prompt_length']} tokens, then "
+        f"{settings['decode_tokens']} tokens one by one, in {settings['rounds']} rounds. Brackets hold 95% bootstrap "
+        f"intervals, over {settings.get('resampled', 'windows')} for accuracy and over rounds for times. Ratios and "
+        "their intervals are paired: both models read the same text, and took turns on the same machine."
     )
 
 
 def _drawn(data: dict[str, Any]) -> str:
     if "possible" not in data:
         return ""
-    some = "" if data["whole"] else f" in the first {data['read_characters']:,} characters that were read of it"
-    return f", drawn at random from {data['possible']:,}{some}"
+    text = "the text" if data["whole"] else f"its first {data['read_characters']:,} characters"
+    return f", drawn at random from {data['possible']:,} windows in {text}"
 
 
 def headline(report: Report) -> str:
-    """The verdict in a word or two."""
+    """The verdict in a few words."""
     if not report.verdict.limits and report.interactions:
         return "Pruning and quantizing, alone and together"
     if not report.verdict.limits:
@@ -100,19 +100,20 @@ def headline(report: Report) -> str:
 
 
 def sentences(report: Report) -> list[str]:
-    """What was found of each candidate, in a sentence or two."""
+    """The results of each candidate in a few sentences."""
     return [_sentence(row, report) for row in report.rows if row.role == "candidate"]
 
 
 def limit_sentence(limit: Limit, report: Report) -> str:
-    """How one limit of a report fared, and what its interval leaves open."""
+    """Whether a limit holds, and what would settle an undecided one."""
     if limit.limit is None:
-        return f"{limit.label}: its logits are not all numbers, so it fails whatever the budget"
+        return f"{limit.label}: some of its logits are not finite numbers, so it fails any budget"
     allowed = f"{'at least' if limit.least else 'at most'} {limit.limit:g}"
     figure = number(limit.measured, 4) if limit.interval is None else with_interval(limit.interval, digits=4)
     outcome = "holds" if limit.passed else "does not hold"
     if limit.undecided:
-        outcome = f"undecided, the figure is within and its interval is not; {_what_would_settle(limit, report)}"
+        settle = _what_would_settle(limit, report)
+        outcome = f"undecided, because the figure is within the limit but its interval is not; {settle}"
     elif limit.passed and limit.interval is not None:
         beyond = limit.interval.low < limit.limit if limit.least else limit.interval.high > limit.limit
         outcome += ", but its interval reaches past the limit" if beyond else ""
@@ -120,9 +121,9 @@ def limit_sentence(limit: Limit, report: Report) -> str:
 
 
 def warnings(report: Report) -> list[str]:
-    """What a reader must know of a model before its figures: that it is not what its record says."""
+    """A warning for each model whose files differ from its record."""
     return [
-        f"{row.label}: {'; '.join(row.changed)}. Its figures are not of what that record describes."
+        f"{row.label}: {'; '.join(row.changed)}. The record does not describe the model that was measured."
         for row in report.rows
         if row.changed
     ]
@@ -130,21 +131,21 @@ def warnings(report: Report) -> list[str]:
 
 def _what_would_settle(limit: Limit, report: Report) -> str:
     timed = limit.name == "min_speedup"
-    what = "rounds" if timed else "windows"
+    unit = "rounds" if timed else "windows"
     count = int(report.settings["rounds"] if timed else report.data["windows"])
     more = more_to_settle(limit, count)
     if more is None:
-        return f"it is at the limit, so no number of {what} would settle it"
+        return f"the figure equals the limit, so no number of {unit} would settle it"
     room = None if timed else report.data.get("possible")
     if room is not None and count + more > room:
-        return f"about {more:,} more {what} would settle it, and this text has room for only {room:,}: give more text"
+        return f"about {more:,} more {unit} would settle it, but this text has only {room:,} in all: give more text"
     flag = f" ({'validate --rounds' if timed else '--eval-samples'} {count + more})"
-    scratch = timed and report.interactions  # the models are gone, and `orthogonality` has no such flag
-    return f"about {more:,} more {what}{'' if scratch else flag} would settle it, if the figure stays"
+    temporary = timed and report.interactions  # `orthogonality` deletes its models, and has no flag for rounds
+    return f"about {more:,} more {unit}{'' if temporary else flag} would settle it, if the figure stays the same"
 
 
 def settings_lines(report: Report) -> list[tuple[str, str]]:
-    """What was run, on what: name and value."""
+    """The settings, the evaluation text and the machine, as (name, value)."""
     entries = {
         **report.data,
         **report.settings,
@@ -164,7 +165,6 @@ def settings_lines(report: Report) -> list[tuple[str, str]]:
 
 def _sentence(row: Measurement, report: Report) -> str:
     original = report.rows[0]
-    # Another runtime's original is another row: its speed is not this model's doing.
     baseline = next(each for each in report.rows if each.label == row.baseline)
     text = (
         f"{row.label} ({row.runtime}) decodes {with_interval(row.decode_speedup)} times as fast as {row.baseline}, "
@@ -172,18 +172,18 @@ def _sentence(row: Measurement, report: Report) -> str:
     )
     if row.finite:
         text += (
-            f"Its perplexity is {with_interval(row.perplexity_ratio, digits=4)} times that of {original.label}, "
-            f"and its likeliest next token is the same {percent(row.agreement)} of the time."
+            f"Its perplexity is {with_interval(row.perplexity_ratio, digits=4)} times the perplexity of "
+            f"{original.label}, and it predicts the same next token {percent(row.agreement)} of the time."
         )
     else:
-        text += "What it predicts is not all numbers: it is broken on this text."
+        text += "Some of its logits are not finite numbers: the model is broken on this text."
     text += _answering(row, original)
     if row.decode_speedup.low <= 1 <= row.decode_speedup.high:
-        text += " The interval of the decode speed-up holds 1: no difference was shown."
+        text += " The interval of the decode speed-up contains 1, so no difference in speed was shown."
     if baseline.runtime != row.runtime:
         text += (
-            f" As {row.baseline} ran on {baseline.runtime}, this speed and size are also the change of runtime's: "
-            "to see the model's own, measure an export of the original beside it."
+            f" {row.baseline} ran on {baseline.runtime}, so the speed-ups and the size ratio include the effect of the "
+            "change of runtime. To see the effect of the model alone, add an export of the original to the comparison."
         )
     return text
 
@@ -192,8 +192,8 @@ def _answering(row: Measurement, original: Measurement) -> str:
     if row.question_accuracy is None or original.question_accuracy is None or row.stability is None:
         return ""
     return (
-        f" It answers {percent(row.question_accuracy)} of the questions right, {original.label} "
-        f"{percent(original.question_accuracy)}; its stability is {percent(row.stability)}."
+        f" It answers {percent(row.question_accuracy)} of the questions correctly, and {original.label} answers "
+        f"{percent(original.question_accuracy)}. Its stability is {percent(row.stability)}."
     )
 
 
@@ -214,107 +214,111 @@ def _parameters(row: Measurement) -> str:
 TABLE_ROWS: tuple[TableRow, ...] = (
     TableRow(
         "Model",
-        "Ran on",
-        "The program that ran it, and the numbers it computed in.",
+        "Runtime",
+        "The program that ran the model, and the dtype or quantizer that it computed with.",
         lambda r: f"{r.runtime}, {r.dtype}",
     ),
     TableRow(
-        "Model", "Speed and size against", "Whose times and size this column's ratios are over.", lambda r: r.baseline
+        "Model", "Baseline", "The model that the speed and size of this column are compared with.", lambda r: r.baseline
     ),
-    TableRow("Model", "Commit", "Of the Hub repository that it was read from.", lambda r: r.commit[:12]),
-    TableRow("Model", "Layers", "Decoder layers. One without attention keeps no cache.", _layers),
+    TableRow("Model", "Commit", "The commit of the Hub repository that it was read from.", lambda r: r.commit[:12]),
+    TableRow("Model", "Layers", "The decoder layers. A layer without attention keeps no cache.", _layers),
     TableRow(
         "Model",
         "Parameters",
-        "Numbers learnt in training. Some may be zeros that are never computed with.",
+        "The weights of the model. Those not in use are zeros of skipped sublayers.",
         _parameters,
     ),
     TableRow(
         "Model",
         "Size on disk",
-        "Weights as stored, and how that compares.",
+        "The size of the weight files, and its ratio to the baseline's.",
         lambda r: f"{size(r.disk_bytes)} ({number(r.size_ratio)}x)",
     ),
     TableRow(
-        "Model", "Cache per token", "Memory that each token of context takes.", lambda r: size(r.kv_bytes_per_token)
+        "Model",
+        "Cache per token",
+        "The memory that the key-value cache takes for each token of context.",
+        lambda r: size(r.kv_bytes_per_token),
     ),
     TableRow(
         "Accuracy",
         "Perplexity",
-        "How unsure the model is of each next token: like choosing among so many. Lower is better.",
+        "How uncertain the model is about the next token. A perplexity of 10 is like a choice among 10 equally likely "
+        "tokens. Lower is better.",
         lambda r: with_interval(r.perplexity),
     ),
     TableRow(
         "Accuracy",
         "Perplexity ratio",
-        "Over the original's, on the same text. 1 is no change, higher is worse.",
+        "The perplexity divided by the original's, on the same text. 1 is no change, higher is worse.",
         lambda r: with_interval(r.perplexity_ratio, "x", 4),
     ),
     TableRow(
         "Accuracy",
         "KL from original",
-        "How far its predictions moved from the original's, nats per token. 0 is not at all.",
+        "The KL divergence of its predictions from the original's, in nats per token. 0 is no change, higher is worse.",
         lambda r: with_interval(r.kl),
     ),
     TableRow(
         "Accuracy",
         "Same next token",
-        "How often its likeliest next token is the original's.",
+        "How often its most likely next token is the same as the original's.",
         lambda r: percent(r.agreement),
     ),
     TableRow(
         "Accuracy",
-        "Questions right",
-        "How often the right one of several options is the one of lowest perplexity.",
+        "Correct answers",
+        "How often the correct option of a multiple-choice question has the lowest perplexity of all its options.",
         lambda r: percent(r.question_accuracy) if r.question_accuracy else "",
     ),
     TableRow(
         "Accuracy",
         "Stability",
-        "How often it is right where the original is, and wrong where that is; the questions on whose options the "
-        "original is most divided count most (LLM-Streamline).",
+        "How often the model and the original are both right or both wrong on a question. A question counts more if "
+        "the original's perplexities of its options differ more (LLM-Streamline).",
         lambda r: percent(r.stability) if r.stability else "",
     ),
     TableRow(
         "Speed",
         "Time to first token",
-        "Reading the prompt, median of the rounds.",
+        "The time to read the prompt: the median over rounds.",
         lambda r: with_interval(r.prefill_ms, " ms"),
     ),
     TableRow(
         "Speed",
         "Prefill speed-up",
-        "Of the time to first token. Higher is faster.",
+        "The baseline's time to first token divided by this model's. Above 1 is faster.",
         lambda r: with_interval(r.prefill_speedup, "x"),
     ),
     TableRow(
         "Speed",
         "Ideal prefill speed-up",
-        "If only arithmetic took time, and the share of it that was reached.",
+        "The speed-up if only arithmetic took time, and how much of it was reached.",
         lambda r: _ideal(r, r.prefill_speedup, r.ideal_prefill_speedup),
     ),
     TableRow(
         "Speed",
         "Time per token",
-        "Writing one more token, median of the rounds.",
+        "The time to write one more token: the median over rounds.",
         lambda r: with_interval(r.decode_ms, " ms"),
     ),
     TableRow(
         "Speed",
         "Decode speed-up",
-        "Of the time per token. Higher is faster.",
+        "The baseline's time per token divided by this model's. Above 1 is faster.",
         lambda r: with_interval(r.decode_speedup, "x"),
     ),
     TableRow(
         "Speed",
         "Ideal decode speed-up",
-        "If only reading weights and cache took time, and the share of it that was reached.",
+        "The speed-up if only reading weights and cache took time, and how much of it was reached.",
         lambda r: _ideal(r, r.decode_speedup, r.ideal_decode_speedup),
     ),
     TableRow(
         "Speed",
         "Peak memory",
-        "Most held by its process: RAM, or the GPU's where torch ran on one.",
+        "The most memory that its process held: RAM, or GPU memory if torch ran on a GPU.",
         lambda r: size(r.peak_bytes),
     ),
 )
