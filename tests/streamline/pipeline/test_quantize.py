@@ -189,7 +189,7 @@ def test_either_order_gives_the_same_weights(
         assert [name for name in record["float"] if ".layers.1." not in name] == ["lm_head"]
         assert len(record["float"]) == 7 + 1
         assert json.loads((tmp_path / steps / "streamline.json").read_text())["removed"] == [1, 2]
-        assert QUANTIZERS[how].text in (tmp_path / steps / "README.md").read_text()
+        assert QUANTIZERS[how].description in (tmp_path / steps / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,8 @@ def test_the_command_quantizes_what_was_pruned_and_keeps_its_record(
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert (
-        f"optimum-streamline quantized this model from `{Path(pruned).name}`: {QUANTIZERS['bnb-nf4'].text}.\n" in card
+        f"optimum-streamline quantized this model from `{Path(pruned).name}`: {QUANTIZERS['bnb-nf4'].description}.\n"
+        in card
     )
     assert "| 1 | 3 | kept |" in card
     record, origin = (json.loads((folder / "streamline.json").read_text()) for folder in (out, pruned))

@@ -32,7 +32,7 @@ class ExportCommand(Command):
         """Flags of `export`."""
         from optimum.exporters.streamline import ENGINE_QUANTIZERS, GRAPH_QUANTIZERS
 
-        from .options import SPEC, add_model_flags, add_option, add_output_flags, listed, texts_of
+        from .options import SPEC, add_model_flags, add_option, add_output_flags, descriptions_of, listed
 
         add_model_flags(parser)
         add_output_flags(parser)
@@ -85,8 +85,8 @@ class ExportCommand(Command):
         group = parser.add_argument_group(
             "quantization", "The exported graph is quantized after it was compared with torch."
         )
-        choices = f"For onnx one of\n{listed(texts_of(GRAPH_QUANTIZERS))}\nfor tensorrt one of\n"
-        add_option(group, "quantize", choices=choices + listed(texts_of(ENGINE_QUANTIZERS)), default="none")
+        choices = f"For onnx one of\n{listed(descriptions_of(GRAPH_QUANTIZERS))}\nfor tensorrt one of\n"
+        add_option(group, "quantize", choices=choices + listed(descriptions_of(ENGINE_QUANTIZERS)), default="none")
         add_option(group, "quantize_exclude", default="")
         group = parser.add_argument_group(
             "calibration", "For the quantizers int8-static and int4-gptq, and for int8 and fp8 of tensorrt."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from optimum.exporters.streamline import GRAPH_QUANTIZERS
 from optimum.streamline.methods.names import METHOD_SUMMARIES
@@ -26,9 +26,17 @@ def listed(texts: Mapping[str, str]) -> str:
     return "\n".join(f"  {name}: {text}" for name, text in texts.items())
 
 
-def texts_of(quantizers: Mapping[str, Any]) -> dict[str, str]:
-    """What each of the quantizers of a table does, by its name."""
-    return {name: each.text for name, each in quantizers.items()}
+class Described(Protocol):
+    """An entry of a table that describes itself in one line."""
+
+    @property
+    def description(self) -> str:
+        """One line for the user."""
+
+
+def descriptions_of(quantizers: Mapping[str, Described]) -> dict[str, str]:
+    """The description of each quantizer of a table, by its name."""
+    return {name: each.description for name, each in quantizers.items()}
 
 
 def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
@@ -90,10 +98,8 @@ def _method_lines() -> str:
 
 
 def _quantizer_lines() -> str:
-    graphs = listed(texts_of(GRAPH_QUANTIZERS))
-    return (
-        f"{NONE}, or for the checkpoint one of\n{listed(texts_of(QUANTIZERS))}\nor for the ONNX export one of\n{graphs}"
-    )
+    checkpoints, graphs = (listed(descriptions_of(table)) for table in (QUANTIZERS, GRAPH_QUANTIZERS))
+    return f"{NONE}, or for the checkpoint one of\n{checkpoints}\nor for the ONNX export one of\n{graphs}"
 
 
 # The choices of options that take any name: the tables of these names are above the recipe.

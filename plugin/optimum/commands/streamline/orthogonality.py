@@ -29,7 +29,7 @@ class OrthogonalityCommand(Command):
         from optimum.exporters.streamline import GRAPH_QUANTIZERS
         from optimum.streamline.quantization.quantizers import QUANTIZERS
 
-        from .options import add_model_flags, add_options, add_overwrite_flag, listed, texts_of
+        from .options import add_model_flags, add_options, add_overwrite_flag, descriptions_of, listed
 
         add_model_flags(parser)
         parser.add_argument("recipe", type=Path, nargs="?", help="YAML file with options; a flag replaces its value.")
@@ -46,7 +46,7 @@ class OrthogonalityCommand(Command):
             default="int8,int4",
             metavar="NAMES",
             help="Quantizers to try, by commas. (default: int8,int4)\nIn ONNX Runtime:\n"
-            f"{listed(texts_of(GRAPH_QUANTIZERS))}\nIn torch:\n{listed(texts_of(QUANTIZERS))}",
+            f"{listed(descriptions_of(GRAPH_QUANTIZERS))}\nIn torch:\n{listed(descriptions_of(QUANTIZERS))}",
         )
         shared = ("length", "dtype", "device", "seed")
         add_options(parser, "pruning", "healing", "calibration", "evaluation", "budget", *shared)

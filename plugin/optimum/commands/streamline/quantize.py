@@ -24,11 +24,11 @@ class QuantizeCommand(Command):
         """Flags of `quantize`."""
         from optimum.streamline.quantization.quantizers import QUANTIZERS
 
-        from .options import add_model_flags, add_option, add_output_flags, listed, texts_of
+        from .options import add_model_flags, add_option, add_output_flags, descriptions_of, listed
 
         add_model_flags(parser)
         add_output_flags(parser)
-        add_option(parser, "quantize", choices=listed(texts_of(QUANTIZERS)), required=True)
+        add_option(parser, "quantize", choices=listed(descriptions_of(QUANTIZERS)), required=True)
         add_option(parser, "quantize_exclude", default="")
         add_option(parser, "device", default="cpu")
 

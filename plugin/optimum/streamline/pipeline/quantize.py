@@ -134,4 +134,4 @@ def _write_companions(source: ModelSource, how: str, folder: Path) -> None:
         write_record({**record, "edited": edited}, folder)
     card = made / CARD_FILE
     text = card.read_text(encoding="utf-8") if card.is_file() else None
-    (folder / CARD_FILE).write_text(quantized_card(source, QUANTIZERS[how].text, text), encoding="utf-8")
+    (folder / CARD_FILE).write_text(quantized_card(source, QUANTIZERS[how].description, text), encoding="utf-8")

@@ -24,7 +24,7 @@ class Quantizer:
     """A quantizer of checkpoints.
 
     Args:
-        text: What it does, in a few words for a user.
+        description: One line for the user.
         package: The library that quantizes. The extra of this distribution that installs it has the same name.
         config: A function that makes the `quantization_config` of transformers, from the names of the modules that stay
             in float, the dtype of the computation, and the device.
@@ -32,7 +32,7 @@ class Quantizer:
             Otherwise 1.
     """
 
-    text: str
+    description: str
     package: str
     config: Callable[[Sequence[str], torch.dtype, str], Any]
     group: int = 1

@@ -78,7 +78,9 @@ def model_card(record: PruningRecord) -> str:
     lines += [_training(healed, record) for healed in record.healing]
     if record.recipe.quantization.quantizer in QUANTIZERS:
         when = "before the layers were chosen" if record.recipe.quantize_first else "after pruning"
-        lines.append(f"The weights were quantized {when}: {QUANTIZERS[record.recipe.quantization.quantizer].text}.")
+        lines.append(
+            f"The weights were quantized {when}: {QUANTIZERS[record.recipe.quantization.quantizer].description}."
+        )
     elif record.quantized:
         lines.append(
             f"The original is quantized ({record.quantized}). The layers that stayed keep their quantized weights."
@@ -104,7 +106,7 @@ def quantized_card(source: ModelSource, description: str, card: str | None) -> s
 
     Args:
         source: The source of the float checkpoint.
-        description: A description of the quantizer (`Quantizer.text`).
+        description: A description of the quantizer (`Quantizer.description`).
         card: The card of the float checkpoint, which follows below; `None` if it has none.
     """
     head, body = _parts(
