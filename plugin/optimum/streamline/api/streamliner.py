@@ -251,7 +251,7 @@ class Streamliner:
             StreamlineError: nothing was pruned, or the repository cannot be made or written.
         """
         self._pruned_for("push_to_hub")
-        with self._on_disk() as folder:
+        with captured_logs(None), self._on_disk() as folder:
             how: dict[str, Any] = {"private": private, "token": token, "revision": revision}
             return upload_folder(folder, repo_id, message=commit_message, **how)
 
@@ -301,7 +301,7 @@ class Streamliner:
         how |= {"last_logits": last_logits, "max_memory": max_memory}
         if self._pruned is None and not isinstance(self._source, ModelInMemory):
             return Artifact.of(export(self._source.model, Path(save_directory), **how, **self._source.options()))
-        with self._on_disk() as folder:
+        with captured_logs(None), self._on_disk() as folder:
             how["trust_remote_code"] = self._source.trust_remote_code
             return Artifact.of(export(str(folder), Path(save_directory), **how))
 
@@ -339,7 +339,7 @@ class Streamliner:
             check_output(Path(save_directory), overwrite)
         how: dict[str, Any] = {"questions": Path(questions) if questions else None, "rounds": rounds}
         named = [str(candidate) for candidate in candidates]
-        with self._compared_models(named) as compared_models, captured_logs(None):
+        with captured_logs(None), self._compared_models(named) as compared_models:
             report = validate_models(compared_models, config.recipe, notify=_silent, **how)
         if not candidates:
             report = self._with_layers(report)
