@@ -142,7 +142,7 @@ def test_an_original_that_is_not_a_number_is_refused() -> None:
 
 
 def test_vocabularies_must_match() -> None:
-    with pytest.raises(StreamlineError, match="model 1: a vocabulary of 13 tokens, model 0 has 11"):
+    with pytest.raises(StreamlineError, match="model 1: has a vocabulary of 13 tokens, but model 0 has 11"):
         measure(table(1), table(1, 13))
     with pytest.raises(StreamlineError, match="token 12 is outside"):
         measure(table(1), table(2), data=windows(vocabulary=13))

@@ -110,7 +110,7 @@ def test_bad_input_is_one_line(folder: Path) -> None:
     def attempt(*compared_models: ComparedModel, data: Windows = DATA, rounds: int = 2) -> None:
         validate(compared_models, data, Budget(), rounds=rounds, prompt_length=8, decode_tokens=2)
 
-    with pytest.raises(StreamlineError, match="other: a vocabulary of 129 tokens, original has 128"):
+    with pytest.raises(StreamlineError, match="other: has a vocabulary of 129 tokens, but original has 128"):
         attempt(original, other)
     with pytest.raises(StreamlineError, match="the first model must be the original"):
         attempt(other, original)
