@@ -398,7 +398,7 @@ CASES = [
          every_window_begins_with_it),
     Case("traceback", "a checkpoint of compressed-tensors, the package not installed", compressed_tensors, 2,
          "quantized (compressed-tensors), which cannot be read here"),
-    Case("refused where stock works", "weights in pytorch_model.bin alone", pickled, 0, "as tensors alone (weights_only)"),
+    Case("refused where stock works", "weights in pytorch_model.bin alone", pickled, 0, "with torch.load(weights_only=True)"),
     Case("refused where stock works", "such a file that holds more than tensors", evil_pickle, 2, "pytorch_model.bin: holds pickled objects other than tensors"),
     Case("refused where stock works", "a Hub model as name@revision", of_the_hub, 0, "saved", commit_is_recorded),
     Case("refused where stock works", "a Hub model with --revision", by_flag, 0, "saved", commit_is_recorded),

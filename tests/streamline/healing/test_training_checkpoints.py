@@ -323,7 +323,7 @@ def test_two_processes_judge_by_one_held_out_window(
 DIVIDED = """
 import sys
 from pathlib import Path
-from optimum.streamline.checkpoints.source import Source
+from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.system.distributed import is_main
 from optimum.streamline.pipeline.prune import prune
@@ -333,8 +333,8 @@ model, text, folder = sys.argv[1:]
 recipe = make_recipe({"layers": "1" if is_main() else "2", "samples": 2, "length": 32, "calibration": text})
 for name in ("claimed", "free"):
     try:
-        options = {"overwrite": False, "verbose": False, "say": lambda _: None}
-        end = prune(Source(model), recipe, Path(folder) / name, **options).plan.removed
+        options = {"overwrite": False, "verbose": False, "notify": lambda _: None}
+        end = prune(ModelSource(model), recipe, Path(folder) / name, **options).plan.removed
     except StreamlineError as error:
         end = error
     (Path(folder) / f"{name}-{1 - is_main()}").write_text(str(end))

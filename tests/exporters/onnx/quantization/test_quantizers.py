@@ -145,7 +145,7 @@ def weights(artifact: Artifact) -> dict[str, np.ndarray]:
 
 def test_an_exclusion_that_names_nothing_is_refused(tmp_path: Path) -> None:
     tiny_model("llama", num_hidden_layers=1).save_pretrained(tmp_path / "checkpoint")
-    for what, said in (("7", "there is no layer 7; the model has layers 0 to 0"), ("*.typo", "no product has this")):
+    for what, said in (("7", "there is no layer 7; the model has layers 0 to 0"), ("*.typo", "no linear module has this name")):
         with pytest.raises(StreamlineError, match=re.escape(f"quantize-exclude {what!r}: {said}")):
             export_checkpoint(str(tmp_path / "checkpoint"), tmp_path / "x", quantize="int8", quantize_exclude=[what])
     assert [each.name for each in tmp_path.iterdir()] == ["checkpoint"]
