@@ -37,13 +37,13 @@ from transformers import PreTrainedModel
 from methods_cases import EVALUATION, LENGTH, MODELS, Case, Row, cases
 from methods_page import write_page
 from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer, read_config
-from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.editing.apply import apply_plan
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.evaluation.intervals import Samples, mean_interval
 from optimum.streamline.healing.losses import NextToken
 from optimum.streamline.healing.settings import model_settings
 from optimum.streamline.healing.trainable_parts import train_model
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import architecture_of
 from optimum.streamline.models.skipped_sublayers import drop_skipped_sublayers
 from optimum.streamline.pipeline.prune import change, prepare

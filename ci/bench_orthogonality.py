@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from export_cases import REFERENCE, ROOT, SMALL, graph_bytes, make_checkpoint, run_measured, streamline
 from export_speed import Timed, measure_in_turns
 from measured_parts import measure_parts
-from optimum.streamline.checkpoints.source import ModelSource
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import head_size, key_value_heads
 from optimum.streamline.pipeline.orthogonality import orthogonality
 from optimum.streamline.recipe.parsing import make_recipe

@@ -32,9 +32,9 @@ from transformers import (
 from export_cases import REFERENCE, ROOT
 from measured_parts import measure_parts
 from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer
-from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.evaluation.accuracy import Accuracy
 from optimum.streamline.evaluation.intervals import Interval
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.pipeline.prune import change, prepare
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.text.sampling import WindowEncoder

@@ -82,7 +82,7 @@ class Context:
         self.engine.library.profiles_used.append(profile)
 
     def set_input_shape(self, name: str, shape: Sequence[int]) -> None:
-        assert self.profile[name].misses(shape) == ""
+        assert self.profile[name].violation(shape) == ""
         self.shapes[name] = tuple(shape)
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:

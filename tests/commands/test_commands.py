@@ -336,7 +336,9 @@ def test_healing_that_cannot_be_is_refused_before_the_search(
 
 def test_the_root_is_no_output(cli: Cli) -> None:
     for flags in ((), ("--overwrite",)):
-        assert_refused(cli("prune", "-m", REFERENCE, "--remove", 4, *QUICK, *flags, "/"), "output /: contains the input ")
+        assert_refused(
+            cli("prune", "-m", REFERENCE, "--remove", 4, *QUICK, *flags, "/"), "output /: contains the input "
+        )
 
 
 @pytest.mark.parametrize(("name", "value"), [("ACCELERATE_MIXED_PRECISION", "bf16"), ("ACCELERATE_USE_FSDP", "true")])

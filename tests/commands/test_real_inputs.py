@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 from cases import LICENSE, TEXT, edit_config, edit_weights, make, tokenizer
 from console import Outcome
-from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.evaluation import validate
+from optimum.streamline.model_files.artifact import Artifact
 from pages import check_part
 from reference import REFERENCE
 from timer import Timer
@@ -126,9 +126,9 @@ def is_stored_in_bf16(folder: Path) -> None:
 def foreign_weights(folder: Path) -> Words:
     from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer
     from optimum.streamline.checkpoints.saving import save_model
-    from optimum.streamline.checkpoints.source import ModelSource
     from optimum.streamline.editing.apply import apply_plan
     from optimum.streamline.editing.plan import Plan
+    from optimum.streamline.model_files.source import ModelSource
 
     source = ModelSource(str(make(folder / "model")))
     model = load_stock(source)

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from optimum.exporters.streamline import export_checkpoint
 from optimum.exporters.streamline.onnx.runner import OnnxRunner
-from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer
 from optimum.streamline.checkpoints.saving import save_model
-from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.editing.apply import apply_plan
 from optimum.streamline.editing.plan import Plan
+from optimum.streamline.model_files.artifact import Artifact
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP, mark_skipped, zero_output
 from reference import REFERENCE

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from optimum.exporters.streamline import export_checkpoint
-from optimum.streamline.checkpoints.artifact import Artifact
+from optimum.streamline.model_files.artifact import Artifact
 from optimum.streamline.models.architectures import ARCHITECTURES
 from pages import check_part
 from tiny import LAYERS, tiny_model

@@ -9,10 +9,10 @@ import pytest
 
 from optimum.exporters.streamline import export_checkpoint
 from optimum.streamline.checkpoints.loading import read_config
-from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.editing.apply import apply_plan, build_replacement
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.evaluation.theoretical_cost import cost_of
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.bare_layers import save_bare
 from tiny import LAYERS, tiny_model
 

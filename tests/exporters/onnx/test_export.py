@@ -13,9 +13,9 @@ from optimum.exporters.streamline import export_checkpoint, graph_files, open_ar
 from optimum.exporters.streamline.onnx import export
 from optimum.exporters.streamline.parity import compare
 from optimum.exporters.streamline.parity.calls import answer_with
-from optimum.streamline.checkpoints.artifact import Artifact
-from optimum.streamline.checkpoints.source import ModelSource, fingerprint
 from optimum.streamline.errors import ParityError, StreamlineError
+from optimum.streamline.model_files.artifact import Artifact
+from optimum.streamline.model_files.source import ModelSource, fingerprint
 from optimum.streamline.runtime.opening import open_runner
 from tiny import tiny_model
 from tokenizer_seen import seen

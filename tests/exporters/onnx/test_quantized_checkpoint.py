@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 
 from console import optimum_cli
 from optimum.exporters.streamline import export_checkpoint, open_hidden_states
-from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.checkpoints.loading import load, load_stock, load_tokenizer
-from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.model_files.artifact import Artifact
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.pipeline.quantize import quantize
 from optimum.streamline.runtime.opening import open_runner
 from optimum.streamline.scoring.similarity import measure_scores, scores_of

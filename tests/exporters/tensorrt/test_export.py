@@ -16,13 +16,13 @@ from console import Outcome, optimum_cli
 from optimum.exporters.streamline import EngineOptions, export_checkpoint, open_artifact
 from optimum.exporters.streamline.tensorrt.engine_record import EngineRecord
 from optimum.exporters.streamline.tensorrt.graph.reference_runner import StaticOnnxRunner
-from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.checkpoints.loading import load
 from optimum.streamline.editing.apply import apply_plan, build_replacement
 from optimum.streamline.editing.merging import average_layers, replace_pair
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation.theoretical_cost import disk_bytes
+from optimum.streamline.model_files.artifact import Artifact
 from optimum.streamline.models.architectures import ARCHITECTURES
 from optimum.streamline.models.bare_layers import bare_layers, save_bare
 from optimum.streamline.text.windows import Windows
@@ -218,7 +218,10 @@ BUILDER = ("--builder", "tensorrt-rtx", "--compute-capability", "89")
         ),
         ((*BUILDER, "--quantize", "int4", "--samples", "4"), "samples 4: quantize 'int4' is not calibrated; leave it"),
         ((*BUILDER, "--quantize", "int8", "--max-length", "64", "--length", "65"), "length 65: must be from 8 to 64"),
-        ((*BUILDER, "--quantize", "int4", "--quantize-exclude", "*.typo"), "quantize-exclude '*.typo': no product has"),
+        (
+            (*BUILDER, "--quantize", "int4", "--quantize-exclude", "*.typo"),
+            "quantize-exclude '*.typo': no linear module",
+        ),
         ((*BUILDER, "--last-logits"), "last-logits True: format 'tensorrt' cannot do it; leave it out"),
         ((*BUILDER, "--opset", "23"), "opset 23: must be 24"),
         ((*BUILDER, "--dtype", "fp8"), "dtype 'fp8': unknown; one of fp32, fp16, bf16"),

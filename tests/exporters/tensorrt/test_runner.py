@@ -18,9 +18,9 @@ from optimum.exporters.streamline.parity.calls import answer_with
 from optimum.exporters.streamline.parity.compare import check_parity
 from optimum.exporters.streamline.tensorrt.engine_record import EngineRecord
 from optimum.exporters.streamline.tensorrt.runner import TensorrtRunner
-from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.checkpoints.loading import load
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.model_files.artifact import Artifact
 from reference import LIBRARY, REFERENCE
 from stand_in import Library, export_qwen2, here
 from tiny import tiny_model, token_ids

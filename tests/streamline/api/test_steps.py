@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from html_reader import Page
 from optimum.streamline import Plan, Report, Scores, StreamlineConfig, StreamlineError, Streamliner, open_runner
 from optimum.streamline.checkpoints.model_in_memory import ModelInMemory
 from optimum.streamline.checkpoints.provenance import changed_files
-from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.editing import plan as editing
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.reporting.wording import table_rows
 from reference import REFERENCE
 
@@ -71,7 +72,7 @@ def test_nothing_is_loaded_before_a_step_needs_it(monkeypatch: pytest.MonkeyPatc
     streamliner = on_disk()
     assert repr(streamliner) == "Streamliner(reference_model: 16 layers)"
     assert streamliner.record is None
-    assert streamliner.plan(named()).gone == (5, 6, 7, 8)
+    assert streamliner.plan(named()).removed == (5, 6, 7, 8)
     with pytest.raises(AssertionError, match="loaded"):
         streamliner.prune(named())
 
@@ -91,7 +92,7 @@ def test_scores_give_a_plan_without_reading_or_scoring(scores: Scores, monkeypat
     monkeypatch.setattr("optimum.streamline.api.original.measure_scores", None)
     plan = on_disk().plan(StreamlineConfig(**NO_TEXT, method="shortgpt", remove=3), scores)
     least = sorted(range(16), key=lambda layer: scores.block_influence[layer])[:3]
-    assert plan.gone == tuple(sorted(least))
+    assert plan.removed == tuple(sorted(least))
     assert plan.scores is scores
     assert plan.chosen_on is scores.windows
 
@@ -131,8 +132,6 @@ def test_pruning_again_starts_from_the_original() -> None:
     ("plan", "message"),
     [
         (Plan(12, (5,)), "plan: is for a model of 12 layers; this one has 16"),
-        (Plan(16, (16,)), "there is no layer 16"),
-        (Plan(16, (6, 5)), "written by hand names whole layers"),
         (Plan(16, (5,), skipped=((2, "attention"),)), "written by hand names whole layers"),
         (Plan(16, (5,), "mlp"), "needs one block of at least 2 layers"),
         (Plan(16, ()), "layers '': '' is not a number or a range"),
@@ -141,6 +140,12 @@ def test_pruning_again_starts_from_the_original() -> None:
 def test_a_plan_that_cannot_be_carried_out_is_refused(plan: Plan, message: str) -> None:
     with pytest.raises(StreamlineError, match=message):
         on_disk().prune(plan)
+
+
+@pytest.mark.parametrize("removed", [(16,), (6, 5), (5, 5), (-1,)])
+def test_a_plan_of_layers_that_cannot_be_removed_is_not_made(removed: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"removed {removed}: must be ")):
+        Plan(16, removed)
 
 
 def test_healing_trains_the_copy_and_says_so(original: PreTrainedModel) -> None:

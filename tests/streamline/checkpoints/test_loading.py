@@ -16,12 +16,12 @@ from transformers import AutoTokenizer
 
 from optimum.streamline.checkpoints.loading import load, load_stock, read_config
 from optimum.streamline.checkpoints.saving import save_model
-from optimum.streamline.checkpoints.source import ModelSource, fingerprint
 from optimum.streamline.editing.apply import apply_plan, build_replacement
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing.settings import HealSettings
 from optimum.streamline.healing.trainable_parts import train_replacement
+from optimum.streamline.model_files.source import ModelSource, fingerprint
 from optimum.streamline.text.windows import Windows
 from reference import REFERENCE
 from tiny import LAYERS, tiny_model, token_ids

@@ -13,14 +13,15 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from cases import VOCABULARY, edit_config, make, tokenizer
 from console import Outcome, optimum_cli
-from optimum.streamline.checkpoints import saving, transformers4_tokenizer
+from optimum.streamline.checkpoints import saving
 from optimum.streamline.checkpoints.loading import DTYPES, load_stock, load_tokenizer
 from optimum.streamline.checkpoints.read_back import read_back
 from optimum.streamline.checkpoints.saving import save_model
-from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.editing.apply import apply_plan, build_replacement
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import ParityError
+from optimum.streamline.model_files import transformers4_tokenizer
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import ARCHITECTURES
 from optimum.streamline.pipeline.quantize import quantize
 from optimum.streamline.quantization.quantizers import QUANTIZERS

@@ -13,13 +13,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum.streamline.checkpoints.loading import load, load_stock, load_tokenizer
-from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.editing.apply import Replacement, apply_plan, build_replacement
 from optimum.streamline.editing.linear_map import STRENGTH, check_linear, fit_maps
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.methods.base import MethodInputs
 from optimum.streamline.methods.llm_streamline import LLMStreamline
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, decoder_layers
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.scoring.similarity import measure_scores

@@ -17,7 +17,6 @@ from transformers import AutoTokenizer
 
 from console import optimum_cli
 from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer
-from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.editing.apply import apply_plan
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
@@ -31,6 +30,7 @@ from optimum.streamline.evaluation.multiple_choice import (
     read_questions,
 )
 from optimum.streamline.evaluation.validate import compared_models_of, validate
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.recipe.recipe import Budget
 from optimum.streamline.runtime.torch_runner import TorchRunner
 from optimum.streamline.text.sources import open_text

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from optimum.streamline.checkpoints.artifact import Artifact
-from optimum.streamline.checkpoints.hub import fetch_checkpoint
-from optimum.streamline.checkpoints.source import ModelSource, fingerprint
 from optimum.streamline.editing.apply import apply_plan, build_replacement
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation.results import Report
 from optimum.streamline.evaluation.validate import ComparedModel, compared_models_of, mark_original_exports, validate
+from optimum.streamline.model_files.artifact import Artifact
+from optimum.streamline.model_files.hub import fetch_checkpoint
+from optimum.streamline.model_files.source import ModelSource, fingerprint
 from optimum.streamline.recipe.recipe import Budget
 from optimum.streamline.text.windows import Windows
 from tiny import LAYERS, VOCABULARY, tiny_model, token_ids

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.editing.apply import EditInputs, apply_plan, build_replacement
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.healing import trainer
@@ -31,6 +30,7 @@ from optimum.streamline.healing.stages import Healer
 from optimum.streamline.healing.trainable_parts import train_model
 from optimum.streamline.methods.base import MethodInputs
 from optimum.streamline.methods.registry import method_of
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import ARCHITECTURES
 from optimum.streamline.pipeline.prune import prepare, prune
 from optimum.streamline.recipe.parsing import make_recipe

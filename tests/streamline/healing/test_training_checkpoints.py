@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel
 
 from console import optimum_cli
-from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing import trainer
@@ -29,6 +28,7 @@ from optimum.streamline.healing.settings import HealLog, HealSettings
 from optimum.streamline.healing.trainable_parts import train_model
 from optimum.streamline.healing.trainer import NotFiniteError
 from optimum.streamline.healing.training_checkpoints import healing_workspace, open_workspace
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.pipeline.prune import change, prepare
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.system.atomic_output import locked_output
@@ -245,7 +245,7 @@ def test_what_ends_a_command_says_what_it_leaves(
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr("optimum.streamline.pipeline.prune.save_model", fail)
+        patched.setattr("optimum.streamline.pipeline.checkpoint.save_model", fail)
         stopped = optimum_cli(patched, capsys, *words, *SHORT, tmp_path / "out")
     [workspace] = tmp_path.iterdir()
     assert workspace.name.startswith(".out.healing-")
@@ -323,7 +323,7 @@ def test_two_processes_judge_by_one_held_out_window(
 DIVIDED = """
 import sys
 from pathlib import Path
-from optimum.streamline.checkpoints.source import ModelSource
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.system.distributed import is_main
 from optimum.streamline.pipeline.prune import prune

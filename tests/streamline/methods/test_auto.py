@@ -11,13 +11,13 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.editing.apply import EditInputs, apply_plan, build_replacement
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.methods.auto import Auto
 from optimum.streamline.methods.base import MethodInputs
 from optimum.streamline.methods.registry import METHODS
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.pipeline.prune import prepare, prune
 from optimum.streamline.pipeline.texts import read_texts
 from optimum.streamline.recipe.parsing import make_recipe

@@ -157,7 +157,9 @@ def test_a_replacement_is_not_dead_where_its_block_was(replacement: str, skipped
 @pytest.mark.parametrize("replacement", ["layer", "mlp", "linear", "ffn"])
 def test_a_replacement_that_was_not_built_is_missed(replacement: str) -> None:
     model, config = tiny_model(), tiny_model().config.to_dict()
-    with pytest.raises(StreamlineError, match=f"replacement '{replacement}': there is none"):
+    with pytest.raises(
+        StreamlineError, match=f"replacement '{replacement}': is missing; give the result of build_replacement"
+    ):
         apply_plan(model, Plan(LAYERS, (1, 2), replacement), None)
     assert model.config.to_dict() == config
 

@@ -12,12 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from behaviour import greedy, logits
 from console import optimum_cli
 from optimum.streamline.checkpoints.loading import load, load_stock, load_tokenizer, read_config
-from optimum.streamline.checkpoints.source import ModelSource, fingerprint
 from optimum.streamline.editing.apply import apply_plan, build_replacement, planned_config
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation.theoretical_cost import cost_of
 from optimum.streamline.evaluation.validate import compared_models_of, validate
+from optimum.streamline.model_files.source import ModelSource, fingerprint
 from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, decoder_layers
 from optimum.streamline.models.bare_layers import bare_layers, save_bare
 from optimum.streamline.models.skipped_sublayers import ATTENTION, mark_skipped, zero_output

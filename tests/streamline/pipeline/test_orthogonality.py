@@ -12,8 +12,8 @@ import onnx
 import pytest
 
 from console import Outcome, optimum_cli
-from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.evaluation.results import Report
+from optimum.streamline.model_files.artifact import Artifact
 from reference import LIBRARY, REFERENCE
 
 pytestmark = [pytest.mark.onnx, pytest.mark.quantizers]

@@ -18,8 +18,8 @@ from console import Outcome, optimum_cli
 from optimum.streamline.checkpoints.loading import load, load_stock, load_tokenizer
 from optimum.streamline.checkpoints.provenance import changed_files
 from optimum.streamline.checkpoints.saving import save_model
-from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, decoder_layers, submodule
 from optimum.streamline.models.layer_list import set_decoder_layers
 from optimum.streamline.models.offloaded_weights import read_parameter
@@ -445,7 +445,7 @@ def test_validation_names_the_quantization_and_counts_its_bytes(
 ) -> None:
     shutil.copytree(REFERENCE, tmp_path / "model")
     out = quietly(str(tmp_path / "model"), tmp_path / "q", "bnb-nf4")
-    words = ("validate", tmp_path / "model", out, "--output", tmp_path / "r", "--eval-samples", "2", "--length", "32")
+    words = ("validate", tmp_path / "model", out, "--output", tmp_path / "r", "--eval-samples", "32", "--length", "64")
     words += LIBRARY["validate"]
     done = optimum_cli(monkeypatch, capsys, "streamline", *words)
     assert (done.code, done.err) == (0, "")

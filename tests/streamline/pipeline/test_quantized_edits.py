@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from console import optimum_cli
 from optimum.streamline.checkpoints.loading import load
-from optimum.streamline.checkpoints.source import ModelSource
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.quantized_weights import enable_cpu_kernel, quantized_modules
 from optimum.streamline.pipeline.quantize import quantize
 from optimum.streamline.quantization.quantizers import QUANTIZERS

@@ -14,8 +14,8 @@ import pytest
 from console import Outcome, optimum_cli
 from optimum.streamline import StreamlineConfig, StreamlineError, Streamliner
 from optimum.streamline.checkpoints.loading import load
-from optimum.streamline.checkpoints.source import ModelSource, fingerprint
 from optimum.streamline.evaluation.results import Report
+from optimum.streamline.model_files.source import ModelSource, fingerprint
 from optimum.streamline.text.sources import open_text
 from reference import LIBRARY, REFERENCE
 

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from console import Outcome, optimum_cli
 from optimum.streamline.checkpoints.loading import load_tokenizer
-from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.text.tokenizer_checks import compare_tokenizers
 from optimum.streamline.text.windows import read_windows
 from reference import LIBRARY, REFERENCE, VOCABULARY

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from optimum.exporters.streamline.onnx.quantization.settings import NONE, Quantization
 from optimum.exporters.streamline.tensorrt.engine_options import EngineOptions
 from optimum.exporters.streamline.tensorrt.graph.quantizers import check_engine_quantizer
-from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.model_files.artifact import Artifact
 from optimum.streamline.runtime.runner import Logits, Runner, TokenIds
 
 if TYPE_CHECKING:

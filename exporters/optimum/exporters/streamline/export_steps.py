@@ -12,7 +12,7 @@ from optimum.streamline.errors import ParityError, StreamlineError, require_extr
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from optimum.streamline.checkpoints.source import ModelSource
+    from optimum.streamline.model_files.source import ModelSource
 
 T = TypeVar("T")
 
@@ -97,8 +97,8 @@ def write_companions(model: PreTrainedModel, source: ModelSource, folder: Path) 
     """
     from optimum.streamline.checkpoints.loading import load_tokenizer
     from optimum.streamline.checkpoints.read_back import compare_tokenizer
-    from optimum.streamline.checkpoints.transformers4_config import add_older_names
-    from optimum.streamline.checkpoints.transformers4_tokenizer import save_tokenizer
+    from optimum.streamline.model_files.transformers4_config import add_older_names
+    from optimum.streamline.model_files.transformers4_tokenizer import save_tokenizer
 
     config = copy.deepcopy(model.config)
     if hasattr(config, "auto_map"):  # a graph needs no modeling code

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from optimum.streamline.checkpoints.artifact import is_artifact
 from optimum.streamline.checkpoints.loading import read_config
-from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.model_files.artifact import is_artifact
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.bare_layers import NEEDS_LOAD, bare_layers
 from optimum.streamline.recipe.parsing import given_options, read_recipe, recipe_of_given, write_recipe
 from optimum.streamline.recipe.recipe import OPTIONS, Recipe

@@ -9,10 +9,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from optimum.streamline.checkpoints.loading import load_tokenizer
 from optimum.streamline.checkpoints.model_in_memory import ModelInMemory
-from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.methods.explicit import Explicit
 from optimum.streamline.methods.registry import method_of
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.quantization_config import quantization_name
 from optimum.streamline.pipeline.preflight import check_recipe, checked_config
 from optimum.streamline.pipeline.prepared import (

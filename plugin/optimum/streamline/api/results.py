@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from optimum.streamline.checkpoints import artifact
 from optimum.streamline.editing import plan
 from optimum.streamline.evaluation import results
+from optimum.streamline.model_files import artifact
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.reporting import notebook
 from optimum.streamline.scoring import similarity

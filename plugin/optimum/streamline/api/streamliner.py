@@ -16,11 +16,11 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from optimum.streamline.checkpoints.loading import read_config
 from optimum.streamline.checkpoints.model_in_memory import ModelInMemory, source_in_memory
 from optimum.streamline.checkpoints.provenance import changed_files
-from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.checkpoints.upload import upload_folder
 from optimum.streamline.editing import plan as editing
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation.validate import ComparedModel, compared_models_of
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.pipeline.checkpoint import write_checkpoint
 from optimum.streamline.pipeline.exporting import CALIBRATION_WINDOWS, export, is_calibrated
 from optimum.streamline.pipeline.preflight import result_dtype

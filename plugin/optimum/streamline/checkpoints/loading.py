@@ -21,6 +21,17 @@ from transformers import (
 )
 
 from optimum.streamline.errors import StreamlineError, first_line
+from optimum.streamline.model_files.artifact import is_artifact
+from optimum.streamline.model_files.remote_code import code_note
+from optimum.streamline.model_files.source import ModelSource
+from optimum.streamline.model_files.weight_files import (
+    CONFIG_FILE,
+    FLOAT_TYPES,
+    StoredTensor,
+    WeightFiles,
+    find_weights,
+)
+from optimum.streamline.model_files.wrong_folders import guess_folder_kind, refuse_export
 from optimum.streamline.models.architectures import architecture_of
 from optimum.streamline.models.bare_layers import bare_layers, host_config, is_bare_checkpoint, load_bare
 from optimum.streamline.models.offloaded_weights import offload_options
@@ -28,12 +39,7 @@ from optimum.streamline.models.quantization_config import check_readable, quanti
 from optimum.streamline.models.quantized_weights import disable_cpu_kernel, save_in_loaded_format
 from optimum.streamline.models.skipped_sublayers import drop_skipped_sublayers
 
-from .artifact import is_artifact
-from .remote_code import code_note
 from .saving import _check_finite
-from .source import ModelSource
-from .weight_files import CONFIG_FILE, FLOAT_TYPES, StoredTensor, WeightFiles, find_weights
-from .wrong_folders import guess_folder_kind, refuse_export
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The names of these types in safetensors files.

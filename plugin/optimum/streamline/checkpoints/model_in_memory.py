@@ -13,11 +13,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import architecture_of
 from optimum.streamline.models.quantization_config import quantization_name
 
 from .saving import save_model
-from .source import ModelSource
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.model_files.artifact import ARTIFACT_FILE, Artifact, is_artifact
+from optimum.streamline.model_files.source import ModelSource
+from optimum.streamline.model_files.tokenizer_files import TOKENIZER_FILES
+from optimum.streamline.model_files.weight_files import CONFIG_FILE, weight_and_config_files
 from optimum.streamline.system.content_hashes import folder_hashes
 
-from .artifact import ARTIFACT_FILE, Artifact, is_artifact
 from .record_file import RECORD_FILE, read_record
-from .source import ModelSource
-from .tokenizer_files import TOKENIZER_FILES
-from .weight_files import CONFIG_FILE, weight_and_config_files
 
 # The files beside config and weights that change what a checkpoint gives: tokenizer, generation config and code.
 _COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json", "*.py")

@@ -23,11 +23,11 @@ from transformers import (
 )
 
 from optimum.streamline.errors import ParityError, StreamlineError, first_line
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.bare_layers import bare_layers
 from optimum.streamline.models.quantized_weights import disable_cpu_kernel, quantized_modules
 
 from .loading import load_stock, read_config
-from .source import ModelSource
 
 # Words, code, numbers, spaces, other scripts and a character outside the basic plane: tokenizers often differ on these.
 SAMPLE = (

@@ -11,11 +11,10 @@ from transformers import (
 )
 
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.model_files.transformers4_config import add_older_names
+from optimum.streamline.model_files.transformers4_tokenizer import save_tokenizer
 from optimum.streamline.models.bare_layers import bare_layers, save_bare
 from optimum.streamline.models.offloaded_weights import read_parameter
-
-from .transformers4_config import add_older_names
-from .transformers4_tokenizer import save_tokenizer
 
 
 def save_model(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from optimum.streamline.checkpoints.artifact import Artifact, is_artifact
 from optimum.streamline.checkpoints.record_file import recorded_text
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.model_files.artifact import Artifact, is_artifact
 from optimum.streamline.text.overlap import Sketch, check_disjoint
 from optimum.streamline.text.windows import Windows
 

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from optimum.streamline.checkpoints.artifact import is_artifact
 from optimum.streamline.checkpoints.loading import DTYPES
-from optimum.streamline.checkpoints.weight_files import find_weights
+from optimum.streamline.model_files.artifact import is_artifact
+from optimum.streamline.model_files.weight_files import find_weights
 from optimum.streamline.models.architectures import active_share, architecture_of, head_size, key_value_heads
 from optimum.streamline.models.bare_layers import place_bare_layers
 from optimum.streamline.models.linear_modules import meta_model

@@ -13,11 +13,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from optimum.streamline.checkpoints.artifact import Artifact, is_artifact
 from optimum.streamline.checkpoints.loading import check_checkpoint, stored_dtype
 from optimum.streamline.checkpoints.provenance import changed_files, model_hashes
-from optimum.streamline.checkpoints.source import ModelSource, fingerprint
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.model_files.artifact import Artifact, is_artifact
+from optimum.streamline.model_files.source import ModelSource, fingerprint
 from optimum.streamline.models.quantization_config import quantization_name
 from optimum.streamline.recipe.recipe import Budget, Judge
 from optimum.streamline.runtime.opening import open_runner

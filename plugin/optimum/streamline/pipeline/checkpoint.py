@@ -12,8 +12,8 @@ from optimum.streamline.checkpoints.loading import read_config
 from optimum.streamline.checkpoints.model_in_memory import ModelInMemory
 from optimum.streamline.checkpoints.provenance import write_record
 from optimum.streamline.checkpoints.read_back import read_back, release_weights
-from optimum.streamline.checkpoints.remote_code import carry_code
 from optimum.streamline.checkpoints.saving import save_model
+from optimum.streamline.model_files.remote_code import carry_code
 from optimum.streamline.models.module_patterns import renumbered_names
 from optimum.streamline.quantization.loading import check_quantizable, load_quantizing
 from optimum.streamline.quantization.quantizers import QUANTIZERS

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from optimum.streamline.checkpoints.artifact import Artifact
+from optimum.streamline.model_files.artifact import Artifact
 from optimum.streamline.quantization.quantizers import NONE, QUANTIZERS
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.scoring.similarity import Scores, scores_of

@@ -11,15 +11,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.checkpoints.loading import read_config
-from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation.accuracy import Accuracy
 from optimum.streamline.evaluation.interaction import interaction
 from optimum.streamline.evaluation.results import Interaction, Report
 from optimum.streamline.evaluation.validate import ComparedModel, measure
 from optimum.streamline.evaluation.verdict import judge
+from optimum.streamline.model_files.artifact import Artifact
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.quantization_config import quantization_name
 from optimum.streamline.quantization.quantizers import NONE, QUANTIZERS
 from optimum.streamline.recipe.recipe import Recipe

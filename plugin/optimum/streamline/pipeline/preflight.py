@@ -10,10 +10,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum.streamline.checkpoints.loading import DTYPES, check_checkpoint, stored_dtype
 from optimum.streamline.checkpoints.model_in_memory import ModelInMemory
-from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing.checks import check_heal_windows, check_healing
 from optimum.streamline.methods.registry import METHODS, method_of
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import architecture_of
 from optimum.streamline.models.bare_layers import BareKind
 from optimum.streamline.models.linear_modules import linear_modules_of, meta_model

@@ -13,13 +13,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from optimum.streamline.checkpoints.loading import load_stock
 from optimum.streamline.checkpoints.model_in_memory import ModelInMemory
-from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.editing.apply import planned_config
 from optimum.streamline.editing.merging import shared_copy
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.methods.base import MethodInputs
 from optimum.streamline.methods.registry import METHODS, method_of
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.skipped_sublayers import layers_without_attention
 from optimum.streamline.quantization.loading import check_quantizable, load_quantizing
 from optimum.streamline.quantization.quantizers import QUANTIZERS

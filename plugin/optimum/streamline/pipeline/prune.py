@@ -18,12 +18,12 @@ from optimum.streamline.checkpoints.loading import (
     read_config,
     source_notes,
 )
-from optimum.streamline.checkpoints.source import ModelSource, fingerprint
 from optimum.streamline.editing.apply import EditInputs, build_replacement
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.healing.stages import Healer, HealingResult
 from optimum.streamline.healing.training_checkpoints import healing_workspace, open_workspace
 from optimum.streamline.methods.registry import method_of
+from optimum.streamline.model_files.source import ModelSource, fingerprint
 from optimum.streamline.models.bare_layers import NEEDS_LOAD, bare_layers
 from optimum.streamline.models.quantization_config import quantization_name
 from optimum.streamline.recipe.recipe import Recipe

@@ -24,10 +24,10 @@ from optimum.streamline.checkpoints.loading import (
 from optimum.streamline.checkpoints.provenance import changed_files, write_record
 from optimum.streamline.checkpoints.read_back import read_back
 from optimum.streamline.checkpoints.record_file import read_record
-from optimum.streamline.checkpoints.remote_code import carry_code
 from optimum.streamline.checkpoints.saving import save_model
-from optimum.streamline.checkpoints.source import ModelSource, fingerprint
-from optimum.streamline.checkpoints.weight_files import find_weights
+from optimum.streamline.model_files.remote_code import carry_code
+from optimum.streamline.model_files.source import ModelSource, fingerprint
+from optimum.streamline.model_files.weight_files import find_weights
 from optimum.streamline.models.linear_modules import linear_modules_of, meta_model
 from optimum.streamline.models.quantization_config import float_config
 from optimum.streamline.models.quantized_weights import quantized_modules

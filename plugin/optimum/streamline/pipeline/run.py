@@ -15,16 +15,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from optimum.streamline.checkpoints.artifact import Artifact, is_artifact
 from optimum.streamline.checkpoints.loading import read_config
 from optimum.streamline.checkpoints.provenance import changed_files, model_hashes
 from optimum.streamline.checkpoints.record_file import RECORD_FILE, read_record
-from optimum.streamline.checkpoints.source import ModelSource, fingerprint
 from optimum.streamline.editing.plan import PlannedLayer
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation.results import Report
 from optimum.streamline.evaluation.validate import ComparedModel, validate
 from optimum.streamline.evaluation.verdict import judge
+from optimum.streamline.model_files.artifact import Artifact, is_artifact
+from optimum.streamline.model_files.source import ModelSource, fingerprint
 from optimum.streamline.models.linear_modules import linear_modules_of, meta_model
 from optimum.streamline.models.module_patterns import renumbered_names, select_modules
 from optimum.streamline.models.quantization_config import float_config

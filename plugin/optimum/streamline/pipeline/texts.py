@@ -10,10 +10,10 @@ from optimum.streamline.checkpoints.loading import (
     load_tokenizer,
     read_config,
 )
-from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing.settings import heal_windows
 from optimum.streamline.methods.registry import METHODS
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.text.overlap import check_disjoint
 from optimum.streamline.text.sources import local_path

@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum.streamline.checkpoints.loading import load_stock, read_config
 from optimum.streamline.checkpoints.saving import save_weights
-from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.linear_modules import meta_model
 from optimum.streamline.models.quantization_config import float_config, quantization_name
 from optimum.streamline.models.quantized_weights import float_values, quantized_modules

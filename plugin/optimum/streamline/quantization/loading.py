@@ -12,8 +12,8 @@ from optimum.streamline.checkpoints.loading import (
     load_stock,
     stored_dtype,
 )
-from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.bare_layers import bare_layers
 from optimum.streamline.models.linear_modules import LinearModule, linear_modules_of, meta_model
 from optimum.streamline.models.module_patterns import select_modules

@@ -6,9 +6,9 @@ import os
 import re
 from pathlib import Path
 
-from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.healing.stages import HealingResult
 from optimum.streamline.methods.registry import METHODS
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.bare_layers import NEEDS_LOAD
 from optimum.streamline.quantization.quantizers import QUANTIZERS
 

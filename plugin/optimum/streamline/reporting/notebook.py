@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.editing.plan import TRAINED, Plan, layer_ranges
 from optimum.streamline.evaluation.results import Limit, Report, Verdict
+from optimum.streamline.model_files.artifact import Artifact
 from optimum.streamline.scoring.similarity import Scores
 
 from .numbers import number, size

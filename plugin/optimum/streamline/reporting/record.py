@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import transformers
 
-from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.editing.apply import Change
 from optimum.streamline.editing.plan import TRAINED, Plan
 from optimum.streamline.healing.stages import HealingResult
 from optimum.streamline.methods.third_party import third_party_methods
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.scoring.similarity import Scores
 from optimum.streamline.system.environment import OWN_DISTRIBUTION, package_version
@@ -27,7 +27,7 @@ class PruningRecord:
 
     Args:
         source: The source of the original.
-        source_fingerprint: The fingerprint of the original (`checkpoints.source.fingerprint`).
+        source_fingerprint: The fingerprint of the original (`model_files.source.fingerprint`).
         recipe: The recipe.
         scores: The scores of the original's layers; `None` if the layers were named and nothing was measured.
         plan: The plan.

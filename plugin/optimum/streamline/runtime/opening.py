@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optimum.streamline.checkpoints.artifact import Artifact, is_artifact
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.model_files.artifact import Artifact, is_artifact
 
 from .runner import Runner
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from optimum.streamline.checkpoints.loading import load_tokenizer
-from optimum.streamline.checkpoints.source import ModelSource
-from optimum.streamline.checkpoints.tokenizer_files import has_tokenizer
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.model_files.source import ModelSource
+from optimum.streamline.model_files.tokenizer_files import has_tokenizer
 
 # The largest plausible average of characters per token, without white space. Real tokenizers stay far below it.
 MAX_CHARACTERS_PER_TOKEN = 32

@@ -18,14 +18,14 @@ from console import Outcome, optimum_cli
 from optimum.exporters.streamline import GRAPH_QUANTIZERS, export_checkpoint, open_artifact
 from optimum.exporters.streamline.onnx.quantization.quantizers import GraphQuantizer
 from optimum.exporters.streamline.onnx.quantization.settings import Quantization
-from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer, read_config
 from optimum.streamline.checkpoints.record_file import RECORD_FILE, RECORD_KEYS
-from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import ParityError, StreamlineError
 from optimum.streamline.evaluation.contamination import refuse_seen_text
 from optimum.streamline.evaluation.theoretical_cost import cost_of
 from optimum.streamline.evaluation.validate import ComparedModel, validate
+from optimum.streamline.model_files.artifact import Artifact
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.models.layer_list import set_decoder_layers
 from optimum.streamline.recipe.recipe import Budget
@@ -145,7 +145,10 @@ def weights(artifact: Artifact) -> dict[str, np.ndarray]:
 
 def test_an_exclusion_that_names_nothing_is_refused(tmp_path: Path) -> None:
     tiny_model("llama", num_hidden_layers=1).save_pretrained(tmp_path / "checkpoint")
-    for what, said in (("7", "there is no layer 7; the model has layers 0 to 0"), ("*.typo", "no linear module has this name")):
+    for what, said in (
+        ("7", "there is no layer 7; the model has layers 0 to 0"),
+        ("*.typo", "no linear module has this name"),
+    ):
         with pytest.raises(StreamlineError, match=re.escape(f"quantize-exclude {what!r}: {said}")):
             export_checkpoint(str(tmp_path / "checkpoint"), tmp_path / "x", quantize="int8", quantize_exclude=[what])
     assert [each.name for each in tmp_path.iterdir()] == ["checkpoint"]

@@ -18,11 +18,11 @@ from onnx import TensorProto
 from optimum.exporters.streamline import ENGINE_QUANTIZERS, EngineOptions, export_checkpoint
 from optimum.exporters.streamline.tensorrt.engine_record import EngineRecord
 from optimum.exporters.streamline.tensorrt.graph.reference_runner import StaticOnnxRunner
-from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.checkpoints.loading import load_tokenizer
-from optimum.streamline.checkpoints.source import ModelSource
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation.contamination import refuse_seen_text
+from optimum.streamline.model_files.artifact import Artifact
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.runtime.opening import open_runner
 from optimum.streamline.text.windows import Windows, read_windows
 from reference import REFERENCE, VOCABULARY

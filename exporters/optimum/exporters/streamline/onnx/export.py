@@ -22,8 +22,8 @@ from optimum.exporters.streamline.export_steps import (
 from optimum.exporters.streamline.graph_files import GRAPH_FILE, WEIGHTS_FILE, weight_bytes
 from optimum.exporters.streamline.onnx.quantization.quantizers import GRAPH_QUANTIZERS, check_quantizer
 from optimum.exporters.streamline.onnx.quantization.settings import NONE, Quantization
-from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.errors import ParityError, StreamlineError
+from optimum.streamline.model_files.artifact import Artifact
 from optimum.streamline.system.atomic_output import staged_folder
 from optimum.streamline.system.library_logs import captured_logs
 from optimum.streamline.system.progress import Bar, progress_bar
@@ -120,7 +120,7 @@ def check_options(dtype: str, device: str, quantize: str = NONE) -> None:
 def _export_into(folder: Path, job: OnnxExport) -> Artifact:
     from optimum.exporters.streamline.parity.compare import check_finite
     from optimum.streamline.checkpoints import loading
-    from optimum.streamline.checkpoints.source import ModelSource, fingerprint
+    from optimum.streamline.model_files.source import ModelSource, fingerprint
     from optimum.streamline.models.architectures import active_share
     from optimum.streamline.models.quantization_config import quantization_name
     from optimum.streamline.quantization.dequantize import write_dequantized
@@ -197,7 +197,7 @@ def _dequantized_error(job: OnnxExport, folder: Path, bar: Bar) -> dict[str, flo
 def _text_of(job: OnnxExport) -> dict[str, dict[str, Any]]:
     """The text that influenced the artifact's weights, by purpose: the checkpoint's record, and this calibration."""
     from optimum.streamline.checkpoints.record_file import recorded_text
-    from optimum.streamline.checkpoints.source import ModelSource
+    from optimum.streamline.model_files.source import ModelSource
     from optimum.streamline.text.windows import seen_text
 
     data = dict(recorded_text(str(ModelSource(job.checkpoint, **job.options).folder)))

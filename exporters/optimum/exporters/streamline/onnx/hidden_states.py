@@ -11,8 +11,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from optimum.exporters.streamline.graph_files import GRAPH_FILE
-from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.model_files.artifact import Artifact
 from optimum.streamline.runtime.runner import TokenIds
 
 from .runner import empty_cache_state, open_session, to_ort_value, token_inputs

@@ -30,12 +30,12 @@ from optimum.exporters.streamline.tensorrt.graph.quantize import quantize_engine
 from optimum.exporters.streamline.tensorrt.graph.quantizers import ENGINE_QUANTIZERS, check_engine_quantizer
 from optimum.exporters.streamline.tensorrt.graph.reference_runner import StaticOnnxRunner
 from optimum.exporters.streamline.tracing.build import BuiltGraph, build_graph
-from optimum.streamline.checkpoints.artifact import Artifact
 from optimum.streamline.checkpoints.loading import DTYPES as TORCH_DTYPES
 from optimum.streamline.checkpoints.loading import load, read_config
 from optimum.streamline.checkpoints.record_file import recorded_text
-from optimum.streamline.checkpoints.source import ModelSource, fingerprint
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.model_files.artifact import Artifact
+from optimum.streamline.model_files.source import ModelSource, fingerprint
 from optimum.streamline.models.quantization_config import quantization_name
 from optimum.streamline.system.atomic_output import staged_folder
 from optimum.streamline.system.library_logs import captured_logs

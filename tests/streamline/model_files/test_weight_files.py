@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from cases import make
-from optimum.streamline.checkpoints import hub as hub_file
 from optimum.streamline.checkpoints.loading import load_stock, stored_dtype
-from optimum.streamline.checkpoints.source import ModelSource, fingerprint
-from optimum.streamline.checkpoints.weight_files import find_weights, weight_and_config_files
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation.theoretical_cost import disk_bytes
+from optimum.streamline.model_files import hub as hub_file
+from optimum.streamline.model_files.source import ModelSource, fingerprint
+from optimum.streamline.model_files.weight_files import find_weights, weight_and_config_files
 from tiny import tiny_model
 
 COMMIT = "ab" * 20

@@ -15,8 +15,8 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 import tokenizer_seen
 from console import optimum_cli
 from optimum.streamline.checkpoints.loading import load_tokenizer
-from optimum.streamline.checkpoints.source import ModelSource
-from optimum.streamline.checkpoints.transformers4_tokenizer import save_tokenizer
+from optimum.streamline.model_files.source import ModelSource
+from optimum.streamline.model_files.transformers4_tokenizer import save_tokenizer
 from optimum.streamline.models.architectures import ARCHITECTURES
 from small_tokenizers import MAKERS, NOT_OLDER, byte_level, write_tokenizer
 from tiny import tiny_model

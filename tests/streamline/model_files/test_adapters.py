@@ -15,9 +15,9 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from optimum.streamline.checkpoints.adapters import merged_adapter
-from optimum.streamline.checkpoints.weight_files import is_adapter
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.model_files.adapters import merged_adapter
+from optimum.streamline.model_files.weight_files import is_adapter
 from reference import REFERENCE
 from tiny import LAYERS, VOCABULARY, tiny_model, token_ids
 
