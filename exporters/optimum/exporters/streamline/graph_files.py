@@ -1,4 +1,4 @@
-"""The files of an exported graph: their names, the name of its optional input, and the bytes of weights it reads."""
+"""The files of an exported graph: their names, the name of its one optional input, and the size of its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every command of `optimum-cli streamline` has in common: strict flags, one line for an error, an exit code."""
+"""The base class of every command: strict parsing of flags, and a wrong flag as one line."""
 
 from __future__ import annotations
 

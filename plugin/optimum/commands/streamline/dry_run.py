@@ -1,4 +1,4 @@
-"""`--dry-run`: the plan and what it would bring, with nothing written."""
+"""`--dry-run`: print the plan and what it would save, and write nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running a command: other libraries' logs kept off the terminal, errors as one line, exit codes."""
+"""Run a command: log other libraries, turn an error into one line, and return the exit code."""
 
 from __future__ import annotations
 

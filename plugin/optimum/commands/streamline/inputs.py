@@ -1,4 +1,4 @@
-"""From parsed flags to what the library takes: the model, the recipe, and the file the recipe is saved to."""
+"""Turn parsed flags into the library's arguments: the model, the recipe, and where to save the recipe."""
 
 from __future__ import annotations
 

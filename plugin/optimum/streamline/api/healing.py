@@ -1,4 +1,4 @@
-"""The one recipe that a model pruned in memory is healed by, and that its record then holds."""
+"""Builds the one recipe that heals a model pruned in memory; the same recipe is saved in its record."""
 
 from __future__ import annotations
 

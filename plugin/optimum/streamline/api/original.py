@@ -1,4 +1,4 @@
-"""The model that the steps start from, and the choices that are made on it; nothing here changes it."""
+"""The original model, and what is computed from it: scores and plans. Nothing here changes the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The front door of the Python API: one model, and the steps that each can be taken alone."""
+"""`Streamliner`, the main class of the Python API: it holds one model, and each step is a method of its own."""
 
 from __future__ import annotations
 

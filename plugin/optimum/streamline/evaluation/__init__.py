@@ -1,4 +1,6 @@
-"""Comparing models with their original: accuracy, latency, theoretical cost, intervals, and the verdict on a budget."""
+"""Comparing models with their original: accuracy, latency, theoretical cost, confidence intervals, and the limits that
+the user set (the budget).
+"""
 
 __all__ = [
     "accuracy",

@@ -1,4 +1,4 @@
-"""Multiple-choice questions: the accuracy of a model, and LLM-Streamline's stability.
+"""Multiple-choice questions: a model's accuracy, and its stability, a metric of the LLM-Streamline paper.
 
 Stability measures how often a model and its original are both right or both wrong (arXiv 2403.19135). Questions come
 from a JSON-lines file.

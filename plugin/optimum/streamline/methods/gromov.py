@@ -1,4 +1,4 @@
-"""Method `gromov` (Gromov et al., arXiv 2403.17887): remove the block of lowest angular distance on last tokens."""
+"""Method `gromov` (Gromov et al., arXiv 2403.17887): remove a block of layers by the angle at the last token."""
 
 from __future__ import annotations
 

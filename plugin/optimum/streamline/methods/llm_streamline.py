@@ -1,4 +1,4 @@
-"""Method `llm-streamline` (LLM-Streamline, arXiv 2403.19135): replace the block of highest input-output cosine."""
+"""Method `llm-streamline` (arXiv 2403.19135): replace the block whose input and output have the highest cosine."""
 
 from __future__ import annotations
 

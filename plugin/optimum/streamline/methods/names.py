@@ -1,4 +1,4 @@
-"""The names of the pruning methods, each with one line for the help. Light: a command reads it to print its help."""
+"""The names of the pruning methods, each with one line for the help. Light, because `--help` imports it."""
 
 METHOD_SUMMARIES = {
     "auto": "the default: blockpruner, come-p or (unhealed) linear maps, by held-out loss; heals by distill",

@@ -1,4 +1,5 @@
-"""The files of a model: where they are fetched from, which of them count, adapters, and what a folder is.
+"""The files of a model: fetching them, telling which belong to the model, merging adapters, and recognizing what kind
+of folder a path is.
 
 An export's description (`artifact.py`) is here too. `checkpoints` loads and saves models.
 """

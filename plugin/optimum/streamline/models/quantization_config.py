@@ -1,4 +1,4 @@
-"""The `quantization_config` in a model's config: which quantizer made it, and which layers it names.
+"""The `quantization_config` in a model's config: the quantizer that wrote it, and the layers that it names.
 
 Each quantization library has its own fields in it.
 """

@@ -1,4 +1,4 @@
-"""The work of each command, step by step: prune, quantize, run, validate, orthogonality.
+"""The steps of the commands `prune`, `quantize`, `run`, `validate` and `orthogonality`; `score` is in `prune.py`.
 
 `preflight.py` holds what they check first, `texts.py` what they read, `prepared.py` and `checkpoint.py` the steps of
 `prune.py` that work on a loaded model, and `exporting.py` the way to the exporters.

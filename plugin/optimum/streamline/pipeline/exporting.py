@@ -1,4 +1,4 @@
-"""What `run` and `orthogonality` ask of the exporters: the only file that reaches them from here."""
+"""The exports that `run` and `orthogonality` need. No other file of `pipeline` calls the exporters."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Does removing layers leave quantizing what it was? Dense, pruned, quantized and both, in both orders, in one run.
+"""Measure whether pruning changes what quantization costs, in one run.
 
-Makes the models with the steps that `run` has, has them measured together, and reports the interactions. Its models are
-scratch: what stays is the report.
+Compares the original, the pruned, the quantized, and the pruned and quantized model, in both orders.
+
+It makes the models with the steps of `run`, measures them together, and reports the interactions. Only the report is
+kept, not the models.
 """
 
 from __future__ import annotations

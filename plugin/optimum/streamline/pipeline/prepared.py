@@ -1,4 +1,4 @@
-"""A model, its scores and the plan for it: what the edit, the healing and the saving start from.
+"""A loaded model with its scores and its plan. Editing, healing and saving take it as input.
 
 Works on loaded models, so that the commands and Python share each step.
 """

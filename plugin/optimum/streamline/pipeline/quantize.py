@@ -1,4 +1,4 @@
-"""From a checkpoint to a quantized one: load by a quantizer of the table, save, say what was done.
+"""Quantize a checkpoint: load it with a quantizer of `quantization/quantizers.py`, save it, and report what was done.
 
 Knows nothing of layers being removed; `prune.py` calls this before or after.
 """

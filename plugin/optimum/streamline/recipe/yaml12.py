@@ -1,4 +1,4 @@
-"""YAML that means what it looks like: the core schema of YAML 1.2, without what a few settings never need.
+"""Reading and writing YAML by the core schema of YAML 1.2, without features that a recipe does not need.
 
 PyYAML reads YAML 1.1, where `010` is 8, `1:30` is 90, `yes` is true and a key may stand twice. Here `010` is 10, the
 other two are text, and a repeated key, a date, a tag, an anchor or an alias is refused. ruamel.yaml, which reads YAML

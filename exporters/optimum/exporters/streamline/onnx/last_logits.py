@@ -1,4 +1,4 @@
-"""Change a graph to return, by default, the logits of each row's last token only: text generation reads no others.
+"""Change a graph to return only the logits of the last token of each row, which is all that text generation reads.
 
 The output projection then runs once per row, and not once per token of the prompt. The graph is changed after it was
 compared with torch and quantized. The changed output projection is compared with the one before. Weights are unchanged.

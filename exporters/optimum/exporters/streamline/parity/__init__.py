@@ -1,3 +1,3 @@
-"""Compare an exported graph with the torch model: `calls.py` has the form of a call, `compare.py` the comparison."""
+"""Compare an exported graph with the torch model: `calls.py` describes model calls as data, `compare.py` runs them."""
 
 __all__ = ["calls", "compare"]

@@ -1,4 +1,4 @@
-"""Remove from a traced graph the rest of skipped sublayers, state that nothing reads, and repeated computation.
+"""Remove from a traced graph what skipped sublayers left, cached state that nothing reads, and repeated computation.
 
 Loading replaces each skipped sublayer by zeros (`optimum.streamline.load`), so the traced graph adds a zero to the
 residual stream in its place. The code works for every architecture. It needs the shapes that the tracer left on the

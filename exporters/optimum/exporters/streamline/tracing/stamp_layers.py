@@ -1,4 +1,4 @@
-"""Stamp layers: copy each traced layer to every layer of its kind, so that a few traced layers give the whole graph.
+"""Copy each traced layer to the place of every other layer of its kind, so that few traced layers give the whole graph.
 
 The tracer records on each node the module it came from; these names tell which nodes belong to which layer. A layer
 reads the hidden state, its own weights, its own cache entry, and values that all layers share (masks, rotary angles,

@@ -1,4 +1,4 @@
-"""Trace a torch model to an ONNX graph with `transformers.exporters`; no other file calls them to trace.
+"""Trace a torch model to an ONNX graph. No other file calls `transformers.exporters` for tracing.
 
 They are experimental, so the extra `onnx` pins the minor version of transformers, and `parity/compare.py` checks every
 graph. The graph has the tracer's input and output names; `public_names.py` replaces them later.
