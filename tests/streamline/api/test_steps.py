@@ -197,6 +197,8 @@ def test_the_command_and_the_steps_write_the_same_bytes(
     assert all(each["best_step"] > 0 for each in records[0]["healing"])  # the trainings changed weights
 
 
+# The test before holds the same claim, for a trained replacement; these take half a minute each.
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["auto", "come-mp"])
 def test_a_method_that_reads_text_gives_the_commands_weights(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -223,7 +225,7 @@ def test_saving_keeps_the_model_and_the_type_of_the_original(tmp_path: Path) -> 
     assert record["source"]["model"] == "reference_model (in memory)"
     assert record["read_back"]["largest_difference"] <= record["read_back"]["allowed"]
     card = (out / "README.md").read_text()
-    assert "The choice: layers chosen by hand.\n" in card
+    assert "The layers were chosen by hand.\n" in card
     with pytest.raises(StreamlineError, match="exists already"):
         streamliner.save_pretrained(out)
     streamliner.save_pretrained(out, overwrite=True)
@@ -272,6 +274,7 @@ def test_validating_in_memory_measures_both_and_names_no_temporary_folder(origin
     assert "script" not in page.tags
 
 
+@pytest.mark.slow  # the command and the steps call one function, which the test before calls
 def test_validating_two_folders(tmp_path: Path) -> None:
     streamliner = on_disk()
     out = streamliner.prune(named("5-8")).save_pretrained(tmp_path / "candidate")
