@@ -12,13 +12,28 @@ if TYPE_CHECKING:
     from optimum.streamline.api import Artifact, Plan, Report, Scores, StreamlineConfig, Streamliner, Verdict
     from optimum.streamline.checkpoints.loading import load
     from optimum.streamline.errors import StreamlineError
-    from optimum.streamline.recipe.recipe import Budget, Recipe
+    from optimum.streamline.recipe.recipe import (
+        Budget,
+        Calibration,
+        Evaluation,
+        Export,
+        Healing,
+        Pruning,
+        Quantization,
+        Recipe,
+    )
     from optimum.streamline.runtime.opening import open_runner
 
 __all__ = [
     "Artifact",
     "Budget",
+    "Calibration",
+    "Evaluation",
+    "Export",
+    "Healing",
     "Plan",
+    "Pruning",
+    "Quantization",
     "Recipe",
     "Report",
     "Scores",
@@ -34,7 +49,13 @@ __all__ = [
 _HOMES = {
     "Artifact": "api",
     "Budget": "recipe.recipe",
+    "Calibration": "recipe.recipe",
+    "Evaluation": "recipe.recipe",
+    "Export": "recipe.recipe",
+    "Healing": "recipe.recipe",
     "Plan": "api",
+    "Pruning": "recipe.recipe",
+    "Quantization": "recipe.recipe",
     "Recipe": "recipe.recipe",
     "Report": "api",
     "Scores": "api",

@@ -9,6 +9,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 
 from optimum.streamline import StreamlineConfig, StreamlineError, Streamliner
 from reference import REFERENCE
@@ -34,9 +35,9 @@ class FakeHub:
         self.created = {"repo_id": repo_id, **how}
         return SimpleNamespace(repo_id=repo_id)
 
-    def upload_folder(self, *, folder_path: Path, ignore_patterns: list[str], **how: Any) -> SimpleNamespace:
+    def upload_folder(self, *, folder_path: Path, allow_patterns: list[str], **how: Any) -> SimpleNamespace:
         names = {file.name for file in folder_path.iterdir()}
-        self.files = {name for name in names if not any(fnmatch(name, each) for each in ignore_patterns)}
+        self.files = {name for name in names if any(fnmatch(name, each) for each in allow_patterns)}
         self.uploaded = {"folder": folder_path, **how}
         return SimpleNamespace(commit_url="the commit")
 
@@ -76,7 +77,27 @@ def test_what_was_saved_goes_up_unless_it_was_edited_since(hub: FakeHub, pruned:
     out = pruned.save_pretrained(tmp_path / "out")
     pruned.push_to_hub("me/small")
     assert hub.uploaded["folder"] == out
+    (out / "secrets.txt").write_text("a file of the user's own")
+    pruned.push_to_hub("me/small")
+    assert hub.uploaded["folder"] == out
+    assert "secrets.txt" not in hub.files
+    assert "model.safetensors" in hub.files
     (out / "config.json").write_text("{}")
+    pruned.push_to_hub("me/small")
+    assert hub.uploaded["folder"] != out
+
+
+@pytest.mark.parametrize("how", ["in place", "by its data", "in its config"])
+def test_a_model_edited_by_hand_is_saved_anew(hub: FakeHub, pruned: Streamliner, tmp_path: Path, how: str) -> None:
+    out = pruned.save_pretrained(tmp_path / "out")
+    weight = pruned.model.model.layers[0].mlp.up_proj.weight
+    if how == "in place":
+        with torch.no_grad():
+            weight[0, 0] += 1
+    elif how == "by its data":
+        weight.data[0, 0] += 1
+    else:
+        pruned.model.config.initializer_range = 0.5
     pruned.push_to_hub("me/small")
     assert hub.uploaded["folder"] != out
 

@@ -14,10 +14,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from console import optimum_cli
 from html_reader import Page
-from optimum.streamline import Plan, Report, Scores, StreamlineConfig, StreamlineError, Streamliner, open_runner
+from optimum.streamline import (
+    Healing,
+    Plan,
+    Pruning,
+    Recipe,
+    Report,
+    Scores,
+    StreamlineConfig,
+    StreamlineError,
+    Streamliner,
+    open_runner,
+)
+from optimum.streamline.api.healing import healing_recipe
 from optimum.streamline.checkpoints.model_in_memory import ModelInMemory
 from optimum.streamline.checkpoints.provenance import changed_files
 from optimum.streamline.editing import plan as editing
+from optimum.streamline.model_files.artifact import Artifact
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.reporting.wording import table_rows
 from reference import REFERENCE
@@ -134,7 +147,7 @@ def test_pruning_again_starts_from_the_original() -> None:
         (Plan(12, (5,)), "plan: is for a model of 12 layers; this one has 16"),
         (Plan(16, (5,), skipped=((2, "attention"),)), "written by hand names whole layers"),
         (Plan(16, (5,), "mlp"), "needs one block of at least 2 layers"),
-        (Plan(16, ()), "layers '': '' is not a number or a range"),
+        (Plan(16, ()), r"plan: removed \(\) names no layer; name at least one, such as removed=\(5,\)"),
     ],
 )
 def test_a_plan_that_cannot_be_carried_out_is_refused(plan: Plan, message: str) -> None:
@@ -160,6 +173,39 @@ def test_healing_trains_the_copy_and_says_so(original: PreTrainedModel) -> None:
     assert [each["stage"] for each in streamliner.record["healing"]] == ["distill"]
     assert streamliner.record["data"].keys() == {"heal"}
     assert repr(streamliner).endswith("[#####----#######], healed by distill)")
+
+
+def test_a_recipe_does_what_its_config_does() -> None:
+    config = named("5-8", heal="lm", heal_tokens=4096)
+    from_config, from_recipe = on_disk().prune(config), on_disk().prune(config.recipe)
+    assert same(weights(from_config.model), weights(from_recipe.model))
+    assert from_config.record == from_recipe.record
+
+
+def test_a_config_round_trips_through_a_yaml_file(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    config = StreamlineConfig(pruning=Pruning(remove="25%"), healing={"tokens": 1000}, eval_samples=8, seed=3)
+    config.to_yaml_file(file)
+    assert StreamlineConfig.from_yaml_file(file).recipe == config.recipe
+    with pytest.raises(StreamlineError, match=r"recipe\.yaml: exists already; choose another, or give overwrite=True"):
+        config.to_yaml_file(file)
+    StreamlineConfig(layers="5").to_yaml_file(file, overwrite=True)
+    assert StreamlineConfig.from_yaml_file(file).recipe == StreamlineConfig(layers="5").recipe
+    file.write_text("pruning:\n  layer: 5\n")
+    with pytest.raises(StreamlineError, match=r"^recipe .*recipe\.yaml: pruning: unknown key 'layer'"):
+        StreamlineConfig.from_yaml_file(file)
+    with pytest.raises(StreamlineError, match=r"recipe .*nowhere\.yaml: cannot be read"):
+        StreamlineConfig.from_yaml_file(tmp_path / "nowhere.yaml")
+
+
+def test_a_group_replaces_the_whole_healing_and_names_replace_single_options() -> None:
+    plan, pruned_by = Plan(16, (5, 6)), named("5,6", heal="distill", heal_tokens=500, heal_epochs=2).recipe
+    group = Healing(trainings="lm", tokens=200_000)
+    expected = Recipe(pruning=Pruning(layers="5,6"), healing=group)
+    for config in (StreamlineConfig(healing=group), expected):
+        assert healing_recipe(plan, pruned_by, config).healing == group
+    one_option = healing_recipe(plan, pruned_by, StreamlineConfig(heal_epochs=3)).healing
+    assert one_option == replace(pruned_by.healing, epochs=3)
 
 
 def test_healing_is_of_what_was_pruned() -> None:
@@ -289,6 +335,8 @@ def test_exporting_what_was_pruned_in_memory(tmp_path: Path) -> None:
     artifact = on_disk().prune(named("1-14")).export(tmp_path / "onnx")
     assert (artifact.format, artifact.dtype) == ("onnx", "fp32")
     assert max(artifact.parity.values()) < 1e-3
+    assert artifact.source == "reference_model, pruned and not saved"
+    assert Artifact.read(Path(artifact.path)).source == artifact.source
     assert repr(artifact).startswith("Artifact(onnx, fp32, ")
     ids = torch.arange(8)[None].numpy()
     assert open_runner(artifact.path).prefill(ids)[0].shape[-1] == 4096

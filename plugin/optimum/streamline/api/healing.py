@@ -7,14 +7,13 @@ from collections.abc import Iterable
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.methods.explicit import Explicit
 from optimum.streamline.pipeline.prepared import names_layers
-from optimum.streamline.recipe.parsing import given_options
 from optimum.streamline.recipe.recipe import OPTIONS, Recipe
 
-from .config import StreamlineConfig
+from .config import StreamlineConfig, given_keys, recipe_of
 from .results import Plan
 
 
-def healing_recipe(plan: Plan, pruned_by: Recipe, config: StreamlineConfig | None) -> Recipe:
+def healing_recipe(plan: Plan, pruned_by: Recipe, config: StreamlineConfig | Recipe | None) -> Recipe:
     """The recipe that the layers were pruned by, with the healing of `config`.
 
     Args:
@@ -27,8 +26,8 @@ def healing_recipe(plan: Plan, pruned_by: Recipe, config: StreamlineConfig | Non
     """
     recipe = pruned_by
     if config is not None:
-        given = given_options(config.fields, "StreamlineConfig")
-        recipe = pruned_by.with_options(**{key: config.recipe.option(key) for key in given})
+        given = given_keys(config)
+        recipe = pruned_by.with_options(**{key: recipe_of(config).option(key) for key in given})
         if not _prunes_alike(plan, recipe, pruned_by):
             raise StreamlineError(f"heal: {_difference(pruned_by, recipe, given)}; prune again, or leave it out")
     if not recipe.resolved_trainings:

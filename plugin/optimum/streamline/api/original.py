@@ -139,8 +139,10 @@ class Original:
 
     def _recipe_of(self, plan: Plan) -> Recipe:
         """The recipe of a plan written by hand."""
+        if not plan.removed:
+            raise StreamlineError("plan: removed () names no layer; name at least one, such as removed=(5,)")
         layers = {"layers": list(plan.removed), "replacement": plan.replacement}
-        recipe = make_recipe(layers if plan.removed else {**layers, "layers": ""}, "plan")
+        recipe = make_recipe(layers, "plan")
         method_of(recipe, self.config)
         if Explicit().named_plan(recipe, self.layers) != plan.plain():
             raise StreamlineError(

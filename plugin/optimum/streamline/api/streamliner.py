@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -15,18 +15,16 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from optimum.streamline.checkpoints.loading import read_config
 from optimum.streamline.checkpoints.model_in_memory import ModelInMemory, source_in_memory
-from optimum.streamline.checkpoints.provenance import changed_files
-from optimum.streamline.checkpoints.upload import upload_folder
+from optimum.streamline.checkpoints.upload import upload_files
 from optimum.streamline.editing import plan as editing
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.evaluation import results
 from optimum.streamline.evaluation.validate import ComparedModel, compared_models_of
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.pipeline.checkpoint import write_checkpoint
 from optimum.streamline.pipeline.exporting import CALIBRATION_WINDOWS, export, is_calibrated
 from optimum.streamline.pipeline.preflight import result_dtype
-from optimum.streamline.pipeline.prepared import (
-    Prepared,
-)
+from optimum.streamline.pipeline.prepared import Prepared
 from optimum.streamline.pipeline.prune import change
 from optimum.streamline.pipeline.run import run
 from optimum.streamline.pipeline.texts import calibration_text, inputs_of, text_of_healing
@@ -39,10 +37,11 @@ from optimum.streamline.system.atomic_output import check_output, staged_folder
 from optimum.streamline.system.library_logs import LOG_FILE, captured_logs
 from optimum.streamline.text.windows import Windows
 
-from .config import StreamlineConfig
+from .config import StreamlineConfig, recipe_of
 from .healing import healing_recipe
 from .original import Original
 from .results import Artifact, Plan, Report, Scores
+from .saved_copy import SavedCopy
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Streamliner:
     def __init__(self, source: ModelSource, config: PreTrainedConfig) -> None:
         self._source, self._original = source, Original(source, config)
         self._pruned: _Pruned | None = None
-        self._saved: Path | None = None
+        self._saved: SavedCopy | None = None
 
     @classmethod
     def from_pretrained(
@@ -129,7 +128,7 @@ class Streamliner:
         """What was done, as `streamline.json` will say it; `None` before `prune`."""
         return None if self._pruned is None else self._pruned.record.to_dict()
 
-    def score(self, config: StreamlineConfig) -> Scores:
+    def score(self, config: StreamlineConfig | Recipe) -> Scores:
         """Measure how much each layer of the original matters, in one pass over the calibration text.
 
         Args:
@@ -139,9 +138,9 @@ class Streamliner:
             StreamlineError: the text cannot be read, or the model gives no finite numbers on it.
         """
         with captured_logs(None):
-            return self._original.score(config.recipe)
+            return self._original.score(recipe_of(config))
 
-    def plan(self, config: StreamlineConfig, scores: Scores | None = None) -> Plan:
+    def plan(self, config: StreamlineConfig | Recipe, scores: Scores | None = None) -> Plan:
         """Choose what becomes of each layer of the original; no weight moves.
 
         Args:
@@ -155,9 +154,9 @@ class Streamliner:
                 are of another model or text.
         """
         with captured_logs(None):
-            return self._original.plan(config.recipe, scores)
+            return self._original.plan(recipe_of(config), scores)
 
-    def prune(self, config: StreamlineConfig | editing.Plan) -> Streamliner:
+    def prune(self, config: StreamlineConfig | Recipe | editing.Plan) -> Streamliner:
         """Prune a copy of the original, which is `model` from then on; a replacement is in place, and not yet trained.
 
         Pruning again starts from the original again.
@@ -176,7 +175,7 @@ class Streamliner:
         self._make(plan, recipe, None)
         return self
 
-    def heal(self, config: StreamlineConfig | None = None) -> Streamliner:
+    def heal(self, config: StreamlineConfig | Recipe | None = None) -> Streamliner:
         """Train the pruned model, as the config's `heal` says.
 
         It starts from the original and the plan, because a replacement is first trained apart from its model and some
@@ -184,8 +183,8 @@ class Streamliner:
         training fails, nothing is pruned any more.
 
         Args:
-            config: Fields that are set over the config that pruned, such as `heal`, `heal_data` and `heal_tokens`;
-                left out, the healing of that config.
+            config: Options that replace those of the config that pruned, such as `heal`, `heal_data` and
+                `heal_tokens`; left out, the healing of that config.
 
         Returns:
             This object, so that steps can be chained.
@@ -222,7 +221,7 @@ class Streamliner:
         inputs = inputs_of(self._source, prepared.recipe)
         with staged_folder(out, inputs, overwrite) as folder, captured_logs(folder / LOG_FILE):
             write_checkpoint(prepared, pruned.record, folder, _silent)
-        self._saved = out
+        self._saved = SavedCopy.of(pruned.prepared.model, out)
         return out
 
     def push_to_hub(
@@ -251,9 +250,9 @@ class Streamliner:
             StreamlineError: nothing was pruned, or the repository cannot be made or written.
         """
         self._pruned_for("push_to_hub")
-        with captured_logs(None), self._on_disk() as folder:
+        with captured_logs(None), self._saved_copy() as saved:
             how: dict[str, Any] = {"private": private, "token": token, "revision": revision}
-            return upload_folder(folder, repo_id, message=commit_message, **how)
+            return upload_files(saved.folder, saved.files, repo_id, message=commit_message, **how)
 
     def export(
         self,
@@ -264,7 +263,7 @@ class Streamliner:
         device: str = "cpu",
         quantize: str = "none",
         quantize_exclude: Sequence[str] = (),
-        config: StreamlineConfig | None = None,
+        config: StreamlineConfig | Recipe | None = None,
         last_logits: bool = False,
         max_memory: int | None = None,
         engine: Any = None,
@@ -303,11 +302,16 @@ class Streamliner:
             return Artifact.of(export(self._source.model, Path(save_directory), **how, **self._source.options()))
         with captured_logs(None), self._on_disk() as folder:
             how["trust_remote_code"] = self._source.trust_remote_code
-            return Artifact.of(export(str(folder), Path(save_directory), **how))
+            artifact = Artifact.of(export(str(folder), Path(save_directory), **how))
+        if self._saved is None:  # the folder was temporary
+            name = self._source.name
+            artifact = replace(artifact, source=name if self._pruned is None else f"{name}, pruned and not saved")
+            artifact.write(Path(save_directory))
+        return artifact
 
     def validate(
         self,
-        config: StreamlineConfig,
+        config: StreamlineConfig | Recipe,
         *candidates: str | Path,
         save_directory: str | Path | None = None,
         questions: str | Path | None = None,
@@ -340,14 +344,13 @@ class Streamliner:
         how: dict[str, Any] = {"questions": Path(questions) if questions else None, "rounds": rounds}
         named = [str(candidate) for candidate in candidates]
         with captured_logs(None), self._compared_models(named) as compared_models:
-            report = validate_models(compared_models, config.recipe, notify=_silent, **how)
-        if not candidates:
-            report = self._with_layers(report)
+            found = validate_models(compared_models, recipe_of(config), notify=_silent, **how)
+        report = self._report_of(found, named)
         if save_directory is not None:
             write_report(report, Path(save_directory))
-        return Report.of(report)
+        return report
 
-    def streamline(self, save_dir: str | Path, config: StreamlineConfig, *, overwrite: bool = False) -> Report:
+    def streamline(self, save_dir: str | Path, config: StreamlineConfig | Recipe, *, overwrite: bool = False) -> Report:
         """Do what `optimum-cli streamline run` does, into `save_dir`, and save `config` there.
 
         It reads the original from files and goes on from those that an earlier call left; what `prune` and `heal` made
@@ -365,8 +368,8 @@ class Streamliner:
                 "it is saved in, or call prune, heal, save_pretrained and validate"
             )
         out = Path(save_dir)
-        report = run(self._source, config.recipe, out, overwrite=overwrite, verbose=False, notify=_silent)
-        config.save_pretrained(out)
+        report = run(self._source, recipe_of(config), out, overwrite=overwrite, verbose=False, notify=_silent)
+        StreamlineConfig(**recipe_of(config).to_dict()).save_pretrained(out)
         return Report.of(report)
 
     def __repr__(self) -> str:
@@ -405,8 +408,8 @@ class Streamliner:
             raise StreamlineError(f"{step}: nothing was pruned yet; call prune first")
         return self._pruned
 
-    def _calibration_of(self, config: StreamlineConfig | None) -> Windows:
-        recipe = config.recipe if config else self._pruned.prepared.recipe if self._pruned else None
+    def _calibration_of(self, config: StreamlineConfig | Recipe | None) -> Windows:
+        recipe = recipe_of(config) if config else self._pruned.prepared.recipe if self._pruned else None
         if recipe is None:
             raise StreamlineError("config is missing: this way to quantize is calibrated on text; give its calibration")
         windows = calibration_text(recipe, self.tokenizer, self._original.config)
@@ -414,16 +417,24 @@ class Streamliner:
 
     @contextmanager
     def _on_disk(self) -> Iterator[Path]:
-        """A folder with the checkpoint of `model`: where it was saved, if its files are still those, or a new one."""
+        """A folder with the checkpoint of `model`, and of the original before `prune`."""
         if self._pruned is None:
             yield self._source.folder
-        elif self._saved is not None and _is_whole(self._saved):
-            yield self._saved
         else:
-            with TemporaryDirectory(prefix="streamline-pruned-") as scratch:
-                folder = self.save_pretrained(Path(scratch) / "checkpoint")
-                self._saved = None
-                yield folder
+            with self._saved_copy() as saved:
+                yield saved.folder
+
+    @contextmanager
+    def _saved_copy(self) -> Iterator[SavedCopy]:
+        """The folder that the pruned model was saved in, if it is current; otherwise a temporary one."""
+        if self._saved is not None and self._saved.is_current(self.model):
+            yield self._saved
+            return
+        with TemporaryDirectory(prefix="streamline-pruned-") as scratch:
+            self.save_pretrained(Path(scratch) / "checkpoint")
+            saved, self._saved = self._saved, None
+            assert saved is not None
+            yield saved
 
     @contextmanager
     def _compared_models(self, candidates: Sequence[str]) -> Iterator[list[ComparedModel]]:
@@ -438,25 +449,21 @@ class Streamliner:
         with self._on_disk() as folder:
             yield [original[0], ComparedModel("candidate", str(folder), trust_remote_code=trusted)]
 
-    def _with_layers(self, report: Any) -> Any:
-        """A report with the pruned model's layers and scores, which names no temporary folder."""
-        pruned = self._pruned_for("validate")
-        kept = self._saved is not None
-        original, candidate = report.rows
-        original = replace(original, path="") if isinstance(self._source, ModelInMemory) else original
-        candidate = candidate if kept else replace(candidate, path="")
-        scores = pruned.plan.scores.block_influence if pruned.plan.scores else None
-        return replace(report, rows=(original, candidate), scores=scores, layers=pruned.record.change.new_layers)
+    def _report_of(self, report: results.Report, candidates: Sequence[str]) -> Report:
+        """The report with the pruned model's layers and scores, and without the paths of temporary folders."""
+        original, *others = report.rows
+        if isinstance(self._source, ModelInMemory):
+            original = replace(original, path="")
+        if not candidates:
+            pruned = self._pruned_for("validate")
+            scores = pruned.plan.scores.block_influence if pruned.plan.scores else None
+            report = replace(report, scores=scores, layers=pruned.record.change.new_layers)
+            others = others if self._saved else [replace(each, path="") for each in others]
+        return Report.of(replace(report, rows=(original, *others)))
 
     def _healed(self) -> str:
         stages = [healed.stage for healed in self._pruned.record.healing] if self._pruned else []
         return f", healed by {'+'.join(stages)}" if stages else ""
-
-
-def _is_whole(folder: Path) -> bool:
-    with suppress(StreamlineError):
-        return folder.is_dir() and changed_files(ModelSource(str(folder))) == []
-    return False
 
 
 def _silent(message: str) -> None:

@@ -136,7 +136,7 @@ def expected_from(model: PreTrainedModel, ids: torch.Tensor) -> Expected:
     Raises:
         ParityError: the logits are not finite.
     """
-    checksums = _checksums(model)
+    checksums = tensor_checksums(model)
     positions = getattr(model.config, "max_position_embeddings", None) or _LENGTH
     ids = ids[:_ROWS, : min(_LENGTH, positions)]
     logits = _logits(model, ids)
@@ -192,7 +192,7 @@ def _compare(folder: Path, expected: Expected, device: str = "cpu", trust_remote
 
 def _compare_parts(model: PreTrainedModel, expected: Expected) -> None:
     """Compare tensors bit by bit and configs field by field: the logits of a few tokens may hide a difference."""
-    checksums = _checksums(model)
+    checksums = tensor_checksums(model)
     for name, value in expected.checksums.items():
         if checksums.get(name, value) != value:
             raise ParityError(f"output: weight {name}, read back, is not what was saved; nothing is delivered")
@@ -219,7 +219,7 @@ def _fields(config: PreTrainedConfig) -> dict[str, Any]:
     return fields
 
 
-def _checksums(model: PreTrainedModel) -> dict[str, tuple[Any, ...]]:
+def tensor_checksums(model: PreTrainedModel) -> dict[str, tuple[Any, ...]]:
     """Type, shape and checksum of each tensor in a model's state dict, by name. Quantized modules are left out."""
     packed = tuple(f"{name}." for name in quantized_modules(model))
     return {

@@ -1,19 +1,19 @@
-"""Uploading a folder to a repository of the Hub."""
+"""Upload the files of a checkpoint to a repository of the Hub."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from glob import escape
 from pathlib import Path
 
 import huggingface_hub
 
 from optimum.streamline.errors import StreamlineError, first_line
 
-# Logs are of the machine that made the model.
-LEFT_OUT = ("*.log",)
 
-
-def upload_folder(
+def upload_files(
     folder: Path,
+    files: Sequence[str],
     repo_id: str,
     *,
     private: bool | None,
@@ -21,10 +21,11 @@ def upload_folder(
     revision: str | None,
     message: str,
 ) -> str:
-    """Upload every file in `folder` but logs to a model repository, which is made if need be.
+    """Upload files of a folder in one commit to a model repository, which is made if it does not exist.
 
     Args:
         folder: A checkpoint's folder.
+        files: Names of the files in it to upload.
         repo_id: The repository, as `user/name`.
         private: Whether a new repository is private; `None` leaves it to the account's setting.
         token: The Hub token; the one that `hf auth login` stored by default.
@@ -45,7 +46,7 @@ def upload_folder(
             folder_path=folder,
             revision=revision,
             commit_message=message,
-            ignore_patterns=list(LEFT_OUT),
+            allow_patterns=[escape(file) for file in files],
         )
     except Exception as error:  # the Hub client raises its own and its transport's
         raise StreamlineError(f"repo_id {repo_id!r}: cannot be uploaded to ({first_line(error)})") from None

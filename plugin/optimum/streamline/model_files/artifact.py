@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.system.atomic_output import write_file
 from optimum.streamline.system.content_hashes import folder_hashes
 
 ARTIFACT_FILE = "artifact.json"
@@ -95,7 +96,7 @@ class Artifact:
     def write(self, folder: Path) -> None:
         """Write `artifact.json` into `folder`."""
         fields = {key: value for key, value in asdict(self).items() if key != "path"}
-        (folder / ARTIFACT_FILE).write_text(json.dumps(fields, indent=2) + "\n")
+        write_file(folder / ARTIFACT_FILE, json.dumps(fields, indent=2) + "\n")
 
     def with_files(self, folder: Path) -> Artifact:
         """A copy of this description with the hashes of the files in `folder`, except logs."""

@@ -81,8 +81,7 @@ def _options_under(key: Any, value: Any, origin: str) -> Iterator[tuple[DefinedO
     """What a key gives: one option, or those of a group. `calibration` is both: a group, or its text."""
     group = GROUPS.get(key)
     if group is not None and isinstance(value, group):
-        defaults = {each.name: each.default for each in options_of(group)}
-        value = {name: each for name, each in vars(value).items() if each != defaults[name]}
+        value = vars(value)
     if group is not None and isinstance(value, dict):
         names = {each.name: OPTIONS[each.key] for each in options_of(group)}
         for name, each in value.items():
