@@ -136,7 +136,7 @@ def test_a_name_of_two_is_refused(register: Register) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gone", "skipped", "said"),
+    ("removed", "skipped", "said"),
     [
         ((2, 1), (), "rising and each once"),
         ((1, 1), (), "rising and each once"),
@@ -147,9 +147,11 @@ def test_a_name_of_two_is_refused(register: Register) -> None:
         ((), ((4, "mlp"),), "layer 4 is not one that stays"),
     ],
 )
-def test_an_impossible_plan_is_a_defect(gone: tuple[int, ...], skipped: tuple[tuple[int, str], ...], said: str) -> None:
+def test_an_impossible_plan_is_a_defect(
+    removed: tuple[int, ...], skipped: tuple[tuple[int, str], ...], said: str
+) -> None:
     with pytest.raises(ValueError, match=said):
-        Plan(4, gone, skipped=skipped)
+        Plan(4, removed, skipped=skipped)
 
 
 def test_the_page_is_true(register: Register) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from threading import Event
 from typing import NoReturn
 
 from rich.console import Console
+
+from optimum.streamline.system.notify import Notify
 
 asked_to_end = Event()
 
@@ -19,7 +20,7 @@ def interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def notifier(console: Console) -> Callable[[str], None]:
+def notifier(console: Console) -> Notify:
     """A function that prints one message, and ends the command if a signal asked for that."""
 
     def notify(message: str) -> None:

@@ -56,22 +56,6 @@ def quantization_name(config: PreTrainedConfig) -> str | None:
     return method
 
 
-def refuse_quantized(config: PreTrainedConfig, what: str, instead: str) -> None:
-    """Refuse a quantized model where an operation needs float weights.
-
-    Args:
-        config: The model's config.
-        what: The operation, as `field 'value'` for the message.
-        instead: What to do instead, for the message.
-
-    Raises:
-        StreamlineError: the model is quantized.
-    """
-    name = quantization_name(config)
-    if name is not None:
-        raise StreamlineError(f"{what}: needs float weights, and the model's are quantized ({name}); {instead}")
-
-
 def check_readable(config: PreTrainedConfig, device: str) -> bool:
     """Refuse a quantized model that transformers cannot load on this machine.
 

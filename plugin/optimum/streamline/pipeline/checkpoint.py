@@ -19,9 +19,10 @@ from optimum.streamline.quantization.loading import check_quantizable, load_quan
 from optimum.streamline.quantization.quantizers import QUANTIZERS
 from optimum.streamline.reporting.model_card import CARD_FILE, model_card
 from optimum.streamline.reporting.record import PruningRecord
+from optimum.streamline.system.notify import Notify
 
 from .prepared import Prepared
-from .quantize import Notify, write_quantization
+from .quantize import write_quantization
 
 
 def write_checkpoint(prepared: Prepared, record: PruningRecord, folder: Path, notify: Notify) -> PruningRecord:

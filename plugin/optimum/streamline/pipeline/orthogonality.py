@@ -29,11 +29,12 @@ from optimum.streamline.reporting.files import write_report
 from optimum.streamline.system.atomic_output import check_output, refuse_own_input
 from optimum.streamline.system.environment import describe_machine
 from optimum.streamline.system.library_logs import captured_logs
+from optimum.streamline.system.notify import Notify, silent
 
 from .exporting import CALIBRATION_WINDOWS, check_exportable, export, graph_quantizers, score_graph
 from .preflight import check_quantization, check_recipe
 from .prune import prune
-from .quantize import Notify, quantize
+from .quantize import quantize
 from .texts import Texts, inputs_of, read_texts
 
 DENSE, PRUNED = "dense", "pruned"
@@ -122,10 +123,6 @@ def _measured(asked: Interaction, found: Mapping[str, Accuracy], seed: int) -> I
     return interaction(asked.quantizer, asked.steps, labels, found, seed)
 
 
-def _unheard(_: str) -> None:
-    """What is said of a step whose output is scratch."""
-
-
 class _Models:
     """The models of one run on disk, made when they are first asked for, by the labels that the report gives them."""
 
@@ -147,7 +144,7 @@ class _Models:
         for label, source in ((how, self._source), (f"{PRUNED}, {how}", self._subject_source(PRUNED))):
             folder = self._scratch / label
             self._notify(f"making {label}")
-            quantize(source, folder, how, device=self._recipe.device, verbose=self._verbose, notify=_unheard)
+            quantize(source, folder, how, device=self._recipe.device, verbose=self._verbose, notify=silent)
             self._add(label, str(folder))
         interactions = [Interaction(how, LAST, DENSE, PRUNED, how, f"{PRUNED}, {how}")]
         recipe = self._recipe.with_options(quantize=how, steps=FIRST)
@@ -190,7 +187,7 @@ class _Models:
         scored = None if graph is None else lambda windows: score_graph(graph, windows)
         self._notify(f"making {label}")
         record = prune(
-            self._source, recipe, folder, overwrite=False, verbose=self._verbose, notify=_unheard, scored=scored
+            self._source, recipe, folder, overwrite=False, verbose=self._verbose, notify=silent, scored=scored
         )
         self._notify(f"{label}: {record.plan.describe()}")
         return str(folder)

@@ -12,12 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from optimum.streamline.checkpoints.loading import (
-    load_stock,
-    load_tokenizer,
-    read_config,
-    source_notes,
-)
+from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer, read_config, source_notes
 from optimum.streamline.editing.apply import EditInputs, build_replacement
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.healing.stages import Healer, HealingResult
@@ -33,12 +28,12 @@ from optimum.streamline.system.atomic_output import locked_output_by_main, stage
 from optimum.streamline.system.distributed import from_main, is_main, join_processes
 from optimum.streamline.system.environment import package_version
 from optimum.streamline.system.library_logs import LOG_FILE, captured_logs
+from optimum.streamline.system.notify import Notify, silent
 from optimum.streamline.text.windows import Windows, seen_text
 
 from .checkpoint import write_checkpoint
 from .preflight import check_recipe, checked_config, result_dtype
 from .prepared import Prepared, choose_plan, load_original, quantizes_first
-from .quantize import Notify
 from .texts import calibration_text, inputs_of, text_of_choice, text_of_healing
 
 Score = Callable[[Windows], Scores]
@@ -122,7 +117,7 @@ def prune(
     """
     join_processes(recipe.device)
     if not is_main():
-        notify = _notify_nobody
+        notify = silent  # the main process speaks for all
     with (
         locked_output_by_main(out, inputs_of(source, recipe), overwrite),
         healing_workspace(out, recipe.fingerprint) as workspace,
@@ -138,10 +133,6 @@ def prune(
     note = f", which {NEEDS_LOAD}" if bare_layers(prepared.model.config) else ""
     notify(f"saved {out}{note}")
     return record
-
-
-def _notify_nobody(message: str) -> None:
-    """One process speaks for all."""
 
 
 def change(prepared: Prepared, notify: Notify, workspace: Path | None = None) -> PruningRecord:

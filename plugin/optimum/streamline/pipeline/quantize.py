@@ -8,19 +8,14 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import PreTrainedModel
 
-from optimum.streamline.checkpoints.loading import (
-    check_checkpoint,
-    check_device,
-    load_tokenizer,
-    source_notes,
-)
+from optimum.streamline.checkpoints.loading import check_checkpoint, check_device, load_tokenizer, source_notes
 from optimum.streamline.checkpoints.provenance import changed_files, write_record
 from optimum.streamline.checkpoints.read_back import read_back
 from optimum.streamline.checkpoints.record_file import read_record
@@ -37,10 +32,9 @@ from optimum.streamline.reporting.model_card import CARD_FILE, quantized_card
 from optimum.streamline.system.atomic_output import staged_folder
 from optimum.streamline.system.environment import package_version
 from optimum.streamline.system.library_logs import LOG_FILE, captured_logs
+from optimum.streamline.system.notify import Notify
 
 QUANTIZATION_FILE = "quantization.json"
-
-Notify = Callable[[str], None]
 
 
 def quantize(

@@ -36,12 +36,13 @@ from optimum.streamline.system.atomic_output import REPORT_FILE, check_output, r
 from optimum.streamline.system.distributed import process_count
 from optimum.streamline.system.environment import describe_machine
 from optimum.streamline.system.library_logs import LOG_FILE, captured_logs
+from optimum.streamline.system.notify import Notify
 from optimum.streamline.text.windows import Windows
 
 from .exporting import CALIBRATION_WINDOWS, check_exportable, export, graph_quantization, has_graph, score_graph
 from .preflight import check_recipe
 from .prune import prune
-from .quantize import QUANTIZATION_FILE, Notify
+from .quantize import QUANTIZATION_FILE
 from .texts import Texts, inputs_of, read_texts
 
 STEPS_FILE = "steps.json"

@@ -6,10 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from optimum.streamline.checkpoints.loading import (
-    load_tokenizer,
-    read_config,
-)
+from optimum.streamline.checkpoints.loading import load_tokenizer, read_config
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing.settings import heal_windows
 from optimum.streamline.methods.registry import METHODS

@@ -11,8 +11,8 @@ from optimum.streamline.evaluation.multiple_choice import read_questions
 from optimum.streamline.evaluation.results import Report
 from optimum.streamline.evaluation.validate import ComparedModel, validate
 from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.system.notify import Notify
 
-from .quantize import Notify
 from .texts import evaluation_text
 
 
