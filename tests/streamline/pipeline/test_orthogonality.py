@@ -107,9 +107,9 @@ def test_wrong_words_are_one_line(cli: Cli, tmp_path: Path, words: tuple[str, ..
 def test_a_recipe_that_quantizes_is_refused_there(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("method: shortgpt\nremove: 25%\nquantize: bnb-nf4\n")
     words = ("orthogonality", "-m", REFERENCE, tmp_path / "recipe.yaml", "--output", tmp_path / "out")
-    assert "quantize 'bnb-nf4': orthogonality makes every model itself" in cli(*words).err
+    assert "quantize 'bnb-nf4': orthogonality sets this itself" in cli(*words).err
     (tmp_path / "recipe.yaml").write_text("method: shortgpt\nremove: 25%\nquantize_exclude: 3\n")
-    assert "quantize-exclude '3': orthogonality makes every model itself" in cli(*words).err
+    assert "quantize-exclude '3': orthogonality sets this itself" in cli(*words).err
 
 
 def test_a_model_that_is_quantized_already_is_refused(cli: Cli, tmp_path: Path) -> None:
@@ -170,11 +170,11 @@ def test_a_run_quantizes_its_export_in_either_order(cli: Cli, tmp_path: Path) ->
     [
         (
             ("--quantize", "int4", "--method", "sleb", "--steps", "quantize,prune"),
-            "method 'sleb': tries changes on the model, and a quantized graph is only scored",
+            "method 'sleb': edits and runs the model to choose layers, which a quantized graph does not allow",
         ),
         (
             ("--quantize", "int8-static", "--method", "shortgpt", "--steps", "quantize,prune"),
-            "steps 'quantize,prune': int8-static is calibrated on what the layers before give",
+            "steps 'quantize,prune': int8-static is calibrated on the inputs of each layer",
         ),
         (("--quantize", "bnb-nf4", "--method", "shortgpt"), "format 'onnx': quantize 'bnb-nf4' makes a checkpoint"),
         (("--quantize", "int4", "--quantize-exclude", "16"), "there is no layer 16; the model has layers 0 to 15"),

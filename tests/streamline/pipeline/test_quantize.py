@@ -234,7 +234,10 @@ _REMOVE = ("--remove", "2", *_FEW)
         (("--replacement", "linear"), "replacement 'linear': needs float weights"),
         (("--method", "shortgpt", "--heal", "lm", "--lora"), "heal 'lm': needs float weights"),
         (("--method", "layerchop"), "heal 'lm': needs float weights"),
-        (("--method", "shortgpt", "--dtype", "fp16"), "dtype 'fp16': the model is quantized (bnb-int8) and stays so"),
+        (
+            ("--method", "shortgpt", "--dtype", "fp16"),
+            "dtype 'fp16': the weights are quantized (bnb-int8) and keep their type",
+        ),
         (("--method", "shortgpt", "--quantize", "bnb-nf4"), "the model is quantized already (bnb-int8)"),
     ],
 )
@@ -266,7 +269,7 @@ def assert_refused(done: Outcome, said: str) -> None:
             ("--quantize", "int3"),
             "quantize 'int3': unknown; one of none, bnb-int8, bnb-nf4, torchao-int4, int8, int8-st",
         ),
-        (("--quantize", "int4"), "quantize 'int4': is made of an ONNX graph; give format 'onnx' to `run`"),
+        (("--quantize", "int4"), "quantize 'int4': quantizes ONNX graphs; use `run` with format 'onnx'"),
         (("--quantize-exclude", "3"), "quantize-exclude '3': nothing is quantized; give quantize too"),
         (("--steps", "quantize,prune"), "steps 'quantize,prune': nothing is quantized; give quantize too"),
         (("--steps", "prune"), "steps is 'prune'"),
@@ -276,11 +279,11 @@ def assert_refused(done: Outcome, said: str) -> None:
         ),
         (
             ("--quantize", "bnb-nf4", "--replacement", "ffn", "--method", "llm-streamline"),
-            "replacement 'ffn': leaves bare layers, which quantize 'bnb-nf4' cannot take; use another replacement",
+            "replacement 'ffn': makes bare layers, which quantize 'bnb-nf4' does not support; use another replacement",
         ),
         (
             ("--quantize", "bnb-nf4", "--steps", "quantize,prune", "--method", "shortgpt", "--dtype", "bf16"),
-            "dtype 'bf16': the model is quantized (bnb-nf4) and stays so; leave it out",
+            "dtype 'bf16': the weights are quantized (bnb-nf4) and keep their type; leave it out",
         ),
         (
             ("--quantize", "bnb-nf4", "--steps", "quantize,prune", "--method", "come"),
