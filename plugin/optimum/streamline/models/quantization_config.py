@@ -174,5 +174,5 @@ def _renumbered(field: str, name: str, path: str, origins: Sequence[int]) -> lis
 def _cannot_follow(field: str) -> StreamlineError:
     return StreamlineError(
         f"quantization_config.{field}: names layers in a form that cannot follow their new numbers; prune the float "
-        "model and quantize then"
+        "model, then quantize it"
     )

@@ -93,7 +93,7 @@ def _check_graph_quantization(recipe: Recipe) -> None:
     calibrated, quantizer = graph_quantizers(), recipe.quantization.quantizer
     if quantizer not in calibrated:
         known = ", ".join((NONE, *QUANTIZERS, *calibrated))
-        raise StreamlineError(f"quantize {quantizer!r}: unknown; must be one of {known}")
+        raise StreamlineError(f"quantize {quantizer!r}: unknown; one of {known}")
     if recipe.export.format != "onnx":
         raise StreamlineError(f"quantize {quantizer!r}: quantizes ONNX graphs; use `run` with format 'onnx'")
     if not recipe.quantize_first:
@@ -171,14 +171,14 @@ def checked_config(source: ModelSource, recipe: Recipe) -> PreTrainedConfig:
         The model's config.
 
     Raises:
-        StreamlineError: the model is broken or not supported, it reads fewer than `length` tokens, or it is in memory on
+        StreamlineError: the model is broken, not supported, reads fewer than `length` tokens, or is in memory on
             another device.
     """
     if isinstance(source, ModelInMemory):
         config = source.loaded.config
         if (device := source.loaded.device.type) != recipe.device:
             raise StreamlineError(
-                f"device {recipe.device!r}: the model in memory is on {device}; give device {device!r}, or move the model"
+                f"device {recipe.device!r}: the model in memory is on {device}; give {device!r}, or move the model"
             )
     else:
         config = check_checkpoint(source)
