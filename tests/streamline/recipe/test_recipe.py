@@ -34,7 +34,7 @@ from optimum.streamline.recipe.recipe import CHOOSING_TEXT, JUDGING_TEXT, OPTION
         ({"samples": 0}, "samples is 0: .* greater than 0"),
         ({"length": "long"}, "length is 'long': .* integer"),
         ({"budget": {"max_kl": -1}}, "budget.max-kl is -1: .* greater than or equal to 0"),
-        ({"budget": 3}, "budget is 3: must be options with their values; known are max_ppl_ratio, max_kl"),
+        ({"budget": 3}, "budget is 3: must be a mapping of options to values; known are max_ppl_ratio, max_kl"),
         ({"healing": {"kl": 2}}, "healing.kl is 2: .* less than or equal to 1"),
         ({"healing": {"heal_kl": 1}}, "healing: unknown key 'heal_kl'; known are trainings, scope"),
         ({"calibration": {"data": 3}}, "calibration.data is 3: must be a string"),
