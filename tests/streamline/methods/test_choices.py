@@ -67,10 +67,26 @@ def test_an_attention_has_to_stay(fields: dict[str, object], replacement: str) -
 @pytest.mark.parametrize(
     ("method", "replacement", "said"),
     [
-        ("auto", "linear", "method auto takes none; linear needs layers removed whole, as shortgpt's"),
-        ("come", "linear", "method come takes none; linear needs layers removed whole, as shortgpt's"),
-        ("auto", "layer", "method auto takes none; layer needs one block, as llm-streamline's"),
-        ("sleb", "ffn", "method sleb takes none or linear; ffn needs one block, as llm-streamline's"),
+        (
+            "auto",
+            "linear",
+            "method auto supports none; linear needs a method that removes whole layers, such as shortgpt",
+        ),
+        (
+            "come",
+            "linear",
+            "method come supports none; linear needs a method that removes whole layers, such as shortgpt",
+        ),
+        (
+            "auto",
+            "layer",
+            "method auto supports none; layer needs a method that removes one block, such as llm-streamline",
+        ),
+        (
+            "sleb",
+            "ffn",
+            "method sleb supports none or linear; ffn needs a method that removes one block, such as llm-streamline",
+        ),
     ],
 )
 def test_a_replacement_without_a_place_is_refused(method: str, replacement: str, said: str) -> None:

@@ -201,10 +201,13 @@ def test_a_linear_map_needs_layer_0(method: str) -> None:
         ({"method": "shortened-taylor", "remove": 1}, r"protect '4,2': leaves 0 of 5 layers"),
         ({"method": "shortened-ppl", "remove": 3, "protect": "9,0"}, r"protect '9,0': leaves 0 of 5 layers"),
         ({"method": "sleb", "remove": 5, "protect": "0,0"}, r"remove 5: that is 5 of 5 layers"),
-        ({"method": "sleb", "remove": 1, "replacement": "layer"}, r"replacement 'layer': method sleb takes none or "),
-        ({"method": "blockpruner", "remove": 1, "replacement": "linear"}, r"takes none; linear needs layers"),
+        (
+            {"method": "sleb", "remove": 1, "replacement": "layer"},
+            r"replacement 'layer': method sleb supports none or ",
+        ),
+        ({"method": "blockpruner", "remove": 1, "replacement": "linear"}, r"supports none; linear needs a method"),
         ({"method": "blockpruner", "remove": 1, "protect": "1,1"}, r"protect '1,1': method blockpruner has no such"),
-        ({"method": "blockpruner", "layers": "1"}, r"layers '1': method blockpruner chooses its own"),
+        ({"method": "blockpruner", "layers": "1"}, r"layers '1': method blockpruner chooses the layers itself"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_any_work(fields: dict[str, object], said: str) -> None:

@@ -136,6 +136,6 @@ def test_ties_go_to_the_first_layer() -> None:
 
 def test_only_shortgpt_goes_one_by_one() -> None:
     recipe = make_recipe({"method": "gromov", "remove": 1, "iterative": True})
-    with pytest.raises(StreamlineError, match=r"iterative True: method gromov has no such choice; .*shortgpt"):
+    with pytest.raises(StreamlineError, match=r"iterative True: method gromov does not have this option; .*shortgpt"):
         method_of(recipe, tiny_model().config)
     method_of(make_recipe({"method": "shortgpt", "remove": 1, "iterative": True}), tiny_model().config)

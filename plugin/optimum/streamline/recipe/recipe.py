@@ -90,7 +90,7 @@ class Pruning(CheckedOptions):
         Option(
             "What replaces the removed layers. linear is a least-squares linear map, folded into the layer before "
             "them. The others are trained and replace one block: layer is a decoder layer, mlp a layer without "
-            "attention; ffn and swiglu have no norm and no residual, and their checkpoint needs optimum.streamline.load.",
+            "attention; ffn and swiglu have no norm or residual, and their checkpoint needs optimum.streamline.load.",
             default="layer for llm-streamline; none or linear for auto without healing; else none",
         ),
     ] = None
