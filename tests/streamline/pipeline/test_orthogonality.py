@@ -185,7 +185,7 @@ def test_a_run_quantizes_its_export_in_either_order(cli: Cli, tmp_path: Path) ->
         (("--quantize", "int4", "--dtype", "fp16"), "quantize 'int4': starts from dtype 'fp32', not 'fp16'"),
         (
             ("--quantize", "int4", "--method", "shortgpt", "--steps", "quantize,prune", "--dry-run"),
-            "dry-run: with steps 'quantize,prune' layers are scored in an export, which is not made",
+            "dry-run: with steps 'quantize,prune' the layers are scored in an export, which a dry run does not make",
         ),
     ],
 )
