@@ -28,8 +28,8 @@ def run_command(name: str, execute: Callable[[Namespace, Console], int], args: N
     Returns:
         The exit code: 0 done, 3 done but over budget, 2 bad input, 1 any other error, 130 interrupted.
     """
-    # The console keeps the present stdout, so our own messages still reach the terminal when that of other libraries is
-    # redirected. Of several processes, only the main one prints.
+    # The console keeps the present stdout, so our own messages reach the terminal even while stdout is redirected to
+    # hide other libraries. Of several processes, only the main one prints.
     console = Console(file=sys.stdout, soft_wrap=True, highlight=False, quiet=not is_main())
     asked_to_end.clear()
     ended_before = signal.signal(signal.SIGTERM, interrupt)

@@ -1,4 +1,4 @@
-"""All pruning methods by name: our own, one file each, and those that other packages register."""
+"""All pruning methods by name: our own, one file each, and the methods of other packages."""
 
 from __future__ import annotations
 

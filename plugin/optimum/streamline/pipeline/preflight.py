@@ -33,7 +33,7 @@ from .exporting import graph_quantizers
 
 
 def check_quantization(recipe: Recipe, config: PreTrainedConfig) -> None:
-    """Refuse a recipe whose quantization does not fit its other options, or whose steps a quantized model rules out.
+    """Refuse a recipe whose quantization contradicts its other options, or that needs float weights and has none.
 
     Args:
         recipe: The recipe.

@@ -295,6 +295,6 @@ class _Steps:
 
 
 def _without_judging(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a recipe, without those that affect only the verdict and not the measurements."""
+    """The fields of a recipe that affect the measurements, and not only the verdict."""
     evaluation = {key: value for key, value in recipe.get("evaluation", {}).items() if key != "judge"}
     return {**recipe, "budget": None, "evaluation": evaluation}

@@ -124,9 +124,9 @@ def _joined(option: DefinedOption, value: Any, name: str) -> Any:
 
 
 def _is_text(value: str) -> bool:
-    """Whether a string has no control characters, and no surrogates other than those that Python puts into file names.
+    """Whether a string has no control characters, and can be printed or name a file.
 
-    They stand for the bytes of a file name that are not UTF-8.
+    Python reads bytes of a file name that are not UTF-8 as surrogates. Other surrogates are refused.
     """
     try:
         value.encode("utf-8", "surrogateescape")
