@@ -57,7 +57,9 @@ def test_every_model_is_measured_and_every_interaction_told(cli: Cli, tmp_path: 
     assert (rows["int4"].baseline, rows["bnb-nf4"].baseline) == ("dense, onnx", "dense")
     assert (rows["int4"].role, rows["dense, onnx"].role) == ("candidate", "original")
     orders = [(each.quantizer, each.steps) for each in report.interactions]
-    assert orders == [(how, steps) for how in ("int4", "bnb-nf4") for steps in ("prune,quantize", "quantize,prune")]
+    assert orders == [
+        (quantizer, steps) for quantizer in ("int4", "bnb-nf4") for steps in ("prune,quantize", "quantize,prune")
+    ]
     for each in report.interactions:
         assert each.term is not None
         assert each.pruning is not None
