@@ -146,5 +146,5 @@ def test_too_little_text_is_an_error_that_says_why_it_is_so_much(tmp_path: Path)
     (tmp_path / "text.txt").write_text("for number in range(10):\n    print(number)\n" * 8)
     fields = {"method": "auto", "remove": 1, "samples": 6, "length": 32, "heal": "none"}
     recipe = make_recipe({**fields, "calibration": str(tmp_path / "text.txt")})
-    with pytest.raises(StreamlineError, match=r"too short for 30 windows of 32; .*; samples are 6, and .* 24 more"):
+    with pytest.raises(StreamlineError, match=r"too short for 30 windows of 32; .*; samples is 6, and .* 24 more"):
         prepare(ModelSource(REFERENCE), recipe, lambda message: None)

@@ -95,7 +95,7 @@ def test_a_replacement_without_a_place_is_refused(method: str, replacement: str,
 
 
 def test_whose_choice_it_is_is_said() -> None:
-    with pytest.raises(StreamlineError, match="no such choice; shortened-ppl, shortened-taylor, sleb have"):
+    with pytest.raises(StreamlineError, match="does not have this option; shortened-ppl, shortened-taylor, sleb have"):
         method_of(make_recipe({"method": "shortgpt", "remove": 1, "protect": "1,1"}), tiny_model().config)
 
 

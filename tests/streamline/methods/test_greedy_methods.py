@@ -206,7 +206,7 @@ def test_a_linear_map_needs_layer_0(method: str) -> None:
             r"replacement 'layer': method sleb supports none or ",
         ),
         ({"method": "blockpruner", "remove": 1, "replacement": "linear"}, r"supports none; linear needs a method"),
-        ({"method": "blockpruner", "remove": 1, "protect": "1,1"}, r"protect '1,1': method blockpruner has no such"),
+        ({"method": "blockpruner", "remove": 1, "protect": "1,1"}, r"protect '1,1': method blockpruner does not have"),
         ({"method": "blockpruner", "layers": "1"}, r"layers '1': method blockpruner chooses the layers itself"),
     ],
 )

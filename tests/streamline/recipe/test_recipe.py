@@ -101,7 +101,10 @@ def test_a_value_of_another_type_is_refused(key: str) -> None:
             {"method": "shortgpt", "remove": 1, "replacement": "layer"},
             "replacement 'layer': method shortgpt supports none or linear",
         ),
-        ({"remove": 1, "method": "llm-streamline", "iterative": True}, "iterative True: method llm-streamline has no"),
+        (
+            {"remove": 1, "method": "llm-streamline", "iterative": True},
+            "iterative True: method llm-streamline does not have",
+        ),
     ],
 )
 def test_a_method_refuses_what_it_cannot_follow(fields: dict[str, Any], message: str) -> None:

@@ -121,7 +121,7 @@ def recipe_or_line(text: str, folder: Path) -> Recipe | str:
         ("{a: " * 15_000, f"nested deeper than {DEEPEST} levels"),
         ("".join(" " * level + "a:\n" for level in range(300)), f"nested deeper than {DEEPEST} levels"),
         ("remove: 1\n---\nremove: 2", r"not YAML \(line 2, column 1: .*another document"),
-        ("remove: \0", r"not YAML \(character 9: is not allowed\)"),
+        ("remove: \0", r"not YAML \(character 9 is not allowed\)"),
         ('calibration: "\\0"', r"calibration is '\\x00': holds a character that cannot be printed"),
         ('calibration: "\\e[31m"', "calibration is .*: holds a character that cannot be printed"),
         ('calibration: "\\ud800"', "calibration is .*: holds a character that cannot be printed"),

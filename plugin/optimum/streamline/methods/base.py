@@ -230,6 +230,6 @@ def check_attention_stays(recipe: Recipe, length: int, total: int) -> None:
     """
     if length == total and recipe.resolved_replacement in TRAINED and recipe.resolved_replacement != "layer":
         raise StreamlineError(
-            f"replacement {recipe.resolved_replacement!r}: none of {total} layers would keep attention; "
+            f"replacement {recipe.resolved_replacement!r}: no layer with attention would be left; "
             "replace fewer layers, or use replacement layer"
         )
