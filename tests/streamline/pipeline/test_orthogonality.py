@@ -93,8 +93,8 @@ def test_an_order_that_is_not_possible_says_why(cli: Cli, tmp_path: Path) -> Non
     ("words", "said"),
     [
         (("--quantizers", "int3"), "quantize 'int3': unknown; one of none, bnb-int8"),
-        (("--quantizers", "int4,int4"), "quantizers 'int4,int4': must be names of quantizers, each once"),
-        (("--quantizers", ""), "quantizers '': must be names of quantizers"),
+        (("--quantizers", "int4,int4"), "quantizers 'int4,int4': must be different names of quantizers"),
+        (("--quantizers", ""), "quantizers '': must be different names of quantizers"),
         (("--quantizers", "int4", "--quantize", "int4"), "unrecognized arguments: --quantize"),
         (("--quantizers", "int4", "--dtype", "fp16"), "quantize 'int4': starts from dtype 'fp32', not 'fp16'"),
     ],
