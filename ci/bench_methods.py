@@ -199,10 +199,10 @@ def dense(case: Case) -> PreTrainedModel:
     return model
 
 
-def without(name: str, gone: tuple[int, ...]) -> PreTrainedModel:
-    """The named model without the layers `gone`."""
+def without(name: str, removed: tuple[int, ...]) -> PreTrainedModel:
+    """The named model without the layers `removed`."""
     model = load_stock(source_of(name), torch.float32)
-    apply_plan(model, Plan(model.config.num_hidden_layers, gone), None)
+    apply_plan(model, Plan(model.config.num_hidden_layers, removed), None)
     return model
 
 

@@ -16,7 +16,7 @@ from optimum.streamline.system.atomic_output import write_file
 
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs" / "demo.svg"
-KEPT, BEFORE, GONE, INK, FAINT = "#2f6db3", "#a9b4c0", "#d1495b", "#1f2933", "#6b7785"
+KEPT, BEFORE, REMOVED, INK, FAINT = "#2f6db3", "#a9b4c0", "#d1495b", "#1f2933", "#6b7785"
 # Readable without installed fonts, and on GitHub, which shows an SVG as an image of its own.
 STYLE = "font-family: system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 WIDTH, HEIGHT = 880, 330
@@ -35,28 +35,28 @@ def read_table(readme: str) -> dict[str, list[str]]:
     return {row[0].strip(): [cell.strip() for cell in row] for row in rows}
 
 
-def picture(table: dict[str, list[str]], total: int, dead: dict[str, list[str]]) -> str:
+def picture(table: dict[str, list[str]], total: int, skipped: dict[str, list[str]]) -> str:
     """The picture as SVG.
 
     Args:
         table: As `read_table` gives it.
         total: Layers of the original.
-        dead: Which sublayer of which layer was removed: layer number to `attention`, `mlp` or both.
+        skipped: Which sublayer of which layer was removed: layer number to `attention`, `mlp` or both.
     """
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
         f'style="{STYLE}" role="img">',
         "<title>The demo: what was removed, and what it changed</title>",
         f'<rect width="{WIDTH}" height="{HEIGHT}" rx="10" fill="#ffffff"/>',
-        *_layers(total, dead),
-        *(part for place, bar in enumerate(BARS) for part in _pair(table, 40 + 280 * place, bar)),
+        *_layers(total, skipped),
+        *(part for column, bar in enumerate(BARS) for part in _pair(table, 40 + 280 * column, bar)),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
 
 
-def _layers(total: int, dead: dict[str, list[str]]) -> list[str]:
-    counts = {kind: sum(kind in gone for gone in dead.values()) for kind in ("attention", "mlp")}
+def _layers(total: int, skipped: dict[str, list[str]]) -> list[str]:
+    counts = {kind: sum(kind in kinds for kinds in skipped.values()) for kind in ("attention", "mlp")}
     removed = f"{_count(counts['attention'], 'attention')} and {_count(counts['mlp'], 'MLP')} removed"
     parts = [_text(40, 38, f"A model of {total} layers: {removed}, the rest healed", 17, INK, "600")]
     step = (WIDTH - 40 - 130) / total
@@ -64,19 +64,19 @@ def _layers(total: int, dead: dict[str, list[str]]) -> list[str]:
         top = 80 + 38 * row
         parts.append(_text(40, top + 20, name, 14, INK))
         for layer in range(total):
-            parts.append(_box(130 + layer * step, top, step - 8, kind in dead.get(str(layer), [])))
+            parts.append(_box(130 + layer * step, top, step - 8, kind in skipped.get(str(layer), [])))
     for layer in range(total):
         parts.append(_text(130 + layer * step + (step - 8) / 2, 70, str(layer), 11, FAINT, anchor="middle"))
     return parts
 
 
-def _box(left: float, top: float, width: float, gone: bool) -> str:
+def _box(left: float, top: float, width: float, removed: bool) -> str:
     shape = f'<rect x="{left:.1f}" y="{top}" width="{width:.1f}" height="30" rx="4" '
-    if not gone:
+    if not removed:
         return f'{shape}fill="{KEPT}"/>'
     middle = f"{left + width / 2:.1f}"
-    cross = f'<path d="M{middle} {top + 15}m-6-6l12 12m0-12l-12 12" stroke="{GONE}" stroke-width="2"/>'
-    return f'{shape}fill="none" stroke="{GONE}" stroke-dasharray="4 3"/>{cross}'
+    cross = f'<path d="M{middle} {top + 15}m-6-6l12 12m0-12l-12 12" stroke="{REMOVED}" stroke-width="2"/>'
+    return f'{shape}fill="none" stroke="{REMOVED}" stroke-dasharray="4 3"/>{cross}'
 
 
 def _pair(table: dict[str, list[str]], left: int, bar: tuple[str, str, tuple[int, int], str, str]) -> list[str]:

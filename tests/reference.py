@@ -11,6 +11,6 @@ LIBRARY = {
     "run": ("--calibration", "stdlib", "--eval-data", "stdlib"),
     "orthogonality": ("--calibration", "stdlib", "--eval-data", "stdlib"),
     "validate": ("--eval-data", "stdlib"),
-    "export": (),  # only ways to quantize that are calibrated take any
+    "export": (),  # only quantizers that need calibration text take any
 }
 HEALED = ("--heal-data", "stdlib")  # of what is trained, besides

@@ -8,7 +8,7 @@ from optimum.streamline.methods.base import Method, MethodInputs, Plan, Recipe, 
 
 
 class EveryOther(Method):
-    """Removes the last layer but one, and every other layer below it, until `remove` layers are gone.
+    """Removes the last layer but one, and every other layer below it, until `remove` layers are removed.
 
     The last layer and layer 0 stay: the paper's odd-alternate dropping, which keeps the last layer. No score decides.
     """
@@ -17,7 +17,7 @@ class EveryOther(Method):
     by_scores = True
 
     def check(self, recipe: Recipe, config: PreTrainedConfig) -> None:
-        """Refuse also more layers than every other one."""
+        """Refuse also to remove more than every other layer."""
         super().check(recipe, config)
         total = config.num_hidden_layers
         count, most = self.count(recipe, total), len(removable(total))
@@ -29,8 +29,8 @@ class EveryOther(Method):
 
     def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
         """The first `remove` of the layers that may go, from the top."""
-        gone = removable(inputs.layers)[: self.count(recipe, inputs.layers)]
-        return Plan(inputs.layers, tuple(sorted(gone)), recipe.resolved_replacement)
+        chosen = removable(inputs.layers)[: self.count(recipe, inputs.layers)]
+        return Plan(inputs.layers, tuple(sorted(chosen)), recipe.resolved_replacement)
 
 
 def removable(total: int) -> range:

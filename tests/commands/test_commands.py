@@ -115,7 +115,7 @@ def test_wrong_flags_are_one_line_and_nothing_is_written(
 @pytest.mark.parametrize("size", ["little", "-1GB", "GB", "1e400", "0", "5MKB"])
 def test_a_size_that_is_none_is_refused(cli: Cli, tmp_path: Path, size: str) -> None:
     refused = cli("export", "-m", REFERENCE, f"--max-memory={size}", tmp_path / "out")
-    assert_refused(refused, f"max-memory '{size}': must be a size in bytes, or one such as 500MB or 1.5GB")
+    assert_refused(refused, f"max-memory '{size}': must be a number of bytes, or a size such as 500MB or 1.5GB")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -388,11 +388,11 @@ def test_save_recipe_is_what_the_flags_amount_to(cli: Cli, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("latin1", "latin1: exists already, and is not this recipe; choose another"),
-        ("folder", "folder: exists already, and is not this recipe; choose another"),
+        ("latin1", "latin1: exists already and is not this recipe; choose another"),
+        ("folder", "folder: exists already and is not this recipe; choose another"),
         ("latin1/recipe.yaml", "latin1 cannot be written"),
-        ("out/recipe.yaml", "one lies in the other; choose another place"),
-        (".", "one lies in the other; choose another place"),
+        ("out/recipe.yaml", "one contains the other; choose another path"),
+        (".", "one contains the other; choose another path"),
     ],
 )
 def test_a_recipe_that_cannot_be_saved_is_refused_before_any_work(

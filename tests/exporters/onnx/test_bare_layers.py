@@ -20,7 +20,7 @@ pytestmark = pytest.mark.onnx
 
 
 @pytest.mark.parametrize(
-    ("architecture", "kind", "gone"),
+    ("architecture", "kind", "removed"),
     [
         ("llama", "ffn", (0, 1, 2)),
         ("gpt2", "swiglu", (1, 2, 3)),
@@ -28,9 +28,9 @@ pytestmark = pytest.mark.onnx
     ],
 )
 def test_export_has_parity_and_a_cache_for_real_attentions_only(
-    architecture: str, kind: str, gone: tuple[int, ...], tmp_path: Path
+    architecture: str, kind: str, removed: tuple[int, ...], tmp_path: Path
 ) -> None:
-    model, plan = tiny_model(architecture), Plan(LAYERS, gone, kind)
+    model, plan = tiny_model(architecture), Plan(LAYERS, removed, kind)
     apply_plan(model, plan, build_replacement(model, plan))
     save_bare(model, tmp_path / "checkpoint")
     artifact = export_checkpoint(str(tmp_path / "checkpoint"), tmp_path / "onnx")

@@ -80,13 +80,13 @@ def test_what_is_given_is_that_of_the_last_token_of_each_row(exported, last_only
         np.testing.assert_allclose(answer(folder, after, longer, None, cache)[0], expected[:, -1:], **close)
 
 
-@pytest.mark.parametrize("how", ["none", "int8", "int8-static", "int4"])
-def test_our_runner_is_given_all_logits_of_any_graph(exported, tmp_path, how):
+@pytest.mark.parametrize("quantizer", ["none", "int8", "int8-static", "int4"])
+def test_our_runner_is_given_all_logits_of_any_graph(exported, tmp_path, quantizer):
     ids, every = token_ids(2, 6).numpy(), exported("llama").folder
-    if how != "none":
+    if quantizer != "none":
         (tmp_path / "every").mkdir()
-        GRAPH_QUANTIZERS[how].run(
-            every, tmp_path / "every", Quantization(how, windows=Windows(token_ids(2, 16), "some text"))
+        GRAPH_QUANTIZERS[quantizer].run(
+            every, tmp_path / "every", Quantization(quantizer, windows=Windows(token_ids(2, 16), "some text"))
         )
         every = tmp_path / "every"
     shutil.copytree(every, tmp_path / "last")

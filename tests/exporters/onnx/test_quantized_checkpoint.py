@@ -26,30 +26,30 @@ from tiny import tiny_model, token_ids, wide_model
 pytestmark = [pytest.mark.onnx, pytest.mark.quantizers]
 
 
-def save_quantized(folder: Path, how: str, architecture: str = "llama") -> str:
+def save_quantized(folder: Path, quantizer: str, architecture: str = "llama") -> str:
     depth = {"gpt2": "n_layer"}.get(architecture, "num_hidden_layers")
     wide_model(architecture, vocab_size=4096, **{depth: 2}).save_pretrained(folder / "float")
     AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(folder / "float")
-    quantize(ModelSource(str(folder / "float")), folder / "quantized", how, notify=lambda _: None)
+    quantize(ModelSource(str(folder / "float")), folder / "quantized", quantizer, notify=lambda _: None)
     return str(folder / "quantized")
 
 
 @pytest.mark.parametrize(
-    ("how", "architecture"),
+    ("quantizer", "architecture"),
     [("bnb-nf4", "llama"), ("bnb-int8", "llama"), ("torchao-int4", "llama"), ("bnb-nf4", "gpt2")],
 )
-def test_a_quantized_checkpoint_becomes_a_float_graph(tmp_path: Path, how: str, architecture: str) -> None:
-    checkpoint = save_quantized(tmp_path, how, architecture)
+def test_a_quantized_checkpoint_becomes_a_float_graph(tmp_path: Path, quantizer: str, architecture: str) -> None:
+    checkpoint = save_quantized(tmp_path, quantizer, architecture)
     artifact = export_checkpoint(checkpoint, tmp_path / "onnx")
-    assert artifact.dequantized == how
+    assert artifact.dequantized == quantizer
     ids = token_ids().numpy()
     found, _ = open_runner(artifact.path).prefill(ids)
     with torch.inference_mode():
         expected = load(checkpoint)(torch.from_numpy(ids)).logits.float().numpy()
     error = np.abs(found - expected).max() / np.abs(expected).max()
     # bitsandbytes' int8 matmuls round activations too; the other quantizers round weights only.
-    assert error < (0.1 if how == "bnb-int8" else 1e-5)
-    assert max(artifact.dequantized_error.values()) < (0.1 if how == "bnb-int8" else 1e-5)
+    assert error < (0.1 if quantizer == "bnb-int8" else 1e-5)
+    assert max(artifact.dequantized_error.values()) < (0.1 if quantizer == "bnb-int8" else 1e-5)
     assert Artifact.read(tmp_path / "onnx") == artifact
 
 
@@ -125,11 +125,11 @@ def test_hidden_states_of_a_graph_are_those_of_torch(tmp_path: Path, architectur
         np.testing.assert_allclose(found, right.numpy(), atol=2e-5 * right.abs().max().item())
 
 
-@pytest.mark.parametrize(("how", "least", "most"), [("int8", 1e-6, 0.01), ("int4", 1e-4, 0.05)])
-def test_layers_are_scored_in_a_quantized_graph(tmp_path: Path, how: str, least: float, most: float) -> None:
+@pytest.mark.parametrize(("quantizer", "least", "most"), [("int8", 1e-6, 0.01), ("int4", 1e-4, 0.05)])
+def test_layers_are_scored_in_a_quantized_graph(tmp_path: Path, quantizer: str, least: float, most: float) -> None:
     windows = read_windows("stdlib", load_tokenizer(ModelSource(REFERENCE)), 4, 64, 0, VOCABULARY, "calibration")
     float_scores = measure_scores(load_stock(ModelSource(REFERENCE), torch.float32), windows).block_influence
-    states = open_hidden_states(export_checkpoint(REFERENCE, tmp_path / how, quantize=how))
+    states = open_hidden_states(export_checkpoint(REFERENCE, tmp_path / quantizer, quantize=quantizer))
     scores = scores_of(lambda batch: list(map(torch.from_numpy, states(batch.numpy()))), 16, windows)
     difference = max(map(abs, np.subtract(scores.block_influence, float_scores)))
     assert least <= difference < most

@@ -208,7 +208,7 @@ BUILDER = ("--builder", "tensorrt-rtx", "--compute-capability", "89")
     [
         (("--builder", "trt"), "builder 'trt': unknown; one of tensorrt, tensorrt-rtx"),
         ((*BUILDER[:3], "90"), "compute-capability 90: tensorrt-rtx builds for 75, 80, 86, 89, 120, 121"),
-        ((*BUILDER[:3], "8.9"), "compute-capability '8.9': must be numbers by commas, as 89,120"),
+        ((*BUILDER[:3], "8.9"), "compute-capability '8.9': must be numbers separated by commas, such as 89,120"),
         (("--compute-capability", "89"), "compute-capability 89: builder 'tensorrt' builds for this machine's GPU"),
         ((*BUILDER, "--max-length", "513"), "max-length 513: must be from 16 to 512, the model's positions"),
         ((*BUILDER, "--quantize", "int4-gptq"), "quantize 'int4-gptq': unknown for format 'tensorrt'; one of none"),
@@ -216,7 +216,10 @@ BUILDER = ("--builder", "tensorrt-rtx", "--compute-capability", "89")
             (*BUILDER[:3], "86", "--quantize", "fp8"),
             "quantize 'fp8': compute capability 86 does not support it; it must be at least 89",
         ),
-        ((*BUILDER, "--quantize", "int4", "--samples", "4"), "samples 4: quantize 'int4' is not calibrated; leave it"),
+        (
+            (*BUILDER, "--quantize", "int4", "--samples", "4"),
+            "samples 4: quantize 'int4' needs no calibration text; leave it",
+        ),
         ((*BUILDER, "--quantize", "int8", "--max-length", "64", "--length", "65"), "length 65: must be from 8 to 64"),
         (
             (*BUILDER, "--quantize", "int4", "--quantize-exclude", "*.typo"),

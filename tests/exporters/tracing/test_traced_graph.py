@@ -120,16 +120,16 @@ def test_a_dead_attention_leaves_nothing_in_the_graph(exported, case, live):
 
 
 @pytest.mark.parametrize(
-    ("case", "products", "attentions"),
+    ("case", "matmuls", "attentions"),
     [
         ("dead mlp", 2 * 4 + 1 * 3 + 1, 2),
         ("gpt2 dead mlp", 2 * 2 + 1 * 2 + 1, 2),  # q, k and v are one product
         ("opt dead mlp", 2 * 4 + 1 * 2 + 1, 2),
     ],
 )
-def test_a_dead_mlp_leaves_nothing_in_the_graph(exported, case, products, attentions):
+def test_a_dead_mlp_leaves_nothing_in_the_graph(exported, case, matmuls, attentions):
     export = exported(case)
-    assert export.count("MatMul") + export.count("Gemm") == products
+    assert export.count("MatMul") + export.count("Gemm") == matmuls
     assert export.count("Attention") == attentions
     cache = [value.name for value in export.graph.input if value.name.startswith("past_key_values.")]
     assert cache == [f"past_key_values.{index}.{part}" for index in range(attentions) for part in ("key", "value")]

@@ -131,7 +131,7 @@ def test_patched_model_is_a_plain_checkpoint_and_the_original_is_left_alone(arch
     replacement = build_replacement(model, TWO_RUNS, TEXT)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     change = apply_plan(model, TWO_RUNS, replacement)
-    assert [(place.kind, place.originals) for place in change.new_layers] == [
+    assert [(layer.kind, layer.originals) for layer in change.new_layers] == [
         ("patched", (0, 1)),
         ("patched", (2, 3, 4)),
     ]

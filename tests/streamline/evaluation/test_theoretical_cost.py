@@ -70,8 +70,10 @@ def test_a_dead_mlp_costs_nothing_and_keeps_its_cache(architecture: str) -> None
     before, row = cost_of(model.config, "fp32"), ARCHITECTURES[architecture]
     apply_plan(model, Plan(LAYERS, (), skipped=((1, "mlp"), (3, "mlp"))), None)
     after = cost_of(model.config, "fp32")
-    gone = [decoder_layers(model, row)[layer].get_submodule(name).parameters() for layer in (1, 3) for name in row.mlp]
-    assert before.live_parameters - after.live_parameters == sum(p.numel() for part in gone for p in part)
+    removed = [
+        decoder_layers(model, row)[layer].get_submodule(name).parameters() for layer in (1, 3) for name in row.mlp
+    ]
+    assert before.live_parameters - after.live_parameters == sum(p.numel() for part in removed for p in part)
     assert (after.parameters, after.layers, after.windows) == (before.parameters, LAYERS, before.windows)
     assert after.kv_bytes_per_token == before.kv_bytes_per_token
     assert after.decode_bytes(20) < before.decode_bytes(20)

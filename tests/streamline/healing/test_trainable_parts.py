@@ -49,9 +49,9 @@ ONE_PASS = HealSettings(lr=1e-3, epochs=1)
 ALL_WEIGHTS = {"betas": (0.9, 0.95), "weight_decay": 0.1, "decay_vectors": False, "clip": 1.0, "min_lr_share": 0.1}
 
 
-def edited(kind: str = "none", gone: tuple[int, ...] = (1, 3)) -> tuple[PreTrainedModel, PreTrainedModel, Plan]:
+def edited(kind: str = "none", removed: tuple[int, ...] = (1, 3)) -> tuple[PreTrainedModel, PreTrainedModel, Plan]:
     """A model edited by a plan, the original, and the plan."""
-    original, plan = tiny_model(), Plan(LAYERS, gone, kind)
+    original, plan = tiny_model(), Plan(LAYERS, removed, kind)
     model = copy.deepcopy(original)
     apply_plan(model, plan, build_replacement(model, plan))
     return model, original, plan
@@ -318,7 +318,7 @@ def test_come_mp_distils_after_every_merge_each_time_on_other_windows() -> None:
     stages: list[tuple[PreTrainedModel, tuple[int, ...]]] = []
 
     def after_merge(new_layers: tuple[object, ...]) -> None:
-        stages.append((copy.deepcopy(model), tuple(place.originals[-1] + 1 for place in new_layers)))
+        stages.append((copy.deepcopy(model), tuple(layer.originals[-1] + 1 for layer in new_layers)))
         healer.after_merge(new_layers)
 
     change = method.apply(model, plan, EditInputs(calibration, None, after_merge))

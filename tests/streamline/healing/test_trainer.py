@@ -35,18 +35,18 @@ def output_of(model: PreTrainedModel, layer: torch.nn.Module, ids: torch.Tensor)
 
 
 def outputs(
-    model: PreTrainedModel, student: torch.nn.Module, gone: tuple[int, ...], ids: torch.Tensor
+    model: PreTrainedModel, student: torch.nn.Module, removed: tuple[int, ...], ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the student puts out in a model that has it in its block's first place, and what the block puts out."""
-    target = output_of(model, model.model.layers[gone[-1]], ids)
+    target = output_of(model, model.model.layers[removed[-1]], ids)
     replaced = copy.deepcopy(model)
-    replaced.model.layers[gone[0]] = student
+    replaced.model.layers[removed[0]] = student
     return output_of(replaced, student, ids), target
 
 
-def block_error(model: PreTrainedModel, student: torch.nn.Module, gone: tuple[int, ...], ids: torch.Tensor) -> float:
+def block_error(model: PreTrainedModel, student: torch.nn.Module, removed: tuple[int, ...], ids: torch.Tensor) -> float:
     """The mean squared error of the two."""
-    output, target = outputs(model, student, gone, ids)
+    output, target = outputs(model, student, removed, ids)
     return float((output - target).square().mean())
 
 

@@ -216,7 +216,7 @@ def test_a_killed_command_goes_on(words: list[str], alone: Path, tmp_path: Path)
     with run("optimum.commands.optimum_cli", words, out) as process:
         said, err = process.communicate()
     assert (process.returncode, err) == (0, "")
-    assert f"going on from the checkpoints in {workspace}" in said
+    assert f"continuing from the training checkpoints in {workspace}" in said
     assert [folder.name for folder in tmp_path.iterdir()] == ["out"]
     assert (out / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
     assert healing(out) == healing(alone)
@@ -253,7 +253,7 @@ def test_what_ends_a_command_says_what_it_leaves(
     assert stopped.err == f"{line}checkpoints kept in {workspace}: the same command resumes from them\n"
     again = optimum_cli(monkeypatch, capsys, *words, *SHORT, tmp_path / "out")
     assert (again.code, again.err) == (0, "")
-    assert f"going on from the checkpoints in {workspace}" in again.out
+    assert f"continuing from the training checkpoints in {workspace}" in again.out
     assert [folder.name for folder in tmp_path.iterdir()] == ["out"]
 
 
@@ -268,7 +268,7 @@ def test_checkpoints_of_another_plan_are_not_gone_on_from(words: list[str], tmp_
         prepared.plan = Plan(prepared.plan.total, (layer,))
         said: list[str] = []
         change(prepared, said.append, tmp_path / "workspace")
-        told.append(any("going on from the checkpoints" in line for line in said))
+        told.append(any("continuing from the training checkpoints" in line for line in said))
     assert told == [False, True, False]
 
 
@@ -369,7 +369,7 @@ def test_what_two_processes_began_one_ends(words: list[str], alone: Path, tmp_pa
     with run("optimum.commands.optimum_cli", words, out) as process:
         said, err = process.communicate()
     assert (process.returncode, err) == (0, "")
-    assert "going on from the checkpoints in " in said
+    assert "continuing from the training checkpoints in " in said
     assert [folder.name for folder in tmp_path.iterdir()] == ["out"]
     for ours, theirs in zip(healing(out), healing(alone), strict=True):
         losses = [[step["loss"] for step in healed["steps"]] for healed in (ours, theirs)]

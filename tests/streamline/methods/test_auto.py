@@ -32,7 +32,7 @@ FEW = {"samples": 3, "length": 32, "heal": "none", "calibration": "stdlib", "eva
 RECIPE = make_recipe({"method": "auto", "remove": 2, "heal": "none"})
 
 
-def evidence_of(model: PreTrainedModel) -> MethodInputs:
+def inputs_of(model: PreTrainedModel) -> MethodInputs:
     return MethodInputs(model, CALIBRATION, measure_scores(model, CALIBRATION), HELD_OUT)
 
 
@@ -50,7 +50,7 @@ def literal_loss(model: PreTrainedModel, plan: Plan, method: str) -> float:
 def test_it_follows_the_plan_of_lowest_held_out_loss(seed: int, best: str) -> None:
     model = tiny_model("llama", seed)
     before = copy.deepcopy(model.state_dict())
-    inputs = evidence_of(model)
+    inputs = inputs_of(model)
     losses: dict[str, float] = {}
     for name in ("blockpruner", "come-p", "sleb + linear", "shortgpt + linear"):
         method, _, replacement = name.partition(" + ")
@@ -85,7 +85,7 @@ def test_what_the_architecture_cannot_have_is_no_candidate(architecture: str, na
 def test_a_candidate_that_the_weights_refuse_is_left_out() -> None:
     model = tiny_model("llama", 1)  # the one where shortgpt + linear is best
     apply_plan(model, Plan(LAYERS, (), skipped=tuple((layer, "mlp") for layer in range(LAYERS - 1))), None)
-    inputs = evidence_of(model)
+    inputs = inputs_of(model)
     sleb = make_recipe({"method": "sleb", "remove": 2, "replacement": "linear"})
     with pytest.raises(StreamlineError, match="adds only zeros"):
         build_replacement(model, METHODS["sleb"].plan(sleb, inputs), CALIBRATION)
@@ -101,7 +101,7 @@ def test_a_choice_that_none_can_make_is_refused() -> None:
     apply_plan(model, Plan(LAYERS, (), skipped=tuple(sorted(attentions + mlps))), None)
     recipe = make_recipe({"method": "auto", "remove": 4})
     with pytest.raises(StreamlineError, match="the last attention must stay"):
-        METHODS["auto"].plan(recipe, evidence_of(model))
+        METHODS["auto"].plan(recipe, inputs_of(model))
 
 
 def test_the_text_that_plans_are_compared_on_is_text_that_was_chosen_on() -> None:
@@ -146,5 +146,5 @@ def test_too_little_text_is_an_error_that_says_why_it_is_so_much(tmp_path: Path)
     (tmp_path / "text.txt").write_text("for number in range(10):\n    print(number)\n" * 8)
     fields = {"method": "auto", "remove": 1, "samples": 6, "length": 32, "heal": "none"}
     recipe = make_recipe({**fields, "calibration": str(tmp_path / "text.txt")})
-    with pytest.raises(StreamlineError, match=r"too short for 30 windows of 32; .*; samples are 6, and .* 24 more"):
+    with pytest.raises(StreamlineError, match=r"too short for 30 windows of 32; .*; samples is 6, and .* 24 more"):
         prepare(ModelSource(REFERENCE), recipe, lambda message: None)

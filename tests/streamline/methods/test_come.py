@@ -163,16 +163,16 @@ def test_come_p_takes_the_ratio_of_lowest_loss(architecture: str, seed: int) -> 
         # int(r N) from the layer of the smaller part, in whole numbers; at a half, from the second.
         kept = [min(step, 20 - step) * count // 20 for count in (heads, neurons)]
         kept = kept if step < 10 else [heads - kept[0], neurons - kept[1]]
-        trial = copy.deepcopy(model)
+        merged = copy.deepcopy(model)
         tried = Merge(merge.first, kept[0] / heads, kept[1] / neurons)
-        replace_pair(trial, merge.first, merge_layers(trial, tried, channels))
-        losses[tried.attention, tried.mlp] = loss(trial)
+        replace_pair(merged, merge.first, merge_layers(merged, tried, channels))
+        losses[tried.attention, tried.mlp] = loss(merged)
     assert losses[merge.attention, merge.mlp] == pytest.approx(min(losses.values()), abs=1e-7)
     applied = copy.deepcopy(model)
     CoMeP().apply(applied, Plan(LAYERS, (merge.first + 1,), merges=(merge,)), EditInputs(WINDOWS))
-    for gone in (merge.first, merge.first + 1):
+    for layer in (merge.first, merge.first + 1):
         removed = copy.deepcopy(model)
-        apply_plan(removed, Plan(LAYERS, (gone,)), None)
+        apply_plan(removed, Plan(LAYERS, (layer,)), None)
         assert loss(applied) <= loss(removed) + 1e-6
 
 
@@ -267,7 +267,7 @@ def test_kinds_of_attention_stay_with_their_layers() -> None:
     model = tiny_model("smollm3", no_rope_layers=[1, 1, 0, 0, 0])
     plan = planned("come", model, 3)
     METHODS["come"].apply(model, plan, EditInputs(WINDOWS))
-    assert [place.originals for place in plan.new_layers] == [(0, 1), (2, 3, 4)]
+    assert [layer.originals for layer in plan.new_layers] == [(0, 1), (2, 3, 4)]
     assert model.config.no_rope_layers == [1, 0]
     assert [bool(layer.self_attn.use_rope) for layer in layers_of(model)] == [True, False]
 

@@ -78,9 +78,9 @@ def test_what_a_method_leaves_is_a_plain_checkpoint(architecture: str, name: str
     assert edited.isfinite().all()
     assert (edited - before).abs().max() > 1e-3
     assert model.config.to_dict() == expected
-    assert model.config.num_hidden_layers == len(change.new_layers) == LAYERS - plan.net_removed
+    assert model.config.num_hidden_layers == len(change.new_layers) == len(plan.new_layers)
     if name not in ("auto", "blockpruner"):  # theirs is the weight of two layers
-        assert plan.net_removed == 2
+        assert len(plan.new_layers) == LAYERS - 2
 
     model.save_pretrained(tmp_path)
     stock, info = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)

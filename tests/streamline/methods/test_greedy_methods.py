@@ -31,9 +31,9 @@ def planned(model: PreTrainedModel, method: str, **fields: object) -> Plan:
     return method_of(recipe, model.config).plan(recipe, MethodInputs(model, Windows(IDS, "random"), FLAT))
 
 
-def loss_after(model: PreTrainedModel, gone: set[int], skipped: set[tuple[int, str]] = frozenset()) -> float:
+def loss_after(model: PreTrainedModel, removed: set[int], skipped: set[tuple[int, str]] = frozenset()) -> float:
     edited = copy.deepcopy(model)
-    apply_plan(edited, Plan(LAYERS, tuple(sorted(gone)), skipped=tuple(sorted(skipped))), None)
+    apply_plan(edited, Plan(LAYERS, tuple(sorted(removed)), skipped=tuple(sorted(skipped))), None)
     with torch.no_grad():
         logits = edited(IDS).logits.double()
     return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()))
@@ -44,12 +44,12 @@ def loss_after(model: PreTrainedModel, gone: set[int], skipped: set[tuple[int, s
 def test_sleb_takes_at_each_step_what_is_missed_least(architecture: str, protect: str | None) -> None:
     model = tiny_model(architecture)
     first, last = (int(number) for number in (protect or "1,1").split(","))
-    gone: set[int] = set()
+    removed: set[int] = set()
     for _ in range(2):
-        left = [layer for layer in range(first, LAYERS - last) if layer not in gone]
-        gone.add(min(left, key=lambda layer: loss_after(model, {*gone, layer})))
+        left = [layer for layer in range(first, LAYERS - last) if layer not in removed]
+        removed.add(min(left, key=lambda layer: loss_after(model, {*removed, layer})))
     plan = planned(model, "sleb", remove=2, protect=protect)
-    assert plan == Plan(LAYERS, tuple(sorted(gone)))
+    assert plan == Plan(LAYERS, tuple(sorted(removed)))
 
 
 def test_sleb_is_not_one_shot() -> None:
@@ -97,8 +97,8 @@ def test_shortened_taylor_takes_the_lowest_that_are_not_protected() -> None:
     importance = taylor_importance(model, Windows(IDS, "random"))
     recipe = make_recipe({"method": "shortened-taylor", "remove": 2})
     scores = Scores(tuple((0.5,) * 10 for _ in range(10)))
-    gone = METHODS["shortened-taylor"].plan(recipe, MethodInputs(model, Windows(IDS, "random"), scores)).removed
-    assert gone == tuple(sorted(sorted(range(4, 7), key=lambda layer: importance[layer])[:2]))
+    removed = METHODS["shortened-taylor"].plan(recipe, MethodInputs(model, Windows(IDS, "random"), scores)).removed
+    assert removed == tuple(sorted(sorted(range(4, 7), key=lambda layer: importance[layer])[:2]))
     everywhere = planned(tiny_model(), "shortened-taylor", remove=2, protect="0,0").removed
     ours = taylor_importance(tiny_model(), Windows(IDS, "random"))
     assert everywhere == tuple(sorted(sorted(range(LAYERS), key=lambda layer: ours[layer])[:2]))
@@ -133,8 +133,8 @@ def brute_blocks(model: PreTrainedModel, count: int) -> tuple[set[int], set[tupl
     out: set[tuple[int, str]] = set()
 
     def split(parts: set[tuple[int, str]]) -> tuple[set[int], set[tuple[int, str]]]:
-        gone = {layer for layer, _ in parts if {(layer, "attention"), (layer, "mlp")} <= parts}
-        return gone, {part for part in parts if part[0] not in gone}
+        removed = {layer for layer, _ in parts if {(layer, "attention"), (layer, "mlp")} <= parts}
+        return removed, {part for part in parts if part[0] not in removed}
 
     while sum(size[part] for part in out) < count * sum(size.values()) / LAYERS:
         live = [layer for layer in range(LAYERS) if (layer, "attention") not in out]
@@ -146,9 +146,9 @@ def brute_blocks(model: PreTrainedModel, count: int) -> tuple[set[int], set[tupl
 @pytest.mark.parametrize(("architecture", "count"), [*((name, 1) for name in SOME), ("qwen3", 3), ("gpt2", 3)])
 def test_blockpruner_takes_at_each_step_what_is_missed_least(architecture: str, count: int) -> None:
     model = tiny_model(architecture)
-    gone, skipped = brute_blocks(model, count)
+    removed, skipped = brute_blocks(model, count)
     assert planned(model, "blockpruner", remove=count) == Plan(
-        LAYERS, tuple(sorted(gone)), skipped=tuple(sorted(skipped))
+        LAYERS, tuple(sorted(removed)), skipped=tuple(sorted(skipped))
     )
 
 
@@ -201,10 +201,13 @@ def test_a_linear_map_needs_layer_0(method: str) -> None:
         ({"method": "shortened-taylor", "remove": 1}, r"protect '4,2': leaves 0 of 5 layers"),
         ({"method": "shortened-ppl", "remove": 3, "protect": "9,0"}, r"protect '9,0': leaves 0 of 5 layers"),
         ({"method": "sleb", "remove": 5, "protect": "0,0"}, r"remove 5: that is 5 of 5 layers"),
-        ({"method": "sleb", "remove": 1, "replacement": "layer"}, r"replacement 'layer': method sleb takes none or "),
-        ({"method": "blockpruner", "remove": 1, "replacement": "linear"}, r"takes none; linear needs layers"),
-        ({"method": "blockpruner", "remove": 1, "protect": "1,1"}, r"protect '1,1': method blockpruner has no such"),
-        ({"method": "blockpruner", "layers": "1"}, r"layers '1': method blockpruner chooses its own"),
+        (
+            {"method": "sleb", "remove": 1, "replacement": "layer"},
+            r"replacement 'layer': method sleb supports none or ",
+        ),
+        ({"method": "blockpruner", "remove": 1, "replacement": "linear"}, r"supports none; linear needs a method"),
+        ({"method": "blockpruner", "remove": 1, "protect": "1,1"}, r"protect '1,1': method blockpruner does not have"),
+        ({"method": "blockpruner", "layers": "1"}, r"layers '1': method blockpruner chooses the layers itself"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_any_work(fields: dict[str, object], said: str) -> None:

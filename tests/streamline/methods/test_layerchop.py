@@ -96,7 +96,7 @@ def test_the_first_and_the_last_always_stay() -> None:
 
 
 def test_a_pattern_is_layerchops_alone() -> None:
-    with pytest.raises(StreamlineError, match="pattern 'both': method gromov has no such choice; layerchop has"):
+    with pytest.raises(StreamlineError, match="pattern 'both': method gromov does not have this option; layerchop has"):
         method_of(make_recipe({"method": "gromov", "remove": 2, "pattern": "both"}), tiny_model().config)
     with pytest.raises(StreamlineError, match="pattern is 'top': Input should be 'max-gap'"):
         make_recipe({"method": "layerchop", "remove": 2, "pattern": "top"})

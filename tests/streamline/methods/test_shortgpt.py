@@ -23,7 +23,7 @@ DATA = Windows(token_ids(3, 12), "random")
 MODELS = [("llama", 1), ("llama", 2), ("qwen2", 0), ("qwen3", 0)]
 
 
-def evidence_of(model: PreTrainedModel) -> MethodInputs:
+def inputs_of(model: PreTrainedModel) -> MethodInputs:
     return MethodInputs(model, DATA, measure_scores(model, DATA))
 
 
@@ -65,13 +65,13 @@ def by_hand(original: PreTrainedModel, count: int) -> tuple[int, ...]:
 @pytest.mark.parametrize(("architecture", "seed"), MODELS)
 def test_one_by_one_is_what_one_does_by_hand(architecture: str, seed: int) -> None:
     model = tiny_model(architecture, seed)
-    inputs = evidence_of(model)
+    inputs = inputs_of(model)
     for count in range(1, LAYERS):
         assert chosen(inputs, count, iterative=True) == by_hand(model, count)
 
 
 def test_one_by_one_is_another_choice_than_at_once() -> None:
-    inputs = [evidence_of(tiny_model(*each)) for each in MODELS]
+    inputs = [inputs_of(tiny_model(*each)) for each in MODELS]
     assert any(chosen(each, n) != chosen(each, n, iterative=True) for each in inputs for n in range(2, LAYERS))
     assert all(chosen(each, 1) == chosen(each, 1, iterative=True) for each in inputs)
 
@@ -82,7 +82,7 @@ def test_the_model_is_left_as_it_was(architecture: str) -> None:
     model.config.per_layer_config = {2: {"skip": ["attention"]}}
     untouched, numbers = copy.deepcopy(model), layer_numbers(model)
     modules = list(model.modules())
-    chosen(evidence_of(model), 3, iterative=True)
+    chosen(inputs_of(model), 3, iterative=True)
     assert_same(model, untouched)
     assert layer_numbers(model) == numbers
     assert all(now is then for now, then in zip(model.modules(), modules, strict=True))
@@ -90,7 +90,7 @@ def test_the_model_is_left_as_it_was(architecture: str) -> None:
 
 def test_the_model_is_left_as_it_was_when_measuring_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("qwen2")
-    inputs, untouched, numbers = evidence_of(model), copy.deepcopy(model), layer_numbers(model)
+    inputs, untouched, numbers = inputs_of(model), copy.deepcopy(model), layer_numbers(model)
     seen: list[PreTrainedModel] = []
 
     def fail(shortened: PreTrainedModel, _: Windows) -> None:
@@ -128,14 +128,14 @@ def test_ties_go_to_the_first_layer() -> None:
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
-    assert chosen(evidence_of(model), 3, iterative=True) == (0, 1, 2)
+    assert chosen(inputs_of(model), 3, iterative=True) == (0, 1, 2)
     # There is nothing before layer 0 to fold a map into.
-    assert chosen(evidence_of(model), 3, iterative=True, replacement="linear") == (1, 2, 3)
-    assert chosen(evidence_of(model), 3, replacement="linear") == (1, 2, 3)
+    assert chosen(inputs_of(model), 3, iterative=True, replacement="linear") == (1, 2, 3)
+    assert chosen(inputs_of(model), 3, replacement="linear") == (1, 2, 3)
 
 
 def test_only_shortgpt_goes_one_by_one() -> None:
     recipe = make_recipe({"method": "gromov", "remove": 1, "iterative": True})
-    with pytest.raises(StreamlineError, match=r"iterative True: method gromov has no such choice; .*shortgpt"):
+    with pytest.raises(StreamlineError, match=r"iterative True: method gromov does not have this option; .*shortgpt"):
         method_of(recipe, tiny_model().config)
     method_of(make_recipe({"method": "shortgpt", "remove": 1, "iterative": True}), tiny_model().config)

@@ -77,7 +77,7 @@ def test_a_registered_method_is_one_among_all(register: Register) -> None:
     assert dict(METHODS)["good"].summary == "nothing in particular"
     with pytest.raises(StreamlineError, match=r"method 'bad': unknown; known are .*sleb, good$"):
         method_of(make_recipe({"method": "bad", "remove": 1}), tiny_model().config)
-    with pytest.raises(StreamlineError, match=r"protect '1,1': method good has no such choice; shortened-ppl, "):
+    with pytest.raises(StreamlineError, match=r"protect '1,1': method good does not have this option; shortened-ppl, "):
         method_of(make_recipe({"method": "good", "remove": 1, "protect": "1,1"}), tiny_model().config)
 
 
@@ -120,7 +120,7 @@ def test_what_is_no_method_is_refused(register: Register, entries: str, module: 
 
 def test_a_name_of_ours_is_refused(register: Register) -> None:
     register("sleb = stranger:Good")
-    said = r"^method 'sleb': stranger 1\.2 registers this name, which is one of optimum-streamline's own; uninstall str"
+    said = r"^method 'sleb': stranger 1\.2 registers this name, but it belongs to a method of optimum-streamline; un"
     with pytest.raises(StreamlineError, match=said):
         METHODS["sleb"]
     assert [*METHODS] == [*BUILT_IN]
@@ -136,7 +136,7 @@ def test_a_name_of_two_is_refused(register: Register) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gone", "skipped", "said"),
+    ("removed", "skipped", "said"),
     [
         ((2, 1), (), "rising and each once"),
         ((1, 1), (), "rising and each once"),
@@ -147,9 +147,11 @@ def test_a_name_of_two_is_refused(register: Register) -> None:
         ((), ((4, "mlp"),), "layer 4 is not one that stays"),
     ],
 )
-def test_an_impossible_plan_is_a_defect(gone: tuple[int, ...], skipped: tuple[tuple[int, str], ...], said: str) -> None:
+def test_an_impossible_plan_is_a_defect(
+    removed: tuple[int, ...], skipped: tuple[tuple[int, str], ...], said: str
+) -> None:
     with pytest.raises(ValueError, match=said):
-        Plan(4, gone, skipped=skipped)
+        Plan(4, removed, skipped=skipped)
 
 
 def test_the_page_is_true(register: Register) -> None:

@@ -32,7 +32,7 @@ PLANS = {
     "mlp": Plan(LAYERS, (1, 2, 3), "mlp"),
     "mlp-first": Plan(LAYERS, (0, 1), "mlp"),
     "skipped": Plan(LAYERS, (), skipped=((0, "attention"), (2, "mlp"), (3, "attention"), (3, "mlp"))),
-    "dead-and-gone": Plan(LAYERS, (1,), skipped=((0, "mlp"), (2, "attention"), (4, "mlp"))),
+    "skipped-and-removed": Plan(LAYERS, (1,), skipped=((0, "mlp"), (2, "attention"), (4, "mlp"))),
 }
 
 
@@ -94,7 +94,7 @@ def test_edit_survives_disk_stock_transformers_and_the_cache(architecture: str, 
     before = logits(model, ids)
     expected_config = planned_config(model.config, plan)
     apply_plan(model, plan, build_replacement(model, plan))
-    assert model.config.num_hidden_layers == LAYERS - plan.net_removed
+    assert model.config.num_hidden_layers == len(plan.new_layers)
     assert model.config.to_dict() == expected_config.to_dict()
     edited = logits(model, ids)
     assert (edited - before).abs().max() > 1e-3
@@ -129,17 +129,19 @@ def test_a_replacement_layer_follows_the_models_config(replacement: str) -> None
     torch.testing.assert_close(logits(model, ids), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("gone", [(0, 1), (1, 2, 3), (3, 4)])
+@pytest.mark.parametrize("removed", [(0, 1), (1, 2, 3), (3, 4)])
 @pytest.mark.parametrize(("replacement", "skipped"), [("layer", ()), ("mlp", ("attention",))])
 @pytest.mark.parametrize("architecture", ALL)
 def test_a_replacement_begins_as_its_blocks_first_layer(
-    architecture: str, replacement: str, skipped: tuple[str, ...], gone: tuple[int, ...]
+    architecture: str, replacement: str, skipped: tuple[str, ...], removed: tuple[int, ...]
 ) -> None:
     model, ids = tiny_model(architecture), token_ids()
-    plan = Plan(LAYERS, gone, replacement)
+    plan = Plan(LAYERS, removed, replacement)
     apply_plan(model, plan, build_replacement(model, plan))
     first_alone = tiny_model(architecture)
-    apply_plan(first_alone, Plan(LAYERS, gone[1:], skipped=tuple((gone[0], sublayer) for sublayer in skipped)), None)
+    apply_plan(
+        first_alone, Plan(LAYERS, removed[1:], skipped=tuple((removed[0], sublayer) for sublayer in skipped)), None
+    )
     assert model.config.to_dict() == first_alone.config.to_dict()
     torch.testing.assert_close(logits(model, ids), logits(first_alone, ids), atol=1e-6, rtol=0)
 

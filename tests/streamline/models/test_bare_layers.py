@@ -35,8 +35,8 @@ KINDS = ("ffn", "swiglu")
 INNER = {"gpt2": 4 * 32}
 
 
-def bare_model(architecture: str = "llama", kind: str = "ffn", gone: tuple[int, ...] = (1, 2, 3)) -> PreTrainedModel:
-    model, plan = tiny_model(architecture), Plan(LAYERS, gone, kind)
+def bare_model(architecture: str = "llama", kind: str = "ffn", removed: tuple[int, ...] = (1, 2, 3)) -> PreTrainedModel:
+    model, plan = tiny_model(architecture), Plan(LAYERS, removed, kind)
     apply_plan(model, plan, build_replacement(model, plan))
     return model
 
@@ -78,10 +78,10 @@ def test_random_weights_come_from_the_seed_alone(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ALL)
 def test_structure_disk_and_cache(architecture: str, kind: str, tmp_path: Path) -> None:
-    gone = (0, 1) if kind == "swiglu" else (1, 2, 3)
-    planned = planned_config(tiny_model(architecture).config, Plan(LAYERS, gone, kind))
-    model, ids = bare_model(architecture, kind, gone), token_ids()
-    assert bare_layers(model.config) == {gone[0]: kind}
+    removed = (0, 1) if kind == "swiglu" else (1, 2, 3)
+    planned = planned_config(tiny_model(architecture).config, Plan(LAYERS, removed, kind))
+    model, ids = bare_model(architecture, kind, removed), token_ids()
+    assert bare_layers(model.config) == {removed[0]: kind}
     assert model.config.to_dict() == planned.to_dict()
     edited = logits(model, ids)
     save_bare(model, tmp_path)
@@ -91,13 +91,15 @@ def test_structure_disk_and_cache(architecture: str, kind: str, tmp_path: Path) 
     ours = load(str(tmp_path))
     torch.testing.assert_close(logits(ours, ids), edited, atol=1e-6, rtol=0)
     assert greedy(ours, use_cache=True) == greedy(ours, use_cache=False)
-    live = [layer for index, layer in enumerate(decoder_layers(ours, architecture_of(ours.config))) if index != gone[0]]
+    live = [
+        layer for index, layer in enumerate(decoder_layers(ours, architecture_of(ours.config))) if index != removed[0]
+    ]
     attentions = [layer.get_submodule(architecture_of(ours.config).attention) for layer in live]
     assert len({attention.layer_idx for attention in attentions}) == len(live)
 
     cost = cost_of(read_config(ModelSource(str(tmp_path))), "fp32")
     assert cost.parameters == cost.live_parameters == model.num_parameters()
-    assert (cost.layers, cost.attention_layers) == (LAYERS - len(gone) + 1, LAYERS - len(gone))
+    assert (cost.layers, cost.attention_layers) == (LAYERS - len(removed) + 1, LAYERS - len(removed))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3"])

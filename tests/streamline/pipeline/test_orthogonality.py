@@ -57,7 +57,9 @@ def test_every_model_is_measured_and_every_interaction_told(cli: Cli, tmp_path: 
     assert (rows["int4"].baseline, rows["bnb-nf4"].baseline) == ("dense, onnx", "dense")
     assert (rows["int4"].role, rows["dense, onnx"].role) == ("candidate", "original")
     orders = [(each.quantizer, each.steps) for each in report.interactions]
-    assert orders == [(how, steps) for how in ("int4", "bnb-nf4") for steps in ("prune,quantize", "quantize,prune")]
+    assert orders == [
+        (quantizer, steps) for quantizer in ("int4", "bnb-nf4") for steps in ("prune,quantize", "quantize,prune")
+    ]
     for each in report.interactions:
         assert each.term is not None
         assert each.pruning is not None
@@ -91,8 +93,8 @@ def test_an_order_that_is_not_possible_says_why(cli: Cli, tmp_path: Path) -> Non
     ("words", "said"),
     [
         (("--quantizers", "int3"), "quantize 'int3': unknown; one of none, bnb-int8"),
-        (("--quantizers", "int4,int4"), "quantizers 'int4,int4': must be names of quantizers, each once"),
-        (("--quantizers", ""), "quantizers '': must be names of quantizers"),
+        (("--quantizers", "int4,int4"), "quantizers 'int4,int4': must be different names of quantizers"),
+        (("--quantizers", ""), "quantizers '': must be different names of quantizers"),
         (("--quantizers", "int4", "--quantize", "int4"), "unrecognized arguments: --quantize"),
         (("--quantizers", "int4", "--dtype", "fp16"), "quantize 'int4': starts from dtype 'fp32', not 'fp16'"),
     ],
@@ -107,9 +109,9 @@ def test_wrong_words_are_one_line(cli: Cli, tmp_path: Path, words: tuple[str, ..
 def test_a_recipe_that_quantizes_is_refused_there(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("method: shortgpt\nremove: 25%\nquantize: bnb-nf4\n")
     words = ("orthogonality", "-m", REFERENCE, tmp_path / "recipe.yaml", "--output", tmp_path / "out")
-    assert "quantize 'bnb-nf4': orthogonality makes every model itself" in cli(*words).err
+    assert "quantize 'bnb-nf4': orthogonality sets this itself" in cli(*words).err
     (tmp_path / "recipe.yaml").write_text("method: shortgpt\nremove: 25%\nquantize_exclude: 3\n")
-    assert "quantize-exclude '3': orthogonality makes every model itself" in cli(*words).err
+    assert "quantize-exclude '3': orthogonality sets this itself" in cli(*words).err
 
 
 def test_a_model_that_is_quantized_already_is_refused(cli: Cli, tmp_path: Path) -> None:
@@ -170,11 +172,11 @@ def test_a_run_quantizes_its_export_in_either_order(cli: Cli, tmp_path: Path) ->
     [
         (
             ("--quantize", "int4", "--method", "sleb", "--steps", "quantize,prune"),
-            "method 'sleb': tries changes on the model, and a quantized graph is only scored",
+            "method 'sleb': edits and runs the model to choose layers, which a quantized graph does not allow",
         ),
         (
             ("--quantize", "int8-static", "--method", "shortgpt", "--steps", "quantize,prune"),
-            "steps 'quantize,prune': int8-static is calibrated on what the layers before give",
+            "steps 'quantize,prune': int8-static is calibrated on the inputs of each layer",
         ),
         (("--quantize", "bnb-nf4", "--method", "shortgpt"), "format 'onnx': quantize 'bnb-nf4' makes a checkpoint"),
         (("--quantize", "int4", "--quantize-exclude", "16"), "there is no layer 16; the model has layers 0 to 15"),
@@ -185,7 +187,7 @@ def test_a_run_quantizes_its_export_in_either_order(cli: Cli, tmp_path: Path) ->
         (("--quantize", "int4", "--dtype", "fp16"), "quantize 'int4': starts from dtype 'fp32', not 'fp16'"),
         (
             ("--quantize", "int4", "--method", "shortgpt", "--steps", "quantize,prune", "--dry-run"),
-            "dry-run: with steps 'quantize,prune' layers are scored in an export, which is not made",
+            "dry-run: with steps 'quantize,prune' the layers are scored in an export, which a dry run does not make",
         ),
     ],
 )

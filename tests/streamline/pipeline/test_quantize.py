@@ -53,8 +53,8 @@ def saved(tmp_path: Path) -> Save:
     return save
 
 
-def quietly(source: str, out: Path, how: str, *exclude: str) -> str:
-    quantize(ModelSource(source), out, how, exclude, notify=lambda _: None)
+def quietly(source: str, out: Path, quantizer: str, *exclude: str) -> str:
+    quantize(ModelSource(source), out, quantizer, exclude, notify=lambda _: None)
     return str(out)
 
 
@@ -68,23 +68,23 @@ DIFFERENT = {"llama", "gpt2", "gemma2", "qwen3_moe"}  # where layers differ most
 
 
 @pytest.mark.parametrize(
-    ("architecture", "how"),
+    ("architecture", "quantizer"),
     [
-        pytest.param(each, how, marks=() if each in DIFFERENT or number % 3 == place else pytest.mark.slow)
+        pytest.param(each, quantizer, marks=() if each in DIFFERENT or number % 3 == place else pytest.mark.slow)
         for number, each in enumerate(ARCHITECTURES)
-        for place, how in enumerate(QUANTIZERS)
+        for place, quantizer in enumerate(QUANTIZERS)
     ],
 )
 def test_layers_are_removed_from_a_quantized_model_as_from_any(
-    saved: Save, tmp_path: Path, architecture: str, how: str
+    saved: Save, tmp_path: Path, architecture: str, quantizer: str
 ) -> None:
     source = saved(architecture)
-    if (how, architecture) == ("torchao-int4", "gpt2"):  # its products are of a class of transformers' own
+    if (quantizer, architecture) == ("torchao-int4", "gpt2"):  # its linear modules are of a class of transformers' own
         with pytest.raises(StreamlineError, match="no module of this model would be quantized"):
-            quietly(source, tmp_path / "q", how)
+            quietly(source, tmp_path / "q", quantizer)
         return
-    model = load_stock(ModelSource(quietly(source, tmp_path / "q", how, "3")))
-    assert quantization_name(model.config) == how
+    model = load_stock(ModelSource(quietly(source, tmp_path / "q", quantizer, "3")))
+    assert quantization_name(model.config) == quantizer
     row, kept = architecture_of(model.config), [0, 2, 3]
     layers = decoder_layers(model, row)
     before = [logits_of_layer(layers[index], row.attention) for index in kept]
@@ -109,9 +109,9 @@ def logits_of_layer(layer: torch.nn.Module, attention: str) -> torch.Tensor:
     return (weight.dequantize() if type(weight.data) is not torch.Tensor else weight).detach().clone()
 
 
-@pytest.mark.parametrize("how", QUANTIZERS)
-def test_stock_transformers_computes_the_same(saved: Save, tmp_path: Path, how: str) -> None:
-    out = quietly(saved(tie_word_embeddings=True), tmp_path / "q", how)
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_stock_transformers_computes_the_same(saved: Save, tmp_path: Path, quantizer: str) -> None:
+    out = quietly(saved(tie_word_embeddings=True), tmp_path / "q", quantizer)
     ours, stock = load(out), AutoModelForCausalLM.from_pretrained(out).eval()
     enable_cpu_kernel(ours)  # as stock has it, where the processor has such a thing
     assert torch.equal(logits(ours), logits(stock))
@@ -119,9 +119,9 @@ def test_stock_transformers_computes_the_same(saved: Save, tmp_path: Path, how: 
     assert torch.equal(torch.from_numpy(runner.prefill(token_ids().numpy())[0]), logits(stock))
 
 
-@pytest.mark.parametrize("how", QUANTIZERS)
-def test_what_was_run_is_saved_as_it_was(saved: Save, tmp_path: Path, how: str) -> None:
-    model = load(quietly(saved(tie_word_embeddings=True), tmp_path / "q", how))
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_what_was_run_is_saved_as_it_was(saved: Save, tmp_path: Path, quantizer: str) -> None:
+    model = load(quietly(saved(tie_word_embeddings=True), tmp_path / "q", quantizer))
     expected = logits(model)
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(load(str(tmp_path / "again"))), expected)
@@ -134,23 +134,23 @@ def test_a_4_bit_product_that_the_cpu_kernel_cannot_take_is_taken_without_it(sav
     assert (found - expected).abs().max() < 0.1 * expected.abs().max()
 
 
-@pytest.mark.parametrize("how", QUANTIZERS)
-def test_a_quantized_weight_is_read_as_the_numbers_it_stands_for(saved: Save, tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_a_quantized_weight_is_read_as_the_numbers_it_stands_for(saved: Save, tmp_path: Path, quantizer: str) -> None:
     source = saved()
-    model, name = load(quietly(source, tmp_path / "q", how)), "model.layers.1.mlp.up_proj.weight"
+    model, name = load(quietly(source, tmp_path / "q", quantizer)), "model.layers.1.mlp.up_proj.weight"
     true = load(source).get_parameter(name)
     error = (read_parameter(model, name) - true).abs().max() / true.abs().max()
-    assert 0 < error < (0.01 if how == "bnb-int8" else 0.15)
+    assert 0 < error < (0.01 if quantizer == "bnb-int8" else 0.15)
 
 
-@pytest.mark.parametrize("how", QUANTIZERS)
-def test_dead_sublayers_stay_dead(saved: Save, tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_dead_sublayers_stay_dead(saved: Save, tmp_path: Path, quantizer: str) -> None:
     model = wide_model(vocab_size=4096)
     row = architecture_of(model.config)
     zero_output(decoder_layers(model, row)[1], row, ATTENTION)
     mark_skipped(model.config, {1: [ATTENTION]})
     model.save_pretrained(folder := saved())
-    assert set(names := quantized_modules(load(quietly(folder, tmp_path / "q", how))))
+    assert set(names := quantized_modules(load(quietly(folder, tmp_path / "q", quantizer))))
     assert not [name for name in names if name.startswith("model.layers.1.self_attn")]
     # Stock transformers quantizes its zeros, and computes with them.
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "q").eval()
@@ -159,11 +159,11 @@ def test_dead_sublayers_stay_dead(saved: Save, tmp_path: Path, how: str) -> None
     assert torch.equal(logits(ours), logits(stock))
 
 
-@pytest.mark.parametrize("how", QUANTIZERS)
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_either_order_gives_the_same_weights(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: Save, tmp_path: Path, how: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: Save, tmp_path: Path, quantizer: str
 ) -> None:
-    source, flags = saved(), ("--layers", "1,2", *_FEW, "--quantize", how)
+    source, flags = saved(), ("--layers", "1,2", *_FEW, "--quantize", quantizer)
     for steps in ("prune,quantize", "quantize,prune"):
         words = (
             "prune",
@@ -184,20 +184,22 @@ def test_either_order_gives_the_same_weights(
     assert not [name for name in quantized_modules(one) if ".layers.1." in name]  # it was layer 3
     for steps in ("prune,quantize", "quantize,prune"):
         record = json.loads((tmp_path / steps / "quantization.json").read_text())
-        assert (record["quantize"], record["quantize_exclude"]) == (how, ["*.[23].*", "lm_head"])
+        assert (record["quantize"], record["quantize_exclude"]) == (quantizer, ["*.[23].*", "lm_head"])
         assert record["quantized"] == 2 * 7
         assert [name for name in record["float"] if ".layers.1." not in name] == ["lm_head"]
         assert len(record["float"]) == 7 + 1
         assert json.loads((tmp_path / steps / "streamline.json").read_text())["removed"] == [1, 2]
-        assert QUANTIZERS[how].description in (tmp_path / steps / "README.md").read_text()
+        assert QUANTIZERS[quantizer].description in (tmp_path / steps / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
-    ("method", "how"),
+    ("method", "quantizer"),
     [
-        pytest.param(method, how, marks=() if how == "bnb-nf4" or method == "shortgpt" else pytest.mark.slow)
+        pytest.param(
+            method, quantizer, marks=() if quantizer == "bnb-nf4" or method == "shortgpt" else pytest.mark.slow
+        )
         for method in ("shortgpt", "gromov", "layerchop", "llm-streamline", "shortened-ppl", "sleb")
-        for how in QUANTIZERS
+        for quantizer in QUANTIZERS
     ],
 )
 def test_methods_that_only_remove_take_a_quantized_model(
@@ -206,17 +208,17 @@ def test_methods_that_only_remove_take_a_quantized_model(
     saved: Save,
     tmp_path: Path,
     method: str,
-    how: str,
+    quantizer: str,
 ) -> None:
-    quantized = quietly(saved(), tmp_path / "q", how)
+    quantized = quietly(saved(), tmp_path / "q", quantizer)
     words = ("--method", method, "--remove", "2", "--replacement", "none", "--heal", "none")
     words += _FEW
     done = optimum_cli(monkeypatch, capsys, "streamline", "prune", "-m", quantized, tmp_path / "p", *words)
     assert (done.code, done.err) == (0, "")
     model = load(str(tmp_path / "p"))
-    assert (model.config.num_hidden_layers, quantization_name(model.config)) == (LAYERS - 2, how)
+    assert (model.config.num_hidden_layers, quantization_name(model.config)) == (LAYERS - 2, quantizer)
     card = (tmp_path / "p" / "README.md").read_text()
-    assert f"The original is quantized ({how}). The layers that stayed keep their quantized weights.\n" in card
+    assert f"The original is quantized ({quantizer}). The layers that stayed keep their quantized weights.\n" in card
 
 
 _REMOVE = ("--remove", "2", *_FEW)
@@ -234,7 +236,10 @@ _REMOVE = ("--remove", "2", *_FEW)
         (("--replacement", "linear"), "replacement 'linear': needs float weights"),
         (("--method", "shortgpt", "--heal", "lm", "--lora"), "heal 'lm': needs float weights"),
         (("--method", "layerchop"), "heal 'lm': needs float weights"),
-        (("--method", "shortgpt", "--dtype", "fp16"), "dtype 'fp16': the model is quantized (bnb-int8) and stays so"),
+        (
+            ("--method", "shortgpt", "--dtype", "fp16"),
+            "dtype 'fp16': the weights are quantized (bnb-int8) and keep their type",
+        ),
         (("--method", "shortgpt", "--quantize", "bnb-nf4"), "the model is quantized already (bnb-int8)"),
     ],
 )
@@ -266,7 +271,7 @@ def assert_refused(done: Outcome, said: str) -> None:
             ("--quantize", "int3"),
             "quantize 'int3': unknown; one of none, bnb-int8, bnb-nf4, torchao-int4, int8, int8-st",
         ),
-        (("--quantize", "int4"), "quantize 'int4': is made of an ONNX graph; give format 'onnx' to `run`"),
+        (("--quantize", "int4"), "quantize 'int4': quantizes ONNX graphs; use `run` with format 'onnx'"),
         (("--quantize-exclude", "3"), "quantize-exclude '3': nothing is quantized; give quantize too"),
         (("--steps", "quantize,prune"), "steps 'quantize,prune': nothing is quantized; give quantize too"),
         (("--steps", "prune"), "steps is 'prune'"),
@@ -276,11 +281,11 @@ def assert_refused(done: Outcome, said: str) -> None:
         ),
         (
             ("--quantize", "bnb-nf4", "--replacement", "ffn", "--method", "llm-streamline"),
-            "replacement 'ffn': leaves bare layers, which quantize 'bnb-nf4' cannot take; use another replacement",
+            "replacement 'ffn': makes bare layers, which quantize 'bnb-nf4' does not support; use another replacement",
         ),
         (
             ("--quantize", "bnb-nf4", "--steps", "quantize,prune", "--method", "shortgpt", "--dtype", "bf16"),
-            "dtype 'bf16': the model is quantized (bnb-nf4) and stays so; leave it out",
+            "dtype 'bf16': the weights are quantized (bnb-nf4) and keep their type; leave it out",
         ),
         (
             ("--quantize", "bnb-nf4", "--steps", "quantize,prune", "--method", "come"),
@@ -458,14 +463,14 @@ def test_validation_names_the_quantization_and_counts_its_bytes(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("how", QUANTIZERS)
-def test_on_a_gpu_layers_are_removed_and_what_is_saved_is_what_ran(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_on_a_gpu_layers_are_removed_and_what_is_saved_is_what_ran(tmp_path: Path, quantizer: str) -> None:
     source = tmp_path / "float"
     model = wide_model(hidden_size=256, intermediate_size=512, vocab_size=4096)
     model.to(torch.bfloat16).save_pretrained(source)
     AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(source)
     ids = token_ids().cuda()
-    quantize(ModelSource(str(source)), tmp_path / "q", how, device="cuda", notify=lambda _: None)
+    quantize(ModelSource(str(source)), tmp_path / "q", quantizer, device="cuda", notify=lambda _: None)
     quantized = load_stock(ModelSource(str(tmp_path / "q")), device="cuda")
     assert len(quantized_modules(quantized)) == LAYERS * 7
     row, kept = architecture_of(quantized.config), [0, 2, 4]

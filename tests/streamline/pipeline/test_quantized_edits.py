@@ -36,23 +36,23 @@ _COMMON = ("--remove", "2", "--calibration", "stdlib", "--samples", "2", "--leng
 
 # Every edit with one quantizer, and one edit with every quantizer, are fast enough for every run.
 COMBINATIONS = [
-    pytest.param(edit, how, marks=() if how == "bnb-nf4" or edit == "merged" else pytest.mark.slow)
+    pytest.param(edit, quantizer, marks=() if quantizer == "bnb-nf4" or edit == "merged" else pytest.mark.slow)
     for edit in EDITS
-    for how in QUANTIZERS
+    for quantizer in QUANTIZERS
 ]
 
 
-@pytest.mark.parametrize(("edit", "how"), COMBINATIONS)
+@pytest.mark.parametrize(("edit", "quantizer"), COMBINATIONS)
 def test_an_edited_model_is_quantized_as_any(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, edit: str, how: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, edit: str, quantizer: str
 ) -> None:
     wide_model(vocab_size=4096).save_pretrained(source := tmp_path / "float")
     AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(source)
-    for name, flags in (("edited", ()), ("together", ("--quantize", how, "--quantize-exclude", "0"))):
+    for name, flags in (("edited", ()), ("together", ("--quantize", quantizer, "--quantize-exclude", "0"))):
         words = ("prune", "-m", source, tmp_path / name, *EDITS[edit], *_COMMON, *flags)
         done = optimum_cli(monkeypatch, capsys, "streamline", *words)
         assert (done.code, done.err) == (0, "")
-    quantize(ModelSource(str(tmp_path / "edited")), tmp_path / "after", how, ["0"], notify=lambda _: None)
+    quantize(ModelSource(str(tmp_path / "edited")), tmp_path / "after", quantizer, ["0"], notify=lambda _: None)
     together, after, edited = (load(str(tmp_path / name)) for name in ("together", "after", "edited"))
     assert quantized_modules(together) == quantized_modules(after)
     assert not [name for name in quantized_modules(together) if ".layers.0." in name]

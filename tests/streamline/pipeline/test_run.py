@@ -150,14 +150,14 @@ def test_other_text_of_the_same_name_is_another_run(cli: Cli, tmp_path: Path) ->
     (tmp_path / "text.txt").write_text(texts[3] + texts[4] + texts[5])
     outcome = cli(*words, tmp_path / "out")
     assert outcome.code == 2
-    assert "made from another calibration text, though of the same name" in outcome.err
+    assert "made from another calibration text of the same name" in outcome.err
 
 
 def test_another_budget_judges_the_same_figures_anew(cli: Cli, folder: Path) -> None:
     before = made_at(folder / "out")
     outcome = cli(folder / "recipe.yaml", folder / "out", "--max-kl", 1e-6)
     assert outcome.code == 3
-    assert "judged anew" in outcome.out
+    assert "judged again" in outcome.out
     assert "validating" not in outcome.out
     report = json.loads((folder / "out" / "report.json").read_text())
     assert (report["passed"], report["exit_code"]) == (False, 3)

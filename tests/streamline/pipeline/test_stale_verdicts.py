@@ -29,7 +29,7 @@ Cli = Callable[..., Outcome]
 WEIGHTS = "model.safetensors"
 RUN = ("run", "-m", "source", "out", "--layers", 3, "--calibration", "stdlib", "--samples", 2, "--length", 32)
 JUDGED = ("--eval-data", "eval.txt", "--eval-samples", 8, "--max-kl", 50)
-AGAIN = "report.json is there already, of these very files"
+AGAIN = "report.json exists already, for the same files"
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ OUTPUT_EDITS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "record without hashes": (
         lambda: edit_json("streamline.json", files=None),
-        "streamline.json has no hashes of the files, so they cannot be told from others",
+        "streamline.json has no hashes of the files, so changed files would not be noticed",
     ),
 }
 
@@ -154,7 +154,7 @@ def test_a_source_whose_tokenizer_was_edited_is_measured_anew(cli: Cli, timer: T
     file.write_text(json.dumps({**json.loads(file.read_text()), "padding_side": "left"}))
     outcome = cli(*RUN, *JUDGED)
     assert (outcome.code, timer.asked) == (0, 1)
-    assert "report.json is of other files, text, settings, machine or versions; measuring anew" in outcome.out
+    assert "report.json describes other files, text, settings, machine or versions; measuring again" in outcome.out
 
 
 REPORT_EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -169,13 +169,13 @@ def test_a_tampered_report_is_not_believed(cli: Cli, timer: Timer, kind: str) ->
     edit_report(REPORT_EDITS[kind])
     outcome = cli(*RUN, *JUDGED)
     assert (outcome.code, timer.asked) == (0, 1)
-    assert "not the report that was written: its digest does not match its content; measuring anew" in outcome.out
+    assert "not the report that was written: its digest does not match its content; measuring again" in outcome.out
     assert Report.from_json(Path("out/report.json").read_text()).rows == rows
 
 
 def test_a_report_of_other_files_is_made_anew_though_its_digest_fits(cli: Cli, timer: Timer) -> None:
     edit_report(lambda report: report["rows"][1]["files"].update({WEIGHTS: "0" * 64}), sign=True)
-    assert "is of other files, text, settings, machine or versions; measuring anew" in cli(*RUN, *JUDGED).out
+    assert "describes other files, text, settings, machine or versions; measuring again" in cli(*RUN, *JUDGED).out
     assert timer.asked == 1
 
 
@@ -186,7 +186,7 @@ def test_a_verdict_is_judged_again_from_the_rows(cli: Cli, timer: Timer) -> None
     assert Report.from_json(Path("out/report.json").read_text()).verdict.passed
     outcome = cli(*strict)
     assert (outcome.code, timer.asked) == (3, 0)
-    assert "judged anew" in outcome.out
+    assert "judged again" in outcome.out
 
 
 def test_a_bound_that_is_past_the_limit_fails_unless_the_point_is_judged(cli: Cli, timer: Timer) -> None:
@@ -207,7 +207,7 @@ def test_other_text_of_the_same_name_is_measured_anew(cli: Cli, timer: Timer) ->
     fingerprint = Report.from_json(Path("out/report.json").read_text()).data["fingerprint"]
     text = Path("eval.txt").read_text()
     Path("eval.txt").write_text(text[200:])
-    assert "measuring anew" in cli(*RUN, *JUDGED).out
+    assert "measuring again" in cli(*RUN, *JUDGED).out
     assert timer.asked == 1
     assert Report.from_json(Path("out/report.json").read_text()).data["fingerprint"] != fingerprint
 
@@ -263,5 +263,5 @@ def test_figures_of_another_machine_are_measured_anew(cli: Cli, timer: Timer, mo
     monkeypatch.setattr(run, "describe_machine", lambda device: {**here, "processor": "another"})
     outcome = cli(*RUN, *JUDGED)
     assert outcome.code == 0
-    assert "is of other files, text, settings, machine or versions; measuring anew" in outcome.out
+    assert "describes other files, text, settings, machine or versions; measuring again" in outcome.out
     assert timer.asked == 1

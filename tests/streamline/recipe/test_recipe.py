@@ -34,7 +34,7 @@ from optimum.streamline.recipe.recipe import CHOOSING_TEXT, JUDGING_TEXT, OPTION
         ({"samples": 0}, "samples is 0: .* greater than 0"),
         ({"length": "long"}, "length is 'long': .* integer"),
         ({"budget": {"max_kl": -1}}, "budget.max-kl is -1: .* greater than or equal to 0"),
-        ({"budget": 3}, "budget is 3: must be options with their values; known are max_ppl_ratio, max_kl"),
+        ({"budget": 3}, "budget is 3: must be a mapping of options to values; known are max_ppl_ratio, max_kl"),
         ({"healing": {"kl": 2}}, "healing.kl is 2: .* less than or equal to 1"),
         ({"healing": {"heal_kl": 1}}, "healing: unknown key 'heal_kl'; known are trainings, scope"),
         ({"calibration": {"data": 3}}, "calibration.data is 3: must be a string"),
@@ -94,14 +94,17 @@ def test_a_value_of_another_type_is_refused(key: str) -> None:
         ({"layers": "99"}, "layers '99': there is no layer 99; the model has layers 0 to 7"),
         ({"layers": "0-7"}, "these are all 8 layers"),
         ({"layers": "1", "remove": 1}, "give remove or layers, not both"),
-        ({"layers": "1,2", "method": "shortgpt"}, "method shortgpt chooses its own; use method explicit"),
+        ({"layers": "1,2", "method": "shortgpt"}, "method shortgpt chooses the layers itself; use method explicit"),
         ({"method": "explicit"}, "layers is missing"),
         ({"layers": "1,3", "replacement": "mlp"}, "a replacement needs one block of at least 2 layers"),
         (
             {"method": "shortgpt", "remove": 1, "replacement": "layer"},
-            "replacement 'layer': method shortgpt takes none or linear",
+            "replacement 'layer': method shortgpt supports none or linear",
         ),
-        ({"remove": 1, "method": "llm-streamline", "iterative": True}, "iterative True: method llm-streamline has no"),
+        (
+            {"remove": 1, "method": "llm-streamline", "iterative": True},
+            "iterative True: method llm-streamline does not have",
+        ),
     ],
 )
 def test_a_method_refuses_what_it_cannot_follow(fields: dict[str, Any], message: str) -> None:

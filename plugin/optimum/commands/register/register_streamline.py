@@ -1,4 +1,4 @@
-"""Found by optimum-cli, and run by every one of its commands: registers `streamline`, and imports nothing heavy."""
+"""Register the command `streamline`. Every call of optimum-cli runs this file, so it imports nothing slow."""
 
 from optimum.commands.streamline import StreamlineCommand
 

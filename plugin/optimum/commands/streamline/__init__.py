@@ -1,7 +1,7 @@
 """The commands of `optimum-cli streamline`, one file each.
 
-Every optimum-cli command imports this package, so its files import nothing but argparse and optimum's base class at
-the top. What a command needs, it imports when it runs.
+Every call of optimum-cli imports the files of the commands. So at the top they import only argparse and optimum's base
+class. What a command needs, it imports when it runs.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ __all__ = ["StreamlineCommand"]
 
 
 class StreamlineCommand(BaseOptimumCLICommand):
-    """`optimum-cli streamline`, the group of the commands above."""
+    """`optimum-cli streamline`, the group of our commands."""
 
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
-        """Make an unknown command one line."""
+        """Report an unknown command in one line."""
         parser.error = exit_with_error  # type: ignore[method-assign]
 
-    COMMAND = CommandInfo(name="streamline", help="Make language models shallower, and prove what it cost.")
+    COMMAND = CommandInfo(
+        name="streamline", help="Prune, replace and heal the layers of language models, and prove what it cost."
+    )
     SUBCOMMANDS: ClassVar[tuple[CommandInfo, ...]] = tuple(
         CommandInfo(name=command.COMMAND.name, help=command.COMMAND.help, subcommand_class=command)
         for command in (

@@ -1,4 +1,8 @@
-"""The base class of every command: strict parsing of flags, and a wrong flag as one line."""
+"""The base class of the commands: it parses flags strictly, and reports a wrong flag in one line.
+
+optimum-cli gives each of its commands an argparse parser. A library such as typer or click brings its own parser, so it
+cannot add a command to optimum-cli; argparse is adapted here instead.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +26,9 @@ def exit_with_error(message: str) -> NoReturn:
 
 
 def _read_strictly(parser: argparse.ArgumentParser, add_flags: Callable[[argparse.ArgumentParser], None]) -> None:
-    # Every optimum-cli command sets up the parsers of all others: ours imports its flags when it is the one that runs.
-    # argparse hands what a subcommand does not know up to the root parser, which answers with its whole usage; and
-    # it takes flags between two positional arguments only when asked to.
+    # Every call of optimum-cli sets up the parsers of all commands. Ours adds its flags only when it is the one that
+    # runs, because they import other rooms. Left alone, argparse would also pass unknown flags on to the root parser,
+    # which prints its whole usage, and would refuse flags between two positional arguments.
     parse = parser.parse_known_args
 
     def parse_all(args: Any = None, namespace: Any = None, **_: Any) -> tuple[argparse.Namespace, list[str]]:
@@ -39,7 +43,7 @@ def _read_strictly(parser: argparse.ArgumentParser, add_flags: Callable[[argpars
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Wraps each line of a flag's help by itself, so that a list stays a list."""
+    """Wraps each line of a help text separately, so that a list keeps its lines."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         lines: list[str] = []
@@ -54,11 +58,11 @@ class HelpFormatter(argparse.HelpFormatter):
 class Command(BaseOptimumCLICommand):
     """One command: `add_flags` declares its flags, `execute` does the work.
 
-    Both import what they need when they run, so that no other command waits for it.
+    Both import what they need inside, so that other commands do not wait for the imports.
     """
 
     def parse_args(self, parser: argparse.ArgumentParser) -> None:
-        """Make a wrong flag one line and exit code 2, as any other wrong input; no flag is guessed from its start."""
+        """Report a wrong flag in one line with exit code 2, like any bad input. Abbreviated flags are refused."""
         parser.error = exit_with_error  # type: ignore[method-assign]
         parser.allow_abbrev = False
         parser.formatter_class = HelpFormatter
@@ -78,11 +82,11 @@ class Command(BaseOptimumCLICommand):
     @staticmethod
     @abstractmethod
     def execute(args: argparse.Namespace, console: Console) -> int:
-        """Do the work, with what the user should know printed on `console`.
+        """Do the work, and print the results on `console`.
 
         Returns:
             The exit code: 0, or 3 if the result is over budget.
 
         Raises:
-            StreamlineError: bad input, in one line.
+            StreamlineError: bad input. The message is one line.
         """

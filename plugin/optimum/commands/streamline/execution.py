@@ -1,4 +1,4 @@
-"""Run a command: log other libraries, turn an error into one line, and return the exit code."""
+"""Run a command: hide the messages of other libraries, report an error in one line, and return the exit code."""
 
 from __future__ import annotations
 
@@ -18,26 +18,31 @@ from .console import asked_to_end, interrupt
 
 
 def run_command(name: str, execute: Callable[[Namespace, Console], int], args: Namespace) -> int:
-    """Run the command of this name: `execute`, with these flags.
+    """Run a command.
+
+    Args:
+        name: The command's name.
+        execute: The function that does the work.
+        args: The parsed flags.
 
     Returns:
-        Its exit code: 0 done, 3 done but over budget, 2 bad input, 1 any other error, 130 interrupted.
+        The exit code: 0 done, 3 done but over budget, 2 bad input, 1 any other error, 130 interrupted.
     """
-    # Bound now: what is printed from here on is the program's own, whatever is redirected later.
-    # Of several processes one speaks.
+    # The console keeps the present stdout, so our own messages reach the terminal even while stdout is redirected to
+    # hide other libraries. Of several processes, only the main one prints.
     console = Console(file=sys.stdout, soft_wrap=True, highlight=False, quiet=not is_main())
     asked_to_end.clear()
     ended_before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        # What other libraries say where there is no output folder yet to log it in is dropped, unless asked for.
+        # There is no folder for a log file yet, so the messages of other libraries are dropped without --verbose.
         with captured_logs(None, args.verbose):
             _check_processes(name, args.verbose)
             return execute(args, console)
     except StreamlineError as error:
-        _complain(f"error: {error}", error)
+        _print_error(f"error: {error}", error)
         return error.exit_code
     except KeyboardInterrupt as interruption:
-        _complain("interrupted", interruption)
+        _print_error("interrupted", interruption)
         return 130
     finally:
         signal.signal(signal.SIGTERM, ended_before)
@@ -47,13 +52,13 @@ def _check_processes(name: str, verbose: bool) -> None:
     if process_count() == 1:
         return
     if not verbose:
-        # Heard when torch is loaded: what shares the gradients out would write hints to the terminal.
+        # torch reads this when it is imported. Its distributed library would write hints to the terminal otherwise.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if name != "prune":
-        raise StreamlineError(f"{name}: works in one process; prune is the command that several can share")
+        raise StreamlineError(f"{name}: must run in one process; only prune can use several")
 
 
-def _complain(message: str, error: BaseException) -> None:
+def _print_error(message: str, error: BaseException) -> None:
     if is_main():
-        # A note says what is left to go on from. Errors that are not ours show theirs below their traceback.
+        # A note says which training checkpoints are left. Python prints the notes of other exceptions itself.
         print(message, *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)

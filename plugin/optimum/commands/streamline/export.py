@@ -1,4 +1,4 @@
-"""`optimum-cli streamline export`: its flags, and what it does with them."""
+"""`optimum-cli streamline export`: its flags and its work."""
 
 from __future__ import annotations
 
@@ -17,15 +17,13 @@ if TYPE_CHECKING:
     from optimum.streamline.text.windows import Windows
 
 OPSETS = {"onnx": 23, "tensorrt": 24}
-
-
 ENGINE_FLAGS = ("builder", "compute_capability", "max_batch", "max_length", "max_input")
 
 
 class ExportCommand(Command):
     """`optimum-cli streamline export`."""
 
-    COMMAND = CommandInfo(name="export", help="Export a checkpoint, checked against torch.")
+    COMMAND = CommandInfo(name="export", help="Export a checkpoint to ONNX or TensorRT, and compare it with torch.")
 
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -36,30 +34,30 @@ class ExportCommand(Command):
 
         add_model_flags(parser)
         add_output_flags(parser)
-        parser.add_argument("--format", default="onnx", help="onnx or tensorrt. (default: onnx)")
+        parser.add_argument("--format", default="onnx", help="Format of the export: onnx or tensorrt. (default: onnx)")
         parser.add_argument(
-            "--task", default="text-generation", help="text-generation, the only one. (default: text-generation)"
+            "--task", default="text-generation", help="Only text-generation. (default: text-generation)"
         )
         parser.add_argument(
-            "--opset", type=int, metavar="N", help="Only 23 for onnx and 24 for tensorrt, which are the defaults."
+            "--opset", type=int, metavar="N", help="ONNX opset. Only 23 for onnx and 24 for tensorrt, the defaults."
         )
         add_option(
-            parser, "dtype", choices="bf16 is for onnx on device cuda only.", default="fp32", told_default="fp32"
+            parser, "dtype", choices="bf16 needs format onnx and device cuda.", default="fp32", shown_default="fp32"
         )
         add_option(parser, "device", default="cpu")
         parser.add_argument(
             "--max-memory",
             metavar="SIZE",
-            help="Most memory to use, such as 1.5GB. The least possible is what two layers take, or about five times "
-            "the largest weight. (default: what is free)",
+            help="Limit of the memory to use, such as 1.5GB. Two layers, and about five times the largest weight, must "
+            "fit. (default: all free memory)",
         )
         parser.add_argument(
             "--last-logits",
             action="store_true",
-            help="Compute the logits of the last token of each row only, for a faster prefill. With 0 as the input "
-            "num_logits_to_keep the graph computes all logits, which scoring text needs.",
+            help="Return only the logits of the last token of each row, for a faster prefill. For all logits, as for "
+            "perplexity, set the graph's input num_logits_to_keep to 0.",
         )
-        group = parser.add_argument_group("engine", "The engine that format tensorrt builds.")
+        group = parser.add_argument_group("engine", "Engine of format tensorrt.")
         group.add_argument(
             "--builder",
             help="tensorrt, which builds for the GPU of this machine, or tensorrt-rtx. (default: tensorrt)",
@@ -67,32 +65,35 @@ class ExportCommand(Command):
         group.add_argument(
             "--compute-capability",
             metavar="NUMBERS",
-            help="GPUs that tensorrt-rtx builds for on a machine without them, such as 89,120.",
+            help="Compute capabilities of the GPUs that tensorrt-rtx builds for, such as 89,120. (default: of this "
+            "machine's GPU)",
         )
-        group.add_argument("--max-batch", type=int, metavar="N", help="Largest number of rows. (default: 1)")
+        group.add_argument(
+            "--max-batch", type=int, metavar="N", help="Largest number of texts in a batch. (default: 1)"
+        )
         group.add_argument(
             "--max-length",
             type=int,
             metavar="N",
-            help="Largest number of tokens of a text. (default: 2048, or fewer if the model reads fewer)",
+            help="Largest number of tokens in a text. (default: 2048, or fewer if the model reads fewer)",
         )
         group.add_argument(
             "--max-input",
             type=int,
             metavar="N",
-            help="Most new tokens in one call. (default: --max-length)",
+            help="Largest number of new tokens in one call. (default: --max-length)",
         )
         group = parser.add_argument_group(
-            "quantization", "The exported graph is quantized after it was compared with torch."
+            "quantization", "Quantization of the exported graph, after the comparison with torch."
         )
         choices = f"For onnx one of\n{listed(descriptions_of(GRAPH_QUANTIZERS))}\nfor tensorrt one of\n"
         add_option(group, "quantize", choices=choices + listed(descriptions_of(ENGINE_QUANTIZERS)), default="none")
         add_option(group, "quantize_exclude", default="")
         group = parser.add_argument_group(
-            "calibration", "For the quantizers int8-static and int4-gptq, and for int8 and fp8 of tensorrt."
+            "calibration", "For the quantizers int8-static and int4-gptq of onnx, and int8 and fp8 of tensorrt."
         )
         for key, value in _calibration_defaults().items():
-            add_option(group, key, default=None, told_default=value)
+            add_option(group, key, default=None, shown_default=value)
         parser.epilog = SPEC
 
     @staticmethod
@@ -108,7 +109,7 @@ class ExportCommand(Command):
         if args.task not in ("text-generation", "text-generation-with-past"):
             raise StreamlineError(f"task {args.task!r}: must be text-generation")
         opset = OPSETS.get(args.format)
-        if args.opset not in (None, opset):
+        if opset is not None and args.opset not in (None, opset):
             raise StreamlineError(
                 f"opset {args.opset}: must be {opset}, which has attention and normalisation as single nodes"
             )
@@ -139,7 +140,7 @@ class ExportCommand(Command):
 
 
 def _engine(args: Namespace) -> EngineOptions | None:
-    """What engine is asked for; none where the format has none."""
+    """The engine options that the flags give; `None` for a format without an engine."""
     from optimum.exporters.streamline import EngineOptions
     from optimum.streamline.errors import StreamlineError
 
@@ -154,12 +155,14 @@ def _engine(args: Namespace) -> EngineOptions | None:
         try:
             given["capabilities"] = tuple(int(each) for each in asked.split(","))
         except ValueError:
-            raise StreamlineError(f"compute-capability {asked!r}: must be numbers by commas, as 89,120") from None
+            raise StreamlineError(
+                f"compute-capability {asked!r}: must be numbers separated by commas, such as 89,120"
+            ) from None
     return EngineOptions(**given)
 
 
 def _calibration_defaults() -> dict[str, Any]:
-    """Defaults of the calibration of a graph: those of a recipe, with fewer and shorter windows."""
+    """The defaults of the calibration flags: the recipe's, but with fewer and shorter windows."""
     from optimum.streamline.recipe.recipe import OPTIONS
 
     names = ("calibration", "samples", "length", "seed")
@@ -167,37 +170,44 @@ def _calibration_defaults() -> dict[str, Any]:
 
 
 def _calibration(args: Namespace, console: Console) -> Windows | None:
-    """The windows that a way to quantize asks for; none where it asks for none."""
-    from optimum.exporters.streamline import ENGINE_QUANTIZERS, GRAPH_QUANTIZERS
+    """The calibration windows; `None` for a quantizer that needs none.
+
+    Raises:
+        StreamlineError: a calibration flag is out of range or has no effect, or the text cannot be used.
+    """
     from optimum.streamline.checkpoints.loading import load_tokenizer, read_config
     from optimum.streamline.errors import StreamlineError
+    from optimum.streamline.pipeline.exporting import is_calibrated
     from optimum.streamline.text.windows import read_windows
 
     from .inputs import model_source
 
     given = {name: getattr(args, name) for name in _calibration_defaults() if getattr(args, name) is not None}
-    ways: Any = ENGINE_QUANTIZERS if args.format == "tensorrt" else GRAPH_QUANTIZERS
-    if args.quantize not in ways or not ways[args.quantize].calibrated:
+    if not is_calibrated(args.format, args.quantize):
         for name, value in given.items():
-            raise StreamlineError(f"{name} {value}: quantize {args.quantize!r} is not calibrated; leave it out")
+            raise StreamlineError(f"{name} {value}: quantize {args.quantize!r} needs no calibration text; leave it out")
         return None
     source, asked = model_source(args, args.model), _calibration_defaults() | given
     config = read_config(source)
     limit = config.max_position_embeddings
-    if engine := _engine(args):  # whose caches have no room for more
+    if engine := _engine(args):  # its caches hold no more tokens
         limit = engine.limits(limit).length
         asked["length"] = given.get("length", min(asked["length"], limit))
     for name, least, most in (("samples", 1, 10**6), ("length", 8, limit)):
         if not least <= asked[name] <= most:
             raise StreamlineError(f"{name} {asked[name]}: must be from {least} to {most}")
-    how = (asked["samples"], asked["length"], asked["seed"], config.vocab_size, "calibration")
-    windows = read_windows(asked["calibration"], load_tokenizer(source), *how)
+    drawn = (asked["samples"], asked["length"], asked["seed"], config.vocab_size, "calibration")
+    windows = read_windows(asked["calibration"], load_tokenizer(source), *drawn)
     console.print(windows.line("calibration"), markup=False)
     return windows
 
 
 def _bytes(name: str, text: str | None) -> int | None:
-    """The number of bytes that a size says, such as `1.5GB`."""
+    """Parse a size such as `1.5GB` into bytes; `None` for `None`.
+
+    Raises:
+        StreamlineError: the text is not a size.
+    """
     from optimum.streamline.errors import StreamlineError
 
     if text is None:
@@ -209,5 +219,5 @@ def _bytes(name: str, text: str | None) -> int | None:
     except (ValueError, OverflowError):
         size = 0
     if size <= 0:
-        raise StreamlineError(f"{name} {text!r}: must be a size in bytes, or one such as 500MB or 1.5GB")
+        raise StreamlineError(f"{name} {text!r}: must be a number of bytes, or a size such as 500MB or 1.5GB")
     return size

@@ -1,4 +1,4 @@
-"""Turn parsed flags into the library's arguments: the model, the recipe, and where to save the recipe."""
+"""Turn parsed flags into arguments of the library: the model and the recipe. Also write `--save-recipe`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from optimum.streamline.system.distributed import is_main
 
 
 def recipe_of(args: Namespace) -> Recipe:
-    """The recipe of a recipe file, if there is one, with the flags in place of its values."""
+    """The recipe of the flags and of the recipe file, if one is given. A flag overrides the file."""
     file = getattr(args, "recipe", None)
     given = given_options(read_recipe(file), f"recipe {file}") if file else {}
     flags = {key: value for key, value in vars(args).items() if key in OPTIONS}
@@ -29,12 +29,12 @@ def recipe_of(args: Namespace) -> Recipe:
 
 
 def model_source(args: Namespace, model: str) -> ModelSource:
-    """The model that a command was given, with the flags that say how it may be read."""
+    """The source of a model, with the flags `--cache_dir`, `--trust-remote-code` and `--revision`."""
     return ModelSource(model, args.cache_dir, args.trust_remote_code, args.revision)
 
 
 def note_bare_layers(console: Console, *sources: ModelSource) -> None:
-    """Say of each model with a bare feed-forward layer that stock transformers cannot load it."""
+    """Print a line for each model with bare layers: stock transformers cannot load it."""
     for source in sources:
         if not is_artifact(source.folder) and bare_layers(read_config(source)):
             console.print(f"{source.model} {NEEDS_LOAD}", markup=False)
@@ -42,33 +42,33 @@ def note_bare_layers(console: Console, *sources: ModelSource) -> None:
 
 @contextmanager
 def saved_recipe(args: Namespace, recipe: Recipe, console: Console) -> Iterator[None]:
-    """Write the recipe to `--save-recipe`, if given, once the work inside the block is done."""
-    # Refused before the work, and written after it: only then is it known that nothing in the recipe was bad input.
+    """Write the recipe to the file of `--save-recipe`, if given, when the `with` block has succeeded."""
+    # Check the path before the work. Write after it: only then is it known that the recipe holds no bad input.
     path, text = args.save_recipe, write_recipe(recipe)
-    there = path is None or _holds_recipe(path, text, args.output)
+    written = path is None or _holds_recipe(path, text, args.output)
     yield
     if path is not None and is_main():
-        if not there:
+        if not written:
             write_file(path, text)
         console.print(f"recipe written to {path}", markup=False)
 
 
 def _holds_recipe(path: Path, text: str, output: Path) -> bool:
-    """Whether this recipe is in the file already; refuses one that could not be written, or that holds another."""
+    """Whether the file holds this recipe already. Refuses other content, and a path that cannot be written."""
     try:
         ours, out = path.resolve(), output.resolve()
         if ours.is_relative_to(out) or out.is_relative_to(ours):
-            raise StreamlineError(f"save-recipe {path}, output {output}: one lies in the other; choose another place")
+            raise StreamlineError(f"save-recipe {path}, output {output}: one contains the other; choose another path")
         if path.is_file() and path.read_bytes() == text.encode():
             return True
         if path.exists():
-            raise StreamlineError(f"save-recipe {path}: exists already, and is not this recipe; choose another name")
-    except (OSError, RuntimeError) as error:  # links in a circle are a RuntimeError
+            raise StreamlineError(f"save-recipe {path}: exists already and is not this recipe; choose another name")
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
         raise StreamlineError(f"save-recipe {path}: {getattr(error, 'strerror', None) or error}") from None
     check_output(path)
     return False
 
 
 def excluded_modules(args: Namespace) -> list[str]:
-    """What `--quantize-exclude` names: layer numbers and module patterns."""
+    """The items of `--quantize-exclude`: layer numbers and name patterns."""
     return [each.strip() for each in args.quantize_exclude.split(",") if each.strip()]

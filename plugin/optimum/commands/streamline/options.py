@@ -1,4 +1,4 @@
-"""The flags: those of the recipe, made from its definition, and the few others that several commands share."""
+"""The flags of the recipe's options, made from their definitions, and other flags that several commands share."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ SPEC = (
 
 
 def listed(texts: Mapping[str, str]) -> str:
-    """A list of choices for a help text, one a line: the name, and what it does."""
+    """A list for a help text, with one line for each entry: its name and its description."""
     return "\n".join(f"  {name}: {text}" for name, text in texts.items())
 
 
 class Described(Protocol):
-    """An entry of a table that describes itself in one line."""
+    """A quantizer with a description."""
 
     @property
     def description(self) -> str:
-        """One line for the user."""
+        """The description, in one line."""
 
 
 def descriptions_of(quantizers: Mapping[str, Described]) -> dict[str, str]:
-    """The description of each quantizer of a table, by its name."""
+    """The description of each quantizer, by its name."""
     return {name: each.description for name, each in quantizers.items()}
 
 
@@ -48,7 +48,7 @@ def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
     options = [each for each in OPTIONS.values() if each.group in names or each.key in names]
     titles = dict.fromkeys(each.group for each in options)
     for title in titles:
-        description = summary_of(GROUPS[title]) if title else "Options that all steps share."
+        description = summary_of(GROUPS[title]) if title else "Options of all steps."
         group = parser.add_argument_group(title or "all steps", description)
         for each in options:
             if each.group == title:
@@ -62,7 +62,7 @@ def add_option(
     *,
     choices: str = "",
     default: Any = argparse.SUPPRESS,
-    told_default: Any = None,
+    shown_default: Any = None,
     required: bool = False,
 ) -> None:
     """Add the flag of one option of the recipe, with the type and the help of its definition.
@@ -70,15 +70,15 @@ def add_option(
     Args:
         group: The parser, or a group of its flags.
         key: The flag's name with underscores.
-        choices: Lines on the choices; left out, those of a recipe.
-        default: Value of a flag that is not given. Without it `args` has no such attribute, so that the value of a
-            recipe file, or the recipe's default, stands.
-        told_default: The default for the help, if it is not the recipe's.
+        choices: Help lines on the choices, if they differ from a recipe's.
+        default: The value if the flag is not given. By default `args` then has no such attribute, and the recipe file
+            or the recipe's default decides.
+        shown_default: The default to show in the help, if it differs from the recipe's.
         required: Whether the flag must be given.
     """
     option = OPTIONS[key]
     lines = choices or (_CHOICES[key]() if key in _CHOICES else "")
-    text = option.option.help if required else option.help(told_default)
+    text = option.option.help if required else option.help(shown_default)
     text = "\n".join(line for line in (text, lines) if line).replace("%", "%%")
     if option.types == (bool,):
         group.add_argument(option.flag, default=default, action="store_true", help=text)
@@ -93,7 +93,7 @@ def _metavar(option: DefinedOption) -> str:
 
 
 def _method_lines() -> str:
-    others = {each.name: f"from {each.package}" for each in third_party_methods()}  # imports none of them
+    others = {each.name: f"from {each.package}" for each in third_party_methods()}  # without importing them
     return listed(METHOD_SUMMARIES | others)
 
 
@@ -102,23 +102,25 @@ def _quantizer_lines() -> str:
     return f"{NONE}, or for the checkpoint one of\n{checkpoints}\nor for the ONNX export one of\n{graphs}"
 
 
-# The choices of options that take any name: the tables of these names are above the recipe.
+# Help lines for options whose values are names in a table. The recipe may not import the rooms of these tables.
 _CHOICES: dict[str, Callable[[], str]] = {"method": _method_lines, "quantize": _quantizer_lines}
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add `-m/--model`, and how it may be read."""
+    """Add `-m/--model` and the flags of `add_source_flags`."""
     parser.add_argument(
-        "-m", "--model", required=True, help="Folder of a checkpoint, or an id on the Hub, also as name@revision."
+        "-m", "--model", required=True, help="Checkpoint: a folder, or a Hub id, also as name@revision."
     )
     add_source_flags(parser)
 
 
 def add_source_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags on how models may be read."""
+    """Add the flags that control how models are loaded, and `--verbose`."""
     parser.add_argument("--revision", help="Branch, tag or commit of the model on the Hub. (default: its main branch)")
-    parser.add_argument("--cache_dir", metavar="FOLDER", help="Folder that keeps downloads from the Hub.")
-    parser.add_argument("--trust-remote-code", action="store_true", help="Run code that comes with the checkpoint.")
+    parser.add_argument("--cache_dir", metavar="FOLDER", help="Folder for downloads from the Hub.")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="Allow running Python code from the checkpoint."
+    )
     parser.add_argument("--verbose", action="store_true", help="Also print the messages of other libraries.")
 
 
@@ -135,9 +137,7 @@ def add_overwrite_flag(parser: argparse.ArgumentParser) -> None:
 
 def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     """Add `--dry-run` and `--save-recipe`."""
+    parser.add_argument("--dry-run", action="store_true", help="Print the plan and the ideal speed-up; write nothing.")
     parser.add_argument(
-        "--dry-run", action="store_true", help="Print which layers would go and the ideal speed-up; write nothing."
-    )
-    parser.add_argument(
-        "--save-recipe", type=Path, metavar="FILE", help="Write the recipe of these flags to a YAML file, at the end."
+        "--save-recipe", type=Path, metavar="FILE", help="When done, write the recipe of this command to a YAML file."
     )

@@ -1,4 +1,4 @@
-"""`optimum-cli streamline orthogonality`: its flags, and what it does with them."""
+"""`optimum-cli streamline orthogonality`: its flags and its work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class OrthogonalityCommand(Command):
 
     COMMAND = CommandInfo(
         name="orthogonality",
-        help="Does pruning leave quantizing what it was? Measured, in both orders.",
+        help="Measure whether pruning makes quantization cost more accuracy, in both orders.",
     )
 
     @staticmethod
@@ -32,7 +32,9 @@ class OrthogonalityCommand(Command):
         from .options import add_model_flags, add_options, add_overwrite_flag, descriptions_of, listed
 
         add_model_flags(parser)
-        parser.add_argument("recipe", type=Path, nargs="?", help="YAML file with options; a flag replaces its value.")
+        parser.add_argument(
+            "recipe", type=Path, nargs="?", help="Recipe: a YAML file with options. A flag overrides it."
+        )
         parser.add_argument(
             "--output",
             type=Path,
@@ -45,7 +47,7 @@ class OrthogonalityCommand(Command):
             "--quantizers",
             default="int8,int4",
             metavar="NAMES",
-            help="Quantizers to try, by commas. (default: int8,int4)\nIn ONNX Runtime:\n"
+            help="Quantizers to measure, separated by commas. (default: int8,int4)\nIn ONNX Runtime:\n"
             f"{listed(descriptions_of(GRAPH_QUANTIZERS))}\nIn torch:\n{listed(descriptions_of(QUANTIZERS))}",
         )
         shared = ("length", "dtype", "device", "seed")
@@ -63,7 +65,9 @@ class OrthogonalityCommand(Command):
 
         quantizers = [each.strip() for each in args.quantizers.split(",") if each.strip()]
         if not quantizers or len(set(quantizers)) < len(quantizers):
-            raise StreamlineError(f"quantizers {args.quantizers!r}: must be names of quantizers, each once, by commas")
+            raise StreamlineError(
+                f"quantizers {args.quantizers!r}: must be different names of quantizers, separated by commas"
+            )
         report = orthogonality(
             model_source(args, args.model),
             recipe_of(args),

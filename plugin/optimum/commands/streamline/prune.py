@@ -1,4 +1,4 @@
-"""`optimum-cli streamline prune`: its flags, and what it does with them."""
+"""`optimum-cli streamline prune`: its flags and its work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class PruneCommand(Command):
     """`optimum-cli streamline prune`."""
 
-    COMMAND = CommandInfo(name="prune", help="Score, plan, edit, heal and save a checkpoint.")
+    COMMAND = CommandInfo(name="prune", help="Prune and heal a model, and save it as a checkpoint.")
 
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""`optimum-cli streamline quantize`: its flags, and what it does with them."""
+"""`optimum-cli streamline quantize`: its flags and its work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class QuantizeCommand(Command):
     """`optimum-cli streamline quantize`."""
 
-    COMMAND = CommandInfo(name="quantize", help="Quantize a checkpoint for torch; an ONNX export has its own.")
+    COMMAND = CommandInfo(name="quantize", help="Quantize a checkpoint with bitsandbytes or torchao.")
 
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:

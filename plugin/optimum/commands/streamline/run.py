@@ -1,4 +1,4 @@
-"""`optimum-cli streamline run`: its flags, and what it does with them."""
+"""`optimum-cli streamline run`: its flags and its work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RunCommand(Command):
     """`optimum-cli streamline run`."""
 
     COMMAND = CommandInfo(
-        name="run", help="Make shallower, repair, save, export, and prove it; resumes where it stopped."
+        name="run", help="Prune, heal, export and validate, as a recipe says; skip steps already finished."
     )
 
     @staticmethod
@@ -30,7 +30,9 @@ class RunCommand(Command):
         from .options import add_model_flags, add_options, add_output_flags, add_plan_flags
 
         add_model_flags(parser)
-        parser.add_argument("recipe", type=Path, nargs="?", help="YAML file with options; a flag replaces its value.")
+        parser.add_argument(
+            "recipe", type=Path, nargs="?", help="Recipe: a YAML file with options. A flag overrides it."
+        )
         add_output_flags(parser)
         add_plan_flags(parser)
         add_options(parser, *OPTIONS)

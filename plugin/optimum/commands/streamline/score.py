@@ -1,4 +1,4 @@
-"""`optimum-cli streamline score`: its flags, and what it does with them."""
+"""`optimum-cli streamline score`: its flags and its work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class ScoreCommand(Command):
     """`optimum-cli streamline score`."""
 
-    COMMAND = CommandInfo(name="score", help="How much each layer matters: table, JSON and plot.")
+    COMMAND = CommandInfo(name="score", help="Measure how much each layer matters; give a table, JSON and a plot.")
 
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""`optimum-cli streamline validate`: its flags, and what it does with them."""
+"""`optimum-cli streamline validate`: its flags and its work."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 class ValidateCommand(Command):
     """`optimum-cli streamline validate`."""
 
-    COMMAND = CommandInfo(name="validate", help="Accuracy and latency of candidates against the original.")
+    COMMAND = CommandInfo(name="validate", help="Compare accuracy and latency of candidates with the original.")
 
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:
         """Flags of `validate`."""
         from .options import add_options, add_overwrite_flag, add_source_flags
 
-        parser.add_argument("original", help="The original checkpoint: a folder, or an id on the Hub (see --revision).")
+        parser.add_argument("original", help="Checkpoint of the original: a folder, or a Hub id (see --revision).")
         parser.add_argument(
             "candidate",
             nargs="+",
-            help="Checkpoints or exports to compare with the original: folders, or ids on the Hub as name@revision. "
-            "An export of the original itself is recognised.",
+            help="Checkpoints or exports to compare with the original: folders, or Hub ids, also as name@revision. "
+            "An export of the original itself counts as the original, not as a candidate.",
         )
         parser.add_argument(
             "--output",
@@ -42,7 +42,11 @@ class ValidateCommand(Command):
         add_overwrite_flag(parser)
         add_source_flags(parser)
         parser.add_argument(
-            "--rounds", type=int, default=10, metavar="N", help="Times that each model is timed, in turn. (default: 10)"
+            "--rounds",
+            type=int,
+            default=10,
+            metavar="N",
+            help="Number of times that each model is timed, in turn with the others. (default: 10)",
         )
         parser.add_argument(
             "--questions",

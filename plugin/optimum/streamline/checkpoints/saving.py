@@ -5,16 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optimum.streamline.errors import StreamlineError
 from optimum.streamline.model_files.transformers4_config import add_older_names
 from optimum.streamline.model_files.transformers4_tokenizer import save_tokenizer
 from optimum.streamline.models.bare_layers import bare_layers, save_bare
-from optimum.streamline.models.offloaded_weights import read_parameter
+
+from .finite_weights import check_finite
 
 
 def save_model(
@@ -33,7 +30,7 @@ def save_model(
     """
     if dtype is not None:
         _cast(model, dtype)
-        _check_finite(f"stored in {dtype}", model)  # the largest fp16 number is 65504
+        check_finite(f"stored in {dtype}", model)  # the largest fp16 number is 65504
         model.config.dtype = dtype
     save_weights(model, folder)
     save_tokenizer(tokenizer, folder)
@@ -55,15 +52,3 @@ def save_weights(model: PreTrainedModel, folder: Path) -> None:
     save = save_bare if bare_layers(model.config) else PreTrainedModel.save_pretrained
     save(model, folder)
     add_older_names(folder)
-
-
-def _check_finite(name: str, model: PreTrainedModel) -> None:
-    """Refuse a model with a NaN or infinite weight.
-
-    Args:
-        name: The model's name for the message.
-        model: The model.
-    """
-    for key, _ in model.named_parameters():
-        if not bool(torch.isfinite(read_parameter(model, key)).all()):
-            raise StreamlineError(f"model {name!r}: weight {key} holds NaN or infinite values")

@@ -85,11 +85,6 @@ class Plan:
             raise ValueError(f"skipped {self.skipped!r}: layer {lost[0]} is not one that stays")
 
     @property
-    def net_removed(self) -> int:
-        """The number by which `num_hidden_layers` falls: a trained replacement counts as a layer."""
-        return len(self.removed) - (self.replacement in TRAINED)
-
-    @property
     def new_layers(self) -> tuple[PlannedLayer, ...]:
         """The layers of the new model, in order."""
         if self.merges:

@@ -6,7 +6,7 @@ Each measurement has its own file. This one runs them in order, and pairs every 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from optimum.streamline.models.quantization_config import quantization_name
 from optimum.streamline.recipe.recipe import Budget, Judge
 from optimum.streamline.runtime.opening import open_runner
 from optimum.streamline.system.environment import describe_machine
+from optimum.streamline.system.notify import Notify
 from optimum.streamline.text.tokenizer_checks import compare_tokenizers
 from optimum.streamline.text.windows import Windows
 
@@ -185,7 +186,7 @@ def measure(
     decode_tokens: int = 32,
     rounds: int = 10,
     log: Path | None = None,
-    notify: Callable[[str], None] = print,
+    notify: Notify = print,
 ) -> Measurements:
     """Measure all models in this run.
 

@@ -26,7 +26,7 @@ def check_healing(recipe: Recipe) -> None:
     """
     _check_what_is_trained(recipe)
     _check_distillation(recipe)
-    fields = recipe.told_options()
+    fields = recipe.recorded_options()
     needs = [("heal_scope", {"lm", "distill"}), ("heal_normalised", {"hidden-mse"})]
     if recipe.healing.trainings is None:
         needs += [(field, {"hidden-mse", "lm", "distill"}) for field in _OF_ANY_TRAINING]

@@ -15,6 +15,7 @@ from optimum.streamline.editing.plan import TRAINED, Plan, PlannedLayer, depths_
 from optimum.streamline.methods.registry import METHODS
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.system.notify import Notify
 from optimum.streamline.text.windows import Windows
 
 from .losses import Distillation, HealingLoss, NextToken
@@ -80,7 +81,7 @@ class Healer:
         model: PreTrainedModel,
         plan: Plan,
         text: Windows,
-        notify: Callable[[str], None],
+        notify: Notify,
         workspace: Path | None = None,
     ) -> None:
         self._recipe, self._model, self._plan, self._text = recipe, model, plan, text

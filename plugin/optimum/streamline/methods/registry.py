@@ -1,4 +1,4 @@
-"""The pruning methods: this distribution's own, one file each, and those that other distributions register."""
+"""All pruning methods by name: our own, one file each, and the methods of other packages."""
 
 from __future__ import annotations
 
@@ -48,21 +48,21 @@ BUILT_IN: dict[str, Method] = {
 
 
 class _Methods(Mapping[str, Method]):
-    """Every method by name, built in or third-party; a third-party one is imported when its value is asked for."""
+    """Every method by name. A third-party method is imported when it is looked up."""
 
     def __getitem__(self, name: str) -> Method:
         """The method of this name.
 
         Raises:
             KeyError: there is none.
-            StreamlineError: more than one has the name, or the distribution that registers it does not give a method.
+            StreamlineError: several methods have the name, or the registered object is not a method.
         """
         registered = [each for each in third_party_methods() if each.name == name]
         if name in BUILT_IN:
             if registered:
                 raise StreamlineError(
-                    f"method {name!r}: {registered[0].package} registers this name, which is one of "
-                    f"optimum-streamline's own; uninstall {registered[0].distribution}, or rename its method"
+                    f"method {name!r}: {registered[0].package} registers this name, but it belongs to a "
+                    f"method of optimum-streamline; uninstall {registered[0].distribution}, or rename its method"
                 )
             return BUILT_IN[name]
         if not registered:
@@ -86,11 +86,11 @@ METHODS: Mapping[str, Method] = _Methods()
 
 
 def _made(registered: ThirdPartyMethod) -> Method:
-    """The method that an entry point names."""
+    """Import a third-party method, check it, and make an instance."""
     where = f"method {registered.name!r} of {registered.package}"
     try:
         found: Any = registered.entry_point.load()
-    except Exception as error:  # a stranger's module may raise anything
+    except Exception as error:  # third-party code may raise anything
         raise StreamlineError(
             f"{where}: cannot be imported ({type(error).__name__}: {first_line(error)}); repair or uninstall "
             f"{registered.distribution}"
@@ -111,10 +111,10 @@ def _made(registered: ThirdPartyMethod) -> Method:
 
 
 def method_of(recipe: Recipe, config: PreTrainedConfig) -> Method:
-    """The method a recipe names, after it has checked the recipe against a model of this config.
+    """The recipe's method, after it has checked the recipe against the config of the model.
 
     Raises:
-        StreamlineError: there is no such method, or it cannot follow the recipe.
+        StreamlineError: there is no such method, or it does not support the recipe.
     """
     if recipe.resolved_method not in METHODS:
         raise StreamlineError(f"method {recipe.pruning.method!r}: unknown; known are {', '.join(METHODS)}")
@@ -131,7 +131,7 @@ def _check_options(recipe: Recipe, method: Method) -> None:
         if value and field not in method.options:
             having = [name for name, other in METHODS.items() if field in other.options]
             raise StreamlineError(
-                f"{field} {value!r}: method {recipe.resolved_method} has no such choice; {_has(having)}"
+                f"{field} {value!r}: method {recipe.resolved_method} does not have this option; {_has(having)}"
             )
 
 

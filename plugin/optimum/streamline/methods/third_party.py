@@ -1,6 +1,6 @@
-"""Pruning methods that other distributions register in the entry-point group `optimum_streamline.methods`.
+"""Find the pruning methods that other packages register in the entry-point group `optimum_streamline.methods`.
 
-Finds them and imports none of them, and no torch either: `--help` can list them. `registry.METHODS` imports them.
+This file does not import the methods, nor torch, so that `--help` can list them fast. `registry.METHODS` imports them.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ GROUP = "optimum_streamline.methods"
 
 
 class ThirdPartyMethod(NamedTuple):
-    """One entry point of the group.
+    """A method that another package registers.
 
     Args:
-        name: What a recipe calls the method.
-        distribution: Name of the installed distribution that registers it.
-        version: Version of that distribution.
-        entry_point: Where the class is.
+        name: The method's name in a recipe.
+        distribution: Name of the installed distribution that registers the method.
+        version: Version of the distribution.
+        entry_point: The entry point. Loading it imports the class.
     """
 
     name: str
@@ -35,9 +35,9 @@ class ThirdPartyMethod(NamedTuple):
 
 
 def third_party_methods() -> tuple[ThirdPartyMethod, ...]:
-    """Every method that an installed distribution registers, by name, and of one name by distribution.
+    """Every registered method, sorted by name and then by distribution.
 
-    Names are as registered: `registry.METHODS` refuses a name that is taken when it is asked for.
+    Names may repeat: `registry.METHODS` refuses a name that several methods have when the name is looked up.
     """
     return _registered(tuple(sys.path))
 
@@ -47,6 +47,6 @@ def _registered(path: tuple[str, ...]) -> tuple[ThirdPartyMethod, ...]:
     found = []
     for entry_point in entry_points(group=GROUP):
         distribution = entry_point.dist
-        assert distribution is not None, "an entry point of an installed distribution knows it"
+        assert distribution is not None, "entry_points() sets `dist` for installed distributions"
         found.append(ThirdPartyMethod(entry_point.name, distribution.name, distribution.version, entry_point))
     return tuple(sorted(found))

@@ -16,7 +16,7 @@ class LinearModule:
 
     Args:
         weights: Number of weights, without biases.
-        depth: Number of products that each output sums, for an `nn.Linear`; 0 for any other module.
+        depth: Number of inputs, over which each output sums, for an `nn.Linear`; 0 for any other module.
     """
 
     weights: int

@@ -56,22 +56,6 @@ def quantization_name(config: PreTrainedConfig) -> str | None:
     return method
 
 
-def refuse_quantized(config: PreTrainedConfig, what: str, instead: str) -> None:
-    """Refuse a quantized model where an operation needs float weights.
-
-    Args:
-        config: The model's config.
-        what: The operation, as `field 'value'` for the message.
-        instead: What to do instead, for the message.
-
-    Raises:
-        StreamlineError: the model is quantized.
-    """
-    name = quantization_name(config)
-    if name is not None:
-        raise StreamlineError(f"{what}: needs float weights, and the model's are quantized ({name}); {instead}")
-
-
 def check_readable(config: PreTrainedConfig, device: str) -> bool:
     """Refuse a quantized model that transformers cannot load on this machine.
 
@@ -115,7 +99,7 @@ def check_writable(config: PreTrainedConfig, device: str) -> None:
     if quantization_name(config) is not None and not check_readable(config, device):
         raise StreamlineError(
             f"model: its weights are quantized ({quantization_name(config)}), which transformers reads on {device} but "
-            "cannot write back; prune the float model and quantize then"
+            "cannot write back; prune the float model, then quantize it"
         )
 
 
@@ -190,5 +174,5 @@ def _renumbered(field: str, name: str, path: str, origins: Sequence[int]) -> lis
 def _cannot_follow(field: str) -> StreamlineError:
     return StreamlineError(
         f"quantization_config.{field}: names layers in a form that cannot follow their new numbers; prune the float "
-        "model and quantize then"
+        "model, then quantize it"
     )

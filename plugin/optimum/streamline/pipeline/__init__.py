@@ -1,7 +1,8 @@
-"""The steps of the commands `prune`, `quantize`, `run`, `validate` and `orthogonality`; `score` is in `prune.py`.
+"""The work behind the commands and the Python API: each command's steps, in order.
 
-`preflight.py` holds what they check first, `texts.py` what they read, `prepared.py` and `checkpoint.py` the steps of
-`prune.py` that work on a loaded model, and `exporting.py` the way to the exporters.
+`prune.py` (with `score`), `quantize.py`, `run.py`, `orthogonality.py` and `validation.py` hold one command each. They
+share the other files: `preflight.py` checks the recipe, `texts.py` reads the texts, `prepared.py` loads a model and
+plans, `checkpoint.py` writes the pruned model, and `exporting.py` calls the exporters.
 """
 
 __all__ = [

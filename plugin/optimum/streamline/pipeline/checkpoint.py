@@ -1,4 +1,4 @@
-"""Writing a pruned model as a checkpoint with its record and its card, read back before it is delivered."""
+"""Write a pruned model as a checkpoint with its record and model card, and read it back before it is delivered."""
 
 from __future__ import annotations
 
@@ -19,24 +19,27 @@ from optimum.streamline.quantization.loading import check_quantizable, load_quan
 from optimum.streamline.quantization.quantizers import QUANTIZERS
 from optimum.streamline.reporting.model_card import CARD_FILE, model_card
 from optimum.streamline.reporting.record import PruningRecord
+from optimum.streamline.system.notify import Notify
 
 from .prepared import Prepared
-from .quantize import Notify, write_quantization
+from .quantize import write_quantization
 
 
 def write_checkpoint(prepared: Prepared, record: PruningRecord, folder: Path, notify: Notify) -> PruningRecord:
-    """Write weights, tokenizer, `streamline.json` and the card into `folder`, and read the checkpoint back.
+    """Write weights, tokenizer, `streamline.json` and the model card into `folder`, and read the checkpoint back.
 
     Args:
-        prepared: Its model is the pruned one, which is of no use afterwards.
+        prepared: Holds the pruned model. Do not use the model afterwards: its weights may be cast or freed.
         record: What was done to the model.
+        folder: The folder to write.
+        notify: Gets one line on the modules left in float, if the checkpoint is quantized.
 
     Returns:
-        The record, with how the folder compared with the model in memory.
+        The record, completed by the comparison of the checkpoint with the model in memory.
 
     Raises:
-        ParityError: what was written is not the model.
-        StreamlineError: a weight is not finite in the type that it is stored in.
+        ParityError: the checkpoint computes something else than the model in memory.
+        StreamlineError: a weight is not finite in the type in which it is stored.
     """
     record = replace(record, read_back=_save(prepared, record, folder, notify))
     write_record(record.to_dict(), folder)
@@ -45,18 +48,19 @@ def write_checkpoint(prepared: Prepared, record: PruningRecord, folder: Path, no
 
 
 def _save(prepared: Prepared, record: PruningRecord, folder: Path, notify: Notify) -> dict[str, Any]:
-    """Write the model, quantized if that comes last, and read it back; returns what `read_back` does."""
+    """Write the model, quantize it if the recipe quantizes last, and return the result of `read_back`."""
     source, recipe, model = prepared.source, prepared.recipe, prepared.model
     quantizes = recipe.quantization.quantizer in QUANTIZERS
     if quantizes and not recipe.quantize_first:
         in_float = check_quantizable(read_config(source), recipe.quantization.quantizer, recipe.excluded)
-        now = [new for new, _ in renumbered_names(in_float, [place.originals for place in record.change.new_layers])]
+        originals = [layer.originals for layer in record.change.new_layers]
+        kept = [new for new, _ in renumbered_names(in_float, originals)]
         with TemporaryDirectory(dir=folder) as scratch:
             save_model(model, prepared.tokenizer, prepared.stored, Path(scratch))
             release_weights(model)
-            model = load_quantizing(source.with_model(scratch), recipe.quantization.quantizer, now, recipe.device)
+            model = load_quantizing(source.with_model(scratch), recipe.quantization.quantizer, kept, recipe.device)
     save_model(model, prepared.tokenizer, None if quantizes else prepared.stored, folder)
-    if not isinstance(source, ModelInMemory):  # transformers writes the code of a model in memory itself
+    if not isinstance(source, ModelInMemory):  # for a model in memory, transformers writes the code itself
         carry_code(source, folder)
     if quantizes:
         notify(write_quantization(model, source, recipe.quantization.quantizer, recipe.excluded, folder))

@@ -1,4 +1,4 @@
-"""The exports that `run` and `orthogonality` need. No other file of `pipeline` calls the exporters."""
+"""All calls from `pipeline` to the exporters, which are imported only here: their packages are an optional extra."""
 
 from __future__ import annotations
 
@@ -14,43 +14,48 @@ from optimum.streamline.scoring.similarity import Scores, scores_of
 from optimum.streamline.text.windows import Windows
 
 CALIBRATION_WINDOWS = 32
-"""The most of the recipe's calibration windows that calibrate a quantizer of graphs."""
+"""How many of the recipe's calibration windows a graph quantizer uses, at most."""
 
 
-def export(checkpoint: str, out: Path, **how: Any) -> Artifact:
-    """`optimum.exporters.streamline.export_checkpoint`."""
+def export(checkpoint: str, out: Path, **options: Any) -> Artifact:
+    """Export a checkpoint: `optimum.exporters.streamline.export_checkpoint`, with its options."""
     from optimum.exporters.streamline import export_checkpoint
 
-    return export_checkpoint(checkpoint, out, **how)
+    return export_checkpoint(checkpoint, out, **options)
 
 
 def has_graph(artifact: Artifact) -> bool:
-    """Whether an ONNX export lists both its graph and its weights."""
+    """Whether the list of files of an ONNX export names both the graph and the weights."""
     from optimum.exporters.streamline.graph_files import GRAPH_FILE, WEIGHTS_FILE
 
     return {GRAPH_FILE, WEIGHTS_FILE} <= set(artifact.files)
 
 
 def graph_quantizers() -> dict[str, bool]:
-    """The ways to quantize an export, and of each whether it is calibrated on text."""
+    """The names of the quantizers of ONNX graphs, each with whether it needs calibration text."""
     from optimum.exporters.streamline import GRAPH_QUANTIZERS
 
-    return {name: way.calibrated for name, way in GRAPH_QUANTIZERS.items()}
+    return {name: quantizer.calibrated for name, quantizer in GRAPH_QUANTIZERS.items()}
 
 
-def is_calibrated(format: str, quantize: str) -> bool:  # noqa: A002 - the command's word
-    """Whether a way to quantize an export is calibrated on text."""
+def is_calibrated(format: str, quantizer: str) -> bool:  # noqa: A002 - the command's word
+    """Whether a quantizer of exports needs calibration text.
+
+    Args:
+        format: `onnx` or `tensorrt`.
+        quantizer: A name that may be unknown, or `none`.
+    """
     from optimum.exporters.streamline import ENGINE_QUANTIZERS, GRAPH_QUANTIZERS
 
-    ways: Any = ENGINE_QUANTIZERS if format == "tensorrt" else GRAPH_QUANTIZERS
-    return quantize in ways and bool(ways[quantize].calibrated)
+    quantizers: Any = ENGINE_QUANTIZERS if format == "tensorrt" else GRAPH_QUANTIZERS
+    return quantizer in quantizers and bool(quantizers[quantizer].calibrated)
 
 
 def check_exportable(recipe: Recipe) -> None:
-    """Refuse an export that a recipe asks for and that cannot be made here.
+    """Refuse a recipe whose export this machine cannot make.
 
     Raises:
-        StreamlineError: as `check_export` of the exporters.
+        StreamlineError: the format, dtype, device or quantizer cannot be used, or a package is missing.
     """
     if recipe.export.format != "none":
         from optimum.exporters.streamline import check_export
@@ -59,12 +64,17 @@ def check_exportable(recipe: Recipe) -> None:
 
 
 def graph_quantization(recipe: Recipe) -> str:
-    """How the export is quantized: the recipe's `quantize`, unless that is of the checkpoint."""
+    """The quantizer of the export: the recipe's, or `none` if the recipe quantizes the checkpoint."""
     return NONE if recipe.quantization.quantizer in QUANTIZERS else recipe.quantization.quantizer
 
 
 def score_graph(artifact: Artifact, windows: Windows) -> Scores:
-    """The importances of a graph's layers."""
+    """Score the layers of an ONNX export, as `scoring.similarity` scores those of a torch model.
+
+    Args:
+        artifact: The export.
+        windows: The calibration text.
+    """
     from optimum.exporters.streamline import open_hidden_states
 
     states = open_hidden_states(artifact)

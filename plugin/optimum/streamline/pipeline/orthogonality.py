@@ -1,9 +1,7 @@
-"""Measure whether pruning changes what quantization costs, in one run.
+"""Measure whether pruning makes quantization cost more accuracy, in both orders.
 
-Compares the original, the pruned, the quantized, and the pruned and quantized model, in both orders.
-
-It makes the models with the steps of `run`, measures them together, and reports the interactions. Only the report is
-kept, not the models.
+Each quantizer and order compares four models: the original, the pruned, the quantized, and the pruned and quantized
+model. They are made by the steps of `run` and measured together. The report is kept; the models are deleted.
 """
 
 from __future__ import annotations
@@ -29,15 +27,18 @@ from optimum.streamline.reporting.files import write_report
 from optimum.streamline.system.atomic_output import check_output, refuse_own_input
 from optimum.streamline.system.environment import describe_machine
 from optimum.streamline.system.library_logs import captured_logs
+from optimum.streamline.system.notify import Notify, silent
 
 from .exporting import CALIBRATION_WINDOWS, check_exportable, export, graph_quantizers, score_graph
 from .preflight import check_quantization, check_recipe
 from .prune import prune
-from .quantize import Notify, quantize
+from .quantize import quantize
 from .texts import Texts, inputs_of, read_texts
 
+# Parts of the models' labels.
 DENSE, PRUNED = "dense", "pruned"
-FIRST, LAST = "quantize,prune", "prune,quantize"
+# The two orders, as values of the recipe's option `steps`.
+QUANTIZE_FIRST, QUANTIZE_LAST = "quantize,prune", "prune,quantize"
 
 
 def orthogonality(
@@ -50,14 +51,23 @@ def orthogonality(
     verbose: bool = False,
     notify: Notify = print,
 ) -> Report:
-    """Measure how the removal of layers that a recipe describes meets each quantizer; writes the report into `out`.
+    """Measure how the recipe's pruning and each quantizer affect each other, and write the report into `out`.
 
     Args:
-        recipe: What is removed and how it is healed; it says nothing of quantizing.
-        quantizers: Keys of `quantizers.QUANTIZERS`, or of the exporters' `GRAPH_QUANTIZERS`; those run in ONNX Runtime.
+        source: The original, with float weights.
+        recipe: The pruning and healing. It must not set a quantizer, the steps or an export.
+        quantizers: Keys of `QUANTIZERS`, which run in torch, and of the exporters' `GRAPH_QUANTIZERS`, which run in
+            ONNX Runtime.
+        out: The folder of the report.
+        overwrite: Whether an earlier output in `out` is replaced.
+        verbose: Whether messages of other libraries go to the terminal.
+        notify: Gets one line for each text, and for each model that is made.
+
+    Returns:
+        The report, with its interactions.
 
     Raises:
-        StreamlineError: bad input, or a model that cannot be made.
+        StreamlineError: bad input, or a model cannot be made.
     """
     check_output(out, overwrite)
     refuse_own_input(out, inputs_of(source, recipe))
@@ -68,7 +78,7 @@ def orthogonality(
         for purpose, windows in texts.chosen_on.items():
             notify(windows.line("healing" if purpose == "heal" else purpose))
         models = _Models(source, recipe, Path(scratch), texts, verbose, notify)
-        interactions = [each for how in quantizers for each in models.make(how)]
+        interactions = [each for quantizer in quantizers for each in models.make(quantizer)]
         notify(texts.judged_on.line("evaluation"))
         notify(f"measuring {len(models.compared_models)} models")
         with captured_logs(None, verbose):
@@ -81,7 +91,7 @@ def orthogonality(
                 notify=notify,
             )
         found = dict(zip(models.compared_models, measured.accuracies, strict=True))
-    # What the others were is gone with the scratch folder.
+    # The other models were deleted with the scratch folder, so their paths lead nowhere.
     rows = tuple(row if row.label == DENSE else replace(row, path="") for row in measured.rows)
     report = Report(
         rows,
@@ -98,36 +108,33 @@ def orthogonality(
 
 
 def _check(source: ModelSource, recipe: Recipe, quantizers: Sequence[str]) -> None:
-    """Refuse what cannot be made, before anything is."""
+    """Refuse a recipe, a model or a quantizer that cannot be used, before any model is made."""
     for field in ("quantize", "quantize_exclude", "steps", "format"):
         value = recipe.option(field)
         if value not in (None, NONE):
             raise StreamlineError(
-                f"{field.replace('_', '-')} {value!r}: orthogonality makes every model itself; leave it out"
+                f"{field.replace('_', '-')} {value!r}: orthogonality sets this itself for each model; leave it out"
             )
     check_recipe(source, recipe)
     config = read_config(source)
     if name := quantization_name(config):
         raise StreamlineError(f"model {source.model!r}: is quantized ({name}) already; give the float model")
-    for how in quantizers:
-        asked = recipe.with_options(quantize=how, format="none" if how in QUANTIZERS else "onnx")
-        check_quantization(asked, config)
-        check_exportable(asked)
+    for quantizer in quantizers:
+        variant = recipe.with_options(quantize=quantizer, format="none" if quantizer in QUANTIZERS else "onnx")
+        check_quantization(variant, config)
+        check_exportable(variant)
 
 
-def _measured(asked: Interaction, found: Mapping[str, Accuracy], seed: int) -> Interaction:
-    if asked.missing:
-        return asked
-    labels = (asked.dense, asked.pruned, asked.quantized, asked.both)
-    return interaction(asked.quantizer, asked.steps, labels, found, seed)
-
-
-def _unheard(_: str) -> None:
-    """What is said of a step whose output is scratch."""
+def _measured(planned: Interaction, found: Mapping[str, Accuracy], seed: int) -> Interaction:
+    """Compute a planned interaction from the measured accuracies; one whose models are missing stays as it is."""
+    if planned.missing:
+        return planned
+    labels = (planned.dense, planned.pruned, planned.quantized, planned.both)
+    return interaction(planned.quantizer, planned.steps, labels, found, seed)
 
 
 class _Models:
-    """The models of one run on disk, made when they are first asked for, by the labels that the report gives them."""
+    """The models of one run, in the scratch folder. `compared_models` has them by the labels of the report."""
 
     def __init__(
         self, source: ModelSource, recipe: Recipe, scratch: Path, texts: Texts, verbose: bool, notify: Notify
@@ -139,46 +146,56 @@ class _Models:
         self._add(DENSE, source.model)
         self._add(PRUNED, self._prune(PRUNED, recipe))
 
-    def make(self, how: str) -> list[Interaction]:
-        """All models of one quantizer; returns what is to be computed of them, in either order."""
-        return self._of_checkpoints(how) if how in QUANTIZERS else self._of_graphs(how)
+    def make(self, quantizer: str) -> list[Interaction]:
+        """Make all models of one quantizer.
 
-    def _of_checkpoints(self, how: str) -> list[Interaction]:
-        for label, source in ((how, self._source), (f"{PRUNED}, {how}", self._subject_source(PRUNED))):
+        Returns:
+            The interactions to compute, one for each order.
+        """
+        return self._of_checkpoints(quantizer) if quantizer in QUANTIZERS else self._of_graphs(quantizer)
+
+    def _of_checkpoints(self, quantizer: str) -> list[Interaction]:
+        """Make the models of a quantizer of checkpoints."""
+        for label, source in (
+            (quantizer, self._source),
+            (f"{PRUNED}, {quantizer}", self.compared_models[PRUNED].source),
+        ):
             folder = self._scratch / label
             self._notify(f"making {label}")
-            quantize(source, folder, how, device=self._recipe.device, verbose=self._verbose, notify=_unheard)
+            quantize(source, folder, quantizer, device=self._recipe.device, verbose=self._verbose, notify=silent)
             self._add(label, str(folder))
-        interactions = [Interaction(how, LAST, DENSE, PRUNED, how, f"{PRUNED}, {how}")]
-        recipe = self._recipe.with_options(quantize=how, steps=FIRST)
+        interactions = [Interaction(quantizer, QUANTIZE_LAST, DENSE, PRUNED, quantizer, f"{PRUNED}, {quantizer}")]
+        recipe = self._recipe.with_options(quantize=quantizer, steps=QUANTIZE_FIRST)
         missing = self._refused(recipe)
         if not missing:
-            label = f"{how}, {PRUNED}"
+            label = f"{quantizer}, {PRUNED}"
             self._add(label, self._prune(label, recipe))
-        return [*interactions, self._first(how, DENSE, PRUNED, missing)]
+        return [*interactions, self._quantize_first(quantizer, DENSE, PRUNED, missing)]
 
-    def _of_graphs(self, how: str) -> list[Interaction]:
+    def _of_graphs(self, quantizer: str) -> list[Interaction]:
+        """Make the models of a quantizer of graphs. The float models are exported too, to compare in one runtime."""
         dense, pruned = f"{DENSE}, onnx", f"{PRUNED}, onnx"
         for label, plain in ((dense, DENSE), (pruned, PRUNED)):
             if label not in self.compared_models:
                 self._export(label, self.compared_models[plain].path, NONE)
-        self._export(how, self.compared_models[DENSE].path, how)
-        self._export(f"{PRUNED}, {how}", self.compared_models[PRUNED].path, how)
-        interactions = [Interaction(how, LAST, dense, pruned, how, f"{PRUNED}, {how}")]
-        recipe = self._recipe.with_options(quantize=how, steps=FIRST, format="onnx")
+        self._export(quantizer, self.compared_models[DENSE].path, quantizer)
+        self._export(f"{PRUNED}, {quantizer}", self.compared_models[PRUNED].path, quantizer)
+        interactions = [Interaction(quantizer, QUANTIZE_LAST, dense, pruned, quantizer, f"{PRUNED}, {quantizer}")]
+        recipe = self._recipe.with_options(quantize=quantizer, steps=QUANTIZE_FIRST, format="onnx")
         missing = self._refused(recipe)
         if not missing:
-            checkpoint = self._prune(f"{how}, {PRUNED}, before its export", recipe, self._graphs[how])
-            self._export(f"{how}, {PRUNED}", checkpoint, how)
-        return [*interactions, self._first(how, dense, pruned, missing)]
+            checkpoint = self._prune(f"{quantizer}, {PRUNED}, before its export", recipe, self._graphs[quantizer])
+            self._export(f"{quantizer}, {PRUNED}", checkpoint, quantizer)
+        return [*interactions, self._quantize_first(quantizer, dense, pruned, missing)]
 
-    def _first(self, how: str, dense: str, pruned: str, missing: str) -> Interaction:
+    def _quantize_first(self, quantizer: str, dense: str, pruned: str, missing: str) -> Interaction:
+        """The interaction of the order that quantizes first, or the reason why it is missing."""
         if missing:
-            return Interaction(how, FIRST, missing=missing)
-        return Interaction(how, FIRST, dense, pruned, how, f"{how}, {PRUNED}")
+            return Interaction(quantizer, QUANTIZE_FIRST, missing=missing)
+        return Interaction(quantizer, QUANTIZE_FIRST, dense, pruned, quantizer, f"{quantizer}, {PRUNED}")
 
     def _refused(self, recipe: Recipe) -> str:
-        """Why this order cannot be had; empty where it can."""
+        """Why a recipe with this order is refused; empty if it is not."""
         try:
             check_quantization(recipe, read_config(self._source))
         except StreamlineError as error:
@@ -190,28 +207,25 @@ class _Models:
         scored = None if graph is None else lambda windows: score_graph(graph, windows)
         self._notify(f"making {label}")
         record = prune(
-            self._source, recipe, folder, overwrite=False, verbose=self._verbose, notify=_unheard, scored=scored
+            self._source, recipe, folder, overwrite=False, verbose=self._verbose, notify=silent, scored=scored
         )
         self._notify(f"{label}: {record.plan.describe()}")
         return str(folder)
 
-    def _export(self, label: str, checkpoint: str, how: str) -> None:
+    def _export(self, label: str, checkpoint: str, quantizer: str) -> None:
         windows = self._texts.chosen_on["calibration"]
-        needed = graph_quantizers().get(how, False)
+        needed = graph_quantizers().get(quantizer, False)
         self._notify(f"making {label}")
         self._graphs[label] = export(
             checkpoint,
             self._scratch / label,
             device=self._recipe.device,
             verbose=self._verbose,
-            quantize=how,
+            quantize=quantizer,
             windows=windows.part(0, min(CALIBRATION_WINDOWS, len(windows.ids))) if needed else None,
             **self._source.with_model(checkpoint).options(),
         )
         self._add(label, self._graphs[label].path)
-
-    def _subject_source(self, label: str) -> ModelSource:
-        return self.compared_models[label].source
 
     def _add(self, label: str, path: str) -> None:
         role = "original" if label.startswith(DENSE) else "candidate"

@@ -1,4 +1,4 @@
-"""Everything about a recipe that can be refused before a weight is loaded."""
+"""Refuse wrong recipes before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -33,10 +33,14 @@ from .exporting import graph_quantizers
 
 
 def check_quantization(recipe: Recipe, config: PreTrainedConfig) -> None:
-    """Refuse a quantization that a recipe cannot have, and a recipe that a quantized model cannot take.
+    """Refuse a recipe whose quantization contradicts its other options, or that needs float weights and has none.
+
+    Args:
+        recipe: The recipe.
+        config: The original's config.
 
     Raises:
-        StreamlineError: naming the field, the value and what would be right.
+        StreamlineError: the message names the field, its value and what would be right.
     """
     quantizer = recipe.quantization.quantizer
     for field in ("quantize_exclude", "steps"):
@@ -45,7 +49,7 @@ def check_quantization(recipe: Recipe, config: PreTrainedConfig) -> None:
             raise StreamlineError(f"{field.replace('_', '-')} {value!r}: nothing is quantized; give quantize too")
     name = quantization_name(config)
     check_writable(config, recipe.device)
-    # Tried on a copy, to hear now whether the layers' new numbers could be written where it names them by the old.
+    # If the quantization config names layers, removal must renumber them there. Try it now, on a copy.
     renumber_quantization(copy.deepcopy(config), architecture_of(config).layers, range(config.num_hidden_layers))
     if quantizer in QUANTIZERS:
         check_quantizable(config, quantizer, recipe.excluded)
@@ -61,54 +65,56 @@ def check_quantization(recipe: Recipe, config: PreTrainedConfig) -> None:
         _check_removal_alone(recipe, name or quantizer)
     if quantizer in QUANTIZERS and recipe.resolved_replacement in get_args(BareKind):
         raise StreamlineError(
-            f"replacement {recipe.resolved_replacement!r}: leaves bare layers, which quantize {quantizer!r} "
-            "cannot take; use another replacement"
+            f"replacement {recipe.resolved_replacement!r}: makes bare layers, which quantize "
+            f"{quantizer!r} does not support; use another replacement"
         )
     if recipe.dtype is not None and (name is not None or (recipe.quantize_first and quantizer in QUANTIZERS)):
         quantized = name or quantizer
         raise StreamlineError(
-            f"dtype {recipe.dtype!r}: the model is quantized ({quantized}) and stays so; leave it out"
+            f"dtype {recipe.dtype!r}: the weights are quantized ({quantized}) and keep their type; leave it out"
         )
 
 
 def refuse_unpacking(model: PreTrainedModel) -> None:
-    """Refuse to change a quantized model whose weights would be unpacked before they are saved.
+    """Refuse to prune a quantized model if its first forward pass would dequantize the weights for good.
 
     Raises:
-        StreamlineError: they would.
+        StreamlineError: the weights do not stay quantized.
     """
     name = quantization_name(model.config)
     if name is not None and not stays_quantized_in_forward(model):
         raise StreamlineError(
-            f"model: its weights are quantized ({name}), and are unpacked when it first computes, so they could not be "
-            "written back as they were; prune the float model and quantize then"
+            f"model: its quantized weights ({name}) are dequantized by the first forward pass, and could not be saved "
+            "in their format again; prune the float model, then quantize it"
         )
 
 
 def _check_graph_quantization(recipe: Recipe) -> None:
-    ways, quantizer = graph_quantizers(), recipe.quantization.quantizer
-    if quantizer not in ways:
-        raise StreamlineError(f"quantize {quantizer!r}: unknown; one of {', '.join((NONE, *QUANTIZERS, *ways))}")
+    calibrated, quantizer = graph_quantizers(), recipe.quantization.quantizer
+    if quantizer not in calibrated:
+        known = ", ".join((NONE, *QUANTIZERS, *calibrated))
+        raise StreamlineError(f"quantize {quantizer!r}: unknown; one of {known}")
     if recipe.export.format != "onnx":
-        raise StreamlineError(f"quantize {quantizer!r}: is made of an ONNX graph; give format 'onnx' to `run`")
+        raise StreamlineError(f"quantize {quantizer!r}: quantizes ONNX graphs; use `run` with format 'onnx'")
     if not recipe.quantize_first:
         return
-    if ways[quantizer]:
+    if calibrated[quantizer]:
         raise StreamlineError(
-            f"steps {recipe.quantization.steps!r}: {quantizer} is calibrated on what the layers before give, which "
-            "those that go would change; use steps 'prune,quantize', or a quantizer without calibration, such as 'int4'"
+            f"steps {recipe.quantization.steps!r}: {quantizer} is calibrated on the inputs of each layer, which "
+            "change when layers are removed; use steps 'prune,quantize', or a quantizer without calibration, such as "
+            "'int4'"
         )
     if not METHODS[recipe.resolved_method].by_scores or recipe.pruning.iterative:
         able = [name for name, method in METHODS.items() if method.by_scores]
         raise StreamlineError(
-            f"method {recipe.resolved_method!r}: tries changes on the model, and a quantized graph is only scored; "
-            f"with steps {recipe.quantization.steps!r} use one of {', '.join(able)}, not iterative"
+            f"method {recipe.resolved_method!r}: edits and runs the model to choose layers, which a quantized graph "
+            f"does not allow; with steps {recipe.quantization.steps!r} use one of {', '.join(able)}, without iterative"
         )
 
 
 def _check_removal_alone(recipe: Recipe, quantization: str) -> None:
-    """Refuse all that needs float weights."""
-    instead = "prune the float model and quantize then (steps 'prune,quantize')"
+    """Refuse everything but the removal of whole layers: the rest needs float weights."""
+    instead = "prune the float model, then quantize it (steps 'prune,quantize')"
     refused = f"needs float weights, and here they are quantized ({quantization})"
     method = METHODS[recipe.resolved_method]
     if method.needs_float:
@@ -126,14 +132,14 @@ def _check_removal_alone(recipe: Recipe, quantization: str) -> None:
 
 
 def check_recipe(source: ModelSource, recipe: Recipe) -> None:
-    """Everything about a recipe that can be refused without loading a weight.
+    """Refuse a recipe or a model that cannot be used, without loading a weight.
 
     Raises:
-        StreamlineError: the model, the method, a count or a length is wrong.
+        StreamlineError: the message names the model or the field, its value and what would be right.
     """
     config = checked_config(source, recipe)
     if quantization_name(config) is None:
-        result_dtype(source, recipe)  # refuses what a result could not be stored in
+        result_dtype(source, recipe)  # refuses a type that a checkpoint cannot store
     method_of(recipe, config)
     check_quantization(recipe, config)
     check_healing(recipe)
@@ -141,10 +147,10 @@ def check_recipe(source: ModelSource, recipe: Recipe) -> None:
 
 
 def result_dtype(source: ModelSource, recipe: Recipe) -> torch.dtype:
-    """What the result of a recipe is stored in, where the original's weights are float.
+    """The type in which the result's weights are stored, for an original with float weights.
 
     Raises:
-        StreamlineError: the original's own type is asked for, and nothing can be stored in it.
+        StreamlineError: the recipe leaves `dtype` out, and the type of the model in memory is not one of `DTYPES`.
     """
     if recipe.dtype is not None:
         return DTYPES[recipe.dtype]
@@ -159,16 +165,20 @@ def result_dtype(source: ModelSource, recipe: Recipe) -> torch.dtype:
 
 
 def checked_config(source: ModelSource, recipe: Recipe) -> PreTrainedConfig:
-    """The config of a model that can be handled, and that takes the recipe's windows.
+    """Check a model, and the recipe's `device` and `length` against it.
+
+    Returns:
+        The model's config.
 
     Raises:
-        StreamlineError: it cannot, or does not; or a model in memory is on another device than the recipe says.
+        StreamlineError: the model is broken, not supported, reads fewer than `length` tokens, or is in memory on
+            another device.
     """
     if isinstance(source, ModelInMemory):
         config = source.loaded.config
         if (device := source.loaded.device.type) != recipe.device:
             raise StreamlineError(
-                f"device {recipe.device!r}: the model in memory is on {device}; give device {device!r}, or move it"
+                f"device {recipe.device!r}: the model in memory is on {device}; give {device!r}, or move the model"
             )
     else:
         config = check_checkpoint(source)

@@ -1,6 +1,6 @@
-"""A loaded model with its scores and its plan. Editing, healing and saving take it as input.
+"""A loaded model with its scores and its plan: the input of editing, healing and saving.
 
-Works on loaded models, so that the commands and Python share each step.
+The functions take loaded models, so that the commands and the Python API share them.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from .preflight import refuse_unpacking
 
 @dataclass
 class Prepared:
-    """A model, its scores and the plan for it, before any weight moves.
+    """A model, its scores and its plan, before any weight changes.
 
     Args:
-        source: The original.
-        recipe: What is done to it.
-        model: The original in memory, which is edited in place.
-        tokenizer: The original's.
-        stored: What the result is stored in; `None` if as it was read, which is how quantized weights stay.
-        chosen_on: What the choice is made on: `calibration`, and what plans are compared on where they are. `None`
-            where the layers are named and no text is read.
-        heal_text: What is trained on, where something is.
-        scores: The layers' scores; `None` where nothing was measured.
-        plan: What becomes of each layer.
-        seconds: How long each step took.
+        source: Where the original comes from.
+        recipe: The recipe of the run.
+        model: The original in memory. Later steps edit it in place.
+        tokenizer: The original's tokenizer.
+        stored: The type in which the result is stored. `None` keeps the type of each weight, as quantized weights need.
+        chosen_on: The text on which the plan was chosen: the calibration windows, then the held-out windows if the
+            method compares plans. `None` if the recipe names the layers, so that no text is read.
+        heal_text: The healing text; `None` without healing.
+        scores: The scores of the layers; `None` if nothing was measured.
+        plan: The plan.
+        seconds: The duration of each step, by the step's name.
     """
 
     source: ModelSource
@@ -61,7 +61,7 @@ class Prepared:
 
     @property
     def calibration(self) -> Windows | None:
-        """What layers are scored, maps fitted and channels measured on: the recipe's `samples` windows."""
+        """The recipe's `samples` calibration windows, on which layers are scored and linear maps fitted."""
         return None if self.chosen_on is None else self.chosen_on.part(0, self.recipe.calibration.samples)
 
 
@@ -71,12 +71,12 @@ def quantizes_first(recipe: Recipe) -> bool:
 
 
 def load_original(source: ModelSource, recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
-    """Load the original to be pruned, quantized where that comes first.
+    """Load the original for pruning, and quantize it if the recipe quantizes first.
 
-    Computation is in fp32 whatever the checkpoint is stored in: a score is a difference of nearly equal numbers.
+    Float weights of any stored type are loaded in fp32, because scores are differences of nearly equal numbers.
 
     Raises:
-        StreamlineError: its weights cannot be read, or are quantized and could not be written back.
+        StreamlineError: the weights cannot be read, or they are quantized and could not be saved in their format again.
     """
     if quantizes_first(recipe):
         in_float = check_quantizable(config, recipe.quantization.quantizer, recipe.excluded)
@@ -89,13 +89,14 @@ def load_original(source: ModelSource, recipe: Recipe, config: PreTrainedConfig)
 def choose_plan(
     model: PreTrainedModel, recipe: Recipe, config: PreTrainedConfig, chosen_on: Windows, scores: Scores
 ) -> Plan:
-    """What the recipe's method chooses for a loaded model, which stays as it is.
+    """Let the recipe's method choose the plan for a loaded model. The model is unchanged afterwards.
 
     Args:
-        model: The original, in fp32, in evaluation mode.
-        config: The original's, as its checkpoint has it.
-        chosen_on: The recipe's `samples` calibration windows, and after them those that plans are compared on.
-        scores: `measure_scores` of the model.
+        model: The original, in evaluation mode, in fp32 or quantized.
+        recipe: The recipe.
+        config: The config in the original's checkpoint.
+        chosen_on: The recipe's `samples` calibration windows, then the held-out windows if the method compares plans.
+        scores: The scores of the model.
 
     Raises:
         StreamlineError: the method cannot follow the recipe, or would leave no layer with attention.
@@ -115,10 +116,11 @@ def refuse_no_attention(config: PreTrainedConfig, plan: Plan) -> None:
     """Refuse a plan that leaves no layer with attention.
 
     Args:
-        config: The original's.
+        config: The original's config.
+        plan: The plan.
 
     Raises:
-        StreamlineError: it does.
+        StreamlineError: no layer with attention would be left.
     """
     planned = planned_config(config, plan)
     if len(layers_without_attention(planned)) == planned.num_hidden_layers:
@@ -126,22 +128,22 @@ def refuse_no_attention(config: PreTrainedConfig, plan: Plan) -> None:
 
 
 def chooses_by_scores_alone(recipe: Recipe) -> bool:
-    """Whether scores that were measured earlier are all that the recipe's method looks at."""
+    """Whether the recipe's method needs only the scores, so that scores measured earlier are enough."""
     return METHODS[recipe.resolved_method].by_scores and not recipe.pruning.iterative
 
 
 def names_layers(recipe: Recipe) -> bool:
-    """Whether the recipe names its layers and needs no text to take them out."""
+    """Whether the recipe names the layers to remove, and no text is needed to choose them or to fit linear maps."""
     return recipe.resolved_method == "explicit" and recipe.resolved_replacement != "linear"
 
 
 def original_in_fp32(source: ModelSource, device: str) -> PreTrainedModel:
-    """The original to compute with, in fp32, in evaluation mode; nobody may change its weights.
+    """The original in fp32 and in evaluation mode. Do not change its weights: they may be the caller's own.
 
     Args:
-        source: A checkpoint, or a model in memory, which stays as it is. The result shares its weights if they are
-            fp32 already.
-        device: Where a checkpoint is loaded.
+        source: A checkpoint, or a model in memory. The result shares the weights of an fp32 model in memory, and has a
+            copy of the weights of any other.
+        device: The device on which a checkpoint is loaded.
 
     Raises:
         StreamlineError: a weight is missing, of the wrong shape, truncated or not finite.

@@ -1,6 +1,6 @@
-"""From a checkpoint and a recipe to a shallower checkpoint: load, score, plan, heal, edit, save.
+"""Make a checkpoint with fewer layers from a checkpoint and a recipe: load, score, plan, heal, edit, save.
 
-Reads as prose; each step lives in its own file. Knows neither exports nor validation.
+This file has the order of the steps; each step has its own file. Export and validation follow in `run.py`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from optimum.streamline.checkpoints.loading import (
-    load_stock,
-    load_tokenizer,
-    read_config,
-    source_notes,
-)
+from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer, read_config, source_notes
 from optimum.streamline.editing.apply import EditInputs, build_replacement
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.healing.stages import Healer, HealingResult
@@ -33,22 +28,26 @@ from optimum.streamline.system.atomic_output import locked_output_by_main, stage
 from optimum.streamline.system.distributed import from_main, is_main, join_processes
 from optimum.streamline.system.environment import package_version
 from optimum.streamline.system.library_logs import LOG_FILE, captured_logs
+from optimum.streamline.system.notify import Notify, silent
 from optimum.streamline.text.windows import Windows, seen_text
 
 from .checkpoint import write_checkpoint
 from .preflight import check_recipe, checked_config, result_dtype
 from .prepared import Prepared, choose_plan, load_original, quantizes_first
-from .quantize import Notify
 from .texts import calibration_text, inputs_of, text_of_choice, text_of_healing
 
 Score = Callable[[Windows], Scores]
+"""A function that scores the layers on the calibration windows."""
 
 
 def score(source: ModelSource, recipe: Recipe, notify: Notify) -> tuple[Scores, Windows]:
-    """Layer importances of a model on the calibration text.
+    """Score the layers of a model on the calibration text.
+
+    Returns:
+        The scores, and the calibration windows.
 
     Raises:
-        StreamlineError: a bad model or text.
+        StreamlineError: the model or the text cannot be used.
     """
     config = checked_config(source, recipe)
     for line in source_notes(source, config):
@@ -59,10 +58,17 @@ def score(source: ModelSource, recipe: Recipe, notify: Notify) -> tuple[Scores, 
 
 
 def prepare(source: ModelSource, recipe: Recipe, notify: Notify, scored: Score | None = None) -> Prepared:
-    """Load a model, score its layers and plan what becomes of them.
+    """Load a model, score its layers and choose the plan.
 
     Args:
-        scored: Scores the layers, if that is not to be done in the model as it is loaded.
+        source: The original.
+        recipe: The recipe.
+        notify: Gets one line for each finding and each slow step.
+        scored: A function that scores the layers elsewhere, such as in a quantized graph. By default the loaded model
+            is scored.
+
+    Raises:
+        StreamlineError: the recipe, the model or a text cannot be used.
     """
     check_recipe(source, recipe)
     notify(f"loading {source.model}")
@@ -73,12 +79,12 @@ def prepare(source: ModelSource, recipe: Recipe, notify: Notify, scored: Score |
     tokenizer = load_tokenizer(source)
     chosen_on = text_of_choice(recipe, tokenizer, config)
     calibration = chosen_on.part(0, recipe.calibration.samples)
-    # Not needed yet, but a text that cannot be read is better found now than after hours of a greedy search.
+    # Needed only later, but a text that cannot be read should fail before hours of search.
     heal_text = text_of_healing(recipe, tokenizer, config) if recipe.resolved_trainings else None
     notify(chosen_on.line("calibration"))
     if heal_text is not None:
         notify(heal_text.line("healing"))
-    # Before the model is loaded: there may not be room for what else is loaded to score them.
+    # Score elsewhere before the model is loaded: there may be no memory for both.
     begun = time.monotonic()
     scored_elsewhere = scored(calibration) if scored else None
     scoring = time.monotonic() - begun
@@ -111,18 +117,23 @@ def prune(
     notify: Notify,
     scored: Score | None = None,
 ) -> PruningRecord:
-    """Make the checkpoint `out`: whole, or not at all.
+    """Write the pruned checkpoint `out`. The folder appears only when it is complete.
 
     Args:
+        source: The original.
+        recipe: The recipe.
+        out: The folder to write.
+        overwrite: Whether an earlier output in `out` is replaced.
+        verbose: Whether messages of other libraries go to the terminal, instead of to `streamline.log` in `out`.
+        notify: Gets one line for each finding and each slow step.
         scored: As in `prepare`.
-        verbose: Whether other libraries' messages go to the terminal rather than to `api.log`.
 
     Raises:
-        StreamlineError: a bad recipe, model or text, or an output that cannot be written.
+        StreamlineError: the recipe, the model or a text cannot be used, or the output cannot be written.
     """
     join_processes(recipe.device)
     if not is_main():
-        notify = _notify_nobody
+        notify = silent  # the main process speaks for all
     with (
         locked_output_by_main(out, inputs_of(source, recipe), overwrite),
         healing_workspace(out, recipe.fingerprint) as workspace,
@@ -130,7 +141,7 @@ def prune(
         captured_logs(staging and staging / LOG_FILE, verbose),
     ):
         prepared = prepare(source, recipe, notify, scored)
-        # Nearly equal numbers may fall either way on another processor: all train one model.
+        # Scores can be nearly equal, so rounding may give each process another plan. All must train the same model.
         prepared.plan = from_main(prepared.plan)
         record = change(prepared, notify, workspace)
         if staging is not None:
@@ -140,15 +151,16 @@ def prune(
     return record
 
 
-def _notify_nobody(message: str) -> None:
-    """One process speaks for all."""
-
-
 def change(prepared: Prepared, notify: Notify, workspace: Path | None = None) -> PruningRecord:
-    """Heal and edit the prepared model, in place; returns what was done.
+    """Heal and edit the prepared model, in place.
 
     Args:
-        workspace: Where trainings keep checkpoints, to go on from after a kill.
+        prepared: The model with its plan.
+        notify: Gets one line for each finding and each slow step.
+        workspace: The folder of the training checkpoints, from which an interrupted run continues. `None` saves none.
+
+    Returns:
+        What was done.
 
     Raises:
         StreamlineError: a training fails.
@@ -161,7 +173,7 @@ def change(prepared: Prepared, notify: Notify, workspace: Path | None = None) ->
     if prepared.heal_text is not None:
         data["heal"] = seen_text(prepared.heal_text)
         if workspace is not None and open_workspace(workspace, _workspace_key(prepared, source, prepared.heal_text)):
-            notify(f"going on from the checkpoints in {workspace}")
+            notify(f"continuing from the training checkpoints in {workspace}")
         healer = Healer(recipe, model, plan, prepared.heal_text, notify, workspace)
     start = time.monotonic()
     if healer is not None:
@@ -193,7 +205,7 @@ def _workspace_key(prepared: Prepared, source: str, text: Windows) -> dict[str, 
         "source": source,
         "calibration": prepared.chosen_on.fingerprint if prepared.chosen_on else "",
         "heal": text.fingerprint,
-        # It does not follow from the rest: what is chosen is nearly equal numbers' order, which hangs on the machine.
+        # Scores can be nearly equal, so rounding on another machine may give another plan.
         "plan": repr(prepared.plan),
         "optimum-streamline": package_version(),
         "torch": torch.__version__,

@@ -1,6 +1,6 @@
-"""Quantize a checkpoint: load it with a quantizer of `quantization/quantizers.py`, save it, and report what was done.
+"""Quantize a checkpoint: load it with a quantizer, save it, and write what was quantized.
 
-Knows nothing of layers being removed; `prune.py` calls this before or after.
+This file prunes nothing. `checkpoint.py` calls `write_quantization` for a pruned model.
 """
 
 from __future__ import annotations
@@ -8,19 +8,14 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import PreTrainedModel
 
-from optimum.streamline.checkpoints.loading import (
-    check_checkpoint,
-    check_device,
-    load_tokenizer,
-    source_notes,
-)
+from optimum.streamline.checkpoints.loading import check_checkpoint, check_device, load_tokenizer, source_notes
 from optimum.streamline.checkpoints.provenance import changed_files, write_record
 from optimum.streamline.checkpoints.read_back import read_back
 from optimum.streamline.checkpoints.record_file import read_record
@@ -37,16 +32,15 @@ from optimum.streamline.reporting.model_card import CARD_FILE, quantized_card
 from optimum.streamline.system.atomic_output import staged_folder
 from optimum.streamline.system.environment import package_version
 from optimum.streamline.system.library_logs import LOG_FILE, captured_logs
+from optimum.streamline.system.notify import Notify
 
 QUANTIZATION_FILE = "quantization.json"
-
-Notify = Callable[[str], None]
 
 
 def quantize(
     source: ModelSource,
     out: Path,
-    how: str,
+    quantizer: str,
     exclude: Sequence[str] = (),
     *,
     device: str = "cpu",
@@ -54,12 +48,17 @@ def quantize(
     verbose: bool = False,
     notify: Notify = print,
 ) -> None:
-    """Make the quantized checkpoint `out`: whole, or not at all.
+    """Write the quantized checkpoint `out`. The folder appears only when it is complete.
 
     Args:
-        how: A key of `quantizers.QUANTIZERS`.
-        exclude: What to leave in float: numbers of layers, and names of modules in which `*` stands for anything.
-        device: Where it is quantized, and for `torchao-int4` where it can be run.
+        source: The float checkpoint.
+        out: The folder to write.
+        quantizer: A key of `QUANTIZERS`.
+        exclude: Patterns of the modules that stay in float (`models.module_patterns`).
+        device: `cpu` or `cuda`. The weights are quantized there; `torchao-int4` packs them for this device.
+        overwrite: Whether an earlier output in `out` is replaced.
+        verbose: Whether messages of other libraries go to the terminal, instead of to `streamline.log` in `out`.
+        notify: Gets one line for each finding.
 
     Raises:
         StreamlineError: the model or the quantizer cannot be used, or `out` cannot be written.
@@ -68,38 +67,43 @@ def quantize(
     config = check_checkpoint(source)
     for line in source_notes(source, config):
         notify(line)
-    kept = check_quantizable(config, how, exclude)
+    kept = check_quantizable(config, quantizer, exclude)
     with staged_folder(out, (source.model,), overwrite) as folder, captured_logs(folder / LOG_FILE, verbose):
         tokenizer = load_tokenizer(source)
-        model = load_quantizing(source, how, kept, device)
+        model = load_quantizing(source, quantizer, kept, device)
         save_model(model, tokenizer, None, folder)
         carry_code(source, folder)
-        in_float = write_quantization(model, source, how, exclude, folder)
-        _write_companions(source, how, folder)
+        in_float = write_quantization(model, source, quantizer, exclude, folder)
+        _write_companions(source, quantizer, folder)
         read_back(folder, model, tokenizer, None, source.trust_remote_code)
         before, after = (find_weights(each).bytes / 1e6 for each in (source.folder, folder))
-    notify(f"quantized ({how}): {before:.1f} MB became {after:.1f} MB")
+    notify(f"quantized ({quantizer}): {before:.1f} MB became {after:.1f} MB")
     notify(in_float)
     notify(f"saved {out}")
 
 
 def write_quantization(
-    model: PreTrainedModel, source: ModelSource, how: str, exclude: Sequence[str], folder: Path
+    model: PreTrainedModel, source: ModelSource, quantizer: str, exclude: Sequence[str], folder: Path
 ) -> str:
-    """Write `quantization.json`: what was quantized, by what, and what was not.
+    """Write `quantization.json`: the quantizer, how many modules were quantized, and which stayed in float.
 
     Args:
-        source: The float model that was given, whose layers' numbers those in `exclude` are.
+        model: The quantized model.
+        source: The float original. Layer numbers in `exclude` are numbers of its layers.
+        quantizer: A key of `QUANTIZERS`.
+        exclude: Patterns of the modules that stay in float.
+        folder: The folder of the checkpoint.
 
     Returns:
-        A line on what stayed in float.
+        One line on the modules that stayed in float.
     """
     quantized = set(quantized_modules(model))
-    products = linear_modules_of(meta_model(float_config(model.config)))
-    in_float = [name for name in products if name not in quantized]
-    share = sum(products[name].weights for name in in_float) / sum(each.weights for each in products.values())
+    linear_modules = linear_modules_of(meta_model(float_config(model.config)))
+    in_float = [name for name in linear_modules if name not in quantized]
+    weights = sum(module.weights for module in linear_modules.values())
+    share = sum(linear_modules[name].weights for name in in_float) / weights
     fields = {
-        "quantize": how,
+        "quantize": quantizer,
         "quantize_exclude": list(exclude),
         "source": {"model": source.model, "commit": source.commit, "fingerprint": fingerprint(source)},
         "quantized": len(quantized),
@@ -112,11 +116,16 @@ def write_quantization(
         },
     }
     (folder / QUANTIZATION_FILE).write_text(json.dumps(fields, indent=1) + "\n")
-    return f"left in float: {_listed(in_float, products)} ({share:.1%} of the weights that are multiplied by)"
+    return f"left in float: {_listed(in_float, linear_modules)} ({share:.1%} of the weights of all linear modules)"
 
 
 def _listed(names: Iterable[str], every: Iterable[str]) -> str:
-    """Names of modules, those that differ by their layers' numbers as one, with how many of these they are."""
+    """Module names in one line. Names that differ only in numbers become one, with `(N of M)` if some are missing.
+
+    Args:
+        names: The names to list.
+        every: The names of all modules.
+    """
     found, all_of_kind = (Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in each) for each in (names, every))
     counted = (
         kind if count == all_of_kind[kind] else f"{kind} ({count} of {all_of_kind[kind]})"
@@ -125,13 +134,12 @@ def _listed(names: Iterable[str], every: Iterable[str]) -> str:
     return ", ".join(counted) or "nothing"
 
 
-def _write_companions(source: ModelSource, how: str, folder: Path) -> None:
-    """Write the card of a quantized checkpoint, and keep the record of its making if there is one."""
-    made = source.folder
-    record = read_record(str(made))
+def _write_companions(source: ModelSource, quantizer: str, folder: Path) -> None:
+    """Write the model card of a quantized checkpoint, and copy the record of the float checkpoint if it has one."""
+    record = read_record(str(source.folder))
     if record is not None:
         edited = [f"before it was quantized, {each}" for each in changed_files(source) or ()]
         write_record({**record, "edited": edited}, folder)
-    card = made / CARD_FILE
+    card = source.folder / CARD_FILE
     text = card.read_text(encoding="utf-8") if card.is_file() else None
-    (folder / CARD_FILE).write_text(quantized_card(source, QUANTIZERS[how].description, text), encoding="utf-8")
+    (folder / CARD_FILE).write_text(quantized_card(source, QUANTIZERS[quantizer].description, text), encoding="utf-8")

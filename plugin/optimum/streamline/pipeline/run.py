@@ -1,6 +1,7 @@
-"""The whole chain in order: prune, export original and candidate, validate, report. Resumes where it stopped.
+"""All steps of a run: prune, export the original and the candidate, validate, report.
 
-A step's output takes its name only when it is whole, so a step whose output is there is a step that is done.
+The output of a step gets its final name only when it is complete. So a step is finished if its output exists, and a
+second run continues after the last finished step.
 """
 
 from __future__ import annotations
@@ -36,12 +37,13 @@ from optimum.streamline.system.atomic_output import REPORT_FILE, check_output, r
 from optimum.streamline.system.distributed import process_count
 from optimum.streamline.system.environment import describe_machine
 from optimum.streamline.system.library_logs import LOG_FILE, captured_logs
+from optimum.streamline.system.notify import Notify
 from optimum.streamline.text.windows import Windows
 
 from .exporting import CALIBRATION_WINDOWS, check_exportable, export, graph_quantization, has_graph, score_graph
 from .preflight import check_recipe
 from .prune import prune
-from .quantize import QUANTIZATION_FILE, Notify
+from .quantize import QUANTIZATION_FILE
 from .texts import Texts, inputs_of, read_texts
 
 STEPS_FILE = "steps.json"
@@ -49,36 +51,46 @@ EXPORT, ORIGINAL_EXPORT = "onnx", "onnx-original"
 
 
 def run(source: ModelSource, recipe: Recipe, out: Path, *, overwrite: bool, verbose: bool, notify: Notify) -> Report:
-    """Everything the recipe asks for, into `out`; called again, what is done is not done again.
+    """Run all steps of the recipe; skip those already finished.
 
-    `out` is the checkpoint itself; beside its files stand `onnx`, `onnx-original` and the report.
+    Args:
+        source: The original.
+        recipe: The recipe.
+        out: The folder of the checkpoint. It also gets the exports (`onnx`, `onnx-original`) and the report.
+        overwrite: Whether an earlier output in `out` is replaced, instead of continued.
+        verbose: Whether messages of other libraries go to the terminal, instead of to log files in `out`.
+        notify: Gets one line for each finding and each slow step.
 
     Raises:
-        StreamlineError: bad input, or `out` holds something else than an earlier stage of this very run.
+        StreamlineError: bad input, or `out` holds something other than an earlier part of this run.
     """
     if process_count() > 1:
-        raise StreamlineError("run: works in one process; prune is the command that several can share")
+        raise StreamlineError("run: must run in one process; only prune can use several")
     check_recipe(source, recipe)
     refuse_own_input(out, inputs_of(source, recipe))
     check_exportable(recipe)
     texts = read_texts(source, recipe)
-    chain = _Chain(source, recipe, out, verbose, notify)
-    if overwrite or not chain.resumes(texts):
-        chain.step("prune", lambda: chain.prune(overwrite))
+    steps = _Steps(source, recipe, out, verbose, notify)
+    if overwrite or not steps.resumes(texts):
+        steps.timed("prune", lambda: steps.prune(overwrite))
     if recipe.export.format != "none":
-        chain.export(source.model, ORIGINAL_EXPORT)
-        chain.export(str(out), EXPORT, texts)
-    return chain.report(texts.judged_on)
+        steps.export(source.model, ORIGINAL_EXPORT)
+        steps.export(str(out), EXPORT, texts)
+    return steps.report(texts.judged_on)
 
 
-class _Chain:
-    """One run's place on disk, and how far it has come."""
+class _Steps:
+    """The steps of one run, and its output folder."""
 
     def __init__(self, source: ModelSource, recipe: Recipe, out: Path, verbose: bool, notify: Notify) -> None:
         self._source, self._recipe, self._out, self._verbose, self._notify = source, recipe, out, verbose, notify
 
     def resumes(self, texts: Texts) -> bool:
-        """Whether `out` is the checkpoint this very run makes; refuses an `out` that is something else."""
+        """Whether `out` already holds the checkpoint of this run.
+
+        Raises:
+            StreamlineError: `out` holds something else.
+        """
         record = read_record(str(self._out))
         if record is None:
             check_output(self._out)
@@ -86,88 +98,100 @@ class _Chain:
         other = self._difference(record, texts)
         if other is not None:
             raise StreamlineError(f"output {self._out}: {other}; choose another folder, or pass --overwrite")
-        self._notify(f"{self._out} is there already: going on from it")
+        self._notify(f"{self._out} exists already: continuing from it")
         return True
 
     def _difference(self, record: dict[str, Any], texts: Texts) -> str | None:
+        """Why the checkpoint in `out`, with this record, is not the one of this run; `None` if it is."""
         if record["recipe_fingerprint"] != self._recipe.fingerprint:
             return "made from another recipe"
         if record["source"]["fingerprint"] != fingerprint(self._source):
             return "made from another model"
         for purpose, windows in texts.chosen_on.items():
             if record["data"].get(purpose, {}).get("fingerprint") != windows.fingerprint:
-                return f"made from another {purpose} text, though of the same name"
+                return f"made from another {purpose} text of the same name"
         if (self._out / QUANTIZATION_FILE).is_file() and self._recipe.quantization.quantizer not in QUANTIZERS:
             return "quantized since it was made"
         changed = changed_files(ModelSource(str(self._out)))
         if changed is None:
-            return f"{RECORD_FILE} has no hashes of the files, so they cannot be told from others"
+            return f"{RECORD_FILE} has no hashes of the files, so changed files would not be noticed"
         return changed[0] if changed else None
 
-    def step(self, name: str, work: Callable[[], object]) -> None:
-        """Do one step, and keep how long it took."""
+    def timed(self, name: str, work: Callable[[], object]) -> None:
+        """Do the work of one step, and write its duration to `steps.json`."""
         start = time.monotonic()
         work()
         seconds = {**self._seconds(), name: round(time.monotonic() - start, 1)}
         write_file(self._out / STEPS_FILE, json.dumps(seconds, indent=1) + "\n")
 
     def prune(self, overwrite: bool) -> None:
-        """Make the checkpoint; its layers are scored in the quantized graph of the original where that comes first."""
-        source, recipe, how = self._source, self._recipe, graph_quantization(self._recipe)
+        """Make the pruned checkpoint.
+
+        If the recipe quantizes a graph first, the layers are scored in the quantized graph of the original.
+        """
+        source, recipe, quantizer = self._source, self._recipe, graph_quantization(self._recipe)
         options: dict[str, Any] = {"overwrite": overwrite, "verbose": self._verbose, "notify": self._notify}
-        if not recipe.quantize_first or how == NONE:
+        if not recipe.quantize_first or quantizer == NONE:
             prune(source, recipe, self._out, **options)
             return
 
         def scored(windows: Windows) -> Scores:
-            self._notify(f"quantizing the graph of {source.model} ({how}), to score its layers in it")
+            self._notify(f"quantizing the ONNX graph of {source.model} ({quantizer}) to score its layers")
             with TemporaryDirectory(dir=self._out.absolute().parent, prefix=f".{self._out.name}.") as scratch:
-                graph = self._export(source.model, Path(scratch) / EXPORT, how, recipe.excluded, None)
+                graph = self._export(source.model, Path(scratch) / EXPORT, quantizer, recipe.excluded, None)
                 return score_graph(graph, windows)
 
         prune(source, recipe, self._out, **options, scored=scored)
 
     def export(self, checkpoint: str, name: str, texts: Texts | None = None) -> None:
-        """Export a checkpoint into a folder of `out`, unless it is there.
+        """Export a checkpoint into a folder of `out`, unless a complete export is there.
 
         Args:
-            texts: Those of the run, for an export that is to be quantized as the recipe says.
+            checkpoint: The checkpoint.
+            name: The name of the folder.
+            texts: The texts of the run, for the candidate, which is quantized as the recipe says. `None` for the
+                original, which is not quantized.
         """
-        folder, how, exclude = self._out / name, NONE, list[str]()
-        if texts is not None and (how := graph_quantization(self._recipe)) != NONE:
+        folder, quantizer, exclude = self._out / name, NONE, list[str]()
+        if texts is not None and (quantizer := graph_quantization(self._recipe)) != NONE:
             exclude = self._excluded()
         if is_artifact(folder):
-            if self._is_whole_export(folder, checkpoint, how, exclude):
+            if self._is_whole_export(folder, checkpoint, quantizer, exclude):
                 return
             shutil.rmtree(folder)
-        # A report of what is made anew is a report no longer.
+        # Delete the old report: it describes the export being replaced.
         (self._out / REPORT_FILE).unlink(missing_ok=True)
         self._notify(f"exporting {checkpoint} to {folder}")
         windows = texts.chosen_on["calibration"] if texts else None
-        self.step(f"export {name}", lambda: self._tell(self._export(checkpoint, folder, how, exclude, windows)))
+        self.timed(
+            f"export {name}",
+            lambda: self._notify_findings(self._export(checkpoint, folder, quantizer, exclude, windows)),
+        )
 
     def _excluded(self) -> list[str]:
-        """The modules of the checkpoint that an export leaves in float, by their new names."""
+        """The modules that the export leaves in float, by their names in the pruned checkpoint."""
         record = read_record(str(self._out)) or {}
-        both = (read_config(each) for each in (self._source, ModelSource(str(self._out))))
-        asked, there = (linear_modules_of(meta_model(float_config(config))) for config in both)
-        kept = renumbered_names(
-            sorted(select_modules(asked, self._recipe.excluded)), [each["originals"] for each in record["layers"]]
-        )
-        return [new for new, _ in kept if new in there]
+        configs = (read_config(each) for each in (self._source, ModelSource(str(self._out))))
+        old_modules, new_modules = (linear_modules_of(meta_model(float_config(config))) for config in configs)
+        excluded = sorted(select_modules(old_modules, self._recipe.excluded))
+        renumbered = renumbered_names(excluded, [layer["originals"] for layer in record["layers"]])
+        return [new for new, _ in renumbered if new in new_modules]
 
-    def _tell(self, artifact: Artifact) -> None:
+    def _notify_findings(self, artifact: Artifact) -> None:
         for line in artifact.findings():
             self._notify(line)
 
-    def _is_whole_export(self, folder: Path, checkpoint: str, how: str, exclude: list[str]) -> bool:
+    def _is_whole_export(self, folder: Path, checkpoint: str, quantizer: str, exclude: list[str]) -> bool:
+        """Whether the export in `folder` is complete, unchanged, and made from this checkpoint with these options."""
         artifact = Artifact.read(folder)
         whole = has_graph(artifact) and changed_files(ModelSource(str(folder))) == []
         same = artifact.source_fingerprint == fingerprint(self._source.with_model(checkpoint))
-        quantized = (artifact.quantize, list(artifact.quantize_exclude)) == (how, exclude)
+        quantized = (artifact.quantize, list(artifact.quantize_exclude)) == (quantizer, exclude)
         return whole and same and quantized and artifact.dtype == (self._recipe.dtype or "fp32")
 
-    def _export(self, checkpoint: str, folder: Path, how: str, exclude: list[str], windows: Windows | None) -> Artifact:
+    def _export(
+        self, checkpoint: str, folder: Path, quantizer: str, exclude: list[str], windows: Windows | None
+    ) -> Artifact:
         return export(
             checkpoint,
             folder,
@@ -175,16 +199,17 @@ class _Chain:
             dtype=self._recipe.dtype or "fp32",
             device=self._recipe.device,
             verbose=self._verbose,
-            quantize=how,
+            quantize=quantizer,
             quantize_exclude=exclude,
             windows=windows and windows.part(0, min(CALIBRATION_WINDOWS, len(windows.ids))),
             **self._source.with_model(checkpoint).options(),
         )
 
     def report(self, windows: Windows) -> Report:
-        """The report: the one that is there if it is of these very files, this text and this recipe, else a new one.
+        """Write the report.
 
-        A verdict that is there is not believed: the rows of the report are judged again.
+        An existing report is reused if files, text, settings and machine are the same; else the models are measured.
+        The measurements of a reused report are judged again, so a changed budget gives a new verdict.
         """
         compared_models = self._compared_models()
         earlier = self._earlier_report(compared_models, windows)
@@ -193,8 +218,8 @@ class _Chain:
         else:
             verdict = judge(earlier.rows, self._recipe.budget, self._recipe.evaluation.judge)
             report = dataclasses.replace(earlier, verdict=verdict, recipe=dataclasses.asdict(self._recipe))
-            judged = "" if report.to_json() == earlier.to_json() else ": judged anew"
-            self._notify(f"{self._out / REPORT_FILE} is there already, of these very files{judged}")
+            judged = "" if report.to_json() == earlier.to_json() else "; judged again"
+            self._notify(f"{self._out / REPORT_FILE} exists already, for the same files{judged}")
         write_report(report, self._out)
         return report
 
@@ -226,22 +251,22 @@ class _Chain:
         )
 
     def _earlier_report(self, compared_models: list[ComparedModel], windows: Windows) -> Report | None:
-        """The report that is there, if it is what was written, of these files, this text and these settings."""
+        """The existing report, if it is unchanged and describes the same files, text, settings and machine."""
         file = self._out / REPORT_FILE
         if not file.is_file():
             return None
         try:
             report = Report.from_json(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, StreamlineError) as error:
-            self._notify(f"{file}: {error}; measuring anew")
+            self._notify(f"{file}: {error}; measuring again")
             return None
         measured = {row.label: row.files for row in report.rows}
         same_files = measured == {compared.label: model_hashes(compared.source) for compared in compared_models}
-        same_recipe = _measures(report.recipe or {}) == _measures(dataclasses.asdict(self._recipe))
+        same_recipe = _without_judging(report.recipe or {}) == _without_judging(dataclasses.asdict(self._recipe))
         same_machine = report.machine == describe_machine(self._recipe.device)
         if same_files and same_recipe and same_machine and report.data == windows.describe():
             return report
-        self._notify(f"{file} is of other files, text, settings, machine or versions; measuring anew")
+        self._notify(f"{file} describes other files, text, settings, machine or versions; measuring again")
         return None
 
     def _compared_models(self) -> list[ComparedModel]:
@@ -262,14 +287,14 @@ class _Chain:
 
     def _seconds(self) -> dict[str, Any]:
         file = self._out / STEPS_FILE
-        # How long steps took decides nothing: a file that cannot be read is one that is not there.
+        # The durations are for information only, so an unreadable file counts as a missing one.
         with suppress(OSError, ValueError):
             seconds = json.loads(file.read_text(encoding="utf-8"))
             return seconds if isinstance(seconds, dict) else {}
         return {}
 
 
-def _measures(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's fields, but for those that decide nothing but how the figures are judged."""
+def _without_judging(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe that affect the measurements, and not only the verdict."""
     evaluation = {key: value for key, value in recipe.get("evaluation", {}).items() if key != "judge"}
     return {**recipe, "budget": None, "evaluation": evaluation}

@@ -1,4 +1,4 @@
-"""Reading all text of a run: what layers are chosen on, healed on and judged on."""
+"""Read the texts of a run: calibration text, healing text and evaluation text."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from optimum.streamline.checkpoints.loading import (
-    load_tokenizer,
-    read_config,
-)
+from optimum.streamline.checkpoints.loading import load_tokenizer, read_config
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing.settings import heal_windows
 from optimum.streamline.methods.registry import METHODS
@@ -21,14 +18,14 @@ from optimum.streamline.text.windows import TooShortError, Windows, read_windows
 
 
 def inputs_of(source: ModelSource, recipe: Recipe) -> tuple[str, ...]:
-    """What a run reads, which no output may replace."""
+    """The paths and Hub ids of everything that a run reads. No output may replace them."""
     texts = (recipe.calibration.data, recipe.healing.data, recipe.evaluation.data)
     models = (source.model, *([source.base.model] if source.base else []))
     return *models, *(str(local_path(spec)[0]) for spec in texts)
 
 
 def text_of_choice(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Windows:
-    """The calibration windows, and after them those to compare plans on where the method does.
+    """The recipe's calibration windows, followed by held-out windows if its method compares plans.
 
     Raises:
         StreamlineError: the text cannot be read or is too short.
@@ -42,8 +39,8 @@ def text_of_choice(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: P
         if not held_out:
             raise
         raise StreamlineError(
-            f"{error}; samples are {recipe.calibration.samples}, and method {recipe.resolved_method} reads {held_out} "
-            "more windows to compare what its candidates choose"
+            f"{error}; samples is {recipe.calibration.samples}, and method {recipe.resolved_method} needs "
+            f"{held_out} more windows to compare plans"
         ) from None
 
 
@@ -66,7 +63,7 @@ def evaluation_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: 
 
 
 def text_of_healing(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Windows:
-    """The windows that `heal_tokens` tokens are, to train on.
+    """The healing windows: as many as hold `heal_tokens` tokens.
 
     Raises:
         StreamlineError: the text cannot be read or is too short.
@@ -81,7 +78,7 @@ class Texts:
 
     Args:
         judged_on: The evaluation windows.
-        chosen_on: Those that choices are made on, by purpose: `calibration`, and `heal` where there is healing.
+        chosen_on: The windows that the candidate is made with, by purpose: `calibration`, and `heal` with healing.
     """
 
     judged_on: Windows
@@ -89,10 +86,10 @@ class Texts:
 
 
 def read_texts(source: ModelSource, recipe: Recipe) -> Texts:
-    """Read all text of a run, the judgement's apart from the choices'.
+    """Read all text of a run, and check that the evaluation text shares nothing with the other texts.
 
     Raises:
-        StreamlineError: a text cannot be read or is too short, or the choices are made on what they are judged on.
+        StreamlineError: a text cannot be read or is too short, or the evaluation text shares text with another.
     """
     tokenizer, config = load_tokenizer(source), read_config(source)
     judged_on = evaluation_text(recipe, tokenizer, config)

@@ -1,4 +1,4 @@
-"""Measuring models against their original on the recipe's evaluation text, which none of them may have seen."""
+"""Measure models against their original on the recipe's evaluation text. No model may have been made with it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from optimum.streamline.evaluation.multiple_choice import read_questions
 from optimum.streamline.evaluation.results import Report
 from optimum.streamline.evaluation.validate import ComparedModel, validate
 from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.system.notify import Notify
 
-from .quantize import Notify
 from .texts import evaluation_text
 
 
@@ -27,11 +27,11 @@ def validate_models(
     """Measure models against their original, all in this run, and judge the candidates.
 
     Args:
-        compared_models: The original first.
+        compared_models: The models to measure, the original first.
         recipe: Its evaluation text, budget, dtype, device and seed are used.
         questions: A file of multiple-choice questions, one JSON object a line.
         rounds: Timed rounds, each one prefill and one decode of every model in turn.
-        notify: Told, in lines, how the models are read, and on what text they are judged.
+        notify: Gets one line for each note on a model, and one line on the evaluation text.
 
     Raises:
         StreamlineError: a model, the text or the questions cannot be used, or a candidate was made with this text.

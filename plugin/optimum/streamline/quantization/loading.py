@@ -7,11 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from optimum.streamline.checkpoints.loading import (
-    DTYPES,
-    load_stock,
-    stored_dtype,
-)
+from optimum.streamline.checkpoints.loading import DTYPES, load_stock, stored_dtype
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.bare_layers import bare_layers

@@ -1,4 +1,4 @@
-"""Layer numbers and numbers of layers as a user writes them: `3,7,11-13`, `25%`."""
+"""Parse layer numbers and counts of layers as a user writes them: `3,7,11-13`, `25%`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from optimum.streamline.errors import StreamlineError, shown
 
 
 def parse_layers(text: str, total: int) -> tuple[int, ...]:
-    """Layer numbers from `3,7,11-13`.
+    """The layer numbers, 0-based and rising, that a text such as `3,7,11-13` names.
+
+    Args:
+        text: Numbers and ranges, separated by commas.
+        total: The number of layers of the model.
 
     Raises:
-        StreamlineError: not of that form, or not below `total`.
+        StreamlineError: the text has another form, or names a layer that the model does not have.
 
     >>> parse_layers("3,7,11-13", 16)
     (3, 7, 11, 12, 13)
@@ -33,10 +37,14 @@ def parse_layers(text: str, total: int) -> tuple[int, ...]:
 
 
 def parse_remove(value: int | str, total: int) -> int:
-    """The net number of layers to lose, of `total`: a number, or a share rounded to the nearest whole layer.
+    """The number of layers that the model loses.
+
+    Args:
+        value: A number of layers such as 4, or a share such as `25%`, which is rounded to the nearest whole layer.
+        total: The number of layers of the model.
 
     Raises:
-        StreamlineError: not such a number, or nothing or everything would go.
+        StreamlineError: the value has another form, or no layer or every layer would be removed.
 
     >>> parse_remove("25%", 12)
     3
@@ -47,5 +55,7 @@ def parse_remove(value: int | str, total: int) -> int:
         raise StreamlineError(f"remove {shown(value)}: must be a number of layers or a share such as 25%")
     count = int(float(match[1]) * total / 100 + 0.5) if match[2] else int(match[1])
     if not 0 < count < total:
-        raise StreamlineError(f"remove {value!r}: that is {count} of {total} layers; at least 1 must go and 1 stay")
+        raise StreamlineError(
+            f"remove {value!r}: that is {count} of {total} layers; at least 1 must be removed, and 1 must stay"
+        )
     return count

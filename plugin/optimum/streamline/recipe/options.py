@@ -2,7 +2,10 @@
 
 The groups of `recipe.py` are dataclasses whose fields are `Annotated[type, Option("help"), range]`. From these fields
 come the flags and their help, the keys of YAML and of Python, the checks, and the docstrings of the groups.
-Imports neither pydantic nor torch: a command reads it to print its help.
+
+This file imports neither pydantic nor torch, because a command reads it to print its help. Two libraries also make
+flags from types, but do not fit: pydantic-settings imports pydantic for every help text and is one more dependency, and
+typer makes a click command, which cannot be a subcommand of optimum-cli's argparse.
 """
 
 from __future__ import annotations
@@ -18,16 +21,16 @@ from optimum.streamline.errors import StreamlineError, shown
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """The part of an option's definition that its type, range and default do not hold.
+    """What defines an option beside its type, range and default.
 
     Args:
         help: What it does, in one or two sentences.
         key: The flag's name with underscores, also a key of YAML and of Python; if empty, the field's own name.
-        default: What the default `None` means, for the help.
+        default: What the default `None` stands for, in words for the help.
         metavar: The name of the value in the help; if empty, it follows from the type.
         pattern: A regular expression that a string must match as a whole.
         form: What a value must look like, for the error message.
-        commas: An example of a list with commas, for an option that is one; YAML and Python may give a list instead.
+        commas: An example, for a string that holds a list with commas. YAML and Python may then give a list too.
     """
 
     help: str
@@ -49,7 +52,7 @@ class DefinedOption:
         group: The field of the recipe that holds the option; empty for an option of the recipe itself.
         annotation: The type with its range.
         default: The default.
-        option: The rest of the definition.
+        option: The help and the other parts of the definition.
     """
 
     name: str
@@ -86,7 +89,7 @@ class DefinedOption:
         Raises:
             StreamlineError: the value is of another type or form, or out of range.
         """
-        from .validation import validated  # brings pydantic, which a help text does not need
+        from .validation import validated  # imports pydantic, which a help text does not need
 
         return validated(value, name, self.annotation, self.option.pattern, self.option.form)
 
@@ -94,20 +97,20 @@ class DefinedOption:
         """What the option does, its choices and its default, for the help of a command and for a docstring.
 
         Args:
-            default: The default of a command that has another than the recipe.
+            default: The default to show, for a command whose default differs from the recipe's.
         """
         parts = [self.option.help]
         if self.choices:
             parts.append(f"One of {', '.join(self.choices)}.")
-        told = default if default is not None else self.option.default or self.default
-        if told is not None and told is not False:
-            parts.append(f"(default: {told})")
+        shown_default = default if default is not None else self.option.default or self.default
+        if shown_default is not None and shown_default is not False:
+            parts.append(f"(default: {shown_default})")
         return " ".join(parts)
 
 
 def options_of(kind: type) -> tuple[DefinedOption, ...]:
     """The options of a recipe, or of one group, in the order of the definition."""
-    return _options_of(kind)  # mypy does not take every class for an argument of a cached function
+    return _options_of(kind)  # split in two, because mypy does not accept every class as argument of a cached function
 
 
 @cache
@@ -125,13 +128,13 @@ def _options_of(kind: type) -> tuple[DefinedOption, ...]:
 
 
 def groups_of(kind: type) -> dict[str, type[CheckedOptions]]:
-    """The groups of a recipe: the field's name, and the class."""
+    """The groups of a recipe: the class of each, by the name of its field."""
     hints = get_type_hints(kind, include_extras=True)
     return {name: hint for name, hint in hints.items() if isinstance(hint, type) and issubclass(hint, CheckedOptions)}
 
 
 class CheckedOptions:
-    """Base of the groups: a value of another type or out of range is refused when an instance is made."""
+    """Base class of the groups: making an instance refuses a value of the wrong type or out of range."""
 
     def __post_init__(self) -> None:
         kind = type(self)
@@ -149,7 +152,7 @@ _Kind = TypeVar("_Kind", bound=type)
 
 
 def documented(kind: _Kind) -> _Kind:
-    """Class decorator: add to the docstring an `Args` section with the help of each option."""
+    """Class decorator: add an `Args` section with the help of each option to the docstring."""
     lines = [f"{name}: {summary_of(group)}" for name, group in groups_of(kind).items()]
     lines += [f"{each.name}: {each.help()}" for each in options_of(kind) if not each.group]
     wrap = textwrap.TextWrapper(110, subsequent_indent="    ", break_on_hyphens=False)

@@ -1,7 +1,7 @@
-"""From the keys of YAML, flags or Python to a `Recipe`, and back; every fault becomes one line.
+"""Make a `Recipe` from the keys of YAML, flags or Python, and write one as YAML. Every error message is one line.
 
 An option has two keys: its name in its group (`healing: {tokens: 100}`), and the name of its flag with underscores
-(`heal_tokens: 100`). Files are written with the first.
+(`heal_tokens: 100`). Both can be read. Files are written with the first.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _LONGEST_FILE = 2**16  # bytes of a recipe
 
 @dataclass(frozen=True)
 class Given:
-    """One option as it was given.
+    """The value that the user gave for one option.
 
     Args:
-        value: Not yet checked.
-        name: What a message calls the option: its key as it was given, with dashes.
-        origin: What a message calls the place it was given in.
+        value: The value, not yet checked.
+        name: The option's name for messages: the key that the user wrote, with dashes.
+        origin: Where the user gave it, for messages, such as `flags`.
     """
 
     value: Any
@@ -37,15 +37,16 @@ class Given:
 
 
 def make_recipe(fields: dict[str, Any], origin: str = "recipe") -> Recipe:
-    """A recipe from plain fields, by either key of each option.
+    """Make a recipe from keys and values.
 
     Args:
-        fields: The keys and values; a group is a mapping, or an instance of its class.
-        origin: What a message calls the fields' source.
+        fields: The keys and values. A key may be either key of an option. A group is a mapping or an instance of its
+            class.
+        origin: Where the fields come from, for messages.
 
     Raises:
-        StreamlineError: the first field that is unknown, given twice, of another type or out of range, and what would
-            be right.
+        StreamlineError: a field is unknown, given twice, of the wrong type or out of range. The message names the first
+            such field and what would be right.
     """
     return recipe_of_given(given_options(fields, origin))
 
@@ -69,16 +70,16 @@ def given_options(fields: dict[str, Any], origin: str) -> dict[str, Given]:
 
 
 def recipe_of_given(given: dict[str, Given]) -> Recipe:
-    """The recipe of these options, by the names of their flags with underscores.
+    """Make a recipe from the options given, by the names of their flags with underscores.
 
     Raises:
-        StreamlineError: the first that is of another type or out of range, and what would be right.
+        StreamlineError: an option is of the wrong type or out of range. The message names the first such option.
     """
     return Recipe().with_options(**{key: _checked(OPTIONS[key], each) for key, each in given.items()})
 
 
 def _options_under(key: Any, value: Any, origin: str) -> Iterator[tuple[DefinedOption, Given]]:
-    """What a key gives: one option, or those of a group. `calibration` is both: a group, or its text."""
+    """The options that one key sets: one, or several of a group. `calibration` names a group, and the text in it."""
     group = GROUPS.get(key)
     if group is not None and isinstance(value, group):
         value = vars(value)
@@ -93,7 +94,7 @@ def _options_under(key: Any, value: Any, origin: str) -> Iterator[tuple[DefinedO
     elif group is not None:
         known = ", ".join(each.name for each in options_of(group))
         raise StreamlineError(
-            f"{origin}: {key} is {shown(value)}: must be options with their values; known are {known}"
+            f"{origin}: {key} is {shown(value)}: must be a mapping of options to values; known are {known}"
         )
     else:
         known = ", ".join(OPTIONS)
@@ -112,7 +113,7 @@ def _checked(option: DefinedOption, given: Given) -> Any:
 
 
 def _joined(option: DefinedOption, value: Any, name: str) -> Any:
-    """A list with commas, from the string itself, one number, or a list of both."""
+    """The value as a string with commas. It may be that string, a number, or a list of strings and numbers."""
     items = value if isinstance(value, list) else [value]
     if all(isinstance(each, (int, str)) and not isinstance(each, bool) for each in items):
         return ",".join(str(each) for each in items)
@@ -122,7 +123,10 @@ def _joined(option: DefinedOption, value: Any, name: str) -> Any:
 
 
 def _is_text(value: str) -> bool:
-    """Whether it can name a file (bytes of a name that are not UTF-8 are surrogates) and has no control characters."""
+    """Whether a string has no control characters, and can be printed or name a file.
+
+    Python reads bytes of a file name that are not UTF-8 as surrogates. Other surrogates are refused.
+    """
     try:
         value.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -138,11 +142,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as stream:
-            content = stream.read(_LONGEST_FILE + 1)  # of what may have no end
-    except (OSError, ValueError) as error:  # the latter of a path that cannot be
+            content = stream.read(_LONGEST_FILE + 1)  # no more: a device file may be endless
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
         raise StreamlineError(f"recipe {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if len(content) > _LONGEST_FILE:
-        raise StreamlineError(f"recipe {path}: is no recipe, it is longer than {_LONGEST_FILE} bytes")
+        raise StreamlineError(f"recipe {path}: is longer than {_LONGEST_FILE} bytes, so it is no recipe")
     try:
         fields = parse_yaml(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -155,5 +159,5 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def write_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML that `read_recipe` takes back to the same recipe."""
+    """The recipe as YAML. `read_recipe` and `make_recipe` make the same recipe from it."""
     return dump_yaml(recipe.to_dict())

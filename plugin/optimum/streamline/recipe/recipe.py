@@ -1,7 +1,7 @@
-"""The recipe: every option of a run, in groups, as one frozen value that YAML, flags and Python all make.
+"""The recipe: every option of a run, in groups, as one frozen object that is made from YAML, flags or Python.
 
-A new option is one field here: its flag, help, YAML key, check and docstring follow from it. The recipe knows names
-and ranges; a pruning method checks for itself what it makes of them.
+To add an option, add one field here: its flag, help, YAML key, check and docstring follow from it. The recipe checks
+types and ranges. Whether the options fit each other and the model, the pruning method and other rooms check later.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from optimum.streamline.quantization.quantizers import NONE, QUANTIZERS
 
 from .options import CheckedOptions, DefinedOption, Option, documented, groups_of, options_of
 
-# General text of a size that any model can be chosen, healed and judged on; its two splits share no article.
+# The default texts: general text, large enough for scoring, healing and evaluation. The splits share no article.
 CHOOSING_TEXT = "hub:Salesforce/wikitext,wikitext-103-raw-v1,train"
 JUDGING_TEXT = "hub:Salesforce/wikitext,wikitext-103-raw-v1,test"
 _HUGE = 10**9
 _TRAININGS = r"none|(hidden-mse|lm|distill)(\+(lm|distill))*"
 
-# How a method's own paper repairs the model afterwards; `auto` does what was measured to be best.
+# The healing in the paper of each method. For `auto`, the healing that was measured to be best.
 _PAPERS_HEALING = {"auto": "distill", "layerchop": "lm", "come-sp": "distill", "come-mp": "distill"}
 
 Replacement = Literal["none", "layer", "mlp", "ffn", "swiglu", "linear"]
@@ -35,10 +35,10 @@ Device = Literal["cpu", "cuda"]
 Format = Literal["none", "onnx"]
 Steps = Literal["prune,quantize", "quantize,prune"]
 Judge = Literal["bound", "point"]
-# The replacement in a method's own paper; nothing in all others.
+# The replacement in the paper of each method. The papers of the other methods have none.
 _PAPERS_REPLACEMENT: dict[str, Replacement] = {"llm-streamline": "layer"}
-# The method for a replacement where no method is named: for a trained one `llm-streamline`, its paper's. Linear maps
-# go into any gaps, and patch layers chosen apart better than a block (measured: `docs/methods.md`).
+# The default method for each replacement. Trained replacements get `llm-streamline`, whose paper proposes them. Linear
+# maps lose less with single layers, as `shortgpt` chooses them, than with a block (measured: `docs/methods.md`).
 _METHOD_FOR: dict[Replacement, str] = {"none": "auto", "linear": "shortgpt"}
 
 
@@ -58,8 +58,8 @@ class Pruning(CheckedOptions):
     remove: Annotated[
         int | str | None,
         Option(
-            "Number of layers that the model loses, such as 4, or a share of its layers, such as 25%. A replacement "
-            "layer counts as kept.",
+            "Number of layers that the model loses, such as 4, or a share of its layers, such as 25%. A trained "
+            "replacement counts as a layer that stays.",
             metavar="AMOUNT",
             form="must be a number of layers or a share such as 25%",
         ),
@@ -83,14 +83,14 @@ class Pruning(CheckedOptions):
         ),
     ] = None
     pattern: Annotated[
-        Pattern | None, Option("Which layers are removed, by their place. For method layerchop.", default="max-gap")
+        Pattern | None, Option("Positions of the layers to remove. For method layerchop.", default="max-gap")
     ] = None
     replacement: Annotated[
         Replacement | None,
         Option(
-            "What replaces the removed layers. linear is a least-squares map, folded into the layer before. The "
-            "others are trained and replace one block: layer is a decoder layer, mlp a layer without attention, ffn "
-            "and swiglu have no norm and no residual and need optimum.streamline.load.",
+            "What replaces the removed layers. linear is a least-squares linear map, folded into the layer before "
+            "them. The others are trained and replace one block: layer is a decoder layer, mlp a layer without "
+            "attention; ffn and swiglu have no norm or residual, and their checkpoint needs optimum.streamline.load.",
             default="layer for llm-streamline; none or linear for auto without healing; else none",
         ),
     ] = None
@@ -104,9 +104,9 @@ class Healing(CheckedOptions):
     trainings: Annotated[
         str | None,
         Option(
-            "Trainings in order, joined by +, or none. hidden-mse trains the replacement to the output of its block, "
-            "and must come first. lm trains on next-token cross-entropy. distill trains to the logits and hidden "
-            "states of the original.",
+            "Trainings in order, joined by +, or none. hidden-mse trains the replacement to give the output of the "
+            "block that it replaces, and must come first. lm trains with next-token cross-entropy. distill trains the "
+            "model to give the logits and hidden states of the original.",
             key="heal",
             default="hidden-mse with a trained replacement; distill for auto, come-sp and come-mp; lm for layerchop; "
             "else none",
@@ -119,21 +119,21 @@ class Healing(CheckedOptions):
         Option(
             "What lm and distill train.",
             key="heal_scope",
-            default="replacement for an lm that comes first, if there is a trained replacement (with `lora`, if "
-            "another training follows); else model",
+            default="model; but replacement for lm as the first training with a trained replacement, unless it is the "
+            "only training and `lora` is set",
         ),
     ] = None
     data: Annotated[str, Option("Healing text, to train on.", key="heal_data", metavar="SPEC")] = CHOOSING_TEXT
     tokens: Annotated[
         int,
-        Option("Number of tokens to train on. Each counts once, however many epochs there are.", key="heal_tokens"),
+        Option("Number of different tokens to train on. Epochs do not count.", key="heal_tokens"),
         Gt(0),
         Le(_HUGE * 1000),
     ] = 200_000
     minutes: Annotated[
         float | None,
         Option(
-            "Longest time of each training, in minutes. The trainings after the merges of come-mp share it.",
+            "Time limit of each training, in minutes. The trainings of come-mp, one after each merge, share one limit.",
             key="heal_minutes",
             default="no limit",
         ),
@@ -144,14 +144,17 @@ class Healing(CheckedOptions):
         Option(
             "Peak learning rate.",
             key="heal_lr",
-            default="by the training, by what is trained, and by the width of the model",
+            default="depends on the training, on the weights that it trains, and on the hidden size",
         ),
         Gt(0),
     ] = None
-    epochs: Annotated[int, Option("Passes over the training tokens.", key="heal_epochs"), Gt(0)] = 4
+    epochs: Annotated[int, Option("Number of passes over the training tokens.", key="heal_epochs"), Gt(0)] = 4
     batch: Annotated[
         int,
-        Option("Windows in one update, over all processes. Must be a multiple of their number.", key="heal_batch"),
+        Option(
+            "Number of windows in one update, over all processes. Must be a multiple of the number of processes.",
+            key="heal_batch",
+        ),
         Gt(0),
         Le(_HUGE),
     ] = 4
@@ -161,7 +164,8 @@ class Healing(CheckedOptions):
     kl: Annotated[
         float | None,
         Option(
-            "In distill, share of the KL divergence to the logits of the original. The rest is cross-entropy.",
+            "In distill, weight of the KL divergence to the logits of the original, from 0 to 1. Next-token "
+            "cross-entropy has the rest of the weight.",
             key="heal_kl",
             default="1",
         ),
@@ -177,13 +181,13 @@ class Healing(CheckedOptions):
         bool,
         Option("In lm and distill, train low-rank adapters instead of the weights. They are merged before saving."),
     ] = False
-    lora_rank: Annotated[int, Option("Rank of the adapters."), Gt(0), Le(_HUGE)] = 16
+    lora_rank: Annotated[int, Option("Rank of the low-rank adapters."), Gt(0), Le(_HUGE)] = 16
 
 
 @documented
 @dataclass(frozen=True)
 class Calibration(CheckedOptions):
-    """Text that the layers are scored and chosen on. Method auto reads more of it, to compare plans."""
+    """Text on which layers are scored and chosen. Method auto reads more of it, to compare plans."""
 
     data: Annotated[str, Option("Calibration text.", key="calibration", metavar="SPEC")] = CHOOSING_TEXT
     samples: Annotated[int, Option("Number of windows of calibration text."), Gt(0), Le(_HUGE)] = 128
@@ -198,8 +202,8 @@ class Quantization(CheckedOptions):
     exclude: Annotated[
         str | None,
         Option(
-            "What stays in float, by commas: numbers of layers of the original, and modules such as lm_head or "
-            "*.mlp.down_proj.",
+            "Layers and modules that stay in float, separated by commas: layer numbers of the original, and module "
+            "names such as lm_head or *.mlp.down_proj.",
             key="quantize_exclude",
             metavar="WHAT",
             commas="0,*.mlp.down_proj",
@@ -208,8 +212,8 @@ class Quantization(CheckedOptions):
     steps: Annotated[
         Steps | None,
         Option(
-            "Order of the two. With quantize,prune the layers are chosen in the quantized model, and can only be "
-            "removed whole.",
+            "Order of pruning and quantization. With quantize,prune the layers are chosen in the quantized model; then "
+            "only whole layers can be removed.",
             default="prune,quantize",
             commas="quantize,prune",
         ),
@@ -219,7 +223,7 @@ class Quantization(CheckedOptions):
 @documented
 @dataclass(frozen=True)
 class Export(CheckedOptions):
-    """What the checkpoint is exported to."""
+    """Export of the checkpoint to another format."""
 
     format: Annotated[Format, Option("Format of the export.")] = "none"
 
@@ -233,14 +237,14 @@ class Evaluation(CheckedOptions):
     samples: Annotated[int, Option("Number of windows of evaluation text.", key="eval_samples"), Gt(1), Le(_HUGE)] = 64
     judge: Annotated[
         Judge,
-        Option("What must keep each limit of the budget: bound, the whole interval of a figure; point, the figure."),
+        Option("How limits are judged: bound requires the whole 95% interval within the limit, point only the value."),
     ] = "bound"
 
 
 @documented
 @dataclass(frozen=True)
 class Budget(CheckedOptions):
-    """Limits that the candidate must keep; a limit that is left out is not judged."""
+    """Limits that the candidate must hold. A limit that is left out is not judged."""
 
     max_ppl_ratio: Annotated[
         float | None, Option("Largest perplexity of the candidate, divided by the original's."), Gt(0)
@@ -248,7 +252,7 @@ class Budget(CheckedOptions):
     max_kl: Annotated[float | None, Option("Largest mean KL(original || candidate), in nats per token."), Ge(0)] = None
     min_speedup: Annotated[
         float | None,
-        Option("Least decode speed-up: time per token of the original, divided by the candidate's, in one runtime."),
+        Option("Smallest decode speed-up: time per token of the original, divided by the candidate's, in one runtime."),
         Gt(0),
     ] = None
     max_size_ratio: Annotated[
@@ -261,7 +265,7 @@ class Budget(CheckedOptions):
 @documented
 @dataclass(frozen=True)
 class Recipe(CheckedOptions):
-    """One run, from text to verdict.
+    """All options of one run.
 
     `parsing.make_recipe` makes one from the keys of YAML or Python. An option's key is its name in its group, or the
     name of its flag with underscores.
@@ -278,21 +282,21 @@ class Recipe(CheckedOptions):
     dtype: Annotated[
         Dtype | None,
         Option(
-            "Number type that weights are stored in, or that `validate` computes in.",
+            "Number type in which weights are stored, or in which `validate` computes.",
             default="the original's for a checkpoint, fp32 for an export and for `validate`",
         ),
     ] = None
-    device: Annotated[Device, Option("Device that the model runs on.")] = "cpu"
-    seed: Annotated[int, Option("Seed of everything random."), Ge(0), Lt(2**63)] = 0
+    device: Annotated[Device, Option("Device on which the model runs.")] = "cpu"
+    seed: Annotated[int, Option("Seed of all random numbers."), Ge(0), Lt(2**63)] = 0
 
     @property
     def resolved_replacement(self) -> Replacement:
-        """The replacement; where it is left out, that of the method's paper."""
+        """The replacement; if it is left out, the one in the method's paper."""
         return self.pruning.replacement or _PAPERS_REPLACEMENT.get(self.pruning.method or "", "none")
 
     @property
     def resolved_method(self) -> str:
-        """The method; where it is left out, the one that follows from the layers and the replacement."""
+        """The method; if it is left out, the one that follows from the layers and the replacement."""
         if self.pruning.method is not None:
             return self.pruning.method
         if self.pruning.layers is not None:
@@ -301,9 +305,9 @@ class Recipe(CheckedOptions):
 
     @property
     def resolved_trainings(self) -> tuple[str, ...]:
-        """The trainings, in order; where they are left out, those of the replacement or of the method's paper.
+        """The trainings, in order; if they are left out, the default of the replacement or of the method.
 
-        A replacement layer that nothing trains would be worse than none, so it is trained by default.
+        A trained replacement gets `hidden-mse` by default: without training it would be worse than no replacement.
         """
         given = self.healing.trainings
         if given is not None:
@@ -315,12 +319,12 @@ class Recipe(CheckedOptions):
 
     @property
     def quantize_first(self) -> bool:
-        """Whether layers are chosen in, and taken from, the quantized model."""
+        """Whether the model is quantized before its layers are chosen and removed."""
         return self.quantization.steps == "quantize,prune"
 
     @property
     def excluded(self) -> list[str]:
-        """The layers and modules that quantization leaves in float."""
+        """The patterns of layers and modules that stay in float."""
         return [each.strip() for each in (self.quantization.exclude or "").split(",") if each.strip()]
 
     def option(self, key: str) -> Any:
@@ -337,36 +341,37 @@ class Recipe(CheckedOptions):
         own |= {name: dataclasses.replace(getattr(self, name), **changes) for name, changes in grouped.items()}
         return dataclasses.replace(self, **own)
 
-    def told_options(self) -> dict[str, Any]:
-        """The options that differ from their defaults, and the text that is used in any case.
+    def recorded_options(self) -> dict[str, Any]:
+        """The options that files record: options with another value than the default, and the texts that the run reads.
 
         The keys are the names of the flags, with underscores.
         """
-        told = {"calibration", "eval_data", *(["heal_data"] if self.resolved_trainings else [])}
+        always = {"calibration", "eval_data", *(["heal_data"] if self.resolved_trainings else [])}
         values = {key: self._value(defined) for key, defined in OPTIONS.items()}
-        return {key: value for key, value in values.items() if value != OPTIONS[key].default or key in told}
+        return {key: value for key, value in values.items() if value != OPTIONS[key].default or key in always}
 
     def to_dict(self) -> dict[str, Any]:
-        """The same options in their groups, as YAML has them."""
+        """The recorded options in their groups, as in a YAML file."""
         fields: dict[str, Any] = {}
-        for key, value in self.told_options().items():
+        for key, value in self.recorded_options().items():
             defined = OPTIONS[key]
             (fields.setdefault(defined.group, {}) if defined.group else fields)[defined.name] = value
         return fields
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what decides the checkpoint: all but the export, the evaluation and the budget."""
-        apart = ("export", "evaluation", "budget")
-        fields = {key: self._value(defined) for key, defined in OPTIONS.items() if defined.group not in apart}
-        if self.quantization.quantizer not in QUANTIZERS and not self.quantize_first:  # the export is quantized
+        """SHA-256 of the options that affect the checkpoint: all but the export, the evaluation and the budget."""
+        without_effect = ("export", "evaluation", "budget")
+        fields = {key: self._value(defined) for key, defined in OPTIONS.items() if defined.group not in without_effect}
+        if self.quantization.quantizer not in QUANTIZERS and not self.quantize_first:  # only the export is quantized
             for key in ("quantize", "quantize_exclude"):
                 del fields[key]
         fields["steps"] = self.quantize_first
-        # What is spelled out and what follows are one: `remove: 4` and `--remove 4`, a method named or left out.
+        # Recipes with the same meaning have the same fingerprint: `remove: 4` and `remove: "4"`, or a method that is
+        # named and the same method by default.
         pattern = (self.pruning.pattern or "max-gap") if self.resolved_method == "layerchop" else None
         fields |= {"method": self.resolved_method, "pattern": pattern, "heal": list(self.resolved_trainings)}
-        # `auto` with nothing trained may choose linear maps where nothing is spelled out.
+        # Without healing, `auto` may choose linear maps, but only if no replacement is given; a given `none` differs.
         open_choice = self.resolved_method == "auto" and not self.resolved_trainings
         fields["replacement"] = self.pruning.replacement if open_choice else self.resolved_replacement
         fields["remove"] = str(self.pruning.remove)

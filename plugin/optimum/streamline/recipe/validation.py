@@ -1,4 +1,4 @@
-"""Whether a value is of a type and in a range, by pydantic."""
+"""Check the type and the range of a value with pydantic."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from optimum.streamline.errors import StreamlineError, shown
 
-# A value must be of the type already: `"16"`, `16.0` and `true` are no integers.
+# Strict: pydantic must not convert values. `"16"`, `16.0` and `true` are no integers.
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False)
-# What a value of a type must be, where pydantic's words leave that open.
+# Our messages for pydantic's errors of these types, which say less.
 _TYPES = {
     "bool_type": "must be true or false",
     "int_type": "must be an integer",
@@ -22,17 +22,17 @@ _TYPES = {
 
 
 def validated(value: Any, name: str, annotation: Any, pattern: str = "", form: str = "") -> Any:
-    """The value, with an integer made a float where the type is a float.
+    """Check a value. An integer is converted if the type is a float.
 
     Args:
         value: Any value.
-        name: What the message calls it.
+        name: The value's name for the message.
         annotation: The type with its range.
         pattern: A regular expression that a string must match as a whole.
         form: What a string must look like, for the message; without `pattern`, what any value must look like.
 
     Raises:
-        StreamlineError: of another type, form or range.
+        StreamlineError: the value is of another type or form, or out of range.
     """
     try:
         value = _adapter(annotation).validate_python(value)

@@ -1,6 +1,10 @@
 """Results as one line of text and as HTML for a notebook: tables, and a map with one cell for each original layer.
 
 Every text from outside, such as a model's name, is escaped. The HTML carries its styles inline and loads nothing.
+
+The report page is a jinja2 template (`html.py`). Here the tables are so small that a template for each object would be
+longer than the functions below. pandas also writes HTML tables, but the layer map and the bars would still be made by
+hand.
 """
 
 from __future__ import annotations

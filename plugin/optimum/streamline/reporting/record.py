@@ -73,6 +73,7 @@ class PruningRecord:
             "removed": [] if self.plan.replacement in TRAINED or self.plan.merges else list(self.plan.removed),
             "merged": [list(layer.originals) for layer in self.change.new_layers if layer.kind == "merged"],
             "replaced": list(self.plan.removed) if self.plan.replacement in TRAINED else [],
+            # The skipped sublayers. The key has the word of version 0.1.0, so that its files and newer ones read alike.
             "dead": {str(index): skip for index, skip in self.change.skipped.items()},
             "scores": None if self.scores is None else scores_to_dict(self.scores),
             "recipe": self.recipe.to_dict(),

@@ -4,4 +4,13 @@ They write output folders atomically, redirect log messages, show progress bars,
 files, and describe the machine.
 """
 
-__all__ = ["atomic_output", "content_hashes", "distributed", "environment", "git_lfs", "library_logs", "progress"]
+__all__ = [
+    "atomic_output",
+    "content_hashes",
+    "distributed",
+    "environment",
+    "git_lfs",
+    "library_logs",
+    "notify",
+    "progress",
+]

@@ -52,9 +52,9 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifac
     """A function that exports the reference model with a quantizer, or with `none`."""
 
     @cache
-    def make(how: str, *exclude: str) -> Artifact:
-        folder = tmp_path_factory.mktemp(how) / "onnx"
-        return export_checkpoint(REFERENCE, folder, quantize=how, quantize_exclude=exclude, windows=calibration())
+    def make(quantizer: str, *exclude: str) -> Artifact:
+        folder = tmp_path_factory.mktemp(quantizer) / "onnx"
+        return export_checkpoint(REFERENCE, folder, quantize=quantizer, quantize_exclude=exclude, windows=calibration())
 
     return make
 
@@ -85,19 +85,19 @@ def operators(artifact: Artifact) -> Counter[str]:
     return Counter(node.op_type for node in graph.node)
 
 
-@pytest.mark.parametrize("how", GRAPH_QUANTIZERS)
+@pytest.mark.parametrize("quantizer", GRAPH_QUANTIZERS)
 def test_each_way_keeps_the_function_and_takes_less_room(
-    quantized: Callable[..., Artifact], judged_on: Windows, how: str
+    quantized: Callable[..., Artifact], judged_on: Windows, quantizer: str
 ) -> None:
-    plain, small = quantized("none"), quantized(how)
-    ratio, size = LIMITS[how]
+    plain, small = quantized("none"), quantized(quantizer)
+    ratio, size = LIMITS[quantizer]
     assert np.exp(loss(small, judged_on) - loss(plain, judged_on)) < ratio
     assert bytes_of(small) / bytes_of(plain) < size
     assert list(small.divergence) == list(small.parity)
     assert all(0 < share < 0.5 for share in small.divergence.values())
     assert all(difference < 1e-4 for difference in small.parity.values())  # of the graph before it was quantized
     assert Artifact.read(Path(small.path)) == small
-    assert small.precision == how
+    assert small.precision == quantizer
     assert (Path(small.path) / "genai_config.json").is_file()
     assert open_runner(small.path).runtime == "onnxruntime"
 
@@ -112,24 +112,24 @@ def test_four_bits_hold_a_tied_embedding_once(quantized: Callable[..., Artifact]
     assert quantized("int4").weight_bytes == pytest.approx(3.67e6 * (0.5 + 4 / 32), rel=0.02)
 
 
-@pytest.mark.parametrize("how", ["int4", pytest.param("int4-gptq", marks=pytest.mark.slow), "int8"])
-def test_what_is_excluded_stays_in_float(quantized: Callable[..., Artifact], how: str) -> None:
-    found = operators(quantized(how, "0", "15", "*.v_proj", "lm_head"))
+@pytest.mark.parametrize("quantizer", ["int4", pytest.param("int4-gptq", marks=pytest.mark.slow), "int8"])
+def test_what_is_excluded_stays_in_float(quantized: Callable[..., Artifact], quantizer: str) -> None:
+    found = operators(quantized(quantizer, "0", "15", "*.v_proj", "lm_head"))
     # All seven matmuls of two layers, one of the other fourteen, and the output projection.
     assert found["MatMul"] == 2 * 7 + 14 + 1
     assert found["GatherBlockQuantized"] == 0
 
 
-@pytest.mark.parametrize("how", ["int4", "int8"])
+@pytest.mark.parametrize("quantizer", ["int4", "int8"])
 def test_the_layers_of_a_pruned_model_become_what_they_become_in_the_original(
-    quantized: Callable[..., Artifact], tmp_path: Path, how: str
+    quantized: Callable[..., Artifact], tmp_path: Path, quantizer: str
 ) -> None:
     model = load_stock(ModelSource(REFERENCE))
     row, kept = architecture_of(model.config), [0, 1, 2, 7, 8, 15]
     set_decoder_layers(model, row, [decoder_layers(model, row)[layer] for layer in kept], kept)
     model.save_pretrained(tmp_path / "pruned")
-    pruned = weights(export_checkpoint(str(tmp_path / "pruned"), tmp_path / "onnx", quantize=how))
-    original = weights(quantized(how))
+    pruned = weights(export_checkpoint(str(tmp_path / "pruned"), tmp_path / "onnx", quantize=quantizer))
+    original = weights(quantized(quantizer))
     of_layers = [name for name in pruned if ".layers." in name]
     assert len(of_layers) >= 7 * len(kept)  # values and scales of each matmul, and norms
     for name in of_layers:
@@ -155,7 +155,7 @@ def test_an_exclusion_that_names_nothing_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "products"),
+    ("architecture", "matmuls"),
     [
         ("gpt2", LAYERS * 4 + 1),  # its linear modules have biases
         ("qwen3", LAYERS * 4 + 1),
@@ -164,10 +164,10 @@ def test_an_exclusion_that_names_nothing_is_refused(tmp_path: Path) -> None:
         ("opt", LAYERS * 4 + 1),
     ],
 )
-def test_other_architectures_in_four_bits(architecture: str, products: int, tmp_path: Path) -> None:
+def test_other_architectures_in_four_bits(architecture: str, matmuls: int, tmp_path: Path) -> None:
     tiny_model(architecture).save_pretrained(tmp_path / "in")
     artifact = export_checkpoint(str(tmp_path / "in"), tmp_path / "out", quantize="int4")
-    assert operators(artifact)["MatMulNBits"] == products
+    assert operators(artifact)["MatMulNBits"] == matmuls
     assert all(0 < share < 0.5 for share in artifact.divergence.values())
 
 
@@ -277,8 +277,11 @@ def test_an_export_remembers_the_text_of_its_checkpoint(tmp_path: Path) -> None:
         (("--quantize", "int3"), "quantize 'int3': unknown; one of none, int8, int8-static, int4, int4-hqq, int4-gptq"),
         (("--quantize", "int4", "--dtype", "fp16"), "quantize 'int4': starts from dtype 'fp32', not 'fp16'"),
         (("--quantize-exclude", "lm_head"), "quantize-exclude 'lm_head': nothing is quantized; give quantize too"),
-        (("--quantize", "int4", "--samples", "8"), "samples 8: quantize 'int4' is not calibrated; leave it out"),
-        (("--calibration", "stdlib"), "calibration stdlib: quantize 'none' is not calibrated; leave it out"),
+        (
+            ("--quantize", "int4", "--samples", "8"),
+            "samples 8: quantize 'int4' needs no calibration text; leave it out",
+        ),
+        (("--calibration", "stdlib"), "calibration stdlib: quantize 'none' needs no calibration text; leave it out"),
         (("--quantize", "int4-gptq", "--samples", "0"), "samples 0: must be from 1 to 1000000"),
         (("--quantize", "int8-static", "--length", "4096"), "length 4096: must be from 8 to 512"),
         (("--quantize", "int8-static", "--calibration", "no/such.txt"), "'no/such.txt': no such file or folder"),

@@ -42,10 +42,12 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]
     """A function that exports the reference model to an engine with a quantizer, or with `none`."""
 
     @cache
-    def make(how: str, *exclude: str) -> Artifact:
-        options: dict[str, Any] = {"engine": RTX, "quantize": how, "quantize_exclude": exclude}
+    def make(quantizer: str, *exclude: str) -> Artifact:
+        options: dict[str, Any] = {"engine": RTX, "quantize": quantizer, "quantize_exclude": exclude}
         options["windows"] = text("calibration", 8)
-        return export_checkpoint(REFERENCE, tmp_path_factory.mktemp(how) / "engine", "tensorrt", "fp32", **options)
+        return export_checkpoint(
+            REFERENCE, tmp_path_factory.mktemp(quantizer) / "engine", "tensorrt", "fp32", **options
+        )
 
     return make
 
@@ -66,38 +68,38 @@ def graph_of(artifact: Artifact) -> onnx.GraphProto:
     return onnx.load(Path(artifact.path) / "model.onnx").graph
 
 
-@pytest.mark.parametrize("how", ENGINE_QUANTIZERS)
-def test_a_quantized_engine_keeps_the_function(engines: Callable[..., Artifact], how: str) -> None:
-    plain, small = engines("none"), engines(how)
-    assert 1e-4 < abs(loss(small) - loss(plain)) < math.log(LIMITS[how])
+@pytest.mark.parametrize("quantizer", ENGINE_QUANTIZERS)
+def test_a_quantized_engine_keeps_the_function(engines: Callable[..., Artifact], quantizer: str) -> None:
+    plain, small = engines("none"), engines(quantizer)
+    assert 1e-4 < abs(loss(small) - loss(plain)) < math.log(LIMITS[quantizer])
     assert list(small.divergence) == list(small.parity)
     assert all(0 < share < 0.3 for share in small.divergence.values())
     assert all(difference < 1e-4 for difference in small.parity.values())  # of the graph before it was quantized
-    assert (small.quantize, Artifact.read(Path(small.path))) == (how, small)
+    assert (small.quantize, Artifact.read(Path(small.path))) == (quantizer, small)
     graph = graph_of(small)
     held = Counter(each.data_type for each in graph.initializer if math.prod(each.dims) > 1000)
-    assert held[KINDS[how]] == MATMULS
+    assert held[KINDS[quantizer]] == MATMULS
     operators = Counter(node.op_type for node in graph.node)
     # Queries, keys and values read the same activation, as do gate and up; each activation is quantized once.
-    assert operators["QuantizeLinear"] == (16 * 4 if ENGINE_QUANTIZERS[how].calibrated else 0)
+    assert operators["QuantizeLinear"] == (16 * 4 if ENGINE_QUANTIZERS[quantizer].calibrated else 0)
     assert {node.domain for node in graph.node} == {""}
-    bits = {"int8": 8, "fp8": 8, "int4": 4 + 32 / 64}[how]  # a scale in 32 bits for 64 weights
+    bits = {"int8": 8, "fp8": 8, "int4": 4 + 32 / 64}[quantizer]  # a scale in 32 bits for 64 weights
     head = 4096 * 128 * 4
     assert small.weight_bytes == pytest.approx((3.67e6 - 4096 * 128) * bits / 8 + head, rel=0.03)
 
 
-@pytest.mark.parametrize("how", ENGINE_QUANTIZERS)
-def test_every_weight_is_the_nearest_that_its_scale_allows(engines: Callable[..., Artifact], how: str) -> None:
-    arrays = {each.name: onnx.numpy_helper.to_array(each) for each in graph_of(engines(how)).initializer}
+@pytest.mark.parametrize("quantizer", ENGINE_QUANTIZERS)
+def test_every_weight_is_the_nearest_that_its_scale_allows(engines: Callable[..., Artifact], quantizer: str) -> None:
+    arrays = {each.name: onnx.numpy_helper.to_array(each) for each in graph_of(engines(quantizer)).initializer}
     true = {each.name: onnx.numpy_helper.to_array(each) for each in graph_of(engines("none")).initializer}
     checked = 0
     for name in [name.removesuffix("_quantized") for name in arrays if name.endswith("_quantized")]:
         numbers, scale = (arrays[f"{name}_{part}"].astype(np.float32) for part in ("quantized", "scale"))
         steps = np.repeat(scale, len(numbers) // len(scale), axis=0) if scale.ndim == 2 else scale
         # A float with a 3-bit mantissa is rounded by at most a sixteenth of itself, or half the smallest step, 1/512.
-        allowed = np.maximum(abs(numbers) / 16, 1 / 1024) if how == "fp8" else 0.5
+        allowed = np.maximum(abs(numbers) / 16, 1 / 1024) if quantizer == "fp8" else 0.5
         assert (abs(numbers * steps - true[name]) <= (allowed + 1e-3) * steps).all(), name
-        assert abs(numbers).max() == ENGINE_QUANTIZERS[how].largest
+        assert abs(numbers).max() == ENGINE_QUANTIZERS[quantizer].largest
         checked += 1
     assert checked == MATMULS
 
@@ -108,8 +110,8 @@ def test_what_is_excluded_stays_float(engines: Callable[..., Artifact]) -> None:
     assert held[TensorProto.INT4] == MATMULS - 2 * 7 - 14
 
 
-@pytest.mark.parametrize("how", ["int8", "fp8"])
-def test_scales_are_of_the_text(engines: Callable[..., Artifact], how: str) -> None:
+@pytest.mark.parametrize("quantizer", ["int8", "fp8"])
+def test_scales_are_of_the_text(engines: Callable[..., Artifact], quantizer: str) -> None:
     """The scale maps the activation's largest number on the text to the largest value of the 8-bit type."""
     plain = Path(engines("none").path)
     graph = onnx.load(plain / "model.onnx")
@@ -122,23 +124,23 @@ def test_scales_are_of_the_text(engines: Callable[..., Artifact], how: str) -> N
     runner = StaticOnnxRunner(plain, EngineRecord.read(plain).masks)
     windows = text("calibration", 8).ids.numpy()
     largest = max(np.abs(session.run([read], runner.prompt_inputs(window[None]))[0]).max() for window in windows)
-    [scale] = [each for each in graph_of(engines(how)).initializer if each.name == f"{read}_scale"]
-    assert onnx.numpy_helper.to_array(scale) * ENGINE_QUANTIZERS[how].largest == pytest.approx(largest, rel=1e-4)
+    [scale] = [each for each in graph_of(engines(quantizer)).initializer if each.name == f"{read}_scale"]
+    assert onnx.numpy_helper.to_array(scale) * ENGINE_QUANTIZERS[quantizer].largest == pytest.approx(largest, rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("how", ENGINE_QUANTIZERS)
-def test_every_way_is_built_in_every_dtype(tmp_path: Path, how: str, dtype: str) -> None:
+@pytest.mark.parametrize("quantizer", ENGINE_QUANTIZERS)
+def test_every_way_is_built_in_every_dtype(tmp_path: Path, quantizer: str, dtype: str) -> None:
     wide_model("gpt2", n_layer=2).save_pretrained(tmp_path / "in")  # gpt2 has biases
     options = EngineOptions("tensorrt-rtx", (89,), max_length=32)
-    windows = Windows(token_ids(2, 32), "random") if ENGINE_QUANTIZERS[how].calibrated else None
+    windows = Windows(token_ids(2, 32), "random") if ENGINE_QUANTIZERS[quantizer].calibrated else None
     artifact = export_checkpoint(
-        str(tmp_path / "in"), tmp_path / "out", "tensorrt", dtype, engine=options, quantize=how, windows=windows
+        str(tmp_path / "in"), tmp_path / "out", "tensorrt", dtype, engine=options, quantize=quantizer, windows=windows
     )
     assert (tmp_path / "out" / "model.engine").stat().st_size > 10**6
     assert max(artifact.divergence.values()) < 1
     kinds = {each.data_type for each in graph_of(artifact).initializer}
-    assert KINDS[how] in kinds
+    assert KINDS[quantizer] in kinds
 
 
 def test_blocks_that_are_not_whole_are_refused_before_a_build(tmp_path: Path) -> None:
@@ -163,10 +165,14 @@ def test_what_it_was_calibrated_on_is_not_what_it_is_judged_on(engines: Callable
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("builder", ["tensorrt", "tensorrt-rtx"])
-@pytest.mark.parametrize("how", ENGINE_QUANTIZERS)
-def test_a_quantized_engine_computes_its_graph_on_a_gpu(tmp_path: Path, how: str, builder: str) -> None:
+@pytest.mark.parametrize("quantizer", ENGINE_QUANTIZERS)
+def test_a_quantized_engine_computes_its_graph_on_a_gpu(tmp_path: Path, quantizer: str, builder: str) -> None:
     windows = text("calibration", 8)
-    options: dict[str, Any] = {"engine": EngineOptions(builder, max_length=128), "quantize": how, "windows": windows}
+    options: dict[str, Any] = {
+        "engine": EngineOptions(builder, max_length=128),
+        "quantize": quantizer,
+        "windows": windows,
+    }
     artifact = export_checkpoint(REFERENCE, tmp_path / "out", "tensorrt", "fp16", **options)
     ids = text("eval", 1).ids[:, :64].numpy()
     runner: Any = open_runner(artifact.path, device="cuda")

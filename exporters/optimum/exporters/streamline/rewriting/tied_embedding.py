@@ -38,9 +38,9 @@ def find_tied_embedding(graph: ir.Graph) -> TiedEmbedding | None:
         if weight is None or not weight.is_initializer():
             continue
         readers = {use.node.op_type: use.node for use in weight.uses()}
-        products = [use.node for use in transposition.outputs[0].uses()]
-        if readers.keys() == {"Gather", "Transpose"} and [each.op_type for each in products] == ["MatMul"]:
-            return TiedEmbedding(weight, readers["Gather"], transposition, products[0])
+        matmuls = [use.node for use in transposition.outputs[0].uses()]
+        if readers.keys() == {"Gather", "Transpose"} and [each.op_type for each in matmuls] == ["MatMul"]:
+            return TiedEmbedding(weight, readers["Gather"], transposition, matmuls[0])
     return None
 
 

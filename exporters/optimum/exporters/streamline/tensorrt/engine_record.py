@@ -103,9 +103,9 @@ class EngineRecord:
             return TypeAdapter(cls).validate_json(file.read_bytes())
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
+            location = ".".join(str(part) for part in first["loc"])
             raise StreamlineError(
-                f"{file}: not the record of an engine ({place or 'the text'}: {first['msg']})"
+                f"{file}: not the record of an engine ({location or 'the text'}: {first['msg']})"
             ) from None
         except OSError as error:
             raise StreamlineError(f"{file}: not the record of an engine ({error})") from None

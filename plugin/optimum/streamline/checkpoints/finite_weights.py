@@ -1,0 +1,24 @@
+"""Refuse a model whose weights are not finite, after it is loaded and before it is saved."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.models.offloaded_weights import read_parameter
+
+
+def check_finite(name: str, model: PreTrainedModel) -> None:
+    """Refuse a model with a NaN or infinite weight.
+
+    Args:
+        name: The model's name for the message.
+        model: The model.
+
+    Raises:
+        StreamlineError: a weight is not finite.
+    """
+    for key, _ in model.named_parameters():
+        if not bool(torch.isfinite(read_parameter(model, key)).all()):
+            raise StreamlineError(f"model {name!r}: weight {key} holds NaN or infinite values")
