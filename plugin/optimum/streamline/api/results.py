@@ -47,11 +47,11 @@ class Plan(plan.Plan):
 
     Args:
         total: How many layers the original has.
-        gone: The layers that lose their place, rising, 0-based.
+        removed: The layers that lose their place, rising, 0-based.
         replacement: What stands in for them: `none`, `layer`, `mlp`, `ffn`, `swiglu` or `linear`.
         skipped: Attentions and MLPs that are taken out of layers that stay, as (layer, `attention` or `mlp`), rising.
         merges: Pairs of neighbours to merge, in order.
-        by: Which method chose, where the recipe left that open.
+        chosen_by: Which method chose, where the recipe left that open.
         tried: Each method that was tried then, with its plan's loss on held-out text, nats per token.
         recipe: The recipe that it was made by; `None` of a plan written by hand.
         scores: The scores it was made from; `None` where nothing was measured.
