@@ -38,7 +38,7 @@ def placeholders(text: str) -> list[str]:
 
 
 def test_a_placeholder_is_noticed() -> None:
-    assert placeholders("It takes SPEED_UP.\n\nREADING\n\n`MAX_KL`, ONNX and LoRA are words.\n") == [
+    assert placeholders("It takes SPEED_UP seconds.\n\nREADING\n\n`MAX_KL`, ONNX and LoRA are words.\n") == [
         "SPEED_UP",
         "READING",
     ]
