@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import importlib
 import itertools
 import re
@@ -19,7 +18,8 @@ import yaml
 from optimum.commands.optimum_cli import main
 
 from optimum.commands.streamline import StreamlineCommand
-from optimum.streamline import StreamlineConfig
+from optimum.streamline import StreamlineConfig, StreamlineError
+from optimum.streamline.recipe.recipe import GROUPS, OPTIONS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -67,13 +67,16 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], Namespace]:
 
 @pytest.mark.parametrize("page", [page for page, text in TEXTS.items() if any(commands(text))])
 def test_commands_are_accepted(page: str, parse: Callable[[list[str]], Namespace]) -> None:
-    fields = {field.name for field in dataclasses.fields(StreamlineConfig().recipe)} - {"recipe"}
     for words in commands(TEXTS[page]):
         args = vars(parse(words))
-        if words[1] not in ("export", "quantize"):  # whose flags are not a recipe's
-            recipe = {key: value for key, value in args.items() if key in fields}
-            limits = {key: value for key, value in args.items() if key.startswith(("max_", "min_"))}
-            StreamlineConfig(**recipe, budget=limits)
+        if words[1] not in ("export", "quantize"):  # their `--quantize` takes names that a recipe does not
+            StreamlineConfig(**{key: args[key] for key in OPTIONS if key in args})
+
+
+def test_a_wrong_value_in_a_command_is_noticed(parse: Callable[[list[str]], Namespace]) -> None:
+    args = vars(parse(["streamline", "prune", "-m", "model", "out", "--heal", "no-such-training"]))
+    with pytest.raises(StreamlineError, match="heal"):
+        StreamlineConfig(**{key: args[key] for key in OPTIONS if key in args})
 
 
 def test_a_wrong_flag_is_noticed(parse: Callable[[list[str]], Namespace]) -> None:
@@ -139,6 +142,55 @@ def test_links_lead_somewhere(page: str) -> None:
             assert file.exists() or file.name == "commands.md", link  # which is made when the pages are built
         elif ":" in link:
             assert re.match(r"https://[\w.-]+\.\w+(/[\w./@#%-]*)?$", link), link
+
+
+def paths(text: str) -> Iterator[str]:
+    """The paths of this repository that a page names in back-ticks or in a shell block.
+
+    A path begins with a folder of the repository, or ends in `.py`, or begins with a room and has no suffix.
+    """
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"^ *```.*?^ *```$", "", text, flags=re.DOTALL | re.MULTILINE))
+    for word in (word for line in (*spans, *shell_lines(text)) for word in line.split()):
+        first, slash, _ = word.partition("/")
+        if not re.fullmatch(r"[\w./-]+", word):
+            continue
+        if (slash and first in FOLDERS) or word.endswith(".py") or (slash and first in ROOMS and "." not in word):
+            yield word
+
+
+FOLDERS = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
+PACKAGES = [ROOT / "plugin/optimum/streamline", ROOT / "exporters/optimum/exporters/streamline"]
+ROOMS = {path.name for package in PACKAGES for path in package.iterdir() if path.is_dir()}
+# Files that a reader makes.
+NOT_OURS = {"last_layers.py"}
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_paths_of_the_repository_exist(page: str) -> None:
+    files = {str(file.relative_to(ROOT)) for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")}
+    bases = [ROOT, *PACKAGES, ROOT / "plugin/optimum"]
+    for path in paths(TEXTS[page]):
+        ends_a_path = any(f"/{file}".endswith(f"/{path}") for file in files)
+        assert path in NOT_OURS or ends_a_path or any((base / path).exists() for base in bases), path
+
+
+def test_a_path_that_does_not_exist_is_noticed() -> None:
+    sentence = "`ci/no_such_file`, `methods/names.py`, `tensorrt/graph`, `out/`, `onnx/export.log`\n"
+    text = f"{sentence}```bash\nbash ci/test tests/no\n```\n"
+    assert list(paths(text)) == ["ci/no_such_file", "methods/names.py", "tensorrt/graph", "ci/test", "tests/no"]
+
+
+def test_the_table_of_options_has_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mkdocs")
+    monkeypatch.syspath_prepend(str(ROOT / "ci"))
+    hooks = importlib.import_module("docs_hooks")
+    assert TEXTS["docs/reference/recipe.md"].count(hooks.OPTIONS_MARKER) == 1
+    table = hooks.option_tables()
+    assert re.findall(r"^\| `(\w+)` \| `(--[\w-]+)` \|", table, re.MULTILINE) == [
+        (option.name, option.flag) for group in (*GROUPS, "") for option in OPTIONS.values() if option.group == group
+    ]
+    assert "| `seed` | `--seed` | `0` |" in table
+    assert "| `lora` | `--lora` | off |" in table
 
 
 def test_pages_that_must_be_short_are() -> None:

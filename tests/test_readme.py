@@ -1,4 +1,4 @@
-"""The README and the pages that took its place keep up with the tree."""
+"""The README and the pages that took its place match the tables that they are made from."""
 
 from __future__ import annotations
 
@@ -28,5 +28,17 @@ def test_no_figure_is_left_to_be_filled_in() -> None:
         assert f"| {row['model']} | {row['removed']} | {row['name']} | {row['seed']} |" in rows
         assert figures in rows
     for text in (README, methods):
-        assert not re.search(r"\b[A-Z]+_[A-Z]+\b(?![`./])", re.sub(r"`[^`]*`", "", text))
-        assert "READING" not in text
+        assert not placeholders(text)
+
+
+def placeholders(text: str) -> list[str]:
+    """Marks for text that is still to be written: such as `SPEED_UP` in a sentence, or `READING` alone on a line."""
+    prose = re.sub(r"`[^`]*`", "", text)
+    return re.findall(r"\b[A-Z]+_[A-Z]+\b(?![`./])|^[A-Z]{4,}$", prose, re.MULTILINE)
+
+
+def test_a_placeholder_is_noticed() -> None:
+    assert placeholders("It takes SPEED_UP seconds.\n\nREADING\n\n`MAX_KL`, ONNX and LoRA are words.\n") == [
+        "SPEED_UP",
+        "READING",
+    ]
