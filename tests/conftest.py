@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from timer import Timer
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-pages", action="store_true", help="write what the tests find into the pages in docs/")
@@ -26,6 +28,14 @@ def optimum_onnx() -> str:
     """The interpreter of an environment with optimum-onnx and transformers 4; made the first time, for slow tests."""
     script = Path(__file__).parents[1] / "ci" / "peer"
     return subprocess.run(["bash", str(script)], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
+@pytest.fixture
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts no processes to time models in, for tests of the other figures of a report."""
+    from optimum.streamline.evaluation import validate
+
+    monkeypatch.setattr(validate, "time_alternating", Timer())
 
 
 @pytest.fixture(scope="session", autouse=True)

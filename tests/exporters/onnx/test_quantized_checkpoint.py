@@ -70,7 +70,9 @@ def test_the_command_says_so_and_quantizes_anew(
         assert share > 0.01
 
 
-@pytest.mark.parametrize("steps", ["prune,quantize", "quantize,prune"])
+# The other order is fast for a quantized checkpoint, in `test_quantize.py`.
+@pytest.mark.usefixtures("untimed")
+@pytest.mark.parametrize("steps", [pytest.param("prune,quantize", marks=pytest.mark.slow), "quantize,prune"])
 def test_a_run_quantizes_its_export(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, steps: str
 ) -> None:

@@ -299,6 +299,7 @@ def test_steps_that_need_a_pruned_model_say_so(step: str, tmp_path: Path) -> Non
         getattr(on_disk(), step)(argument)
 
 
+@pytest.mark.usefixtures("untimed")
 def test_validating_in_memory_measures_both_and_names_no_temporary_folder(original: PreTrainedModel) -> None:
     streamliner = in_memory(original).prune(named("5-8"))
     config = StreamlineConfig(**JUDGE, budget={"max_ppl_ratio": 100.0})

@@ -165,6 +165,7 @@ def test_such_a_model_is_not_pruned_again(tmp_path: Path) -> None:
         check_recipe(ModelSource(str(tmp_path)), make_recipe({"remove": 1, "length": 16}))
 
 
+@pytest.mark.usefixtures("untimed")
 def test_validation_measures_it(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "original")
     save_bare(bare_model(), tmp_path / "candidate")

@@ -350,7 +350,9 @@ def test_the_command_quantizes_what_was_pruned_and_keeps_its_record(
     )
 
 
-@pytest.mark.parametrize("steps", ["prune,quantize", "quantize,prune"])
+# The other order is fast for a quantized export, in `test_quantized_checkpoint.py`.
+@pytest.mark.usefixtures("untimed")
+@pytest.mark.parametrize("steps", ["prune,quantize", pytest.param("quantize,prune", marks=pytest.mark.slow)])
 def test_a_run_quantizes_its_checkpoint_and_is_resumed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: Save, tmp_path: Path, steps: str
 ) -> None:
@@ -445,6 +447,7 @@ def test_a_missing_library_is_named(
     assert_refused(optimum_cli(monkeypatch, capsys, "streamline", *words), said)
 
 
+@pytest.mark.usefixtures("untimed")
 def test_validation_names_the_quantization_and_counts_its_bytes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

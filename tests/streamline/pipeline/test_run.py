@@ -88,6 +88,7 @@ def test_called_again_it_does_nothing_twice(cli: Cli, folder: Path) -> None:
     assert made_at(folder / "out") == before
 
 
+@pytest.mark.usefixtures("untimed")
 def test_it_resumes_at_the_first_step_that_is_missing(cli: Cli, folder: Path) -> None:
     before = made_at(folder / "out")
     (folder / "out" / "report.json").unlink()
@@ -97,6 +98,7 @@ def test_it_resumes_at_the_first_step_that_is_missing(cli: Cli, folder: Path) ->
     assert after == before
 
 
+@pytest.mark.usefixtures("untimed")
 def test_an_edited_graph_and_a_broken_report_are_made_again(cli: Cli, folder: Path) -> None:
     out = folder / "out"
     before = made_at(out)
@@ -174,6 +176,7 @@ def test_another_recipe_is_refused(cli: Cli, folder: Path) -> None:
     assert fingerprint(ModelSource(str(folder / "out"))) == before
 
 
+@pytest.mark.usefixtures("untimed")
 @pytest.mark.parametrize(("limit", "code"), [pytest.param(100, 0, marks=pytest.mark.slow), (1.0001, 3)])
 def test_validate_pairs_each_with_the_original_in_its_runtime(
     monkeypatch: pytest.MonkeyPatch,
@@ -207,6 +210,7 @@ def test_validate_refuses_the_text_a_candidate_was_made_on(
     assert [file.name for file in tmp_path.iterdir()] == ["text.txt"]
 
 
+@pytest.mark.usefixtures("untimed")
 def test_the_example_in_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (ROOT / "docs" / "reference" / "python.md").read_text()
     [example] = re.findall(r"## From Python\n\n```python\n(.*?)```", page, re.DOTALL)

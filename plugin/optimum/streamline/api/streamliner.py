@@ -35,6 +35,7 @@ from optimum.streamline.reporting.notebook import layer_map, plan_html
 from optimum.streamline.reporting.record import PruningRecord
 from optimum.streamline.system.atomic_output import check_output, staged_folder
 from optimum.streamline.system.library_logs import LOG_FILE, captured_logs
+from optimum.streamline.system.notify import silent
 from optimum.streamline.text.windows import Windows
 
 from .config import StreamlineConfig, recipe_of
@@ -220,7 +221,7 @@ class Streamliner:
         prepared = replace(pruned.prepared, model=copy.deepcopy(pruned.prepared.model))
         inputs = inputs_of(self._source, prepared.recipe)
         with staged_folder(out, inputs, overwrite) as folder, captured_logs(folder / LOG_FILE):
-            write_checkpoint(prepared, pruned.record, folder, _silent)
+            write_checkpoint(prepared, pruned.record, folder, silent)
         self._saved = SavedCopy.of(pruned.prepared.model, out)
         return out
 
@@ -344,7 +345,7 @@ class Streamliner:
         how: dict[str, Any] = {"questions": Path(questions) if questions else None, "rounds": rounds}
         named = [str(candidate) for candidate in candidates]
         with captured_logs(None), self._compared_models(named) as compared_models:
-            found = validate_models(compared_models, recipe_of(config), notify=_silent, **how)
+            found = validate_models(compared_models, recipe_of(config), notify=silent, **how)
         report = self._report_of(found, named)
         if save_directory is not None:
             write_report(report, Path(save_directory))
@@ -368,7 +369,7 @@ class Streamliner:
                 "it is saved in, or call prune, heal, save_pretrained and validate"
             )
         out = Path(save_dir)
-        report = run(self._source, recipe_of(config), out, overwrite=overwrite, verbose=False, notify=_silent)
+        report = run(self._source, recipe_of(config), out, overwrite=overwrite, verbose=False, notify=silent)
         StreamlineConfig(**recipe_of(config).to_dict()).save_pretrained(out)
         return Report.of(report)
 
@@ -400,7 +401,7 @@ class Streamliner:
             plan.plain(),
         )
         with captured_logs(None):
-            record = change(prepared, _silent)
+            record = change(prepared, silent)
         self._pruned = _Pruned(plan, prepared, record)
 
     def _pruned_for(self, step: str) -> _Pruned:
@@ -464,7 +465,3 @@ class Streamliner:
     def _healed(self) -> str:
         stages = [healed.stage for healed in self._pruned.record.healing] if self._pruned else []
         return f", healed by {'+'.join(stages)}" if stages else ""
-
-
-def _silent(message: str) -> None:
-    """A library does not print."""

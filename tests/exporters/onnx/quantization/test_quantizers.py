@@ -198,6 +198,7 @@ def test_a_quantized_graph_that_gives_no_numbers_is_not_kept(tmp_path: Path, mon
     assert [each.name for each in tmp_path.iterdir()] == ["checkpoint"]
 
 
+@pytest.mark.usefixtures("untimed")
 def test_validation_names_the_quantization_and_counts_its_bytes(
     quantized: Callable[..., Artifact], judged_on: Windows, tmp_path: Path
 ) -> None:
