@@ -137,6 +137,32 @@ def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
         read_config(ModelSource(str(tmp_path / "nowhere")))
 
 
+@pytest.mark.parametrize("name", ["a/b/c", "a/b/c@main"])
+def test_a_name_with_two_slashes_is_a_folder_and_no_hub_id(name: str) -> None:
+    with pytest.raises(StreamlineError, match="no such folder; give a checkpoint's folder or a Hub id"):
+        read_config(ModelSource(name))
+
+
+@pytest.mark.parametrize(("architecture", "attention"), [("gpt2", "attn"), ("gpt_neox", "attention")])
+def test_a_constant_of_old_checkpoints_is_no_unexpected_weight(
+    architecture: str, attention: str, tmp_path: Path
+) -> None:
+    model = tiny_model(architecture)
+    model.save_pretrained(tmp_path)
+    layer = "transformer.h.0" if architecture == "gpt2" else "gpt_neox.layers.0"
+    edit_weights(tmp_path, lambda weights: weights.update({f"{layer}.{attention}.masked_bias": torch.tensor(-1e4)}))
+    assert torch.equal(load(str(tmp_path))(token_ids()).logits, model(token_ids()).logits)
+
+
+def test_a_cast_leaves_whole_numbers_alone(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.register_buffer("counts", torch.tensor([300, 70_001]))  # bf16 holds neither
+    save_model(model, AutoTokenizer.from_pretrained(REFERENCE), torch.bfloat16, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored["counts"].tolist() == [300, 70_001]
+    assert stored["model.norm.weight"].dtype == torch.bfloat16
+
+
 def test_the_fingerprint_follows_weights_and_config_only(saved: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(saved, tmp_path / "copy")
     (copy / "README.md").write_text("other words")

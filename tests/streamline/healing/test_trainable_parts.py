@@ -293,6 +293,8 @@ def test_settings_are_the_recipes_over_the_papers() -> None:
     recipe = Recipe(healing=Healing(epochs=3, batch=2, minutes=1.5), seed=5)
     alone, whole = replacement_settings(recipe, 128, "lm"), model_settings(recipe, 128, "lm")
     assert (alone.lr, alone.clip, alone.min_lr_share, alone.betas) == (default_lr(128), 5.0, 0.25, (0.9, 0.95))
+    assert default_lr(4096) == 2e-4  # the paper's
+    assert default_lr(1024) == pytest.approx(8e-4)
     assert (whole.lr, whole.clip, whole.weight_decay, whole.decay_vectors) == (3e-4, 1.0, 0.1, False)
     assert (whole.min_lr_share, whole.betas) == (0.1, (0.9, 0.95))
     distilled = model_settings(recipe, 128, "distill")

@@ -210,6 +210,12 @@ def test_remove_of_another_form_is_refused(value: int | str) -> None:
     assert len(str(caught.value)) < 200
 
 
+@pytest.mark.parametrize("text", ["16", "15-16", "99"])
+def test_layers_past_the_last_are_refused(text: str) -> None:
+    with pytest.raises(StreamlineError, match=r"there is no layer \d+; the model has layers 0 to 15$"):
+        parse_layers(text, 16)
+
+
 @pytest.mark.parametrize("text", ["a", "5-3", "", "1,,2", "-1", "1.5", "9" * 5000, "0-999999999", "٣"])
 def test_layers_of_another_form_are_refused(text: str) -> None:
     with pytest.raises(StreamlineError, match="^layers "):

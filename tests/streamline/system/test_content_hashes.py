@@ -55,6 +55,18 @@ def test_a_file_written_again_before_the_clock_ticks_is_read_again(
         assert content_hash(tmp_path / "file") == sha256(content)
 
 
+def test_a_file_that_changes_while_it_is_read_is_read_again(
+    tmp_path: Path, reads: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"content")
+    states = iter([(0, 0, 7, 1, 1), (0, 0, 7, 2, 2), (0, 0, 7, 1, 1), (0, 0, 7, 1, 1)])
+    monkeypatch.setattr(content_hashes, "_state", lambda _: next(states))
+    content_hash(file)
+    content_hash(file)
+    assert len(reads) == 2
+
+
 def test_a_folders_files_are_named_and_missing_ones_left_out(tmp_path: Path) -> None:
     (tmp_path / "b").write_bytes(b"b")
     (tmp_path / "a").write_bytes(b"a")
