@@ -33,7 +33,7 @@ def exported_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], A
 
 
 # Where graphs differ most: rotary or learned positions, two kinds of attention, norms after the sublayers, experts.
-# `test_quantizers.py` exports OPT and Qwen 3. The others, and the page with all of them, are slow.
+# `test_quantizers.py` exports OPT, Qwen 3 and Mixtral. The others, and the page with all of them, are slow.
 DIFFERENT = {"llama", "gpt2", "gemma2", "qwen3_moe"}
 
 
