@@ -185,7 +185,8 @@ class Streamliner:
 
         Args:
             config: Options that replace those of the config that pruned, such as `heal`, `heal_data` and
-                `heal_tokens`; left out, the healing of that config.
+                `heal_tokens`; left out, the healing of that config. A `Recipe` replaces the whole healing, and so does
+                a config that was given an instance of `Healing`.
 
         Returns:
             This object, so that steps can be chained.
@@ -283,8 +284,8 @@ class Streamliner:
             quantize: How the graph is quantized afterwards: `none`, or such as `int4`.
             quantize_exclude: What stays in float: numbers of layers, and names of modules in which `*` stands for
                 anything.
-            config: Its `calibration`, `samples`, `length` and `seed` give the text for a way to quantize that is
-                calibrated; left out, those of the config that pruned.
+            config: Its `calibration`, `samples`, `length` and `seed` give the text for a quantizer that needs
+                calibration; left out, those of the config that pruned.
             last_logits: Whether the graph gives the logits of each row's last token only.
             max_memory: Bytes of memory to make do with; what is free by default.
             engine: What engine to build, for `tensorrt`: `optimum.exporters.streamline.EngineOptions`.
@@ -295,7 +296,7 @@ class Streamliner:
             StreamlineError: an option cannot be used, or the folder exists or cannot be written.
         """
         check_output(Path(save_directory), overwrite)
-        windows = self._calibration_of(config) if is_calibrated(format, quantize) else None
+        windows = self._calibration_of(config, quantize) if is_calibrated(format, quantize) else None
         how: dict[str, Any] = {"format": format, "dtype": dtype, "device": device, "overwrite": overwrite}
         how |= {"quantize": quantize, "quantize_exclude": quantize_exclude, "windows": windows, "engine": engine}
         how |= {"last_logits": last_logits, "max_memory": max_memory}
@@ -409,10 +410,12 @@ class Streamliner:
             raise StreamlineError(f"{step}: nothing was pruned yet; call prune first")
         return self._pruned
 
-    def _calibration_of(self, config: StreamlineConfig | Recipe | None) -> Windows:
+    def _calibration_of(self, config: StreamlineConfig | Recipe | None, quantize: str) -> Windows:
         recipe = recipe_of(config) if config else self._pruned.prepared.recipe if self._pruned else None
         if recipe is None:
-            raise StreamlineError("config is missing: this way to quantize is calibrated on text; give its calibration")
+            raise StreamlineError(
+                f"config is missing: quantize {quantize!r} needs calibration text; give a config with calibration"
+            )
         windows = calibration_text(recipe, self.tokenizer, self._original.config)
         return windows.part(0, min(CALIBRATION_WINDOWS, len(windows.ids)))
 

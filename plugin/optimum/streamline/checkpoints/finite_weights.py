@@ -9,7 +9,7 @@ from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.offloaded_weights import read_parameter
 
 
-def check_finite(name: str, model: PreTrainedModel) -> None:
+def check_finite_weights(name: str, model: PreTrainedModel) -> None:
     """Refuse a model with a NaN or infinite weight.
 
     Args:

@@ -11,7 +11,7 @@ from optimum.streamline.model_files.transformers4_config import add_older_names
 from optimum.streamline.model_files.transformers4_tokenizer import save_tokenizer
 from optimum.streamline.models.bare_layers import bare_layers, save_bare
 
-from .finite_weights import check_finite
+from .finite_weights import check_finite_weights
 
 
 def save_model(
@@ -30,7 +30,7 @@ def save_model(
     """
     if dtype is not None:
         _cast(model, dtype)
-        check_finite(f"stored in {dtype}", model)  # the largest fp16 number is 65504
+        check_finite_weights(f"stored in {dtype}", model)  # the largest fp16 number is 65504
         model.config.dtype = dtype
     save_weights(model, folder)
     save_tokenizer(tokenizer, folder)

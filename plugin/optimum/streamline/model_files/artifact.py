@@ -25,7 +25,8 @@ class Artifact:
         path: The artifact's folder.
         format: `onnx` or `tensorrt`.
         dtype: `fp32`, `fp16` or `bf16`.
-        source: The checkpoint that was exported.
+        source: The checkpoint that was exported. For a model that was in memory, its name: such an artifact leads back
+            to no folder.
         source_fingerprint: That checkpoint's `source.fingerprint`. It shows whether an artifact is an export of the
             original.
         parity: Largest absolute logit difference from torch, by check.
