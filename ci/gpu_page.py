@@ -49,6 +49,7 @@ def _about(results: dict[str, Any]) -> list[str]:
         "measured bandwidth, the larger of the two below. Peak memory is the weights and the most that was allocated",
         "beside them: the cache and temporary tensors; for decode, without the prefill of the prompt. Exports are in",
         "fp16. Their time goes from tokens to logits in host memory, with all copies and calls.",
+        *(["", results["note"]] if "note" in results else []),
     ]
 
 

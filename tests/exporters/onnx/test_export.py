@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from optimum.exporters.streamline import export_checkpoint, graph_files, open_artifact
 from optimum.exporters.streamline.onnx import export
+from optimum.exporters.streamline.onnx.runner import open_session
 from optimum.exporters.streamline.parity import compare
 from optimum.exporters.streamline.parity.calls import answer_with
 from optimum.streamline.errors import ParityError, StreamlineError
@@ -231,3 +233,11 @@ def test_a_folder_without_its_graph_is_refused_in_one_line(exported, tmp_path):
     artifact.write(tmp_path)
     with pytest.raises(StreamlineError, match=r"model\.onnx: ONNX Runtime cannot open it"):
         open_artifact(Artifact.read(Path(tmp_path)))
+
+
+def test_a_cuda_session_does_not_round_fp32_to_tf32(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, providers: asked.extend(providers))
+    open_session(tmp_path / "model.onnx", "cuda")
+    assert asked == [("CUDAExecutionProvider", {"use_tf32": "0"})]

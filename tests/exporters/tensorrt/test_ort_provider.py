@@ -60,7 +60,7 @@ class Session:
 
     def __init__(self, graph: str, providers: list[Any]) -> None:
         (name, Session.opened), cuda = providers
-        assert (name, cuda) == (PROVIDER, "CUDAExecutionProvider")
+        assert (name, cuda) == (PROVIDER, ("CUDAExecutionProvider", {"use_tf32": "0"}))
         self._session = _SESSION(graph, providers=["CPUExecutionProvider"])
 
     def __getattr__(self, name: str) -> Any:

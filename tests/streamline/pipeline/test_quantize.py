@@ -24,7 +24,7 @@ from optimum.streamline.models.architectures import ARCHITECTURES, architecture_
 from optimum.streamline.models.layer_list import set_decoder_layers
 from optimum.streamline.models.offloaded_weights import read_parameter
 from optimum.streamline.models.quantization_config import quantization_name
-from optimum.streamline.models.quantized_weights import enable_cpu_kernel, quantized_modules
+from optimum.streamline.models.quantized_weights import enable_cpu_kernel, float_values, quantized_modules
 from optimum.streamline.models.skipped_sublayers import ATTENTION, mark_skipped, zero_output
 from optimum.streamline.pipeline.quantize import quantize
 from optimum.streamline.quantization.quantizers import QUANTIZERS
@@ -475,7 +475,12 @@ def test_on_a_gpu_layers_are_removed_and_what_is_saved_is_what_ran(tmp_path: Pat
     ids = token_ids().cuda()
     quantize(ModelSource(str(source)), tmp_path / "q", quantizer, device="cuda", notify=lambda _: None)
     quantized = load_stock(ModelSource(str(tmp_path / "q")), device="cuda")
-    assert len(quantized_modules(quantized)) == LAYERS * 7
+    names = quantized_modules(quantized)
+    assert len(names) == LAYERS * 7
+    for name in names:
+        module = quantized.get_submodule(name)
+        pair = [float_values(module, module.weight).cpu(), model.get_submodule(name).weight]
+        assert torch.corrcoef(torch.stack([values.detach().flatten().float() for values in pair]))[0, 1] > 0.98
     row, kept = architecture_of(quantized.config), [0, 2, 4]
     layers = decoder_layers(quantized, row)
     with torch.inference_mode():
@@ -483,7 +488,8 @@ def test_on_a_gpu_layers_are_removed_and_what_is_saved_is_what_ran(tmp_path: Pat
         true = load(str(source), device="cuda")(ids).logits
         set_decoder_layers(quantized, row, [layers[index] for index in kept], kept)
         expected = quantized(ids).logits
-    assert 0 < (before - true).abs().max() < 0.5 * true.abs().max()
+    # The weights are random, so rounding them to 4 bits changes the logits much.
+    assert 0.7 < torch.corrcoef(torch.stack([before.flatten().float(), true.flatten().float()]))[0, 1] < 1
     save_model(quantized, load_tokenizer(ModelSource(str(source))), None, tmp_path / "p")
     with torch.inference_mode():
         found = load(str(tmp_path / "p"), device="cuda")(ids).logits

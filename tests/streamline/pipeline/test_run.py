@@ -232,3 +232,50 @@ def test_python_gets_errors_not_exits(tmp_path: Path) -> None:
         StreamlineConfig(remov=1)
     with pytest.raises(StreamlineError, match="no such folder"):
         Streamliner.from_pretrained(tmp_path / "none")
+
+
+def report_of(cli: Cli, out: Path, *words: object) -> Report:
+    """The report of a run with the recipe above and more options."""
+    (out.parent / "recipe.yaml").write_text(RECIPE)
+    outcome = cli(out.parent / "recipe.yaml", out, *words)
+    assert outcome.code == 0, outcome.err
+    return Report.from_json((out / "report.json").read_text())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--replacement", "mlp"),
+        ("--replacement", "linear", "--heal", "none"),
+        ("--replacement", "none", "--heal", "distill"),
+        ("--replacement", "none", "--heal", "lm", "--lora"),
+        ("--replacement", "none", "--method", "come", "--heal", "none"),
+    ],
+    ids=" ".join,
+)
+def test_a_gpu_makes_the_model_that_a_cpu_makes(cli: Cli, tmp_path: Path, words: tuple[str, ...]) -> None:
+    on_cpu = report_of(cli, tmp_path / "on-cpu", *words, "--dtype", "fp32")
+    on_gpu = report_of(cli, tmp_path / "on-gpu", *words, "--dtype", "fp32", "--device", "cuda")
+    assert "gpu" in on_gpu.machine
+    for expected, found in zip(on_cpu.rows, on_gpu.rows, strict=True):
+        assert (found.role, found.layers) == (expected.role, expected.layers)
+        assert found.perplexity.value == pytest.approx(expected.perplexity.value, rel=0.02)
+    plans = [json.loads((tmp_path / name / "streamline.json").read_text())["plan"] for name in ("on-cpu", "on-gpu")]
+    assert plans[0] == plans[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "words",
+    [("--dtype", "bf16"), ("--dtype", "bf16", "--quantize", "bnb-nf4"), ("--dtype", "fp16", "--format", "onnx")],
+    ids=" ".join,
+)
+def test_the_whole_chain_runs_on_a_gpu(cli: Cli, tmp_path: Path, words: tuple[str, ...]) -> None:
+    report = report_of(cli, tmp_path / "out", *words, "--device", "cuda")
+    original, candidate = report.rows[:2]
+    assert (original.layers, candidate.layers) == (16, 12)
+    assert 1 < candidate.perplexity_ratio.value < 3
+    assert candidate.peak_bytes > 0
+    for row in report.rows[2:]:
+        assert row.perplexity.value == pytest.approx(report.rows[report.rows.index(row) - 2].perplexity.value, rel=0.05)

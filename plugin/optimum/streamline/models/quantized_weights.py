@@ -30,10 +30,21 @@ def float_values(module: nn.Module, parameter: nn.Parameter) -> torch.Tensor:
         numbers: torch.Tensor = dequantize_bnb_weight(parameter, getattr(module, "state", None))
         return numbers
     if type(parameter.data) is not torch.Tensor:
-        tensor: Any = parameter.data
-        values: torch.Tensor = tensor.dequantize()
-        return values
+        return _torchao_values(parameter.data)
     return parameter.detach()
+
+
+def _torchao_values(tensor: Any) -> torch.Tensor:
+    """The float values of a weight of torchao, `[outputs, inputs]`."""
+    values: torch.Tensor
+    try:
+        values = tensor.dequantize()
+    except NotImplementedError:
+        # The format that torchao packs for CUDA can only be multiplied. Its product with the identity is its transpose.
+        identity = torch.eye(tensor.shape[-1], dtype=tensor.dtype, device=tensor.device)
+        with torch.inference_mode():
+            values = nn.functional.linear(identity, tensor).T.contiguous()
+    return values
 
 
 def quantized_modules(model: nn.Module) -> list[str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from optimum.exporters.streamline.onnx.genai_config import CONFIG_FILE
-from optimum.exporters.streamline.onnx.runner import OnnxRunner
+from optimum.exporters.streamline.onnx.runner import PROVIDER_OPTIONS, PROVIDERS, OnnxRunner
 from optimum.exporters.streamline.rewriting.public_names import BATCH, PAST, SEQUENCE, TOTAL
 from optimum.exporters.streamline.tensorrt.graph.growing_cache import write_growing_graph
 from optimum.streamline.errors import StreamlineError, require_extra
@@ -69,7 +69,9 @@ class TensorrtProviderRunner(OnnxRunner):
         precision = _PRECISIONS[cache.dtype or ir.DataType.FLOAT]
         options = provider_options(growing_profile(axes, self._limits), precision, folder / ENGINES)
         (folder / ENGINES).mkdir(exist_ok=True)
-        session = onnxruntime.InferenceSession(str(graph), providers=[(PROVIDER, options), "CUDAExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            str(graph), providers=[(PROVIDER, options), (PROVIDERS["cuda"], PROVIDER_OPTIONS["cuda"])]
+        )
         if session.get_providers()[0] != PROVIDER:
             raise StreamlineError(
                 f'{PROVIDER}: ONNX Runtime cannot load TensorRT 10; pip install "optimum-streamline[{EXTRA}]"'
