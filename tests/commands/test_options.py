@@ -25,7 +25,12 @@ lines.insert(place, option)
 sys.modules[name] = module = importlib.util.module_from_spec(spec)
 exec(compile("\\n".join(lines), spec.origin, "exec"), module.__dict__)
 from optimum.commands.optimum_cli import main
-main()
+for line in sys.stdin:
+    sys.argv = ["optimum-cli", *line.split()]
+    try:
+        main()
+    except SystemExit as end:
+        print("exit code:", end.code, flush=True)
 """
 # A process that says which of these packages a command has imported when it has printed its help.
 IMPORTS = """
@@ -40,28 +45,33 @@ print("imported:", *(name for name in names if name in sys.modules))
 """
 
 
-def run_process(script: str, *words: object) -> subprocess.CompletedProcess[str]:
+def run_process(script: str, *words: object, said: str = "") -> subprocess.CompletedProcess[str]:
     script = f"import sys; sys.argv = {['optimum-cli', *map(str, words)]!r}\n{script}"
-    return subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, input=said)
 
 
 def test_a_new_option_is_written_once(tmp_path: Path) -> None:
-    done = run_process(WITH_WARMUP, "streamline", "prune", "--help")
+    grouped, flat, wrong = (tmp_path / f"{name}.yaml" for name in ("grouped", "flat", "wrong"))
+    grouped.write_text("layers: 3\nhealing: {warmup: 3}\n")
+    flat.write_text("layers: 3\nheal_warmup: 3\n")
+    wrong.write_text("layers: 3\nhealing: {warmup: -1}\n")
+    dry = f"{tmp_path}/out --dry-run --calibration stdlib --samples 2 --length 32 --save-recipe {tmp_path}"
+    commands = (
+        "streamline prune --help",
+        f"streamline run -m {REFERENCE} {grouped} {dry}/from-grouped.yaml",
+        f"streamline run -m {REFERENCE} {flat} {dry}/from-flat.yaml",
+        f"streamline run -m {REFERENCE} {flat} {dry}/from-flag.yaml --heal-warmup 9",
+        f"streamline run -m {REFERENCE} {wrong} {dry}/from-wrong.yaml",
+    )
+    done = run_process(WITH_WARMUP, said="\n".join(commands))
     assert "--heal-warmup N Updates until the peak. (default: 7)" in " ".join(done.stdout.split()), done.stderr
-    recipe, saved = tmp_path / "recipe.yaml", tmp_path / "saved.yaml"
-    words = ("streamline", "run", "-m", REFERENCE, recipe, tmp_path / "out", "--dry-run", "--save-recipe", saved)
-    for text in ("layers: 3\nhealing: {warmup: 3}\n", "layers: 3\nheal_warmup: 3\n"):
-        recipe.write_text(text)
-        done = run_process(WITH_WARMUP, *words, "--calibration", "stdlib", "--samples", 2, "--length", 32)
-        assert done.returncode == 0, done.stderr
-        assert "healing:\n  warmup: 3\n" in saved.read_text()  # what `Recipe.to_dict` gives
-        saved.unlink()
-    done = run_process(WITH_WARMUP, *words, "--heal-warmup", 9, "--calibration", "stdlib", "--samples", 2)
-    assert "healing:\n  warmup: 9\n" in saved.read_text(), done.stderr
-    recipe.write_text("layers: 3\nhealing: {warmup: -1}\n")
-    done = run_process(WITH_WARMUP, *words)
-    assert done.returncode == 2
-    assert f"recipe {recipe}: healing.warmup is -1: Input should be greater than or equal to 0" in done.stderr
+    codes = [line.removeprefix("exit code: ") for line in done.stdout.splitlines() if line.startswith("exit code: ")]
+    assert codes == ["0", "0", "0", "0", "2"], done.stderr
+    for name, warmup in (("from-grouped", 3), ("from-flat", 3), ("from-flag", 9)):
+        # What `Recipe.to_dict` gives.
+        assert f"healing:\n  warmup: {warmup}\n" in (tmp_path / f"{name}.yaml").read_text()
+    assert f"recipe {wrong}: healing.warmup is -1: Input should be greater than or equal to 0" in done.stderr
+    assert not (tmp_path / "from-wrong.yaml").exists()
 
 
 def test_the_help_of_run_tells_every_option(

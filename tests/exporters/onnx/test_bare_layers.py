@@ -23,7 +23,7 @@ pytestmark = pytest.mark.onnx
     ("architecture", "kind", "removed"),
     [
         ("llama", "ffn", (0, 1, 2)),
-        ("gpt2", "swiglu", (1, 2, 3)),
+        pytest.param("gpt2", "swiglu", (1, 2, 3), marks=pytest.mark.slow),
         pytest.param("qwen3", "ffn", (2, 3, 4), marks=pytest.mark.slow),
     ],
 )

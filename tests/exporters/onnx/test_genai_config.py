@@ -47,7 +47,10 @@ def greedy_in_torch(model, prompt):
     ].tolist()
 
 
-@pytest.mark.parametrize("case", ["llama", "dead first", "dead middle", "gpt2", "opt"])
+@pytest.mark.parametrize(
+    "case",
+    ["llama", "dead first", *(pytest.param(case, marks=pytest.mark.slow) for case in ("dead middle", "gpt2")), "opt"],
+)
 def test_greedy_tokens_are_those_of_torch(exported, case):
     export = exported(case)
     prompt = token_ids(1, 9, seed=3)[0].tolist()

@@ -30,7 +30,12 @@ def written(checkpoint: str, folder: Path) -> None:
 
 # GPT-2 needs more tolerance, because a constant of its activation is rounded too: 0.7969 for 0.7979.
 @pytest.mark.parametrize(
-    ("case", "tolerance"), [pytest.param("llama", 1e-4, marks=pytest.mark.slow), ("gpt2", 1e-3), ("gemma2", 1e-4)]
+    ("case", "tolerance"),
+    [
+        pytest.param("llama", 1e-4, marks=pytest.mark.slow),
+        ("gpt2", 1e-3),
+        pytest.param("gemma2", 1e-4, marks=pytest.mark.slow),
+    ],
 )
 def test_the_graph_is_the_model_with_weights_in_bfloat16(exported, tmp_path, case, tolerance):
     checkpoint = str(exported(case).checkpoint)

@@ -44,6 +44,8 @@ def captured_logs(path: Path | None, verbose: bool = False) -> Iterator[None]:
             # terminal.
             for handler in _stream_handlers():
                 if handler.stream is log:
+                    # transformers binds its handler's flush to the stream of that moment, which is closed from here on.
+                    vars(handler).pop("flush", None)
                     handler.setStream(moved.get(handler, sys.stderr))
 
 

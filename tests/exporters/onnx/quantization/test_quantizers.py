@@ -158,9 +158,9 @@ def test_an_exclusion_that_names_nothing_is_refused(tmp_path: Path) -> None:
     ("architecture", "matmuls"),
     [
         ("gpt2", LAYERS * 4 + 1),  # its linear modules have biases
-        ("qwen3", LAYERS * 4 + 1),
+        pytest.param("qwen3", LAYERS * 4 + 1, marks=pytest.mark.slow),
         ("mixtral", LAYERS * (2 + 4 * 2) + 1),  # four experts with two matmuls each; the router stays in float
-        ("gemma2", LAYERS * 4 + 1),
+        pytest.param("gemma2", LAYERS * 4 + 1, marks=pytest.mark.slow),
         ("opt", LAYERS * 4 + 1),
     ],
 )

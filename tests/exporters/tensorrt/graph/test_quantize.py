@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,17 @@ def test_scales_are_of_the_text(engines: Callable[..., Artifact], quantizer: str
     assert onnx.numpy_helper.to_array(scale) * ENGINE_QUANTIZERS[quantizer].largest == pytest.approx(largest, rel=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("quantizer", ENGINE_QUANTIZERS)
+# The fast ones have every quantizer and every dtype once.
+FAST = {("int8", "fp16"), ("fp8", "bf16"), ("int4", "fp32")}
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "dtype"),
+    [
+        pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow)
+        for pair in product(ENGINE_QUANTIZERS, ("fp32", "fp16", "bf16"))
+    ],
+)
 def test_every_way_is_built_in_every_dtype(tmp_path: Path, quantizer: str, dtype: str) -> None:
     wide_model("gpt2", n_layer=2).save_pretrained(tmp_path / "in")  # gpt2 has biases
     options = EngineOptions("tensorrt-rtx", (89,), max_length=32)
