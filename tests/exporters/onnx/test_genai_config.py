@@ -6,11 +6,13 @@ import subprocess
 import sys
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime_genai as genai
 import pytest
 import torch
 from transformers import AutoTokenizer
 
+from optimum.exporters.streamline.onnx.genai_config import write_genai_config
 from optimum.exporters.streamline.onnx.last_logits import keep_last_logits
 from reference import REFERENCE
 from tiny import token_ids
@@ -98,6 +100,16 @@ def test_the_config_counts_the_layers_that_have_a_cache(exported):
     }
     assert config["search"]["past_present_share_buffer"] is False
     assert (config["model"]["eos_token_id"], config["model"]["pad_token_id"]) == (0, 1)
+
+
+@pytest.mark.parametrize(("pad", "written"), [(0, 0), (None, 2)])
+def test_padding_has_its_own_token_even_if_its_id_is_0(exported, tmp_path, pad, written):
+    export = exported("llama")
+    model = export.stock()
+    for config in (model.config, model.generation_config):
+        config.pad_token_id, config.eos_token_id = pad, [2, 3]
+    write_genai_config(model, ir.load(export.folder / "model.onnx"), tmp_path)
+    assert json.loads((tmp_path / "genai_config.json").read_text())["model"]["pad_token_id"] == written
 
 
 def test_its_tokenizer_is_that_of_the_checkpoint(exported):

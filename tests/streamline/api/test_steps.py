@@ -332,6 +332,15 @@ def test_validating_two_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.onnx
+def test_an_export_that_needs_text_says_which_option_gives_it(tmp_path: Path) -> None:
+    with pytest.raises(
+        StreamlineError, match="quantize 'int8-static' needs calibration text; give a config with calib"
+    ):
+        on_disk().export(tmp_path / "onnx", quantize="int8-static")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.onnx
 def test_exporting_what_was_pruned_in_memory(tmp_path: Path) -> None:
     artifact = on_disk().prune(named("1-14")).export(tmp_path / "onnx")
     assert (artifact.format, artifact.dtype) == ("onnx", "fp32")
