@@ -126,7 +126,7 @@ def test_a_size_that_is_none_is_refused(cli: Cli, tmp_path: Path, size: str) -> 
         ("encoder", "architecture 'bert': is not supported; supported are "),
         ("null", "cannot be read"),
         ("impossible", "cannot be read"),
-        ("truncated", "not a whole safetensors file"),
+        ("truncated", "not a safetensors file, or is incomplete"),
         ("nan", "weight model.layers.1.mlp.up_proj.weight holds NaN"),
     ],
 )

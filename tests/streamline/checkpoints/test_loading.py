@@ -92,14 +92,14 @@ def poison(weights: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (truncate, "not a whole safetensors file"),
+        (truncate, "not a safetensors file, or is incomplete"),
         (
             lambda f: edit_weights(f, lambda w: w.pop("model.layers.2.mlp.up_proj.weight")),
             "1 weights, first 'model.layers.2.mlp.up_proj.weight', are missing in its files",
         ),
         (
             lambda f: edit_weights(f, lambda w: w.update(stray=torch.ones(1))),
-            "first 'stray', are in its files and not in",
+            "first 'stray', are in its files but not in",
         ),
         (lambda f: edit_weights(f, poison), "weight model.layers.2.mlp.up_proj.weight holds NaN"),
         (lambda f: (f / "model.safetensors").unlink(), "has no weights, neither model.safetensors nor"),

@@ -125,7 +125,7 @@ def test_a_token_that_the_model_does_not_know_is_one_line_in_every_command(
     out = ("--output", tmp_path / "out") if command in ("validate", "orthogonality") else (tmp_path / "out",)
     done = cli(command, *flags, *out)
     assert (done.code, done.err.count("\n")) == (2, 1)
-    assert "token 4098 ('extra2') is outside of the model's vocabulary of 4096" in done.err
+    assert "token 4098 ('extra2'), but the model has embeddings for 4096" in done.err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -207,5 +207,5 @@ def test_tokens_beyond_the_embedding_are_refused(tmp_path: Path) -> None:
     tokenizer.add_tokens([AddedToken(f"extra{number}") for number in range(3)])
     (tmp_path / "a.txt").write_text("some words extra2 more words " * 100)
     read(tmp_path / "a.txt", tokenizer, 4, 16, vocabulary=VOCABULARY + 3)
-    with pytest.raises(StreamlineError, match=r"token 4098 \('extra2'\) is outside of the model's vocabulary of 4096"):
+    with pytest.raises(StreamlineError, match=r"token 4098 \('extra2'\), but the model has embeddings for 4096"):
         read(tmp_path / "a.txt", tokenizer, 4, 16)

@@ -174,7 +174,7 @@ def source_notes(source: ModelSource, config: PreTrainedConfig) -> list[str]:
     used: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[config.model_type]]
     notes = [code_note(source, used.__name__)]
     if base := source.base:
-        notes.append(f"{source.model} is an adapter: merged into its base {base.model}")
+        notes.append(f"{source.model} is an adapter: merged into its base model {base.model!r}")
     if is_artifact(source.folder):
         return []
     weights = find_weights(source.folder)
@@ -224,10 +224,12 @@ def _read_model(source: ModelSource, config: PreTrainedConfig, options: dict[str
 
 _FAULTS = {
     "missing_keys": "are missing in its files: the checkpoint is incomplete, fetch or save it again",
-    "mismatched_keys": "have another shape than config.json says: the weights are of another model",
+    "mismatched_keys": (
+        "do not have the shape that config.json gives; use the config.json of the model that the weights come from"
+    ),
     "unexpected_keys": (
-        "are in its files and not in the model that config.json describes, such as a value head or an adapter beside "
-        "it: save the language model alone"
+        "are in its files but not in the model that config.json describes (such as a value head or an adapter); save "
+        "the language model alone"
     ),
 }
 
@@ -249,8 +251,8 @@ def _check_types(source: ModelSource, tensors: Iterable[StoredTensor]) -> None:
         weight = 1 <= len(tensor.shape) <= 3 and not tensor.name.endswith("position_ids")
         if weight and tensor.type not in FLOAT_TYPES:
             raise StreamlineError(
-                f"model {source.model!r}: weight {tensor.name} is {tensor.type}, and config.json says nothing of "
-                "quantization; give float weights, or a config.json that says how they are quantized"
+                f"model {source.model!r}: weight {tensor.name} holds {tensor.type}, which is not a float type, but "
+                "config.json has no quantization_config; give float weights, or add the quantization_config"
             )
 
 
@@ -288,7 +290,10 @@ def stored_dtype(source: ModelSource) -> str:
         StreamlineError: no weight is stored in one of these types.
     """
     if not (sizes := _float_sizes(find_weights(source.folder))):
-        raise StreamlineError(f"model {source.model!r}: has no weights in one of {', '.join(DTYPES)}; convert it first")
+        raise StreamlineError(
+            f"model {source.model!r}: none of its weights is stored in {', '.join(DTYPES)}, the supported dtypes; "
+            "convert them first"
+        )
     return next(iter(sizes))
 
 

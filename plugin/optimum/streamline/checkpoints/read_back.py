@@ -137,8 +137,8 @@ def expected_from(model: PreTrainedModel, ids: torch.Tensor) -> Expected:
     if not bool(logits.isfinite().all()):
         kind = str(model.dtype).removeprefix("torch.")
         raise ParityError(
-            f"output: its logits are not finite when it computes in {kind}, its stored dtype: the hidden states "
-            "are too large for it; give dtype 'bf16' or 'fp32'"
+            f"output: its logits are not finite in {kind}, the dtype it is stored in, because the hidden states "
+            "overflow; give dtype 'bf16' or 'fp32'"
         )
     half = max(1, ids.shape[1] // 2)
     noise = float((_logits(model, ids[:, :half]) - logits[:, :half]).abs().max())

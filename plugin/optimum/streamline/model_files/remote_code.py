@@ -100,8 +100,9 @@ def _modules_of(origin: Path, reference: str, require_all: bool = False) -> list
     except OSError as error:
         files, missing = [module], [Path(str(error.filename))]
     if missing and require_all:
+        name = missing[0].name
         raise StreamlineError(
-            f"model {str(origin)!r}: its code {reference} needs {missing[0].name}, which is missing; fetch it again"
+            f"model {str(origin)!r}: its code {reference} needs {name}, which is missing; fetch {name}"
         )
     return [file for file in files if file.is_file()]
 

@@ -168,7 +168,7 @@ def _indexed_files(index: Path) -> tuple[Path, ...]:
     files = tuple(index.parent / name for name in _names_in(index))
     for file in files:
         if not file.is_file():
-            raise StreamlineError(f"{index}: names {file.name!r}, which is missing; fetch it again")
+            raise StreamlineError(f"{index}: names {file.name!r}, which is missing; fetch {file.name} again")
     return files
 
 
@@ -209,7 +209,9 @@ def _safe_tensors(file: Path) -> Iterator[StoredTensor]:
                 part: Any = tensors.get_slice(name)
                 yield StoredTensor(name, str(part.get_dtype()), tuple(part.get_shape()))
     except SafetensorError as error:
-        raise StreamlineError(f"{file}: is not a whole safetensors file ({error})") from None
+        raise StreamlineError(
+            f"{file}: is not a safetensors file, or is incomplete ({error}); fetch it again"
+        ) from None
 
 
 def _pickled_tensors(file: Path) -> Iterator[StoredTensor]:

@@ -98,8 +98,8 @@ def check_writable(config: PreTrainedConfig, device: str) -> None:
     """
     if quantization_name(config) is not None and not check_readable(config, device):
         raise StreamlineError(
-            f"model: its weights are quantized ({quantization_name(config)}), which transformers reads on {device} but "
-            "cannot write back; prune the float model, then quantize it"
+            f"model: its weights are quantized ({quantization_name(config)}), which transformers can read on {device} "
+            "but not save; prune the float model, then quantize it"
         )
 
 

@@ -59,8 +59,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, largest: int, vocabular
     if largest >= vocabulary:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise StreamlineError(
-            f"tokenizer: token {largest} ({token!r}) is outside of the model's vocabulary of {vocabulary}; it is "
-            "another model's tokenizer, or tokens were added to it and not to the model"
+            f"tokenizer: it gives token {largest} ({token!r}), but the model has embeddings for {vocabulary} tokens "
+            "only; use the tokenizer of this model, or resize the model's embeddings"
         )
 
 

@@ -133,7 +133,7 @@ def check_finite(model: PreTrainedModel, dtype: str) -> None:
     model.tie_weights()  # offloading restores tied weights as two separate parameters after a forward pass
     if not np.isfinite(logits).all():
         raise StreamlineError(
-            f"dtype {dtype!r}: the model's logits are not finite when it is computed in it"
+            f"dtype {dtype!r}: in this dtype the model's logits are not finite"
             + ("; give dtype 'fp32', or 'bf16' on cuda" if dtype == "fp16" else "")
         )
 
