@@ -18,6 +18,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_finish() -> None:
+    leave_out_of_garbage_collection()
+
+
+def leave_out_of_garbage_collection() -> None:
     """Leave what was imported out of every later search for garbage: it stays, and there are a million objects."""
     gc.collect()
     gc.freeze()
@@ -31,11 +35,13 @@ def optimum_onnx() -> str:
 
 
 @pytest.fixture
-def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starts no processes to time models in, for tests of the other figures of a report."""
+def untimed(monkeypatch: pytest.MonkeyPatch) -> Timer:
+    """Starts no processes to time models in, for tests of the other figures of a report; returns the stand-in."""
     from optimum.streamline.evaluation import validate
 
-    monkeypatch.setattr(validate, "time_alternating", Timer())
+    timer = Timer()
+    monkeypatch.setattr(validate, "time_alternating", timer)
+    return timer
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -53,4 +59,5 @@ def kept_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "trace", keeping(build.trace, folder))
         read_operators_once(patch)
+        leave_out_of_garbage_collection()
         yield

@@ -6,9 +6,7 @@ goes through a command, and its line is read as its user would read it.
 
 from __future__ import annotations
 
-import contextlib
 import gzip
-import io
 import json
 import shutil
 from collections.abc import Callable
@@ -17,11 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from optimum.commands.optimum_cli import main
 from safetensors.torch import load_file
 
 from cases import LICENSE, TEXT, edit_config, edit_weights, make, tokenizer
-from console import Outcome
+from console import Outcome, command
 from optimum.streamline.evaluation import validate
 from optimum.streamline.model_files.artifact import Artifact
 from pages import check_part
@@ -480,18 +477,12 @@ COMMANDS: dict[str, Callable[[Path, Path], Words]] = {
 }
 
 
-def command(*words: object) -> Outcome:
-    """Run a command in this process, whatever fixture asks for it."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr("sys.argv", ["optimum-cli", "streamline", *map(str, words)])
+def offline_command(*words: object) -> Outcome:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "200")
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         patch.setattr(validate, "time_alternating", Timer())
-        with pytest.raises(SystemExit) as end:
-            main()
-    code = end.value.code
-    return Outcome(code if isinstance(code, int) else int(code is not None), out.getvalue(), err.getvalue())
+        return command(*words)
 
 
 Run = Callable[[Case], tuple[Outcome, Path]]
@@ -505,7 +496,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     def run_once(case: Case) -> tuple[Outcome, Path]:
         if case.what not in done:
             folder = tmp_path_factory.mktemp("case")
-            done[case.what] = command(*case.make(folder)), folder
+            done[case.what] = offline_command(*case.make(folder)), folder
         return done[case.what]
 
     return run_once
@@ -541,7 +532,7 @@ def answer(tmp_path_factory: pytest.TempPathFactory) -> Answer:
             made[wrong] = tmp_path_factory.mktemp("wrong") / "model"
             WRONG[wrong][0](made[wrong])
         if (wrong, to) not in asked:
-            asked[wrong, to] = command(*COMMANDS[to](made[wrong], made[wrong].parent / "out"))
+            asked[wrong, to] = offline_command(*COMMANDS[to](made[wrong], made[wrong].parent / "out"))
         return asked[wrong, to]
 
     return ask

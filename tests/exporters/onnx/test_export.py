@@ -52,6 +52,7 @@ def test_what_lies_beside_the_graph_is_for_readers_of_transformers_4_too(exporte
     assert seen(str(folder)) == seen(str(exported("llama").checkpoint))
 
 
+@pytest.mark.slow  # a process that really traces
 def test_what_libraries_say_goes_to_the_log_and_not_to_the_terminal(exported, tmp_path):
     script = """
 import sys
@@ -209,13 +210,13 @@ logits, cache = runner.prefill(np.array([[5, 6, 7]]))
 logits, cache = runner.decode(np.array([[8]]), cache)
 print(runner.runtime, logits.shape, logits.dtype)
 """
-    command = [sys.executable, "-c", script, str(exported("fp16").folder)]
+    command = [sys.executable, "-c", script, str(exported("llama").folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "onnxruntime (1, 1, 128) float32\n"
 
 
 def test_an_artifact_and_its_checkpoint_answer_alike_through_the_protocol(exported):
-    made = exported("dead first")
+    made = exported("dead middle")
     ids = np.random.default_rng(1).integers(2, 128, (3, 11))
     runners = [open_artifact(made.artifact), open_runner(str(made.checkpoint))]
     answers = []

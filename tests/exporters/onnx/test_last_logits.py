@@ -58,7 +58,16 @@ def answer(folder: Path, ids, mask, keep: int | None, past: dict | None = None):
 
 
 @pytest.mark.parametrize("padding", MASKS)
-@pytest.mark.parametrize("case", ["llama", "dead first", "fp16", "gpt2", "opt", "gemma2"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "llama",
+        "fp16",
+        "gpt2",
+        "gemma2",
+        *(pytest.param(case, marks=pytest.mark.slow) for case in ("dead first", "opt")),
+    ],
+)
 def test_what_is_given_is_that_of_the_last_token_of_each_row(exported, last_only, case, padding):
     ids, mask, folder = token_ids(ROWS, LENGTH).numpy(), MASKS[padding], last_only(case)
     every, states = answer(exported(case).folder, ids, mask, None)
@@ -101,7 +110,7 @@ def test_our_runner_is_given_all_logits_of_any_graph(exported, tmp_path, quantiz
 
 def test_the_command_quantizes_first(exported, tmp_path, monkeypatch, capsys):
     shutil.copytree(exported("llama").checkpoint, checkpoint := tmp_path / "checkpoint")  # for its tokenizer
-    wide_model(num_hidden_layers=2).save_pretrained(checkpoint)
+    wide_model(vocab_size=4096).save_pretrained(checkpoint)
     words = ("--quantize", "int4-gptq", "--last-logits", "--samples", "2", "--length", "16")
     words += ("--calibration", "stdlib")
     assert (

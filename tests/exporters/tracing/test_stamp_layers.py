@@ -76,7 +76,7 @@ def test_layers_with_dead_sublayers_are_kinds_of_their_own(
 
 
 # As many as rows, past or new tokens, and all tokens, of the trace. The caches of `tiny_model` have 2 heads, 4 in gpt2.
-@pytest.mark.parametrize("heads", [3, 5, *(pytest.param(heads, marks=pytest.mark.slow) for heads in (2, 4))])
+@pytest.mark.parametrize("heads", [3, *(pytest.param(heads, marks=pytest.mark.slow) for heads in (2, 4, 5))])
 def test_a_number_of_heads_freezes_no_length(heads: int, tmp_path: Path) -> None:
     sizes = {"num_attention_heads": heads, "num_key_value_heads": heads, "hidden_size": 8 * heads, "head_dim": 8}
     artifact = export_checkpoint(saved(tmp_path / "checkpoint", num_hidden_layers=3, **sizes), tmp_path / "onnx")
@@ -196,7 +196,7 @@ def test_in_little_memory_a_model_that_is_traced_whole_is_run_in_parts_too(tmp_p
 
 
 def test_what_has_no_parts_is_refused_in_little_memory(tmp_path: Path) -> None:
-    checkpoint = saved(tmp_path / "in", skipped=((0, ATTENTION), (0, MLP)), num_hidden_layers=3)
+    checkpoint = saved(tmp_path / "in", skipped=((0, ATTENTION), (0, MLP)), num_hidden_layers=2)
     with pytest.raises(StreamlineError, match=r"max-memory 1: the layers of this model cannot be run one by one"):
         export_checkpoint(checkpoint, tmp_path / "out", max_memory=1)
     assert [each.name for each in tmp_path.iterdir()] == ["in"]

@@ -20,6 +20,7 @@ from optimum.streamline.model_files.hub import fetch_checkpoint
 from optimum.streamline.model_files.source import ModelSource, fingerprint
 from optimum.streamline.recipe.recipe import Budget
 from optimum.streamline.text.windows import Windows
+from timer import Timer
 from tiny import LAYERS, VOCABULARY, tiny_model, token_ids
 
 COMMIT = "0" * 40
@@ -87,6 +88,7 @@ def test_the_budget_decides(report: Report) -> None:
     assert report.exit_code == 3
 
 
+@pytest.mark.usefixtures("untimed")
 def test_logits_that_are_not_numbers_fail_and_do_not_crash(folder: Path) -> None:
     compared_models = compared_models_of(ModelSource(str(folder / "original")), [str(folder / "broken")])
     result = validate(compared_models, DATA, Budget(), rounds=2, prompt_length=8, decode_tokens=2)
@@ -95,10 +97,11 @@ def test_logits_that_are_not_numbers_fail_and_do_not_crash(folder: Path) -> None
     assert Report.from_json(result.to_json()).exit_code == 3
 
 
-def test_prompt_is_clipped_to_what_the_models_take(folder: Path) -> None:
+def test_prompt_is_clipped_to_what_the_models_take(folder: Path, untimed: Timer) -> None:
     compared_models = [ComparedModel("only", str(folder / "original"), "original")]
     result = validate(compared_models, DATA, Budget(), rounds=2, prompt_length=900, decode_tokens=10)
     # 64 positions, and 240 tokens of text.
+    assert (untimed.tokens.shape, untimed.prompt_length) == ((1, 64), 54)
     assert (result.settings["prompt_length"], result.settings["decode_tokens"]) == (54, 10)
     assert (result.settings["prompt_length_asked"], result.settings["decode_tokens_asked"]) == (900, 10)
 
@@ -162,9 +165,8 @@ def hub_cache(root: Path) -> str:
 
 
 def test_a_model_of_the_hub_is_read_from_the_cache_it_was_put_in(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untimed: Timer
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for the workers
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     fetch_checkpoint.cache_clear()  # other tests know a model of this name, too
     cache = hub_cache(tmp_path / "cache")
@@ -172,6 +174,7 @@ def test_a_model_of_the_hub_is_read_from_the_cache_it_was_put_in(
     result = validate(compared_models, DATA, Budget(), rounds=2, prompt_length=8, decode_tokens=2)
     assert [row.label for row in result.rows] == ["small", "candidate"]
     assert result.rows[0].disk_bytes >= result.rows[0].parameters * 4
+    assert Path(untimed.jobs[0].path).is_relative_to(cache)
     with pytest.raises(StreamlineError, match="model 'org/small': cannot be fetched"):
         validate(compared_models_of(ModelSource("org/small"), []), DATA, Budget())
 
@@ -193,10 +196,9 @@ class Own(LlamaForCausalLM):
 """
 
 
-@pytest.mark.parametrize("trusted", [True, False])
-def test_code_of_a_checkpoint_runs_where_it_is_trusted(
-    trusted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint `own` with code, which leaves a file in the folder `processes` for each process that it runs in."""
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))  # for the worker
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     processes = tmp_path / "processes"
@@ -206,10 +208,21 @@ def test_code_of_a_checkpoint_runs_where_it_is_trusted(
     model.config.auto_map = {"AutoModelForCausalLM": "modeling_own.Own"}
     model.save_pretrained(tmp_path / "own")
     (tmp_path / "own" / "modeling_own.py").write_text(CODE)
-    compared_models = compared_models_of(ModelSource(str(tmp_path / "own"), trust_remote_code=trusted), [])
+    return tmp_path
+
+
+def test_trusted_code_of_a_checkpoint_runs(own_code: Path) -> None:
+    compared_models = compared_models_of(ModelSource(str(own_code / "own"), trust_remote_code=True), [])
     validate(compared_models, DATA, Budget(), rounds=2, prompt_length=8, decode_tokens=2)
     # This process, for accuracy, and the one that was timed.
-    assert len(list(processes.iterdir())) == (2 if trusted else 0)
+    assert len(list((own_code / "processes").iterdir())) == 2
+
+
+def test_code_of_a_checkpoint_does_not_run_unless_it_is_trusted(own_code: Path, untimed: Timer) -> None:
+    compared_models = compared_models_of(ModelSource(str(own_code / "own")), [])
+    validate(compared_models, DATA, Budget(), rounds=2, prompt_length=8, decode_tokens=2)
+    assert list((own_code / "processes").iterdir()) == []
+    assert not untimed.jobs[0].trust_remote_code
 
 
 def test_labels_tell_models_apart() -> None:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel
 
-from console import optimum_cli
+from console import command, optimum_cli
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing import trainer
@@ -175,7 +175,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def run(launcher: str, words: list[str], out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", *launcher.split(), *words, str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums in the order they have here
     environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -184,9 +184,8 @@ def run(launcher: str, words: list[str], out: Path) -> subprocess.Popen[str]:
 def alone(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the command makes when nothing stops it."""
     out = tmp_path_factory.mktemp("alone") / "out"
-    with run("optimum.commands.optimum_cli", words, out) as process:
-        _, err = process.communicate()
-    assert (process.returncode, err) == (0, "")
+    done = command(*words[1:], out)
+    assert (done.code, done.err) == (0, "")
     assert [folder.name for folder in out.parent.iterdir()] == ["out"]
     return out
 
@@ -213,10 +212,9 @@ def test_a_killed_command_goes_on(words: list[str], alone: Path, tmp_path: Path)
     assert process.returncode == -9
     assert not out.exists()
     [workspace] = tmp_path.glob(".out.healing-*")
-    with run("optimum.commands.optimum_cli", words, out) as process:
-        said, err = process.communicate()
-    assert (process.returncode, err) == (0, "")
-    assert f"continuing from the training checkpoints in {workspace}" in said
+    again = command(*words[1:], out)
+    assert (again.code, again.err) == (0, "")
+    assert f"continuing from the training checkpoints in {workspace}" in again.out
     assert [folder.name for folder in tmp_path.iterdir()] == ["out"]
     assert (out / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
     assert healing(out) == healing(alone)

@@ -52,6 +52,7 @@ def made_at(out: Path) -> dict[str, int]:
     return {name: (out / name).stat().st_mtime_ns for name in files}
 
 
+@pytest.mark.usefixtures("untimed")
 def test_one_command_does_the_whole_chain(cli: Cli, folder: Path) -> None:
     (folder / "recipe.yaml").write_text(RECIPE + "format: onnx\nbudget: {max_ppl_ratio: 100}\n")
     outcome = cli(folder / "recipe.yaml", folder / "out")

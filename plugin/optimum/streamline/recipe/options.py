@@ -127,6 +127,7 @@ def _options_of(kind: type) -> tuple[DefinedOption, ...]:
     return tuple(found)
 
 
+@cache
 def groups_of(kind: type) -> dict[str, type[CheckedOptions]]:
     """The groups of a recipe: the class of each, by the name of its field."""
     hints = get_type_hints(kind, include_extras=True)

@@ -31,7 +31,7 @@ def test_lost_scales_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data")
         return done
 
-    wide_model(num_hidden_layers=2).save_pretrained(tmp_path / "model")
+    wide_model(vocab_size=4096).save_pretrained(tmp_path / "model")
     export_checkpoint(str(tmp_path / "model"), tmp_path / "good", quantize="int4")
     monkeypatch.setitem(GRAPH_QUANTIZERS, "int4", replace(GRAPH_QUANTIZERS["int4"], run=lose_scales))
     with pytest.raises(ParityError, match="differs too much from torch: the logits correlate by"):
