@@ -115,7 +115,7 @@ def options_of(kind: type) -> tuple[DefinedOption, ...]:
 
 @cache
 def _options_of(kind: type) -> tuple[DefinedOption, ...]:
-    hints = get_type_hints(kind, include_extras=True)
+    hints = _hints_of(kind)
     found: list[DefinedOption] = []
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
@@ -127,11 +127,18 @@ def _options_of(kind: type) -> tuple[DefinedOption, ...]:
     return tuple(found)
 
 
-@cache
 def groups_of(kind: type) -> dict[str, type[CheckedOptions]]:
     """The groups of a recipe: the class of each, by the name of its field."""
-    hints = get_type_hints(kind, include_extras=True)
-    return {name: hint for name, hint in hints.items() if isinstance(hint, type) and issubclass(hint, CheckedOptions)}
+    return {
+        name: hint
+        for name, hint in _hints_of(kind).items()
+        if isinstance(hint, type) and issubclass(hint, CheckedOptions)
+    }
+
+
+@cache  # takes a millisecond, and every instance asks
+def _hints_of(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
 
 
 class CheckedOptions:
