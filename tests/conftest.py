@@ -25,6 +25,7 @@ def leave_out_of_garbage_collection() -> None:
     """Leave what was imported out of every later search for garbage: it stays, and there are a million objects."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000)  # a trace makes so many objects that a tenth of its time is such searches
 
 
 @pytest.fixture(scope="session")

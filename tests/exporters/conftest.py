@@ -33,7 +33,7 @@ CASES = {
     "llama": ("llama", (), "fp32", {"num_hidden_layers": 2, "tie_word_embeddings": True}),
     "dead first": ("llama", ((0, ATTENTION),), "fp32", {"num_hidden_layers": 3}),
     "dead middle": ("llama", ((1, ATTENTION),), "fp32", {"num_hidden_layers": 3}),
-    "fp16": ("llama", (), "fp16", {"num_hidden_layers": 1}),
+    "fp16": ("llama", (), "fp16", {"num_hidden_layers": 2}),
     "gpt2": ("gpt2", (), "fp32", {"n_layer": 2}),
     "opt": ("opt", (), "fp32", {"num_hidden_layers": 2}),
     "dead mlp": ("llama", ((0, MLP), (1, ATTENTION), (1, MLP)), "fp32", {"num_hidden_layers": 3}),

@@ -33,7 +33,7 @@ def exported_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], A
 
 
 # Where graphs differ most: rotary or learned positions, two kinds of attention, norms after the sublayers.
-# `test_quantizers.py` exports OPT and, with its experts, Mixtral. The others, and the page with all of them, are slow.
+# `test_quantizers.py` exports Mixtral, for its experts. The others, and the page with all of them, are slow.
 DIFFERENT = {"llama", "gpt2", "gemma2"}
 
 

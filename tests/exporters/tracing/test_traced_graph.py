@@ -12,7 +12,7 @@ from tiny import token_ids
 
 pytestmark = pytest.mark.onnx
 
-# In gemma2, the first attention is dead; `test_quantizers.py` exports OPT; and the modules of gpt2 are transposed.
+# The first attention of gemma2 is dead too. OPT is like GPT-2, but for its modules, which are as Llama's.
 SLOW = {case: pytest.param(case, marks=pytest.mark.slow) for case in ("dead first", "opt", "opt dead mlp")}
 CASES = ["llama", SLOW["dead first"], "dead middle", "fp16", "gpt2", SLOW["opt"], "gemma2"]
 DEAD_MLPS = ["dead mlp", "gpt2 dead mlp", SLOW["opt dead mlp"]]

@@ -279,10 +279,13 @@ ACCELERATE = (
 @pytest.mark.parametrize(
     "launcher",
     [
-        TORCHRUN,
+        pytest.param(TORCHRUN, marks=pytest.mark.slow),
         pytest.param(
             f"{ACCELERATE} --mpirun_hostfile HOSTS",
-            marks=pytest.mark.skipif(shutil.which("mpirun") is None, reason="no MPI on this machine"),
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(shutil.which("mpirun") is None, reason="no MPI on this machine"),
+            ],
         ),
     ],
     ids=["torchrun", "accelerate"],

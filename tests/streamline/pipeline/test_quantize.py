@@ -453,7 +453,7 @@ def test_validation_names_the_quantization_and_counts_its_bytes(
 ) -> None:
     shutil.copytree(REFERENCE, tmp_path / "model")
     out = quietly(str(tmp_path / "model"), tmp_path / "q", "bnb-nf4")
-    words = ("validate", tmp_path / "model", out, "--output", tmp_path / "r", "--eval-samples", "8", "--length", "64")
+    words = ("validate", tmp_path / "model", out, "--output", tmp_path / "r", "--eval-samples", "16", "--length", "64")
     words += LIBRARY["validate"]
     done = optimum_cli(monkeypatch, capsys, "streamline", *words)
     assert (done.code, done.err) == (0, "")

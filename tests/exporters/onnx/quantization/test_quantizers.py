@@ -161,7 +161,7 @@ def test_an_exclusion_that_names_nothing_is_refused(tmp_path: Path) -> None:
         pytest.param("qwen3", LAYERS * 4 + 1, marks=pytest.mark.slow),
         ("mixtral", LAYERS * (2 + 4 * 2) + 1),  # four experts with two matmuls each; the router stays in float
         pytest.param("gemma2", LAYERS * 4 + 1, marks=pytest.mark.slow),
-        ("opt", LAYERS * 4 + 1),
+        pytest.param("opt", LAYERS * 4 + 1, marks=pytest.mark.slow),
     ],
 )
 def test_other_architectures_in_four_bits(architecture: str, matmuls: int, tmp_path: Path) -> None:
