@@ -36,7 +36,7 @@ def exported(folder: Path, architecture: str, dtype: str = "fp32", **options: An
     return Path(export_checkpoint(str(folder / "checkpoint"), folder / "onnx", dtype=dtype, **options).path)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES[:3], pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_the_graph_with_appending_outside_computes_the_same(tmp_path: Path, architecture: str) -> None:
     folder = exported(tmp_path, architecture)
     graph = write_growing_graph(folder)
@@ -138,7 +138,7 @@ def test_without_the_provider_it_says_so(tmp_path: Path) -> None:
 @pytest.mark.tensorrt
 @pytest.mark.parametrize(
     ("architecture", "dtype"),
-    [("llama", "fp16"), *((name, "fp32") for name in ARCHITECTURES[1:])]
+    [("llama", "fp16"), ("gpt2", "fp32"), ("qwen2", "fp32"), pytest.param("gemma2", "fp32", marks=pytest.mark.slow)]
     + [pytest.param(name, "fp16", marks=pytest.mark.slow) for name in ARCHITECTURES[1:]],
 )
 def test_tensorrt_takes_the_graph_whole_within_these_shapes(tmp_path: Path, architecture: str, dtype: str) -> None:

@@ -34,9 +34,14 @@ EDITS = {
 _COMMON = ("--remove", "2", "--calibration", "stdlib", "--samples", "2", "--length", "16")
 
 
-# Every edit with one quantizer, and one edit with every quantizer, are fast enough for every run.
+# Fast are an edit of each shape with one quantizer, and one edit with every quantizer.
+SHAPES = {"removed", "merged", "sublayers", "linear", "layer", "lora"}
 COMBINATIONS = [
-    pytest.param(edit, quantizer, marks=() if quantizer == "bnb-nf4" or edit == "merged" else pytest.mark.slow)
+    pytest.param(
+        edit,
+        quantizer,
+        marks=() if edit == "merged" or (quantizer == "bnb-nf4" and edit in SHAPES) else pytest.mark.slow,
+    )
     for edit in EDITS
     for quantizer in QUANTIZERS
 ]

@@ -85,7 +85,11 @@ def operators(artifact: Artifact) -> Counter[str]:
     return Counter(node.op_type for node in graph.node)
 
 
-@pytest.mark.parametrize("quantizer", GRAPH_QUANTIZERS)
+# GPTQ takes half a minute; on a small model it is fast, in `test_last_logits.py`.
+@pytest.mark.parametrize(
+    "quantizer",
+    [pytest.param(each, marks=pytest.mark.slow if each == "int4-gptq" else ()) for each in GRAPH_QUANTIZERS],
+)
 def test_each_way_keeps_the_function_and_takes_less_room(
     quantized: Callable[..., Artifact], judged_on: Windows, quantizer: str
 ) -> None:
