@@ -1,4 +1,4 @@
-"""Stand-ins for TensorRT: a runtime that computes the graph of an engine on the CPU, and a builder that only reads it."""
+"""Stand-ins for TensorRT: a runtime that computes an engine's graph on the CPU, and a builder that only reads it."""
 
 from __future__ import annotations
 
