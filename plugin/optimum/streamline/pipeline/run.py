@@ -69,6 +69,8 @@ def run(source: ModelSource, recipe: Recipe, out: Path, *, overwrite: bool, verb
     check_recipe(source, recipe)
     refuse_own_input(out, inputs_of(source, recipe))
     check_exportable(recipe)
+    if overwrite or read_record(str(out)) is None:
+        check_output(out, overwrite)  # before the texts are read, which can take minutes
     texts = read_texts(source, recipe)
     steps = _Steps(source, recipe, out, verbose, notify)
     if overwrite or not steps.resumes(texts):
@@ -93,7 +95,6 @@ class _Steps:
         """
         record = read_record(str(self._out))
         if record is None:
-            check_output(self._out)
             return False
         other = self._difference(record, texts)
         if other is not None:
