@@ -152,7 +152,7 @@ def test_outputs_that_exist_or_cannot_be_written(cli: Cli, tmp_path: Path) -> No
     for command in (("prune", "--remove", 1, *HEALED), ("run", "--remove", 1, *HEALED), ("score",), ("export",)):
         words = (*command, "-m", REFERENCE, *LIBRARY[str(command[0])])
         if command[0] != "export":  # which reads no text here
-            words += ("--calibration", tmp_path / "gone.txt")  # a text that cannot be read is found out after the output
+            words += ("--calibration", tmp_path / "gone.txt")  # found out after the output
         assert_refused(cli(*words, tmp_path), "exists already")
         assert_refused(cli(*words, "--overwrite", tmp_path), "holds no output of this program")
         assert_refused(cli(*words, tmp_path / "kept.txt" / "out"), "cannot be written")
