@@ -1,4 +1,4 @@
-"""Prune, replace and heal the layers of language models, and prove what it cost.
+"""Remove layers of language models, heal and export them, and measure the result against the original.
 
 Importing this costs nothing: names are looked up when they are first used.
 """

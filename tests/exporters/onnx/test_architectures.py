@@ -33,7 +33,8 @@ def exported_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], A
 
 
 # Rotary or learned positions. `test_quantizers.py` exports Mixtral, for its experts, and `test_traced_graph.py` a
-# Gemma 2, for its two kinds of attention. The others, and the page with all of them, are slow.
+# Gemma 2, for its two kinds of attention. The others, such as Qwen 3 with its norms of queries and keys, and the page
+# with all of them, are slow.
 DIFFERENT = {"llama", "gpt2"}
 
 

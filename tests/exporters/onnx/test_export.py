@@ -52,7 +52,7 @@ def test_what_lies_beside_the_graph_is_for_readers_of_transformers_4_too(exporte
     assert seen(str(folder)) == seen(str(exported("llama").checkpoint))
 
 
-@pytest.mark.slow  # a process that really traces
+@pytest.mark.slow  # a process that really traces; `test_library_logs.py` holds it of any library
 def test_what_libraries_say_goes_to_the_log_and_not_to_the_terminal(exported, tmp_path):
     script = """
 import sys

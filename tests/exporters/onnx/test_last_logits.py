@@ -17,6 +17,7 @@ from optimum.exporters.streamline.onnx.quantization.settings import Quantization
 from optimum.exporters.streamline.onnx.runner import OnnxRunner, token_inputs
 from optimum.exporters.streamline.rewriting import public_names
 from optimum.streamline.errors import ParityError, StreamlineError
+from optimum.streamline.model_files.artifact import Artifact
 from optimum.streamline.text.windows import Windows
 from tiny import token_ids, wide_model
 
@@ -122,6 +123,8 @@ def test_the_command_quantizes_first(exported, tmp_path, monkeypatch, capsys):
     np.testing.assert_allclose(last, found[:, -1:], atol=1e-5)
     graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
     assert "MatMulNBits" in {node.op_type for node in graph.node}
+    divergence = Artifact.read(tmp_path / "out").divergence
+    assert 0 < max(divergence.values()) < 0.5
 
 
 def test_the_projection_reads_what_is_kept(last_only):

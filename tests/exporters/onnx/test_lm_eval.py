@@ -63,7 +63,7 @@ def scores(tasks: list[dict[str, Any]], model: str, folder: Path, **arguments: o
     return {name: np.array([sample["filtered_resps"] for sample in rows], float) for name, rows in samples}
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # lm-eval's own code, not ours, is what takes half a minute
 def test_it_scores_the_folder_as_it_scores_the_checkpoint(pruned_reference, tasks) -> None:
     expected = scores(tasks, "hf", pruned_reference.checkpoint, dtype="float32")
     got = scores(tasks, "onnxruntime", pruned_reference.folder)

@@ -228,7 +228,7 @@ def with_a_cache_of_another_layer(model: ir.Model) -> None:
 FAULTS: dict[Callable[[ir.Model], None], str] = {
     of_an_older_opset: "its graph has opset 23, not 24",
     of_another_domain: "its graph has operators of 'com.microsoft'",
-    with_an_operator_that_fails: "operator NonZero is not among those that engines are built of",
+    with_an_operator_that_fails: "operator NonZero is not among the operators that engines are built of",
     counting_keys: r"/Attention: Attention has an input after the mask \(input_ids\)",
     appending_within: r"/Attention: Attention has an input after the mask \(past_key_values.0.key\)",
     without_a_mask: "/Attention: Attention has no mask",

@@ -279,7 +279,7 @@ ACCELERATE = (
 @pytest.mark.parametrize(
     "launcher",
     [
-        pytest.param(TORCHRUN, marks=pytest.mark.slow),
+        TORCHRUN,
         pytest.param(
             f"{ACCELERATE} --mpirun_hostfile HOSTS",
             marks=[

@@ -60,7 +60,7 @@ class StreamlineConfig(BaseConfig):
 
     @classmethod
     def from_yaml_file(cls, path: str | Path) -> StreamlineConfig:
-        """Read a recipe file, such as `optimum-cli streamline run --recipe` takes.
+        """Read a recipe file, such as the RECIPE of `optimum-cli streamline run -m MODEL RECIPE OUT`.
 
         Raises:
             StreamlineError: the file cannot be read or is not YAML, or an option is unknown or out of range.

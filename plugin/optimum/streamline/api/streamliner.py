@@ -179,8 +179,8 @@ class Streamliner:
     def heal(self, config: StreamlineConfig | Recipe | None = None) -> Streamliner:
         """Train the pruned model, as the config's `heal` says.
 
-        It starts from the original and the plan, because a replacement is first trained apart from its model and some
-        methods train between merges: what was done to `model` since `prune`, by `heal` or by hand, is not kept. If a
+        It makes the pruned model anew from the original and the plan, because a replacement is trained before it is put
+        into the model, and some methods train between merges. Changes to `model` since `prune` are lost. If a
         training fails, nothing is pruned any more.
 
         Args:
@@ -285,7 +285,7 @@ class Streamliner:
             quantize_exclude: What stays in float: numbers of layers, and names of modules in which `*` stands for
                 anything.
             config: Its `calibration`, `samples`, `length` and `seed` give the text for a quantizer that needs
-                calibration; left out, those of the config that pruned.
+                calibration; by default the config that pruned is used.
             last_logits: Whether the graph gives the logits of each row's last token only.
             max_memory: Bytes of memory to make do with; what is free by default.
             engine: What engine to build, for `tensorrt`: `optimum.exporters.streamline.EngineOptions`.

@@ -36,7 +36,7 @@ class Replacement:
     """The replacement of removed layers: one layer for a block of them, or a linear map for each run of them.
 
     Args:
-        layer: A layer that is not yet part of the model. Its inputs and outputs are those of the model's decoder
+        layer: A layer that is not yet part of the model. It takes and returns the same as the model's decoder
             layers.
         attention: For replacement `mlp`: the attention module that was dropped from `layer`. Otherwise `None`.
         maps: For replacement `linear`: the result of `linear_map.fit_maps`.

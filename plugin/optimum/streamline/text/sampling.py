@@ -103,8 +103,8 @@ class WindowEncoder:
 
     Attributes:
         prefix: The tokens that it puts before a text, such as BOS; often none.
-        ending: The tokens that close a document: those that the tokenizer puts after a text, then EOS if it has one. If
-            there are none and no prefix either, the tokens of an empty line.
+        ending: The tokens that close a document: the tokens that the tokenizer puts after a text, then EOS if it has
+            one. If there are none and no prefix either, the tokens of an empty line.
         puts_space: Whether it puts a space before a text, as Llama's does. A window then begins after the text's own
             space.
     """

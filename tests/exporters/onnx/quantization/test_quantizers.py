@@ -85,7 +85,7 @@ def operators(artifact: Artifact) -> Counter[str]:
     return Counter(node.op_type for node in graph.node)
 
 
-# GPTQ takes half a minute; on a small model it is fast, in `test_last_logits.py`.
+# GPTQ takes half a minute; `test_last_logits.py` asks of a small model whether it keeps the function.
 @pytest.mark.parametrize(
     "quantizer",
     [pytest.param(each, marks=pytest.mark.slow if each == "int4-gptq" else ()) for each in GRAPH_QUANTIZERS],

@@ -84,7 +84,8 @@ def _operators(graph: ir.Graph) -> Iterator[str]:
     """Only operators that were tested: TensorRT's `supports_operator` accepts operators that then fail to build."""
     for node in graph:
         if node.domain not in ("", "ai.onnx") or node.op_type not in OPERATORS:
-            yield f"{node.name or node.op_type}: operator {node.op_type} is not among those that engines are built of"
+            name = node.name or node.op_type
+            yield f"{name}: operator {node.op_type} is not among the operators that engines are built of"
 
 
 def _attention(graph: ir.Graph) -> Iterator[str]:
