@@ -64,7 +64,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Artifact 
 
 
 # Llama, GPT-2 with transposed linear modules, and Qwen 2 with two kinds of attention are fast. The others, and the
-# page with all of them, are slow: among them Gemma 2, with norms after the sublayers and a softcap, which takes half a minute.
+# page with all of them, are slow. So is Gemma 2, with its norms after the sublayers and its softcap.
 DIFFERENT = {"llama", "gpt2", "qwen2"}
 OF_EXPERTS = {"mixtral", "qwen3_moe"}
 

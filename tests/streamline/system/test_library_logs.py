@@ -13,7 +13,7 @@ from optimum.streamline.system.library_logs import captured_logs
 
 
 @pytest.fixture
-def logger() -> Iterator[logging.Logger]:
+def logger(capsys: pytest.CaptureFixture[str]) -> Iterator[logging.Logger]:
     """A library's logger, with a handler that it made of the terminal's stream when it was imported."""
     logger, handler = logging.getLogger("some_library"), logging.StreamHandler(sys.stderr)
     logger.addHandler(handler)
