@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,10 @@ import pytest
 from optimum.streamline.system.library_logs import captured_logs
 
 
-@pytest.fixture
-def logger(capsys: pytest.CaptureFixture[str]) -> Iterator[logging.Logger]:
+@contextmanager
+def library(name: str = "some_library") -> Iterator[logging.Logger]:
     """A library's logger, with a handler that it made of the terminal's stream when it was imported."""
-    logger, handler = logging.getLogger("some_library"), logging.StreamHandler(sys.stderr)
+    logger, handler = logging.getLogger(name), logging.StreamHandler(sys.stderr)
     logger.addHandler(handler)
     logger.propagate = False
     yield logger
@@ -31,44 +32,41 @@ def speak(logger: logging.Logger) -> None:
 SPOKEN = ("printed\n", "printed as an error\n", "logged\n")
 
 
-def test_it_goes_to_the_file_and_not_to_the_terminal(
-    logger: logging.Logger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_goes_to_the_file_and_not_to_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = tmp_path / "library.log"
     log.write_text("before\n")
-    with captured_logs(log):
+    with library() as logger:
+        with captured_logs(log):
+            speak(logger)
+        assert capsys.readouterr() == ("", "")
+        text = log.read_text()
+        assert text == "before\n" + "".join(SPOKEN)
         speak(logger)
-    assert capsys.readouterr() == ("", "")
-    text = log.read_text()
-    assert text.startswith("before\n")
-    for words in SPOKEN:
-        assert words in text
-    speak(logger)
     seen = capsys.readouterr()
-    assert seen.out == "printed\n"
-    assert "logged" in seen.err
+    assert (seen.out, seen.err) == (SPOKEN[0], SPOKEN[1] + SPOKEN[2])
     assert log.read_text() == text
 
 
 def test_a_handler_made_inside_speaks_to_the_terminal_afterwards(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    logger = logging.getLogger("imported_inside")
-    with captured_logs(tmp_path / "library.log"):
-        logger.addHandler(logging.StreamHandler(sys.stderr))
-        logger.warning("inside")
-    logger.warning("after")
+    with ExitStack() as stack:
+        with captured_logs(tmp_path / "library.log"):
+            logger = stack.enter_context(library("imported_inside"))
+            logger.warning("inside")
+        logger.warning("after")
     assert (tmp_path / "library.log").read_text() == "inside\n"
-    assert "after" in capsys.readouterr().err
+    assert capsys.readouterr() == ("", "after\n")
 
 
 def test_without_a_file_it_is_dropped_and_with_verbose_it_is_left(
-    logger: logging.Logger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with captured_logs(None):
-        speak(logger)
-    assert capsys.readouterr() == ("", "")
-    with captured_logs(tmp_path / "library.log", verbose=True):
-        speak(logger)
-    assert capsys.readouterr().out == "printed\n"
+    with library() as logger:
+        with captured_logs(None):
+            speak(logger)
+        assert capsys.readouterr() == ("", "")
+        with captured_logs(tmp_path / "library.log", verbose=True):
+            speak(logger)
+    assert capsys.readouterr() == (SPOKEN[0], SPOKEN[1] + SPOKEN[2])
     assert not (tmp_path / "library.log").exists()
