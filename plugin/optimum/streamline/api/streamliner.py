@@ -135,6 +135,9 @@ class Streamliner:
         Args:
             config: Its `calibration`, `samples`, `length`, `seed` and `device` are used.
 
+        Returns:
+            The scores; `scores.block_influence[i]` is the Block Influence of layer i.
+
         Raises:
             StreamlineError: the text cannot be read, or the model gives no finite numbers on it.
         """
@@ -149,6 +152,9 @@ class Streamliner:
                 nothing is read or measured.
             scores: What `score` returned earlier, instead of scoring now. A method that looks at more than scores
                 reads the text again, which must be the one of the scores.
+
+        Returns:
+            The plan, which `prune` takes.
 
         Raises:
             StreamlineError: the method cannot follow the config on this model, the text cannot be read, or the scores
@@ -291,6 +297,10 @@ class Streamliner:
             engine: What engine to build, for `tensorrt`: `optimum.exporters.streamline.EngineOptions`.
             overwrite: Whether an earlier output of this program there may be replaced.
 
+        Returns:
+            The artifact; `artifact.parity` holds its measured differences from torch, and `open_runner(artifact.path)`
+            runs it.
+
         Raises:
             ParityError: the export does not compute what the model does.
             StreamlineError: an option cannot be used, or the folder exists or cannot be written.
@@ -334,6 +344,9 @@ class Streamliner:
             rounds: Timed rounds of every model in turn, at least 2.
             overwrite: Whether an earlier report there may be replaced.
 
+        Returns:
+            The report: the figures of each model, the original first, and the verdict on the budget.
+
         Raises:
             StreamlineError: there is no candidate, the models or the text do not allow a comparison, or a candidate
                 was made with this text.
@@ -355,8 +368,13 @@ class Streamliner:
     def streamline(self, save_dir: str | Path, config: StreamlineConfig | Recipe, *, overwrite: bool = False) -> Report:
         """Do what `optimum-cli streamline run` does, into `save_dir`, and save `config` there.
 
-        It reads the original from files and goes on from those that an earlier call left; what `prune` and `heal` made
-        in memory has no part in it.
+        It reads the original from files, and continues from the files that an earlier call left. It does not use what
+        `prune` and `heal` made in memory.
+
+        Args:
+            save_dir: The folder of the checkpoint, the exports and the report.
+            config: Everything that decides the run.
+            overwrite: Whether an earlier output in `save_dir` is replaced, instead of continued.
 
         Returns:
             The report; `report.verdict.passed` says whether the result is within `config`'s budget.
