@@ -209,3 +209,13 @@ def test_the_picture_shows_the_figures_of_the_table(monkeypatch: pytest.MonkeyPa
     again = picture.picture(picture.read_table(TEXTS["README.md"]), 16, {})
     bars = drawn[drawn.index(">Perplexity") :]
     assert bars == again[again.index(">Perplexity") :]
+
+
+def test_the_mutants_are_of_code_and_tests_that_exist() -> None:
+    tests = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py"))
+    rows = re.findall(r"^\| `(.+?)` \| `(.+?)` \| `.+?` \| \w+ \| `(\w+)` \|$", TEXTS["docs/mutants.md"], re.MULTILINE)
+    assert len(rows) >= 20
+    for name, code, test in rows:
+        [file] = [package / name for package in PACKAGES if (package / name).is_file()]
+        assert file.read_text(encoding="utf-8").count(code) == 1, code
+        assert f"def {test}(" in tests, test
