@@ -69,12 +69,15 @@ def run(source: ModelSource, recipe: Recipe, out: Path, *, overwrite: bool, verb
     check_recipe(source, recipe)
     refuse_own_input(out, inputs_of(source, recipe))
     check_exportable(recipe)
-    if overwrite or read_record(str(out)) is None:
+    earlier = None if overwrite else read_record(str(out))
+    if earlier is None:
         check_output(out, overwrite)  # before the texts are read, which can take minutes
     texts = read_texts(source, recipe)
     steps = _Steps(source, recipe, out, verbose, notify)
-    if overwrite or not steps.resumes(texts):
+    if earlier is None:
         steps.timed("prune", lambda: steps.prune(overwrite))
+    else:
+        steps.resume(earlier, texts)
     if recipe.export.format != "none":
         steps.export(source.model, ORIGINAL_EXPORT)
         steps.export(str(out), EXPORT, texts)
@@ -87,20 +90,16 @@ class _Steps:
     def __init__(self, source: ModelSource, recipe: Recipe, out: Path, verbose: bool, notify: Notify) -> None:
         self._source, self._recipe, self._out, self._verbose, self._notify = source, recipe, out, verbose, notify
 
-    def resumes(self, texts: Texts) -> bool:
-        """Whether `out` already holds the checkpoint of this run.
+    def resume(self, record: dict[str, Any], texts: Texts) -> None:
+        """Continue from the checkpoint in `out`, which has this record.
 
         Raises:
-            StreamlineError: `out` holds something else.
+            StreamlineError: it is not the checkpoint of this run.
         """
-        record = read_record(str(self._out))
-        if record is None:
-            return False
         other = self._difference(record, texts)
         if other is not None:
             raise StreamlineError(f"output {self._out}: {other}; choose another folder, or pass --overwrite")
         self._notify(f"{self._out} exists already: continuing from it")
-        return True
 
     def _difference(self, record: dict[str, Any], texts: Texts) -> str | None:
         """Why the checkpoint in `out`, with this record, is not the one of this run; `None` if it is."""
