@@ -23,10 +23,14 @@ answers = []
 for words, without in json.loads(sys.argv[1]):
     sys.argv = ["optimum-cli", "streamline", *words]
     sys.modules[without] = None
-    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.suppress(SystemExit):
-        main()
+    code = None
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
     del sys.modules[without]
-    answers.append(said.getvalue())
+    answers.append((code, said.getvalue()))
 print(json.dumps(answers))
 """
 CASES = (
@@ -44,7 +48,7 @@ def test_a_missing_package_names_its_extra(tmp_path: Path) -> None:
         [sys.executable, "-c", SCRIPT, json.dumps(commands)], check=True, capture_output=True, text=True
     )
     assert json.loads(done.stdout.splitlines()[-1]) == [
-        f'error: this needs the package {without}: pip install "optimum-streamline[{extra}]"\n'
+        [2, f'error: this needs the package {without}: pip install "optimum-streamline[{extra}]"\n']
         for _, without, extra in CASES
     ]
     assert list(tmp_path.iterdir()) == []

@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.onnx, pytest.mark.tensorrt]
 
 # As a share of the largest logit. Small, because the graph has torch's operations, in another order.
 CLOSE = {"fp32": 4e-6, "fp16": 2e-3}
-RTX = EngineOptions("tensorrt-rtx", (89,), max_batch=4, max_length=32, max_input=16)
+RTX = EngineOptions("tensorrt-rtx", (89, 120), max_batch=4, max_length=32, max_input=16)
 Cli = Callable[..., Outcome]
 
 
@@ -187,14 +187,14 @@ def test_fewer_layers_make_a_smaller_engine(
 def test_a_command_exports_the_reference_model_and_says_what_was_built(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    words = ("--builder", "tensorrt-rtx", "--compute-capability", "86", "--dtype", "fp32", "--max-length", "64")
+    words = ("--builder", "tensorrt-rtx", "--compute-capability", "86", "--dtype", "fp16", "--max-length", "64")
     done = optimum_cli(
         monkeypatch, capsys, "streamline", "export", "--format", "tensorrt", "-m", REFERENCE, tmp_path / "out", *words
     )
     assert (done.code, done.err) == (0, "")
     assert "engine: tensorrt-rtx 1.7.1.116 for compute capability 86, " in done.out
     artifact, record = Artifact.read(tmp_path / "out"), EngineRecord.read(tmp_path / "out")
-    assert (artifact.format, artifact.dtype) == ("tensorrt", "fp32")
+    assert (artifact.format, artifact.dtype) == ("tensorrt", "fp16")
     assert (record.limits.batch, record.limits.input, record.limits.length) == (1, 64, 64)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "artifact.json",

@@ -174,10 +174,10 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def run(launcher: str, words: list[str], out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", *launcher.split(), *words, str(out)]
+    arguments = [sys.executable, "-m", *launcher.split(), *words, str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums in the order they have here
     environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.fixture(scope="module")
