@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,6 +27,14 @@ def leave_out_of_garbage_collection() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000)  # a trace makes so many objects that a tenth of its time is such searches
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fewer_searches_for_garbage() -> Iterator[None]:
+    """Accelerate searches for garbage at the start of each training, which takes longer than a tiny model trains."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("accelerate.utils.memory.gc", SimpleNamespace(collect=lambda: 0))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from optimum.exporters.streamline import export_checkpoint, graph_files, open_ar
 from optimum.exporters.streamline.onnx import export
 from optimum.exporters.streamline.onnx.runner import open_session
 from optimum.exporters.streamline.parity import compare
-from optimum.exporters.streamline.parity.calls import answer_with
+from optimum.exporters.streamline.parity.model_calls import answer_with
 from optimum.streamline.errors import ParityError, StreamlineError
 from optimum.streamline.model_files.artifact import Artifact
 from optimum.streamline.model_files.source import ModelSource, fingerprint

@@ -10,8 +10,8 @@ import pytest
 from optimum.exporters.streamline import export_checkpoint
 from optimum.exporters.streamline.onnx.export import write_graph
 from optimum.exporters.streamline.onnx.runner import OnnxRunner
-from optimum.exporters.streamline.parity.calls import answer_with
 from optimum.exporters.streamline.parity.compare import check_parity
+from optimum.exporters.streamline.parity.model_calls import answer_with
 from optimum.exporters.streamline.rewriting.to_float32 import write_float32
 from optimum.exporters.streamline.tracing.build import build_graph
 from optimum.exporters.streamline.tracing.skeleton import layers_to_trace

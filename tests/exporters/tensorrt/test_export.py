@@ -63,9 +63,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Artifact 
     return export
 
 
-# Llama, GPT-2 with transposed linear modules, and Qwen 2 with two kinds of attention are fast. The others, and the
-# page with all of them, are slow. So is Gemma 2, with its norms after the sublayers and its softcap.
-DIFFERENT = {"llama", "gpt2", "qwen2"}
+# GPT-2 with transposed linear modules and Qwen 2 with two kinds of attention are fast. The others, and the page with
+# all of them, are slow: Llama, which has less than Qwen 2, and Gemma 2, with its norms after sublayers and its softcap.
+DIFFERENT = {"gpt2", "qwen2"}
 OF_EXPERTS = {"mixtral", "qwen3_moe"}
 
 
@@ -142,8 +142,8 @@ def merged() -> PreTrainedModel:
 
 # How many caches each leaves.
 SHORTER = {pruned: 3, replaced: 3, replaced_by_mlp: 3, merged: 4}
-# One edit in each dtype; int8 is fp16, quantized. The other edits leave no other operators, and are fast in ONNX.
-FAST = {(merged, "int8"), (pruned, "bf16")}
+# One edit, in int8, which is fp16 quantized. The other edits leave no other operators, and are fast in ONNX.
+FAST = {(merged, "int8")}
 
 
 @pytest.fixture(scope="module")

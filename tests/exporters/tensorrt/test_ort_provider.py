@@ -14,8 +14,8 @@ import torch
 
 from optimum.exporters.streamline import EngineOptions, export_checkpoint
 from optimum.exporters.streamline.onnx.runner import OnnxRunner
-from optimum.exporters.streamline.parity.calls import answer_with
 from optimum.exporters.streamline.parity.compare import check_parity
+from optimum.exporters.streamline.parity.model_calls import answer_with
 from optimum.exporters.streamline.tensorrt.build_engine import build_engine, open_builder
 from optimum.exporters.streamline.tensorrt.graph.growing_cache import write_growing_graph
 from optimum.exporters.streamline.tensorrt.ort_provider import PROVIDER, TensorrtProviderRunner, growing_profile

@@ -14,8 +14,8 @@ import torch
 
 from console import optimum_cli
 from optimum.exporters.streamline import EngineOptions, export_checkpoint, open_artifact
-from optimum.exporters.streamline.parity.calls import answer_with
 from optimum.exporters.streamline.parity.compare import check_parity
+from optimum.exporters.streamline.parity.model_calls import answer_with
 from optimum.exporters.streamline.tensorrt.engine_record import EngineRecord
 from optimum.exporters.streamline.tensorrt.runner import TensorrtRunner
 from optimum.streamline.checkpoints.loading import load

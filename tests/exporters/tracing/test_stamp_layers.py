@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from optimum.exporters.streamline import export_checkpoint, graph_files
 from optimum.exporters.streamline.onnx import export, segmented_runner
 from optimum.exporters.streamline.onnx.runner import OnnxRunner
-from optimum.exporters.streamline.parity.calls import Call
+from optimum.exporters.streamline.parity.model_calls import Call
 from optimum.exporters.streamline.rewriting import prune_unused
 from optimum.exporters.streamline.tracing import build, skeleton, stamp_layers
 from optimum.exporters.streamline.tracing.stamp_layers import CannotStampError, LayerMap
@@ -75,8 +76,9 @@ def test_layers_with_dead_sublayers_are_kinds_of_their_own(
     np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
 
 
-# As many as rows, past or new tokens, and all tokens, of the trace. The caches of `tiny_model` have 2 heads, 4 in gpt2.
-@pytest.mark.parametrize("heads", [3, *(pytest.param(heads, marks=pytest.mark.slow) for heads in (2, 4, 5))])
+# As many as rows, past or new tokens, and all tokens, of the trace. The fast exports have 2 heads in a cache, or 4.
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [2, 3, 4, 5])
 def test_a_number_of_heads_freezes_no_length(heads: int, tmp_path: Path) -> None:
     sizes = {"num_attention_heads": heads, "num_key_value_heads": heads, "hidden_size": 8 * heads, "head_dim": 8}
     artifact = export_checkpoint(saved(tmp_path / "checkpoint", num_hidden_layers=3, **sizes), tmp_path / "onnx")
@@ -195,11 +197,23 @@ def test_in_little_memory_a_model_that_is_traced_whole_is_run_in_parts_too(tmp_p
     assert (artifact.traced_layers, opened) == ((0, 1), [2 + 1])
 
 
-def test_what_has_no_parts_is_refused_in_little_memory(tmp_path: Path) -> None:
+def test_what_has_no_parts_is_refused_in_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = saved(tmp_path / "in", num_hidden_layers=2)
+    build_graph = build.build_graph
+    monkeypatch.setattr(build, "build_graph", lambda *inputs: replace(build_graph(*inputs), hidden=()))
+    assert_refused_in_little_memory(checkpoint, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_graph_whose_first_layer_is_skipped_whole_has_no_parts(tmp_path: Path) -> None:
     checkpoint = saved(tmp_path / "in", skipped=((0, ATTENTION), (0, MLP)), num_hidden_layers=2)
+    assert_refused_in_little_memory(checkpoint, tmp_path)
+
+
+def assert_refused_in_little_memory(checkpoint: str, folder: Path) -> None:
     with pytest.raises(StreamlineError, match=r"max-memory 1: the layers of this model cannot be run one by one"):
-        export_checkpoint(checkpoint, tmp_path / "out", max_memory=1)
-    assert [each.name for each in tmp_path.iterdir()] == ["in"]
+        export_checkpoint(checkpoint, folder / "out", max_memory=1)
+    assert [each.name for each in folder.iterdir()] == ["in"]
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ def test_nothing_is_loaded_before_a_step_needs_it(monkeypatch: pytest.MonkeyPatc
     def refuse(*_: object) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("optimum.streamline.pipeline.prepared.load_stock", refuse)
+    monkeypatch.setattr("optimum.streamline.pipeline.planning.load_stock", refuse)
     streamliner = on_disk()
     assert repr(streamliner) == "Streamliner(reference_model: 16 layers)"
     assert streamliner.record is None
@@ -102,7 +102,7 @@ def test_a_model_in_memory_scores_as_its_folder_does(scores: Scores, original: P
 
 
 def test_scores_give_a_plan_without_reading_or_scoring(scores: Scores, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optimum.streamline.api.original.measure_scores", None)
+    monkeypatch.setattr("optimum.streamline.api.original_model.measure_scores", None)
     plan = on_disk().plan(StreamlineConfig(**NO_TEXT, method="shortgpt", remove=3), scores)
     least = sorted(range(16), key=lambda layer: scores.block_influence[layer])[:3]
     assert plan.removed == tuple(sorted(least))
@@ -278,7 +278,7 @@ def test_saving_keeps_the_model_and_the_type_of_the_original(tmp_path: Path) -> 
 
 
 def test_what_is_written_wrong_is_not_delivered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import optimum.streamline.pipeline.checkpoint as checkpoint
+    import optimum.streamline.pipeline.write_checkpoint as checkpoint
 
     def broken(model: PreTrainedModel, tokenizer: Any, dtype: Any, folder: Path) -> None:
         save(model, tokenizer, dtype, folder)

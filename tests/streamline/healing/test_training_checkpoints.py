@@ -243,7 +243,7 @@ def test_what_ends_a_command_says_what_it_leaves(
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr("optimum.streamline.pipeline.checkpoint.save_model", fail)
+        patched.setattr("optimum.streamline.pipeline.write_checkpoint.save_model", fail)
         stopped = optimum_cli(patched, capsys, *words, *SHORT, tmp_path / "out")
     [workspace] = tmp_path.iterdir()
     assert workspace.name.startswith(".out.healing-")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.methods.explicit import Explicit
-from optimum.streamline.pipeline.prepared import names_layers
+from optimum.streamline.pipeline.planning import names_layers
 from optimum.streamline.recipe.recipe import OPTIONS, Recipe
 
 from .config import StreamlineConfig, given_keys, recipe_of

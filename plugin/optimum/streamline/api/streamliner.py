@@ -21,14 +21,14 @@ from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation import results
 from optimum.streamline.evaluation.validate import ComparedModel, compared_models_of
 from optimum.streamline.model_files.source import ModelSource
-from optimum.streamline.pipeline.checkpoint import write_checkpoint
 from optimum.streamline.pipeline.exporting import CALIBRATION_WINDOWS, export, is_calibrated
+from optimum.streamline.pipeline.planning import Prepared
 from optimum.streamline.pipeline.preflight import result_dtype
-from optimum.streamline.pipeline.prepared import Prepared
 from optimum.streamline.pipeline.prune import change
 from optimum.streamline.pipeline.run import run
 from optimum.streamline.pipeline.texts import calibration_text, inputs_of, text_of_healing
 from optimum.streamline.pipeline.validation import validate_models
+from optimum.streamline.pipeline.write_checkpoint import write_checkpoint
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.reporting.files import write_report
 from optimum.streamline.reporting.notebook import layer_map, plan_html
@@ -40,7 +40,7 @@ from optimum.streamline.text.windows import Windows
 
 from .config import StreamlineConfig, recipe_of
 from .healing import healing_recipe
-from .original import Original
+from .original_model import Original
 from .results import Artifact, Plan, Report, Scores
 from .saved_copy import SavedCopy
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -27,6 +26,8 @@ def adapters(model: PreTrainedModel, rank: int, seed: int) -> Iterator[list[nn.P
     Yields:
         The weights of the adapters.
     """
+    from peft import LoraConfig, get_peft_model  # takes a second or two, and only LoRA needs it
+
     transposed = any(isinstance(module, Conv1D) for module in model.modules())
     config = LoraConfig(
         r=rank,

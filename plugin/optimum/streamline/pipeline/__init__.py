@@ -1,19 +1,19 @@
 """The work behind the commands and the Python API: each command's steps, in order.
 
 `prune.py` (with `score`), `quantize.py`, `run.py`, `orthogonality.py` and `validation.py` hold one command each. They
-share the other files: `preflight.py` checks the recipe, `texts.py` reads the texts, `prepared.py` loads a model and
-plans, `checkpoint.py` writes the pruned model, and `exporting.py` calls the exporters.
+share the other files: `preflight.py` checks the recipe, `texts.py` reads the texts, `planning.py` loads a model and
+plans, `write_checkpoint.py` writes the pruned model, and `exporting.py` calls the exporters.
 """
 
 __all__ = [
-    "checkpoint",
     "exporting",
     "orthogonality",
+    "planning",
     "preflight",
-    "prepared",
     "prune",
     "quantize",
     "run",
     "texts",
     "validation",
+    "write_checkpoint",
 ]

@@ -31,10 +31,10 @@ from optimum.streamline.system.library_logs import LOG_FILE, captured_logs
 from optimum.streamline.system.notify import Notify, silent
 from optimum.streamline.text.windows import Windows, seen_text
 
-from .checkpoint import write_checkpoint
+from .planning import Prepared, choose_plan, load_original, quantizes_first
 from .preflight import check_recipe, checked_config, result_dtype
-from .prepared import Prepared, choose_plan, load_original, quantizes_first
 from .texts import calibration_text, inputs_of, text_of_choice, text_of_healing
+from .write_checkpoint import write_checkpoint
 
 Score = Callable[[Windows], Scores]
 """A function that scores the layers on the calibration windows."""

@@ -1,6 +1,6 @@
 """Quantize a checkpoint: load it with a quantizer, save it, and write what was quantized.
 
-This file prunes nothing. `checkpoint.py` calls `write_quantization` for a pruned model.
+This file prunes nothing. `write_checkpoint.py` calls `write_quantization` for a pruned model.
 """
 
 from __future__ import annotations

@@ -2,4 +2,4 @@
 a `Recipe` here.
 """
 
-__all__ = ["layer_counts", "options", "parsing", "recipe", "validation", "yaml12"]
+__all__ = ["layer_counts", "options", "parsing", "recipe", "value_checks", "yaml12"]

@@ -89,7 +89,7 @@ class DefinedOption:
         Raises:
             StreamlineError: the value is of another type or form, or out of range.
         """
-        from .validation import validated  # imports pydantic, which a help text does not need
+        from .value_checks import validated  # imports pydantic, which a help text does not need
 
         return validated(value, name, self.annotation, self.option.pattern, self.option.form)
 

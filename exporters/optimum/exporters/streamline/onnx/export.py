@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from transformers import PreTrainedModel
 
-    from optimum.exporters.streamline.parity.calls import CallFunction
+    from optimum.exporters.streamline.parity.model_calls import CallFunction
     from optimum.exporters.streamline.tracing.build import BuiltGraph
 
 FORMAT = "onnx"
@@ -185,8 +185,8 @@ def _export_into(folder: Path, job: OnnxExport) -> Artifact:
 
 def _dequantized_error(job: OnnxExport, folder: Path, bar: Bar) -> dict[str, float]:
     """The difference of the finished graph from the quantized checkpoint in torch, as `measure_divergence` gives it."""
-    from optimum.exporters.streamline.parity.calls import answer_with
     from optimum.exporters.streamline.parity.compare import measure_divergence
+    from optimum.exporters.streamline.parity.model_calls import answer_with
     from optimum.streamline.checkpoints import loading
 
     bar.at(3, STAGES[3])
@@ -209,8 +209,8 @@ def _text_of(job: OnnxExport) -> dict[str, dict[str, Any]]:
 
 def _quantize(model: PreTrainedModel, job: OnnxExport, plain: Path, folder: Path, bar: Bar) -> dict[str, float]:
     """Quantize the graph in `plain` into `folder`; returns its difference from torch (`measure_divergence`)."""
-    from optimum.exporters.streamline.parity.calls import answer_with
     from optimum.exporters.streamline.parity.compare import measure_divergence
+    from optimum.exporters.streamline.parity.model_calls import answer_with
 
     from .genai_config import CONFIG_FILE
 
@@ -247,7 +247,7 @@ def _export_traced(model: PreTrainedModel, job: OnnxExport, folder: Path, traced
 
 def _answer(folder: Path, built: BuiltGraph, job: OnnxExport) -> CallFunction:
     """A function that answers calls with the graph: whole, or a few layers at a time if it does not fit in memory."""
-    from optimum.exporters.streamline.parity.calls import answer_with
+    from optimum.exporters.streamline.parity.model_calls import answer_with
 
     from .memory import IN_RUNTIME, free_memory, taken_memory
     from .segmented_runner import SegmentedRunner

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optimum.exporters.streamline.graph_files import GRAPH_FILE, LOGITS_TO_KEEP
-from optimum.exporters.streamline.rewriting.edits import initializer
+from optimum.exporters.streamline.rewriting.graph_helpers import initializer
 from optimum.exporters.streamline.rewriting.public_names import BATCH, LAST_HIDDEN_STATE
 from optimum.streamline.errors import ParityError, StreamlineError
 from optimum.streamline.runtime.runner import Logits

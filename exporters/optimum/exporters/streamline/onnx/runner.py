@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from optimum.exporters.streamline.graph_files import GRAPH_FILE, LOGITS_TO_KEEP
-from optimum.exporters.streamline.parity.calls import Mask, token_positions
+from optimum.exporters.streamline.parity.model_calls import Mask, token_positions
 from optimum.streamline.errors import StreamlineError, require_extra
 from optimum.streamline.runtime.runner import Logits, TokenIds
 

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optimum.exporters.streamline.graph_files import GRAPH_FILE
-from optimum.exporters.streamline.parity.calls import Call
+from optimum.exporters.streamline.parity.model_calls import Call
 from optimum.streamline.runtime.runner import Logits
 
 from .runner import empty_cache_state, open_session, to_ort_value, token_inputs

@@ -1,3 +1,3 @@
-"""Compare an exported graph with the torch model: `calls.py` describes model calls as data, `compare.py` runs them."""
+"""Compare an exported graph with torch: `model_calls.py` describes model calls as data, `compare.py` runs them."""
 
-__all__ = ["calls", "compare"]
+__all__ = ["compare", "model_calls"]

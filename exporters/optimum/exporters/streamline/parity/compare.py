@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from optimum.streamline.errors import ParityError, StreamlineError
 from optimum.streamline.runtime.runner import Logits, TokenIds
 
-from .calls import Call, CallFunction, token_positions
+from .model_calls import Call, CallFunction, token_positions
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 """The largest difference of a logit that is allowed, as a share of the check's largest reference logit, by dtype.

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from .edits import initializer, replace_value
+from .graph_helpers import initializer, replace_value
 from .public_names import TRACED_CACHE
 
 _SWAP_LENGTH_AND_HEADS = (0, 2, 1, 3)  # between [batch, length, heads, size] and [batch, heads, length, size]

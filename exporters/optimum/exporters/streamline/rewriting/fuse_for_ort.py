@@ -14,8 +14,8 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from .edits import initializer, replace_value, static_shape
 from .excluded_nodes import module_of
+from .graph_helpers import initializer, replace_value, static_shape
 from .tied_embedding import transposed
 
 DOMAIN = "com.microsoft"

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from optimum.streamline.errors import StreamlineError
 
-from .edits import MATMUL_OPERATORS
+from .graph_helpers import MATMUL_OPERATORS
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 LAST_HIDDEN_STATE = "last_hidden_state"

@@ -19,7 +19,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from optimum.streamline.errors import StreamlineError
 
-from .edits import initializer, replace_value
+from .graph_helpers import initializer, replace_value
 from .public_names import TOKEN_INPUTS, TRACED_CACHE, MaskInput
 
 OPSET = 24

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
-from .edits import initializer, replace_value, static_shape
+from .graph_helpers import initializer, replace_value, static_shape
 
 
 @dataclass(frozen=True)

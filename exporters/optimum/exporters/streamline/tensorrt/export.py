@@ -20,13 +20,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from optimum.exporters.streamline.export_steps import DTYPES, LOG_FILE, check_config, try_few_layers, write_companions
 from optimum.exporters.streamline.graph_files import GRAPH_FILE, WEIGHTS_FILE, weight_bytes
 from optimum.exporters.streamline.onnx.quantization.settings import NONE, Quantization
-from optimum.exporters.streamline.parity.calls import answer_with
 from optimum.exporters.streamline.parity.compare import TOLERANCES, check_finite, check_parity, measure_divergence
+from optimum.exporters.streamline.parity.model_calls import answer_with
 from optimum.exporters.streamline.rewriting.excluded_nodes import check_excluded
 from optimum.exporters.streamline.rewriting.public_names import MaskInput
 from optimum.exporters.streamline.rewriting.to_float32 import write_float32
 from optimum.exporters.streamline.tensorrt.graph.graph_rules import cache_aliases, check_graph
-from optimum.exporters.streamline.tensorrt.graph.quantize import quantize_engine_graph
+from optimum.exporters.streamline.tensorrt.graph.insert_qdq import quantize_engine_graph
 from optimum.exporters.streamline.tensorrt.graph.quantizers import ENGINE_QUANTIZERS, check_engine_quantizer
 from optimum.exporters.streamline.tensorrt.graph.reference_runner import StaticOnnxRunner
 from optimum.exporters.streamline.tracing.build import BuiltGraph, build_graph

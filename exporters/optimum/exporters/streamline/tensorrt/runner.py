@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from optimum.exporters.streamline.parity.calls import Mask
+from optimum.exporters.streamline.parity.model_calls import Mask
 from optimum.exporters.streamline.tensorrt.graph.engine_inputs import check_length, static_inputs
 from optimum.streamline.errors import StreamlineError, require_extra
 from optimum.streamline.runtime.runner import Logits, TokenIds

@@ -13,10 +13,10 @@ import onnx_ir as ir
 from transformers import PreTrainedModel
 
 from optimum.exporters.streamline.rewriting.attention import append_within_attention, simplify_attention
+from optimum.exporters.streamline.rewriting.fix_types import fix_types
 from optimum.exporters.streamline.rewriting.mask import simplify_mask
 from optimum.exporters.streamline.rewriting.prune_unused import remove_unused
 from optimum.exporters.streamline.rewriting.public_names import TOKEN_INPUTS, MaskInput, set_public_names
-from optimum.exporters.streamline.rewriting.repair import repair
 from optimum.exporters.streamline.rewriting.static_cache import STATIC_INPUTS, use_static_caches
 from optimum.streamline.models.architectures import architecture_of
 from optimum.streamline.models.skipped_sublayers import cache_indices
@@ -70,7 +70,7 @@ def build_graph(model: PreTrainedModel, traced: Sequence[int], cache_length: int
     """
     short = skeleton(model, traced)
     graph = trace(short)
-    repair(graph)
+    fix_types(graph)
     remove_unused(graph)
     simplify_mask(graph)
     simplify_attention(graph)

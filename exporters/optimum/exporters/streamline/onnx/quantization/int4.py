@@ -21,7 +21,6 @@ from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 from onnxruntime.quantization.neural_compressor import gptq_quantize
 
 from optimum.exporters.streamline.graph_files import GRAPH_FILE
-from optimum.exporters.streamline.rewriting.edits import initializer, replace_value, static_shape
 from optimum.exporters.streamline.rewriting.excluded_nodes import excluded, module_of
 from optimum.exporters.streamline.rewriting.fuse_for_ort import (
     DOMAIN,
@@ -30,6 +29,7 @@ from optimum.exporters.streamline.rewriting.fuse_for_ort import (
     pack_matmuls,
     split_biases,
 )
+from optimum.exporters.streamline.rewriting.graph_helpers import initializer, replace_value, static_shape
 from optimum.exporters.streamline.rewriting.tied_embedding import TiedEmbedding, find_tied_embedding, untie_embedding
 from optimum.streamline.errors import StreamlineError
 

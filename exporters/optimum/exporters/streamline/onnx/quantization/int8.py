@@ -10,8 +10,8 @@ import onnx_ir as ir
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 
 from optimum.exporters.streamline.graph_files import GRAPH_FILE
-from optimum.exporters.streamline.rewriting.edits import MATMUL_OPERATORS
 from optimum.exporters.streamline.rewriting.excluded_nodes import excluded
+from optimum.exporters.streamline.rewriting.graph_helpers import MATMUL_OPERATORS
 from optimum.exporters.streamline.rewriting.tied_embedding import untie_embedding
 
 from .calibration_inputs import CalibrationReader, calibration_inputs

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from optimum.exporters.streamline.parity.calls import Mask, token_positions
+from optimum.exporters.streamline.parity.model_calls import Mask, token_positions
 from optimum.exporters.streamline.rewriting.public_names import MaskInput
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.runtime.runner import TokenIds

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optimum.exporters.streamline.graph_files import GRAPH_FILE, LOGITS_TO_KEEP
-from optimum.exporters.streamline.rewriting.edits import initializer, replace_value
+from optimum.exporters.streamline.rewriting.graph_helpers import initializer, replace_value
 from optimum.streamline.errors import StreamlineError
 
 from .graph_rules import OPERATORS

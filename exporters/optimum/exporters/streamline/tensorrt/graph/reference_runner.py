@@ -11,7 +11,7 @@ import numpy as np
 
 from optimum.exporters.streamline.graph_files import GRAPH_FILE
 from optimum.exporters.streamline.onnx.runner import open_session
-from optimum.exporters.streamline.parity.calls import Mask
+from optimum.exporters.streamline.parity.model_calls import Mask
 from optimum.exporters.streamline.rewriting.public_names import MaskInput
 from optimum.streamline.runtime.runner import Logits, TokenIds
 

@@ -19,7 +19,7 @@ from onnx import TensorProto
 from optimum.exporters.streamline import ENGINE_QUANTIZERS, EngineOptions, export_checkpoint
 from optimum.exporters.streamline.onnx.quantization.settings import Quantization
 from optimum.exporters.streamline.tensorrt.engine_record import EngineRecord
-from optimum.exporters.streamline.tensorrt.graph.quantize import quantize_engine_graph
+from optimum.exporters.streamline.tensorrt.graph.insert_qdq import quantize_engine_graph
 from optimum.exporters.streamline.tensorrt.graph.reference_runner import StaticOnnxRunner
 from optimum.streamline.checkpoints.loading import load_tokenizer
 from optimum.streamline.errors import StreamlineError

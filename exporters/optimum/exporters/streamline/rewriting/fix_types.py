@@ -1,11 +1,11 @@
-"""Repair what ONNX Runtime or its clients cannot take in a traced graph, for every architecture."""
+"""Change the types in a traced graph that ONNX Runtime or its clients cannot take, for every architecture."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
 
-def repair(model: ir.Model) -> None:
+def fix_types(model: ir.Model) -> None:
     """Give norms inputs of one type, and logits a type that numpy can read, in place."""
     _unify_norm_types(model.graph)
     _widen_logits(model.graph)

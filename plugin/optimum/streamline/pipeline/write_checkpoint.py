@@ -21,7 +21,7 @@ from optimum.streamline.reporting.model_card import CARD_FILE, model_card
 from optimum.streamline.reporting.record import PruningRecord
 from optimum.streamline.system.notify import Notify
 
-from .prepared import Prepared
+from .planning import Prepared
 from .quantize import write_quantization
 
 

@@ -14,14 +14,14 @@ from optimum.streamline.methods.explicit import Explicit
 from optimum.streamline.methods.registry import method_of
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.quantization_config import quantization_name
-from optimum.streamline.pipeline.preflight import check_recipe, checked_config
-from optimum.streamline.pipeline.prepared import (
+from optimum.streamline.pipeline.planning import (
     choose_plan,
     chooses_by_scores_alone,
     names_layers,
     original_in_fp32,
     refuse_no_attention,
 )
+from optimum.streamline.pipeline.preflight import check_recipe, checked_config
 from optimum.streamline.pipeline.texts import calibration_text, text_of_choice
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.recipe.recipe import Recipe

@@ -22,9 +22,9 @@ from onnxruntime.quantization.calibrate import create_calibrator
 from optimum.exporters.streamline.graph_files import GRAPH_FILE
 from optimum.exporters.streamline.onnx.quantization.calibration_inputs import CalibrationReader, InputArrays
 from optimum.exporters.streamline.onnx.quantization.settings import Quantization
-from optimum.exporters.streamline.rewriting.edits import initializer, static_shape
 from optimum.exporters.streamline.rewriting.excluded_nodes import excluded, module_of
 from optimum.exporters.streamline.rewriting.fuse_for_ort import is_weight_matmul, split_biases
+from optimum.exporters.streamline.rewriting.graph_helpers import initializer, static_shape
 from optimum.exporters.streamline.rewriting.public_names import MaskInput
 from optimum.exporters.streamline.rewriting.to_float32 import write_float32
 from optimum.streamline.errors import StreamlineError
