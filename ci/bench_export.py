@@ -172,7 +172,7 @@ def measure_compaction(scratch: Path) -> dict[str, Any]:
 
 def _compaction_of(dense: Path, scratch: Path) -> dict[str, Any]:
     prunings = {
-        "blockpruner, 25% of the sublayers": f"--method blockpruner --remove 25% {UNHEALED}",
+        "blockpruner, 25% of the sublayers": f"--method blockpruner --no-packed --remove 25% {UNHEALED}",
         "llm-streamline, 25%, an MLP instead": (
             f"--method llm-streamline --replacement mlp --remove 25% {FEW} --heal-tokens 512"
         ),

@@ -47,7 +47,7 @@ UNHEALED: dict[str, dict[str, Any]] = {
     "sleb + linear": {"method": "sleb", "replacement": "linear"},
     "shortened-ppl": {"method": "shortened-ppl"},
     "shortened-taylor": {"method": "shortened-taylor"},
-    "blockpruner": {"method": "blockpruner"},
+    "blockpruner": {"method": "blockpruner", "packed": False},
     "auto": {"method": "auto"},
 }
 
@@ -68,7 +68,7 @@ DISTILLED = (
     "shortened-ppl",
     "shortened-taylor",
 )
-# The methods that `auto` chooses from; they are distilled on the other models too.
+# Candidates of `auto` that are distilled on the other models too.
 CANDIDATES = ("blockpruner", "come-p", "sleb + linear", "shortgpt + linear")
 # Each paper's own healing. CoMe's, CoMe-sp, is the row "come: distill".
 OWN_HEALING: dict[str, dict[str, Any]] = {

@@ -211,6 +211,33 @@ def test_the_picture_shows_the_figures_of_the_table(monkeypatch: pytest.MonkeyPa
     assert bars == again[again.index(">Perplexity") :]
 
 
+def test_the_picture_shows_what_a_packed_plan_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "ci"))
+    picture = importlib.import_module("picture")
+    layers = [
+        {"layer": 0, "originals": [0, 2], "kind": "packed", "attention": 0, "mlp": 2},
+        {"layer": 1, "originals": [3], "kind": "thinned"},
+    ]
+    record = {"source": {"layers": 4}, "layers": layers, "dead": {"1": ["attention"]}}
+    assert picture.removed_sublayers(record) == {
+        "0": ["mlp"],
+        "1": ["attention", "mlp"],
+        "2": ["attention"],
+        "3": ["attention"],
+    }
+
+
+def test_the_picture_shows_what_was_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "ci"))
+    picture = importlib.import_module("picture")
+    layers = [{"layer": 0, "originals": [0, 1, 2], "kind": "merged"}, {"layer": 1, "originals": [3], "kind": "kept"}]
+    removed = picture.removed_sublayers({"source": {"layers": 4}, "layers": layers, "dead": {}})
+    assert removed == {str(layer): [] for layer in range(4)}
+    drawn = picture.picture(picture.read_table(TEXTS["README.md"]), 4, removed, [[0, 1, 2]])
+    assert "A model of 4 layers: 3 merged into 1, the rest healed" in drawn
+    assert drawn.count(f'fill="{picture.MERGED}"') == 2  # an attention and an MLP
+
+
 def test_the_mutants_are_of_code_and_tests_that_exist() -> None:
     tests = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py"))
     rows = re.findall(r"^\| `(.+?)` \| `(.+?)` \| `.+?` \| \w+ \| `(\w+)` \|$", TEXTS["docs/mutants.md"], re.MULTILINE)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from console import Outcome, optimum_cli
+from optimum.streamline.methods import auto
 from optimum.streamline.methods.protected_ends import ProtectedEndsMethod
 from optimum.streamline.methods.registry import BUILT_IN
 from optimum.streamline.recipe.recipe import CHOOSING_TEXT, JUDGING_TEXT
@@ -84,7 +85,7 @@ def assert_refused(outcome: Outcome, *parts: str) -> None:
             ("--method", "shortgpd", "--remove", 4),
             "method 'shortgpd': unknown; known are auto, average",
         ),
-        (("--remove", 4, "--samples", 100_000), "tokens, too short for 100048 windows of 512"),
+        (("--remove", 4, "--samples", 100_000), "tokens, too short for 100096 windows of 512"),
         (("--remove", 4, "--length", 4096), "length 4096: the model reads at most 512 tokens"),
         (("--remove", 4, "--samples", "many"), "argument --samples: invalid int value: 'many'"),
         (("--remove", 4, "--calibration", "no/such.txt"), "'no/such.txt': no such file or folder"),
@@ -251,6 +252,26 @@ def test_the_card_says_what_each_training_saw(cli: Cli, tmp_path: Path) -> None:
     assert record["merged"] == [layer["originals"] for layer in record["layers"] if layer["kind"] == "merged"] != []
 
 
+def test_card_and_record_say_where_both_halves_of_a_packed_layer_come_from(cli: Cli, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32)
+    with torch.no_grad():  # two neighbours of two layers that do nothing: their removal is free
+        model.model.layers[3].mlp.down_proj.weight.zero_()
+        model.model.layers[4].self_attn.o_proj.weight.zero_()
+    model.save_pretrained(tmp_path / "source")
+    AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(tmp_path / "source")
+    out = tmp_path / "out"
+    done = cli("prune", "-m", tmp_path / "source", "--method", "shifted", "--remove", 1, "--heal", "none", *QUICK, out)
+    assert (done.code, done.err) == (0, "")
+    record = json.loads((out / "streamline.json").read_text())
+    assert record["plan"] == "remove the attention of layers 4; remove the mlp of layers 3: 16 layers become 15"
+    assert record["layers"][3] == {"layer": 3, "originals": [3, 4], "kind": "packed", "attention": 3, "mlp": 4}
+    assert (record["removed"], record["dead"]) == ([], {})
+    assert "| 3 | attention of 3, MLP of 4 | packed |\n" in (out / "README.md").read_text()
+    stock, ids = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), torch.arange(2, 40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(stock(ids).logits, model.eval()(ids).logits, atol=1e-4, rtol=0)
+
+
 def test_every_method_is_named_in_the_card_by_its_paper() -> None:
     assert CITATIONS.keys() == BUILT_IN.keys() - {"auto"}  # it cites the one it follows
 
@@ -359,6 +380,19 @@ def test_a_rank_alone_makes_nobody_a_helper(cli: Cli, tmp_path: Path, monkeypatc
     assert outcome.code == 0
     assert "saved " in outcome.out
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_dry_run_prints_every_plan_that_trials_would_choose_from(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto, "CANDIDATES", {name: auto.CANDIDATES[name] for name in ("shifted", "shortgpt iterative")})
+    words = ("--remove", 1, *HEALED, "--heal-tokens", 640, "--calibration", "stdlib", "--samples", 2, "--length", 32)
+    done = cli("prune", "-m", REFERENCE, *words, "--dry-run", tmp_path / "out")
+    assert (done.code, done.err) == (0, "")
+    said = done.out[done.out.index("trial trainings, which a dry run does not make") :]
+    assert said.count("by shifted: ") == said.count("by shortgpt iterative: ") == 1
+    assert said.count("ideal decode speed-up: ") == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(cli: Cli, tmp_path: Path) -> None:

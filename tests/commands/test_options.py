@@ -79,7 +79,8 @@ def test_the_help_of_run_tells_every_option(
 ) -> None:
     told = " ".join(optimum_cli(monkeypatch, capsys, "streamline", "run", "--help").out.split())
     for option in OPTIONS.values():
-        assert f" {option.flag} " in told
+        named = f"{option.flag}, --no-{option.flag.removeprefix('--')}" if option.default is True else option.flag
+        assert f" {named} " in told
         assert option.help() in told
         assert option.option.help.endswith(".")
 

@@ -7,19 +7,24 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
+import torch
 
 from optimum.exporters.streamline import export_checkpoint, graph_files, open_artifact
 from optimum.exporters.streamline.onnx import export
 from optimum.exporters.streamline.onnx.runner import open_session
 from optimum.exporters.streamline.parity import compare
 from optimum.exporters.streamline.parity.model_calls import answer_with
+from optimum.streamline.editing.apply import apply_plan
+from optimum.streamline.editing.plan import packed_plan
 from optimum.streamline.errors import ParityError, StreamlineError
 from optimum.streamline.model_files.artifact import Artifact
 from optimum.streamline.model_files.source import ModelSource, fingerprint
+from optimum.streamline.models.removed_sublayers import without
 from optimum.streamline.runtime.opening import open_runner
-from tiny import tiny_model
+from tiny import LAYERS, tiny_model, token_ids
 from tokenizer_seen import seen
 
 pytestmark = pytest.mark.onnx
@@ -213,6 +218,19 @@ print(runner.runtime, logits.shape, logits.dtype)
     command = [sys.executable, "-c", script, str(exported("llama").folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "onnxruntime (1, 1, 128) float32\n"
+
+
+def test_a_packed_checkpoint_is_exported_as_any(tmp_path):
+    model, removed = tiny_model(), ((1, "mlp"), (2, "attention"))
+    with without(model, frozenset(removed)), torch.inference_mode():
+        expected = model(token_ids()).logits.numpy()
+    apply_plan(model, packed_plan(LAYERS, removed), None)
+    model.save_pretrained(tmp_path / "in")
+    artifact = export_checkpoint(str(tmp_path / "in"), tmp_path / "onnx")
+    graph = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph
+    assert sum(node.op_type == "Attention" for node in graph.node) == LAYERS - 1
+    found, _ = open_artifact(artifact).prefill(token_ids().numpy())
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_an_artifact_and_its_checkpoint_answer_alike_through_the_protocol(exported):

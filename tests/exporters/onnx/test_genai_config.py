@@ -10,10 +10,15 @@ import onnx_ir as ir
 import onnxruntime_genai as genai
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum.exporters.streamline.onnx.genai_config import write_genai_config
 from optimum.exporters.streamline.onnx.last_logits import keep_last_logits
+from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer
+from optimum.streamline.checkpoints.saving import save_model
+from optimum.streamline.editing.apply import apply_plan
+from optimum.streamline.editing.plan import packed_plan
+from optimum.streamline.model_files.source import ModelSource
 from reference import REFERENCE
 from tiny import token_ids
 
@@ -78,12 +83,19 @@ def test_prompts_of_mixed_lengths_in_one_batch(pruned_reference, tmp_path, last_
 
 
 @pytest.mark.slow
-def test_its_builder_takes_a_pruned_checkpoint(pruned_reference, tmp_path):
+@pytest.mark.parametrize("edit", ["layers removed", "packed"])
+def test_its_builder_takes_a_pruned_checkpoint(pruned_reference, tmp_path, edit):
+    checkpoint = pruned_reference.checkpoint
+    if edit == "packed":
+        model = load_stock(ModelSource(REFERENCE), torch.float32)
+        apply_plan(model, packed_plan(16, [(4, "mlp"), (5, "attention"), (10, "mlp"), (11, "attention")]), None)
+        save_model(model, load_tokenizer(ModelSource(REFERENCE)), torch.float32, checkpoint := tmp_path / "packed")
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "fp32", "-e", "cpu"]
-    command = [*builder, "-m", str(pruned_reference.checkpoint), "-o", str(tmp_path / "built")]
+    command = [*builder, "-m", str(checkpoint), "-o", str(tmp_path / "built")]
     subprocess.run(command, check=True, capture_output=True)
     prompt = AutoTokenizer.from_pretrained(REFERENCE).encode(CODE)
-    assert greedy(tmp_path / "built", prompt) == [greedy_in_torch(pruned_reference.stock(), prompt)]
+    stock = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    assert greedy(tmp_path / "built", prompt) == [greedy_in_torch(stock, prompt)]
 
 
 def test_the_config_counts_the_layers_that_have_a_cache(exported):

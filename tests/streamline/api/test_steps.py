@@ -136,6 +136,18 @@ def test_named_layers_go_without_any_text_and_from_a_copy(what: Any, original: P
     assert streamliner.record["scores"] is None
 
 
+@pytest.mark.parametrize("planned", [True, False])
+def test_a_plan_can_correct_the_next_mlp(planned: bool, original: PreTrainedModel) -> None:
+    streamliner = in_memory(original)
+    config = StreamlineConfig(**TEXT, layers="5,6", replacement="corrected")
+    record = streamliner.prune(streamliner.plan(config) if planned else config).record
+    assert record is not None
+    assert [layer["originals"] for layer in record["layers"] if "corrected" in layer] == [[7]]
+    pruned = streamliner.model.model.layers
+    assert not torch.equal(pruned[5].mlp.down_proj.weight, original.model.layers[7].mlp.down_proj.weight)
+    assert torch.equal(pruned[6].mlp.down_proj.weight, original.model.layers[8].mlp.down_proj.weight)
+
+
 def test_pruning_again_starts_from_the_original() -> None:
     streamliner = on_disk().prune(named("5-8")).prune(named("0"))
     assert streamliner.model.config.num_hidden_layers == 15
@@ -250,6 +262,8 @@ def test_a_method_that_reads_text_gives_the_commands_weights(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fields = {**TEXT, **HEAL, "remove": 2, "method": method}
+    if method == "auto":  # with distillation, the command alone makes trial trainings
+        fields["heal"] = "lm"
     words = [word for name, value in fields.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     command = tmp_path / "command"
     outcome = optimum_cli(monkeypatch, capsys, "streamline", "prune", "-m", REFERENCE, command, *words)
@@ -382,3 +396,10 @@ def test_the_files_of_a_model_in_memory_are_written_once_and_go_with_it(original
     assert same(weights(AutoModelForCausalLM.from_pretrained(folder)), weights(original))
     del source
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("method", ["shifted", "auto"])
+def test_a_plan_can_be_made_of_the_scores_of_its_own_config(method: str) -> None:
+    config, model = StreamlineConfig(**TEXT, method=method, remove=1, heal="none"), on_disk()
+    plan = model.plan(config, model.score(config))
+    assert plan == on_disk().plan(config)

@@ -69,7 +69,7 @@ def test_reading_back_holds_one_model_at_a_time(tmp_path: Path) -> None:
     assert list(model.parameters()) == []
 
 
-@pytest.mark.parametrize("kind", ["layer", "mlp", "ffn", "swiglu", "linear"])
+@pytest.mark.parametrize("kind", ["layer", "mlp", "ffn", "swiglu", "linear", "corrected"])
 def test_every_replacement_is_read_back(kind: str, tmp_path: Path) -> None:
     model = load_stock(ModelSource(REFERENCE), torch.float32)
     plan = Plan(16, (5, 6, 7), kind)
@@ -80,7 +80,9 @@ def test_every_replacement_is_read_back(kind: str, tmp_path: Path) -> None:
     assert found["largest_difference"] <= found["allowed"]
 
 
-@pytest.mark.parametrize("method", ["average", "blockpruner", "come", "come-p", "gromov", "layerchop", "sleb"])
+@pytest.mark.parametrize(
+    "method", ["average", "blockpruner", "come", "come-p", "gromov", "layerchop", "shifted", "sleb"]
+)
 def test_every_edit_is_read_back(method: str, source: Path, cli: Cli, tmp_path: Path) -> None:
     words = ("--method", method, "--remove", 2, "--heal", "none", *QUICK, "--dtype", "bf16")
     outcome = cli("prune", "-m", source, *words, tmp_path / "out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -27,7 +28,7 @@ from optimum.streamline.healing.losses import NextToken
 from optimum.streamline.healing.settings import HealLog, HealSettings
 from optimum.streamline.healing.trainable_parts import train_model
 from optimum.streamline.healing.trainer import NotFiniteError
-from optimum.streamline.healing.training_checkpoints import healing_workspace, open_workspace
+from optimum.streamline.healing.training_checkpoints import healing_workspace, open_workspace, plan_folder
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.pipeline.prune import change, prepare
 from optimum.streamline.recipe.parsing import make_recipe
@@ -92,6 +93,22 @@ def test_a_stopped_training_ends_where_one_that_was_not_does(
     assert torch.equal(flat(model), weights)
 
 
+def test_a_training_goes_on_from_a_share_of_it(
+    whole: tuple[HealSettings, torch.Tensor, HealLog], tmp_path: Path
+) -> None:
+    settings, weights, log = whole
+    model, loaded = tiny_model(), tiny_model()
+    part = train_model(model, NextToken(), COUNTING, settings, workspace=tmp_path, stop_at=0.4)
+    assert part.steps == log.steps[: len(part.steps)]
+    assert len(part.steps) == math.ceil(0.4 * len(log.steps))
+    assert train_model(loaded, Stopping(0), COUNTING, settings, workspace=tmp_path, stop_at=0.4) == part
+    assert torch.equal(flat(model), flat(loaded))
+    assert not torch.equal(flat(model), flat(tiny_model()))
+    model = tiny_model()
+    assert train_model(model, NextToken(), COUNTING, settings, workspace=tmp_path) == log
+    assert torch.equal(flat(model), weights)
+
+
 def test_a_stopped_training_keeps_to_the_time_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "monotonic", itertools.count().__next__)  # a second a look
     settings = dataclasses.replace(SETTINGS, minutes=0.3)
@@ -122,7 +139,7 @@ def test_a_training_that_ended_is_not_done_again_and_keeps_its_result_alone(tmp_
 
 
 def saved(workspace: Path) -> Path:
-    checkpoint = workspace / "0" / "checkpoint-7"
+    checkpoint = plan_folder(workspace, Plan(3, (1,))) / "0" / "checkpoint-7"
     checkpoint.mkdir(parents=True)
     (checkpoint / "whole").touch()
     return checkpoint
@@ -205,7 +222,7 @@ def test_a_killed_command_goes_on(words: list[str], alone: Path, tmp_path: Path)
     out = tmp_path / "out"
     with run("optimum.commands.optimum_cli", words, out) as process:
         for _ in waiting(60):  # for the second training to have saved
-            if process.poll() is not None or any(tmp_path.glob(".out.healing-*/1/checkpoint-*/whole")):
+            if process.poll() is not None or any(tmp_path.glob(".out.healing-*/*/1/checkpoint-*/whole")):
                 break
         process.kill()
         process.communicate()
@@ -361,7 +378,7 @@ def test_what_two_processes_began_one_ends(words: list[str], alone: Path, tmp_pa
     out = tmp_path / "out"
     with run(f"{TORCHRUN} -m optimum.commands.optimum_cli", words, out) as process:
         for _ in waiting(60):  # for the second training to have saved
-            if process.poll() is not None or any(tmp_path.glob(".out.healing-*/1/checkpoint-*/whole")):
+            if process.poll() is not None or any(tmp_path.glob(".out.healing-*/*/1/checkpoint-*/whole")):
                 break
         process.terminate()
         process.communicate()

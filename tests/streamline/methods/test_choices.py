@@ -85,7 +85,8 @@ def test_an_attention_has_to_stay(fields: dict[str, object], replacement: str) -
         (
             "sleb",
             "ffn",
-            "method sleb supports none or linear; ffn needs a method that removes one block, such as llm-streamline",
+            "method sleb supports none or linear or corrected; ffn needs a method that removes one block, such as "
+            "llm-streamline",
         ),
     ],
 )
@@ -95,7 +96,9 @@ def test_a_replacement_without_a_place_is_refused(method: str, replacement: str,
 
 
 def test_whose_choice_it_is_is_said() -> None:
-    with pytest.raises(StreamlineError, match="does not have this option; shortened-ppl, shortened-taylor, sleb have"):
+    with pytest.raises(
+        StreamlineError, match="does not have this option; shifted, shortened-ppl, shortened-taylor, sleb have"
+    ):
         method_of(make_recipe({"method": "shortgpt", "remove": 1, "protect": "1,1"}), tiny_model().config)
 
 

@@ -26,12 +26,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     name: {"method": name, "remove": 2} for name in METHODS if name not in ("explicit", "shortened-taylor")
 }
 RECIPES["explicit"] = {"layers": "1,3"}
+RECIPES["auto"]["samples"] = 1  # of the held-out windows, so many are for swaps
 # The paper's four first and two last layers are more than there are.
 RECIPES["shortened-taylor"] = {"method": "shortened-taylor", "remove": 2, "protect": "1,1"}
 RECIPES["shortgpt iterative"] = {"method": "shortgpt", "remove": 2, "iterative": True}
 RECIPES["linear"] = {"layers": "1,3", "replacement": "linear"}
+RECIPES["corrected"] = {"layers": "1,3", "replacement": "corrected"}
 MERGING = {"average", "come", "come-mp", "come-p", "come-sp"}
-MIXTURES, POST_NORM = {"mixtral", "qwen3_moe"}, {"gemma2", "olmo2"}
+MIXTURES, POST_NORM, PARALLEL = {"mixtral", "qwen3_moe"}, {"gemma2", "olmo2"}, {"gpt_neox"}
 # Only neighbours of one kind are merged; where kinds alternate in `tiny.py`, there are none.
 NEIGHBOURS: dict[str, dict[str, Any]] = {
     "qwen2": {"layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 3},
@@ -43,13 +45,15 @@ def refused(architecture: str, name: str) -> bool:
     """Whether the method has no meaning there."""
     if name in MERGING:
         return architecture in MIXTURES | POST_NORM
+    if name == "corrected":
+        return architecture in MIXTURES | POST_NORM | PARALLEL
     return name == "linear" and architecture in POST_NORM
 
 
 # Where layers differ most: on these every method is fast. On the others a method of each edit is that
 # `test_conformance.py` does not make there; the rest of the product is slow.
 DIFFERENT = {"llama", "gpt2", "gemma2", "qwen3_moe"}
-ELSEWHERE = {"average", "come", "linear"}
+ELSEWHERE = {"average", "come", "corrected", "linear"}
 
 
 @pytest.mark.parametrize(

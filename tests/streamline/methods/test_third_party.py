@@ -77,7 +77,7 @@ def test_a_registered_method_is_one_among_all(register: Register) -> None:
     assert dict(METHODS)["good"].summary == "nothing in particular"
     with pytest.raises(StreamlineError, match=r"method 'bad': unknown; known are .*sleb, good$"):
         method_of(make_recipe({"method": "bad", "remove": 1}), tiny_model().config)
-    with pytest.raises(StreamlineError, match=r"protect '1,1': method good does not have this option; shortened-ppl, "):
+    with pytest.raises(StreamlineError, match=r"protect '1,1': method good does not have this option; shifted, "):
         method_of(make_recipe({"method": "good", "remove": 1, "protect": "1,1"}), tiny_model().config)
 
 

@@ -6,15 +6,48 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
 from console import optimum_cli
 from optimum.streamline.checkpoints.loading import load
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.models.architectures import ARCHITECTURES
 from optimum.streamline.models.quantization_config import quantization_fields, quantization_name, renumber_quantization
 from optimum.streamline.models.quantized_weights import quantized_modules
 from reference import LIBRARY, REFERENCE
 from tiny import token_ids, wide_model
+
+
+def renumber(config: PreTrainedConfig, origins: list[int], mlp_origins: list[int] | None = None) -> None:
+    renumber_quantization(config, ARCHITECTURES["llama"], origins, mlp_origins or origins)
+
+
+def test_lists_of_modules_follow_the_parts_of_packed_layers() -> None:
+    config = wide_model().config
+    names = ["model.layers.1.mlp.up_proj", "model.layers.1.self_attn", "model.layers.2", "model.layers.2.mlp"]
+    names += [r"re:.*layers\.2\.mlp.*", "model.layers.2.post_attention_layernorm"]
+    config.quantization_config = {"quant_method": "compressed-tensors", "ignore": names, "bits": 4}
+    renumber(config, [0, 1, 4], [0, 2, 4])  # the second has the attention of layer 1 and the MLP of layer 2
+    assert quantization_fields(config)["ignore"] == [
+        "model.layers.1.self_attn",
+        "model.layers.1.mlp",  # of the whole layer 2, this is here
+        "model.layers.1.mlp",
+        r"re:.*layers\.1\.mlp.*",
+        "model.layers.1.post_attention_layernorm",
+    ]
+    config.quantization_config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["model.layers.2.*"])
+    renumber(config, [0, 1], [0, 2])
+    assert quantization_fields(config)["llm_int8_skip_modules"] == [
+        f"model.layers.1.mlp.{each}_proj" for each in ("gate", "up", "down")
+    ]
+
+
+@pytest.mark.parametrize("pattern", [r"re:.*layers\.2\..*", r"re:.*layers\.2\.m.*", r"re:.*layers\.2\.\w+\.q_proj"])
+def test_a_pattern_of_a_whole_layer_cannot_follow_its_halves(pattern: str) -> None:
+    config = wide_model().config
+    config.quantization_config = {"quant_method": "compressed-tensors", "ignore": [pattern]}
+    with pytest.raises(StreamlineError, match=r"quantization_config\.ignore: names layers in a form that cannot"):
+        renumber(config, [0, 1], [0, 2])
 
 
 def test_lists_of_modules_follow_the_layers() -> None:
@@ -22,7 +55,7 @@ def test_lists_of_modules_follow_the_layers() -> None:
     names = ["lm_head", "model.layers.1.mlp", "model.layers.3", r"re:.*layers\.4\..*proj$", "model.layers.10.mlp"]
     names.append(r"re:.*layers\.\d+\.mlp\.gate$")  # in every layer
     config.quantization_config = {"quant_method": "compressed-tensors", "ignore": names, "bits": 4}
-    renumber_quantization(config, "model.layers", [0, 3, 4])
+    renumber(config, [0, 3, 4])
     expected = ["lm_head", "model.layers.1", r"re:.*layers\.2\..*proj$", names[-1]]
     assert quantization_fields(config)["ignore"] == expected
 
@@ -44,7 +77,7 @@ def test_layers_named_in_a_form_that_cannot_follow_are_refused(fields: dict[str,
     [field] = fields
     said = rf"quantization_config\.{field}: names layers in a form that cannot follow their new numbers"
     with pytest.raises(StreamlineError, match=said):
-        renumber_quantization(config, "model.layers", [0, 3])
+        renumber(config, [0, 3])
 
 
 @pytest.mark.parametrize(
@@ -66,7 +99,7 @@ def test_layers_named_in_a_form_that_cannot_follow_are_refused(fields: dict[str,
 def test_patterns_of_bitsandbytes_choose_the_same_modules_afterwards(patterns: list[str], now: list[str]) -> None:
     config = wide_model().config
     config.quantization_config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=patterns)
-    renumber_quantization(config, "model.layers", [0, 3, 4])
+    renumber(config, [0, 3, 4])
     assert quantization_fields(config)["llm_int8_skip_modules"] == now
 
 

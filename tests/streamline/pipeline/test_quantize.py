@@ -18,14 +18,18 @@ from console import Outcome, optimum_cli
 from optimum.streamline.checkpoints.loading import load, load_stock, load_tokenizer
 from optimum.streamline.checkpoints.provenance import changed_files
 from optimum.streamline.checkpoints.saving import save_model
+from optimum.streamline.editing.apply import apply_plan
+from optimum.streamline.editing.plan import packed_plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, decoder_layers, submodule
 from optimum.streamline.models.layer_list import set_decoder_layers
+from optimum.streamline.models.linear_modules import linear_modules_of
 from optimum.streamline.models.offloaded_weights import read_parameter
 from optimum.streamline.models.quantization_config import quantization_name
 from optimum.streamline.models.quantized_weights import enable_cpu_kernel, float_values, quantized_modules
-from optimum.streamline.models.skipped_sublayers import ATTENTION, mark_skipped, zero_output
+from optimum.streamline.models.removed_sublayers import without
+from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP, mark_skipped, zero_output
 from optimum.streamline.pipeline.quantize import quantize
 from optimum.streamline.quantization.quantizers import QUANTIZERS
 from optimum.streamline.runtime.opening import open_runner
@@ -160,6 +164,24 @@ def test_dead_sublayers_stay_dead(saved: Save, tmp_path: Path, quantizer: str) -
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_a_quantized_model_is_packed_as_any(saved: Save, tmp_path: Path, quantizer: str) -> None:
+    checkpoint = quietly(saved(), tmp_path / "q", quantizer, "*.2.mlp.*")
+    model, removed = load_stock(ModelSource(checkpoint)), ((1, MLP), (2, ATTENTION))
+    with without(model, frozenset(removed)):
+        expected = logits(model)
+    apply_plan(model, packed_plan(LAYERS, removed), None)
+    assert torch.equal(logits(model), expected)
+    save_model(model, load_tokenizer(ModelSource(checkpoint)), None, tmp_path / "p")
+    again = load(str(tmp_path / "p"))
+    assert torch.equal(logits(again), expected)
+    # The float MLP of layer 2 is in layer 1 now.
+    in_float = {name for name in linear_modules_of(again) if name.startswith("model.layers")} - set(
+        quantized_modules(again)
+    )
+    assert in_float == {f"model.layers.1.mlp.{name}_proj" for name in ("down", "gate", "up")}
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_either_order_gives_the_same_weights(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: Save, tmp_path: Path, quantizer: str
 ) -> None:
@@ -198,7 +220,16 @@ def test_either_order_gives_the_same_weights(
         pytest.param(
             method, quantizer, marks=() if quantizer == "bnb-nf4" or method == "shortgpt" else pytest.mark.slow
         )
-        for method in ("shortgpt", "gromov", "layerchop", "llm-streamline", "shortened-ppl", "sleb")
+        for method in (
+            "blockpruner",
+            "shortgpt",
+            "gromov",
+            "layerchop",
+            "llm-streamline",
+            "shifted",
+            "shortened-ppl",
+            "sleb",
+        )
         for quantizer in QUANTIZERS
     ],
 )
@@ -227,13 +258,14 @@ _REMOVE = ("--remove", "2", *_FEW)
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ((), "method 'auto': tries blockpruner, come-p and linear maps, so it needs float weights, and here they are"),
+        ((), "method 'auto': tries merges, linear maps and corrections, so it needs float weights, and here they are"),
         (("--method", "come"), "method 'come': merges weights, so it needs float weights"),
         (("--method", "average"), "method 'average': merges weights"),
-        (("--method", "blockpruner"), "method 'blockpruner': zeroes attentions and MLPs"),
+        (("--method", "blockpruner", "--no-packed"), "method 'blockpruner': zeroes attentions and MLPs"),
         (("--method", "shortened-taylor", "--protect", "0,0"), "method 'shortened-taylor': takes gradients"),
         (("--replacement", "mlp"), "replacement 'mlp': needs float weights"),
         (("--replacement", "linear"), "replacement 'linear': needs float weights"),
+        (("--method", "shifted", "--replacement", "corrected"), "replacement 'corrected': needs float weights"),
         (("--method", "shortgpt", "--heal", "lm", "--lora"), "heal 'lm': needs float weights"),
         (("--method", "layerchop"), "heal 'lm': needs float weights"),
         (

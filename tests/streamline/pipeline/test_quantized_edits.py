@@ -24,7 +24,8 @@ EDITS = {
     "removed": ("--method", "shortgpt", "--heal", "none"),
     "merged": ("--method", "come", "--heal", "none"),
     "averaged": ("--method", "average", "--heal", "none"),
-    "sublayers": ("--method", "blockpruner", "--heal", "none"),
+    "sublayers": ("--method", "blockpruner", "--no-packed", "--heal", "none"),
+    "packed": ("--method", "shifted", "--heal", "none"),
     "linear": ("--replacement", "linear", "--heal", "none"),
     "layer": ("--replacement", "layer", *_TRAINED),
     "mlp": ("--replacement", "mlp", *_TRAINED),
@@ -35,7 +36,7 @@ _COMMON = ("--remove", "2", "--calibration", "stdlib", "--samples", "2", "--leng
 
 
 # Fast are an edit of each shape with one quantizer, and one edit with every quantizer.
-SHAPES = {"removed", "merged", "sublayers", "linear", "layer", "lora"}
+SHAPES = {"removed", "merged", "sublayers", "packed", "linear", "layer", "lora"}
 COMBINATIONS = [
     pytest.param(
         edit,

@@ -249,6 +249,7 @@ def report_of(cli: Cli, out: Path, *words: object) -> Report:
     [
         ("--replacement", "mlp"),
         ("--replacement", "linear", "--heal", "none"),
+        ("--replacement", "corrected", "--heal", "none"),
         ("--replacement", "none", "--heal", "distill"),
         ("--replacement", "none", "--heal", "lm", "--lora"),
         ("--replacement", "none", "--method", "come", "--heal", "none"),

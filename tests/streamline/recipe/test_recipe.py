@@ -24,7 +24,14 @@ from optimum.streamline.recipe.recipe import CHOOSING_TEXT, JUDGING_TEXT, OPTION
     [
         ({"removes": 3}, "unknown key 'removes'; known are method, remove, layers"),
         ({"heal": "hope"}, "heal is 'hope': must be none, or one or more of hidden-mse"),
-        ({"heal": "lm+hidden-mse"}, "heal is 'lm.hidden-mse': must be none, or one or more of hidden-mse .first."),
+        (
+            {"heal": "distill+local"},
+            "heal is 'distill.local': must be none, or one or more of hidden-mse or local .first.",
+        ),
+        (
+            {"heal": "lm+hidden-mse"},
+            "heal is 'lm.hidden-mse': must be none, or one or more of hidden-mse or local .first.",
+        ),
         ({"protect": "1"}, "protect is '1': must be two numbers"),
         ({"heal_kl": 2}, "heal-kl is 2: .* less than or equal to 1"),
         ({"heal_minutes": math.inf}, "heal-minutes is inf: .* finite"),
@@ -99,7 +106,7 @@ def test_a_value_of_another_type_is_refused(key: str) -> None:
         ({"layers": "1,3", "replacement": "mlp"}, "a replacement needs one block of at least 2 layers"),
         (
             {"method": "shortgpt", "remove": 1, "replacement": "layer"},
-            "replacement 'layer': method shortgpt supports none or linear",
+            "replacement 'layer': method shortgpt supports none or linear or corrected",
         ),
         (
             {"remove": 1, "method": "llm-streamline", "iterative": True},
@@ -119,6 +126,20 @@ def test_a_method_refuses_what_it_cannot_follow(fields: dict[str, Any], message:
             {"heal": "hidden-mse"},
             "heal 'hidden-mse': hidden-mse trains a replacement; use replacement layer, mlp, ffn, swiglu",
         ),
+        (
+            {"heal": "local+distill", "method": "llm-streamline", "replacement": "mlp"},
+            "heal 'local.distill': local trains layers of the original, and replacement mlp is none; train it by",
+        ),
+        (
+            {"heal": "local+distill", "method": "come-mp"},
+            "heal 'local.distill': method come-mp heals after every merge, and local would undo that; use heal distill",
+        ),
+        ({"heal": "local", "lora": True}, "lora: has no training to use; use heal lm or distill"),
+        ({"heal": "local", "heal_kl": 0.5}, "heal-kl 0.5: has no effect without heal distill"),
+        (
+            {"heal": "local", "heal_scope": "model"},
+            "heal-scope 'model': has no effect with heal local; it needs heal dis",
+        ),
         ({"heal": "distill", "heal_scope": "replacement"}, "heal-scope 'replacement': there is no trained replacement"),
         ({"lora": True}, "lora: has no training to use; use heal lm or distill"),
         (
@@ -132,7 +153,7 @@ def test_a_method_refuses_what_it_cannot_follow(fields: dict[str, Any], message:
         ({"heal": "lm", "heal_kl": 0.5}, "heal-kl 0.5: has no effect without heal distill"),
         (
             {"heal_tokens": 9000},
-            "heal-tokens 9000: has no effect with heal none; it needs heal distill or hidden-mse or lm",
+            "heal-tokens 9000: has no effect with heal none; it needs heal distill or hidden-mse or lm or local",
         ),
         ({"heal_data": "a.txt"}, "heal-data 'a.txt': has no effect with heal none"),
         ({"heal_minutes": 1.0}, "heal-minutes 1.0: has no effect with heal none"),
@@ -167,6 +188,8 @@ def test_what_no_training_of_the_recipe_has_is_refused(fields: dict[str, Any], m
         {"method": "auto", "heal_tokens": 9000, "heal_kl": 0},
         {"method": "come-mp", "heal": "lm+distill", "lora": True, "lora_rank": 4, "heal_scope": "model"},
         {"method": "llm-streamline", "replacement": "ffn", "heal_normalised": True, "heal_minutes": 1},
+        {"method": "come-sp", "heal": "local+distill", "lora": True, "heal_tokens": 9000},
+        {"method": "sleb", "replacement": "linear", "heal": "local", "heal_minutes": 1},
         {"method": "llm-streamline", "replacement": "layer", "heal": "lm+lm", "lora": True},
         {"method": "llm-streamline", "replacement": "layer", "heal": "lm", "lora": True},
         {"method": "llm-streamline", "replacement": "ffn", "heal": "lm+lm", "lora": True},
@@ -182,6 +205,7 @@ def test_the_method_follows_from_the_rest() -> None:
     assert make_recipe({"remove": 1}).resolved_trainings == ("distill",)
     assert make_recipe({"remove": 1, "replacement": "mlp"}).resolved_method == "llm-streamline"
     assert make_recipe({"remove": 1, "replacement": "linear"}).resolved_method == "shortgpt"
+    assert make_recipe({"remove": 1, "replacement": "corrected"}).resolved_method == "sleb"
     assert make_recipe({"remove": 1, "replacement": "none"}).resolved_method == "auto"
     assert make_recipe({"layers": "1"}).resolved_method == "explicit"
     assert make_recipe({"layers": "1", "replacement": "linear"}).resolved_method == "explicit"
@@ -276,9 +300,23 @@ def test_the_docstring_of_a_group_tells_each_option() -> None:
 
 
 def test_the_fingerprint_is_that_of_version_0_1() -> None:
-    # A run that an earlier version began goes on: it is known by this number.
+    # A run that an earlier version began goes on if it chooses the same: it is known by these numbers.
     fields = {"remove": "25%", "heal_minutes": 1, "heal_lr": 1e-3, "quantize": "int8", "max_kl": 1}
-    assert make_recipe(fields).fingerprint == "4c1f9e0755da80900ab65c2b162c0a18802350865b8c22b48871abde7e7a2fd9"
+    of_then = {
+        "shortgpt": "f8ece05870584e9fcdfe49fca50e411f13dbc7108428691e58882ef894a7f3fd",
+        "blockpruner": "b7e2266ea1646ea73c036ba02145bc2710509aa22025756c11bc7b09ff2796d2",
+        "auto": "4c1f9e0755da80900ab65c2b162c0a18802350865b8c22b48871abde7e7a2fd9",
+    }
+    now = {name: make_recipe({**fields, "method": name}).fingerprint for name in of_then}
+    unpacked = {name: make_recipe({**fields, "method": name, "packed": False}).fingerprint for name in of_then}
+    assert now["shortgpt"] == of_then["shortgpt"]
+    assert unpacked["blockpruner"] == of_then["blockpruner"] != now["blockpruner"]
+    assert len({now["auto"], unpacked["auto"], of_then["auto"]}) == 3  # it has more candidates now
+
+
+def test_an_option_that_another_package_reads_is_in_the_fingerprint() -> None:
+    one, other = (make_recipe({"method": "theirs", "remove": 4, "packed": packed}) for packed in (True, False))
+    assert one.fingerprint != other.fingerprint
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from optimum.streamline.editing.plan import PlannedLayer
+from optimum.streamline.editing.plan import PlannedLayer, packed_plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation.intervals import Interval, mean_interval
 from optimum.streamline.evaluation.results import Limit, Measurement, Report
@@ -408,6 +408,11 @@ class TestPlots:
             4: "kept",
         }
         assert layer_outcomes(report()) == {}
+
+    def test_halves_of_a_packed_layer_lost_the_others(self) -> None:
+        layers = packed_plan(5, [(1, "mlp"), (2, "attention"), (3, "attention"), (3, "mlp")]).new_layers
+        outcomes = layer_outcomes(replace(with_layers(report()), layers=layers))
+        assert outcomes == {0: "kept", 1: "thinned", 2: "thinned", 3: "removed", 4: "kept"}
 
     def test_layers_are_coloured_by_fate(self) -> None:
         becomes = {0: "kept", 1: "replaced", 2: "merged", 3: "removed", 4: "thinned"}

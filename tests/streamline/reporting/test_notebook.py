@@ -6,7 +6,7 @@ import pytest
 
 from html_reader import Page
 from optimum.streamline import Artifact, Plan, Scores, Verdict
-from optimum.streamline.editing.plan import Merge, merge_plan
+from optimum.streamline.editing.plan import Merge, merge_plan, packed_plan
 from optimum.streamline.evaluation.results import Limit
 from optimum.streamline.reporting.notebook import STATES, layer_map, layer_states
 
@@ -20,7 +20,9 @@ NASTY = '<script>alert("x")</script>&'
         (Plan(6, (2, 3), "layer"), "[##RR##]"),
         (Plan(6, (2, 3), "swiglu"), "[##RR##]"),
         (Plan(6, (2, 3), "linear"), "[#P--##]"),
+        (Plan(6, (2, 3), "corrected"), "[##--C#]"),
         (Plan(6, (), skipped=((0, "attention"), (0, "mlp"), (2, "mlp"), (3, "attention"))), "[0#ma##]"),
+        (Plan.of(packed_plan(6, [(1, "mlp"), (2, "attention"), (4, "attention"), (4, "mlp")])), "[#ma#-#]"),
         (Plan.of(merge_plan(6, [Merge(1, 0.5, 0.5), Merge(1, 0.5, 0.5)])), "[#MMM##]"),
     ],
 )

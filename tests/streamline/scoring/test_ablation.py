@@ -13,8 +13,9 @@ from optimum.streamline.editing.apply import apply_plan
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.architectures import ARCHITECTURES, decoder_layers
+from optimum.streamline.models.removed_sublayers import SublayerSet, fully_removed_layers, whole_layer
 from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP
-from optimum.streamline.scoring.ablation import SublayerSet, fully_removed_layers, removal_losses, whole_layer
+from optimum.streamline.scoring.ablation import removal_losses
 from optimum.streamline.scoring.loss import cross_entropy_sum
 from optimum.streamline.text.windows import Windows
 from tiny import LAYERS, tiny_model, token_ids

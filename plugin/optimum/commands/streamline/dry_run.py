@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from transformers import PreTrainedConfig
 
 from optimum.streamline.editing.apply import planned_config
+from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation.theoretical_cost import cost_of
 from optimum.streamline.pipeline.prune import prepare
@@ -30,12 +32,20 @@ def dry_run(source: Any, recipe: Recipe, console: Console) -> int:
             "does not make; leave dry-run out"
         )
     prepared = prepare(source, recipe, notifier(console))
-    before = cost_of(prepared.model.config, "fp32")
-    after = cost_of(planned_config(prepared.model.config, prepared.plan), "fp32")
-    context, used = recipe.length, after.live_parameters
     if recipe.quantization.quantizer != "none":
         console.print(f"effect of pruning alone, without quantizer {recipe.quantization.quantizer!r}:", markup=False)
+    if prepared.candidates:
+        console.print("trial trainings, which a dry run does not make, choose one of these plans:", markup=False)
+    for plan in prepared.candidates or (prepared.plan,):
+        if prepared.candidates:
+            console.print(plan.describe(), markup=False)
+        _print_effect(prepared.model.config, plan, recipe.length, console)
+    return 0
+
+
+def _print_effect(config: PreTrainedConfig, plan: Plan, context: int, console: Console) -> None:
+    before, after = cost_of(config, "fp32"), cost_of(planned_config(config, plan), "fp32")
+    used = after.live_parameters
     console.print(f"parameters: {before.parameters:,} -> {after.parameters:,} ({used:,} without skipped sublayers)")
     console.print(f"ideal decode speed-up: {before.decode_bytes(context) / after.decode_bytes(context):.2f}")
     console.print(f"ideal prefill speed-up: {before.prefill_flops(context) / after.prefill_flops(context):.2f}")
-    return 0

@@ -81,7 +81,8 @@ def add_option(
     text = option.option.help if required else option.help(shown_default)
     text = "\n".join(line for line in (text, lines) if line).replace("%", "%%")
     if option.types == (bool,):
-        group.add_argument(option.flag, default=default, action="store_true", help=text)
+        action = argparse.BooleanOptionalAction if option.default else "store_true"
+        group.add_argument(option.flag, default=default, action=action, help=text)
         return
     kind = option.types[0] if option.types in ((int,), (float,)) else str
     group.add_argument(option.flag, default=default, required=required, type=kind, help=text, metavar=_metavar(option))

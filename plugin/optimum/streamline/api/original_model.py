@@ -9,13 +9,14 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from optimum.streamline.checkpoints.loading import load_tokenizer
 from optimum.streamline.checkpoints.model_in_memory import ModelInMemory
+from optimum.streamline.editing.apply import with_skips
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.methods.explicit import Explicit
 from optimum.streamline.methods.registry import method_of
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.quantization_config import quantization_name
 from optimum.streamline.pipeline.planning import (
-    choose_plan,
+    choose_plans,
     chooses_by_scores_alone,
     names_layers,
     original_in_fp32,
@@ -87,7 +88,7 @@ class Original:
         chosen_on = self._text_of_choice(recipe, scores)
         model = self.model_on(recipe.device)
         found = scores or measure_scores(model, chosen_on.part(0, recipe.calibration.samples))
-        made = choose_plan(model, recipe, self.config, chosen_on, found)
+        made, *_ = choose_plans(model, recipe, self.config, chosen_on, found)
         return Plan.of(made, recipe, scores=found, chosen_on=chosen_on)
 
     def checked_plan(self, plan: Plan) -> tuple[Plan, Recipe]:
@@ -102,7 +103,7 @@ class Original:
         self.check(recipe)
         if plan.chosen_on is None and not names_layers(recipe):
             plan = replace(plan, chosen_on=text_of_choice(recipe, self.tokenizer, self.config))
-        return plan, recipe
+        return with_skips(plan, self.config), recipe
 
     def check(self, recipe: Recipe) -> None:
         """Refuse a recipe that this model cannot take, or that only the whole chain can follow.
@@ -130,7 +131,9 @@ class Original:
         if chooses_by_scores_alone(recipe):
             return scores.windows
         text = text_of_choice(recipe, self.tokenizer, self.config)
-        if text.part(0, recipe.calibration.samples).fingerprint != scores.windows.fingerprint:
+        # A method that needs more windows draws others from the same text than the score did.
+        drawn = (calibration_text(recipe, self.tokenizer, self.config), text.part(0, recipe.calibration.samples))
+        if scores.windows.fingerprint not in [windows.fingerprint for windows in drawn]:
             raise StreamlineError(
                 f"scores: were measured on other windows than calibration {recipe.calibration.data!r} gives, which "
                 f"method {recipe.resolved_method} reads; score with this config"

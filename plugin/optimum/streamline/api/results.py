@@ -48,11 +48,15 @@ class Plan(plan.Plan):
     Args:
         total: How many layers the original has.
         removed: The layers that lose their place, rising, 0-based.
-        replacement: What stands in for them: `none`, `layer`, `mlp`, `ffn`, `swiglu` or `linear`.
+        replacement: What stands in for them: `none`, `layer`, `mlp`, `ffn`, `swiglu`, `linear` or `corrected`.
         skipped: Attentions and MLPs that are taken out of layers that stay, as (layer, `attention` or `mlp`), rising.
         merges: Pairs of neighbours to merge, in order.
         chosen_by: Which method chose, where the recipe left that open.
         tried: Each method that was tried then, with its plan's loss on held-out text, nats per token.
+        trials: The rounds of trial trainings, each with the share of the training that was done and each candidate's
+            KL divergence from the original after it, nats per token. Only the whole chain makes trials.
+        packs: Whether what is left is arranged in as few layers as possible.
+        already_skipped: For a plan that packs or corrects, the attentions and MLPs that the original skips already.
         recipe: The recipe that it was made by; `None` of a plan written by hand.
         scores: The scores it was made from; `None` where nothing was measured.
         chosen_on: The text it was made on; `None` where none was read.

@@ -24,7 +24,7 @@ from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.pipeline.exporting import CALIBRATION_WINDOWS, export, is_calibrated
 from optimum.streamline.pipeline.planning import Prepared
 from optimum.streamline.pipeline.preflight import result_dtype
-from optimum.streamline.pipeline.prune import change
+from optimum.streamline.pipeline.prune import change, sample_heal_text
 from optimum.streamline.pipeline.run import run
 from optimum.streamline.pipeline.texts import calibration_text, inputs_of, text_of_healing
 from optimum.streamline.pipeline.validation import validate_models
@@ -36,6 +36,7 @@ from optimum.streamline.reporting.record import PruningRecord
 from optimum.streamline.system.atomic_output import check_output, staged_folder
 from optimum.streamline.system.library_logs import LOG_FILE, captured_logs
 from optimum.streamline.system.notify import silent
+from optimum.streamline.text.prompts import Prompts
 from optimum.streamline.text.windows import Windows
 
 from .config import StreamlineConfig, recipe_of
@@ -148,8 +149,8 @@ class Streamliner:
         """Choose what becomes of each layer of the original; no weight moves.
 
         Args:
-            config: Which method chooses, on what text, and how many layers go. With `layers`, and no linear maps,
-                nothing is read or measured.
+            config: Which method chooses, on what text, and how many layers go. With `layers`, and no linear maps
+                or corrections, nothing is read or measured.
             scores: What `score` returned earlier, instead of scoring now. A method that looks at more than scores
                 reads the text again, which must be the one of the scores.
 
@@ -187,7 +188,7 @@ class Streamliner:
 
         It makes the pruned model anew from the original and the plan, because a replacement is trained before it is put
         into the model, and some methods train between merges. Changes to `model` since `prune` are lost. If a
-        training fails, nothing is pruned any more.
+        training fails, nothing is pruned any more. Each call with `heal_data` "self" samples the text again.
 
         Args:
             config: Options that replace those of the config that pruned, such as `heal`, `heal_data` and
@@ -403,7 +404,7 @@ class Streamliner:
             return f"<p>{escape(self._source.name)}: {self._original.layers} layers</p>"
         return f"<p>{escape(self._source.name + self._healed())}</p>{plan_html(self._pruned.plan)}"
 
-    def _make(self, plan: Plan, recipe: Recipe, heal_text: Windows | None) -> None:
+    def _make(self, plan: Plan, recipe: Recipe, heal_text: Windows | Prompts | None) -> None:
         with captured_logs(None):
             original = self._original.model_on(recipe.device)
         stored = result_dtype(self._source, recipe)
@@ -420,6 +421,7 @@ class Streamliner:
             plan.plain(),
         )
         with captured_logs(None):
+            sample_heal_text(prepared, silent)
             record = change(prepared, silent)
         self._pruned = _Pruned(plan, prepared, record)
 
@@ -484,5 +486,5 @@ class Streamliner:
         return Report.of(replace(report, rows=(original, *others)))
 
     def _healed(self) -> str:
-        stages = [healed.stage for healed in self._pruned.record.healing] if self._pruned else []
-        return f", healed by {'+'.join(stages)}" if stages else ""
+        record = self._pruned.record if self._pruned else None
+        return f", healed by {'+'.join(record.recipe.resolved_trainings)}" if record and record.healing else ""

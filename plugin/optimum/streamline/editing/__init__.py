@@ -1,3 +1,3 @@
-"""The plan of an edit, and the edits: removing, merging and replacing layers, and folding in linear maps."""
+"""The plan of an edit, and the edits: removing, merging and replacing layers, linear maps and corrections."""
 
-__all__ = ["apply", "linear_map", "merging", "plan"]
+__all__ = ["apply", "correction", "linear_map", "merging", "packing", "plan"]

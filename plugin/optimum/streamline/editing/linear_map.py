@@ -79,16 +79,22 @@ def fit_maps(
     if 0 in plan.removed:
         raise StreamlineError("replacement 'linear': a linear map is folded into the layer before; keep layer 0")
     maps: dict[int, torch.Tensor] = {}
+    width: int = model.config.hidden_size
     with progress_bar("fitting linear maps", len(runs) * len(calibration.ids)) as bar:
         for run in runs:
             layer = run[0] - 1
-            equations = _NormalEquations.of_width(model.config.hidden_size, model.device)
+            equations = NormalEquations.of_sizes(width, width, model.device)
             for batch in calibration.ids.split(BATCH):
                 ids = batch.to(model.device)
                 written, stream = _patched_stream(model, ids, layer, plan.removed, maps)
-                equations.add(written, _stream_after(model, ids, run[-1]) - stream)
+                equations.add(written, stream_after(model, ids, run[-1]) - stream)
                 bar.advance(len(batch))
-            maps[layer] = equations.solve(layer, strength)
+            identity = torch.eye(width, dtype=torch.float64, device=model.device)
+            maps[layer] = identity + equations.solve(
+                strength,
+                f"replacement 'linear': the MLP of layer {layer} adds only zeros or numbers that are not finite; keep "
+                "the layer after it, or use replacement none",
+            )
     return maps
 
 
@@ -115,12 +121,12 @@ def fold(layer: nn.Module, architecture: Architecture, transform: torch.Tensor) 
         architecture: The architecture of its model.
         transform: T `[width, width]`, from `fit_maps`.
     """
-    for parameter, out_axis in _output_parameters(layer, architecture):
+    for parameter, out_axis in output_parameters(layer, architecture):
         exact = torch.tensordot(parameter.double(), transform.to(parameter.device), dims=([out_axis], [0]))
         parameter.copy_(exact.movedim(-1, out_axis))
 
 
-def _output_parameters(layer: nn.Module, architecture: Architecture) -> Iterator[tuple[nn.Parameter, int]]:
+def output_parameters(layer: nn.Module, architecture: Architecture) -> Iterator[tuple[nn.Parameter, int]]:
     """The weight and bias of the MLP's output projection, each with the axis of length `width`."""
     for path in architecture.mlp_out:
         parent, _, name = path.rpartition(".")
@@ -136,38 +142,45 @@ def _output_parameters(layer: nn.Module, architecture: Architecture) -> Iterator
 
 
 @dataclass
-class _NormalEquations:
-    """The sums M^T M (`gram`) and M^T (h - x) (`cross`) of `fit_maps`, both `[width, width]` in float64."""
+class NormalEquations:
+    """The sums X^T X (`gram`) and X^T Y (`cross`) of a least-squares problem, in float64."""
 
     gram: torch.Tensor
     cross: torch.Tensor
 
     @classmethod
-    def of_width(cls, width: int, device: torch.device) -> _NormalEquations:
-        return cls(*(torch.zeros(width, width, dtype=torch.float64, device=device) for _ in range(2)))
+    def of_sizes(cls, read: int, written: int, device: torch.device) -> NormalEquations:
+        """Empty sums, for X `[tokens, read]` and Y `[tokens, written]`."""
+        sizes = ((read, read), (read, written))
+        return cls(*(torch.zeros(*size, dtype=torch.float64, device=device) for size in sizes))
 
-    def add(self, written: torch.Tensor, missing: torch.Tensor) -> None:
-        rows = written.flatten(0, -2).double()
+    def add(self, read: torch.Tensor, missing: torch.Tensor) -> None:
+        """Add the rows of X and of Y, whose last axis is that of the columns."""
+        rows = read.flatten(0, -2).double()
         self.gram += rows.T @ rows
         self.cross += rows.T @ missing.flatten(0, -2).double()
 
-    def solve(self, layer: int, strength: float) -> torch.Tensor:
+    def solve(self, strength: float, fault: str) -> torch.Tensor:
+        """argmin_D |X D - Y|^2 + lambda |D|^2, where lambda is `strength` times the mean diagonal entry of X^T X.
+
+        Returns:
+            D `[read, written]`, in float64.
+
+        Raises:
+            StreamlineError: X has only zeros, or there are numbers that are not finite; the message is `fault`.
+        """
         size = float(self.gram.diagonal().mean())
         if not 0 < size < float("inf") or not bool(self.cross.isfinite().all()):
-            raise StreamlineError(
-                f"replacement 'linear': the MLP of layer {layer} adds only zeros or numbers that are not finite; "
-                f"keep the layer after it, or use replacement none"
-            )
+            raise StreamlineError(fault)
         identity = torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
-        solved: torch.Tensor = torch.linalg.solve(self.gram + strength * size * identity, self.cross)
-        return identity + solved
+        return torch.linalg.solve(self.gram + strength * size * identity, self.cross)  # type: ignore[no-any-return]
 
 
 class _StopForward(Exception):
     """Ends a forward pass early."""
 
 
-def _stream_after(model: PreTrainedModel, ids: torch.Tensor, layer: int) -> torch.Tensor:
+def stream_after(model: PreTrainedModel, ids: torch.Tensor, layer: int) -> torch.Tensor:
     """The raw residual stream `[batch, length, width]` after a layer; the layers after it do not run."""
     seen: list[torch.Tensor] = []
 
@@ -196,7 +209,7 @@ def _patched_stream(
     hooks += [_mlp(layers[index], architecture).register_forward_hook(_mapped_by(maps[index])) for index in maps]
     hooks.append(_mlp(layers[layer], architecture).register_forward_hook(keep))
     with _hooks_removed_afterwards(hooks):
-        stream = _stream_after(model, ids, layer)
+        stream = stream_after(model, ids, layer)
     return written[0].reshape(stream.shape) * residual_scale(model.config), stream
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from optimum.streamline.models.architectures import Sublayer
+from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP
 
-Kind = Literal["kept", "thinned", "layer", "mlp", "ffn", "swiglu", "patched", "merged"]
-ReplacementKind = Literal["none", "layer", "mlp", "ffn", "swiglu", "linear"]
+from .packing import SublayerKey, mlps_after_gaps, packed, sublayers_left
+
+Kind = Literal["kept", "thinned", "layer", "mlp", "ffn", "swiglu", "patched", "merged", "packed"]
+ReplacementKind = Literal["none", "layer", "mlp", "ffn", "swiglu", "linear", "corrected"]
 
 
 # Replacements that are a layer of their own. They need training to be useful.
 TRAINED = ("layer", "mlp", "ffn", "swiglu")
+# Replacements in closed form. They are fitted on the calibration text.
+FITTED = ("linear", "corrected")
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,25 @@ class PlannedLayer:
     Args:
         kind: `kept`: unchanged. `thinned`: its attention or its MLP is skipped. `layer`, `mlp`, `ffn` or `swiglu`: a
             replacement of that kind. `patched`: kept, with a linear map folded in that stands for the layers removed
-            after it. `merged`: made of several layers.
-        originals: Numbers of the original layers that it stands for, 0-based; a kept layer stands for itself.
+            after it. `merged`: made of several layers. `packed`: the attention of one layer and the MLP of a later one.
+        originals: Numbers of the original layers that it stands for, 0-based; a kept layer stands for itself. A packed
+            layer has two: the layer of its attention, and that of its MLP.
+        corrected: Whether its MLP is corrected for what is removed before it (replacement `corrected`).
     """
 
     kind: Kind
     originals: tuple[int, ...]
+    corrected: bool = False
+
+    @property
+    def attention_originals(self) -> tuple[int, ...]:
+        """The original layers that its attention stands for."""
+        return self.originals[:1] if self.kind == "packed" else self.originals
+
+    @property
+    def mlp_originals(self) -> tuple[int, ...]:
+        """The original layers that its MLP stands for."""
+        return self.originals[1:] if self.kind == "packed" else self.originals
 
 
 @dataclass(frozen=True)
@@ -55,12 +72,20 @@ class Plan:
         removed: Numbers of the original layers that the new model does not have, 0-based, in rising order. A layer
             that is replaced, or merged into an earlier one, counts as removed.
         replacement: The kind of replacement: a trained layer for one contiguous block, a linear map for each run of
-            removed layers, or none.
-        skipped: Sublayers to skip in layers that stay, as (layer, sublayer), in rising order.
+            removed layers, a correction of the MLP after each run of removed sublayers, or none.
+        skipped: Sublayers that are removed alone, as (layer, sublayer), in rising order; their layers are not in
+            `removed`.
         merges: Pairs to merge, in order.
         chosen_by: For method `auto`: the candidate whose plan this is, such as "sleb + linear". Otherwise empty.
         tried: For method `auto`: every candidate with the loss of its plan on held-out text, nats per token; `None`
             where the candidate could make no plan.
+        trials: For method `auto`: the rounds of trial trainings (`healing.trials`), each with the share of the training
+            done and the divergence of each candidate from the original after it, in nats per token; `None` where its
+            training failed.
+        packs: Whether the sublayers that are left are arranged in as few layers as possible (`packing.packed`).
+            Otherwise each stays in its own layer.
+        already_skipped: For a plan that packs or corrects: the sublayers that the original skips already
+            (`skipped_of`), in rising order.
 
     Raises:
         ValueError: `removed` or `skipped` names layers that cannot be removed, a defect of the method that chose them.
@@ -69,10 +94,13 @@ class Plan:
     total: int
     removed: tuple[int, ...]
     replacement: ReplacementKind = "none"
-    skipped: tuple[tuple[int, Sublayer], ...] = ()
+    skipped: tuple[SublayerKey, ...] = ()
     merges: tuple[Merge, ...] = ()
     chosen_by: str = ""
     tried: tuple[tuple[str, float | None], ...] = ()
+    trials: tuple[tuple[float, tuple[tuple[str, float | None], ...]], ...] = ()
+    packs: bool = False
+    already_skipped: tuple[SublayerKey, ...] = ()
 
     def __post_init__(self) -> None:
         # Here, and not hours later where layers are moved or where JSON refuses an integer of numpy.
@@ -83,6 +111,8 @@ class Plan:
         lost = [layer for layer, _ in self.skipped if layer in self.removed or not 0 <= layer < self.total]
         if lost:
             raise ValueError(f"skipped {self.skipped!r}: layer {lost[0]} is not one that stays")
+        if self.packs and (self.merges or self.replacement not in ("none", "corrected")):
+            raise ValueError("packs: a plan with merges or a replacement cannot be packed")
 
     @property
     def new_layers(self) -> tuple[PlannedLayer, ...]:
@@ -90,6 +120,8 @@ class Plan:
         if self.merges:
             groups = merged_groups(self.total, self.merges)
             return tuple(PlannedLayer("merged" if len(group) > 1 else "kept", group) for group in groups)
+        if self.packs:
+            return self._marked(_planned(layer) for layer in packed(self.sublayers_left))
         with_skips = {layer for layer, _ in self.skipped}
         new_layers: list[PlannedLayer] = []
         for layer in range(self.total):
@@ -99,7 +131,32 @@ class Plan:
                 new_layers.append(PlannedLayer(kind, (layer, *after)))
             elif self.replacement in TRAINED and layer == self.removed[0]:
                 new_layers.append(PlannedLayer(self.replacement, self.removed))  # type: ignore[arg-type]
-        return tuple(new_layers)
+        return self._marked(new_layers)
+
+    def _marked(self, layers: Iterable[PlannedLayer]) -> tuple[PlannedLayer, ...]:
+        """New layers, those whose MLP is corrected marked as such."""
+        corrected = self.corrected
+        return tuple(
+            replace(planned, corrected=True) if planned.mlp_originals[0] in corrected else planned for planned in layers
+        )
+
+    @property
+    def sublayers_removed(self) -> tuple[SublayerKey, ...]:
+        """The sublayers of the original that the plan removes, those of removed layers included."""
+        whole: list[SublayerKey] = [(layer, kind) for layer in self.removed for kind in (ATTENTION, MLP)]
+        return (*whole, *self.skipped)
+
+    @property
+    def corrected(self) -> tuple[int, ...]:
+        """The layers of the original whose MLP is corrected: for replacement `corrected`, the first after each gap."""
+        if self.replacement != "corrected":
+            return ()
+        return mlps_after_gaps(self.total, self.sublayers_removed, self.already_skipped)
+
+    @property
+    def sublayers_left(self) -> tuple[SublayerKey, ...]:
+        """The sublayers of the original that the plan leaves, in order."""
+        return sublayers_left(self.total, (*self.sublayers_removed, *self.already_skipped))
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -115,7 +172,9 @@ class Plan:
         return f"by {self.chosen_by}: {self._edit()}" if self.chosen_by else self._edit()
 
     def _edit(self) -> str:
-        counts = f"{self.total} layers become {len(self.new_layers)}"
+        half = sum(planned.kind == "thinned" for planned in self.new_layers)
+        zeros = f", {half} of them with zeros for a removed attention or MLP" if half else ""
+        counts = f"{self.total} layers become {len(self.new_layers)}{zeros}"
         if self.merges:
             groups = [group for group in merged_groups(self.total, self.merges) if len(group) > 1]
             return f"merge layers {' and '.join(layer_ranges(group) for group in groups)}: {counts}"
@@ -126,7 +185,11 @@ class Plan:
             layers = tuple(layer for layer, kind in self.skipped if kind == sublayer)
             if layers:
                 edits.append(f"remove the {sublayer} of layers {layer_ranges(layers)}")
+        if not edits:
+            edits = ["pack what earlier edits left"]
         patched = ", a linear map folded in before each gap" if self.replacement == "linear" else ""
+        if self.corrected:
+            patched = f", the mlp of layers {layer_ranges(self.corrected)} corrected"
         return f"{'; '.join(edits)}{patched}: {counts}"
 
     def _removed_after(self, layer: int) -> tuple[int, ...]:
@@ -134,6 +197,14 @@ class Plan:
         while end in self.removed:
             end += 1
         return tuple(range(layer + 1, end))
+
+
+def _planned(sublayers: Sequence[SublayerKey]) -> PlannedLayer:
+    """The layer that holds these one or two sublayers."""
+    layers = tuple(layer for layer, _ in sublayers)
+    if len(layers) == 1:
+        return PlannedLayer("thinned", layers)
+    return PlannedLayer("kept", layers[:1]) if layers[0] == layers[1] else PlannedLayer("packed", layers)
 
 
 def depths_of(new_layers: Sequence[PlannedLayer], total: int) -> tuple[int, ...]:
@@ -157,6 +228,27 @@ def merge_plan(total: int, merges: Sequence[Merge]) -> Plan:
     """The plan of these merges, for an original with `total` layers."""
     removed = sorted(layer for group in merged_groups(total, merges) for layer in group[1:])
     return Plan(total, tuple(removed), merges=tuple(merges))
+
+
+def packed_plan(
+    total: int,
+    removed: Iterable[SublayerKey],
+    already_skipped: Iterable[SublayerKey] = (),
+    replacement: ReplacementKind = "none",
+) -> Plan:
+    """The plan that removes sublayers and packs the others.
+
+    Args:
+        total: The number of layers of the original.
+        removed: The sublayers to remove.
+        already_skipped: The sublayers that the original skips already.
+        replacement: `none` or `corrected`.
+    """
+    before = frozenset(already_skipped)
+    gone = before.union(removed)
+    layers = tuple(layer for layer in range(total) if {(layer, "attention"), (layer, "mlp")} <= gone)
+    skipped = sorted(sublayer for sublayer in gone - before if sublayer[0] not in layers)
+    return Plan(total, layers, replacement, tuple(skipped), packs=True, already_skipped=tuple(sorted(before)))
 
 
 def is_contiguous(layers: tuple[int, ...]) -> bool:

@@ -1,3 +1,15 @@
 """Healing, the training that repairs a pruned model: its stages, losses, settings, training loop and checkpoints."""
 
-__all__ = ["checks", "lora", "losses", "settings", "stages", "trainable_parts", "trainer", "training_checkpoints"]
+__all__ = [
+    "checks",
+    "local",
+    "lora",
+    "losses",
+    "self_text",
+    "settings",
+    "stages",
+    "trainable_parts",
+    "trainer",
+    "training_checkpoints",
+    "trials",
+]

@@ -7,6 +7,7 @@ from optimum.streamline.errors import StreamlineError
 from optimum.streamline.methods.registry import METHODS
 from optimum.streamline.recipe.layer_counts import parse_remove
 from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.text.sources import SELF
 
 from .settings import heal_windows, scope_of
 from .trainer import check_sharing
@@ -26,10 +27,15 @@ def check_healing(recipe: Recipe) -> None:
     """
     _check_what_is_trained(recipe)
     _check_distillation(recipe)
+    if (data := recipe.healing.data).startswith((f"{SELF}+", f"{SELF},")):
+        raise StreamlineError(
+            f"heal-data {data!r}: text that the original samples cannot be mixed with other text; give {SELF}, "
+            f"{SELF}:PROMPTS, or another text"
+        )
     fields = recipe.recorded_options()
     needs = [("heal_scope", {"lm", "distill"}), ("heal_normalised", {"hidden-mse"})]
     if recipe.healing.trainings is None:
-        needs += [(field, {"hidden-mse", "lm", "distill"}) for field in _OF_ANY_TRAINING]
+        needs += [(field, {"hidden-mse", "local", "lm", "distill"}) for field in _OF_ANY_TRAINING]
     for field, stages in needs:
         if field in fields and not stages & set(recipe.resolved_trainings):
             raise StreamlineError(
@@ -63,6 +69,8 @@ def _check_what_is_trained(recipe: Recipe) -> None:
         raise StreamlineError(
             f"heal {recipe.healing.trainings!r}: hidden-mse trains a replacement; use replacement {one_of}"
         )
+    if "local" in recipe.resolved_trainings:
+        _check_local(recipe, trained)
     if recipe.healing.scope == "replacement" and not trained:
         raise StreamlineError(
             f"heal-scope 'replacement': there is no trained replacement; use replacement {one_of}, or heal-scope model"
@@ -76,6 +84,19 @@ def _check_what_is_trained(recipe: Recipe) -> None:
         raise StreamlineError(
             f"lora: adapters alone would leave the weights of replacement {recipe.resolved_replacement} random; "
             f"train it first, by heal hidden-mse+{recipe.resolved_trainings[-1]}"
+        )
+
+
+def _check_local(recipe: Recipe, trained: bool) -> None:
+    if trained:
+        raise StreamlineError(
+            f"heal {recipe.healing.trainings!r}: local trains layers of the original, and replacement "
+            f"{recipe.resolved_replacement} is none; train it by hidden-mse"
+        )
+    if METHODS[recipe.resolved_method].stepwise:
+        raise StreamlineError(
+            f"heal {recipe.healing.trainings!r}: method {recipe.resolved_method} heals after every merge, and local "
+            "would undo that; use heal distill, or another method"
         )
 
 

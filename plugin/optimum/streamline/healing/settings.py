@@ -11,7 +11,7 @@ from optimum.streamline.recipe.recipe import Recipe
 
 # The share of the healing windows that is not trained on, but used to choose the best weights.
 HELD_OUT_SHARE = 0.05
-Scope = Literal["replacement", "model"]
+Scope = Literal["replacement", "layer", "model"]
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,11 @@ def default_lora_lr(width: int, stage: str) -> float:
 
 
 def scope_of(recipe: Recipe, number: int, trained: bool) -> Scope:
-    """What stage `number` of `recipe.resolved_trainings` trains: the replacement, or the whole model.
+    """What stage `number` of `recipe.resolved_trainings` trains: the replacement, single layers, or the whole model.
 
-    `hidden-mse` always trains the replacement. Otherwise `heal_scope` decides. Without it, a first stage `lm` trains
-    the replacement, as in LLM-Streamline (arXiv 2403.19135), and all other stages train the model. A single stage `lm`
-    with `lora` trains the model too, because adapters need the model.
+    `hidden-mse` always trains the replacement, and `local` single layers. Otherwise `heal_scope` decides. Without it, a
+    first stage `lm` trains the replacement, as in LLM-Streamline (arXiv 2403.19135), and all other stages train the
+    model. A single stage `lm` with `lora` trains the model too, because adapters need the model.
 
     Args:
         recipe: The recipe.
@@ -128,6 +128,8 @@ def scope_of(recipe: Recipe, number: int, trained: bool) -> Scope:
     """
     if recipe.resolved_trainings[number] == "hidden-mse":
         return "replacement"
+    if recipe.resolved_trainings[number] == "local":
+        return "layer"
     if recipe.healing.scope is not None:
         return recipe.healing.scope
     first = recipe.resolved_trainings[number] == "lm" and number == 0 and trained
@@ -150,6 +152,27 @@ def replacement_settings(recipe: Recipe, width: int, stage: str) -> HealSettings
         batch=recipe.healing.batch,
         minutes=recipe.healing.minutes,
         betas=(0.9, 0.999) if stage == "hidden-mse" else (0.9, 0.95),
+        seed=recipe.seed,
+    )
+
+
+def local_settings(recipe: Recipe, width: int, layers: int) -> HealSettings:
+    """The settings for training one cut layer by `local`.
+
+    Args:
+        recipe: The recipe.
+        width: The hidden size of the model.
+        layers: The number of cut layers, which share the time limit.
+    """
+    minutes = recipe.healing.minutes
+    return HealSettings(
+        lr=recipe.healing.lr or default_lr(width),
+        epochs=recipe.healing.epochs,
+        batch=recipe.healing.batch,
+        minutes=None if minutes is None else minutes / layers,
+        min_lr_share=0.0,
+        weight_decay=0.0,
+        clip=1.0,
         seed=recipe.seed,
     )
 

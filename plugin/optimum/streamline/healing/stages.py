@@ -11,15 +11,17 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from optimum.streamline.editing.plan import TRAINED, Plan, PlannedLayer, depths_of
+from optimum.streamline.editing.plan import TRAINED, Plan, PlannedLayer, depths_of, layer_ranges
+from optimum.streamline.errors import StreamlineError
 from optimum.streamline.methods.registry import METHODS
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.system.notify import Notify
 from optimum.streamline.text.windows import Windows
 
+from .local import LayerError, cut_layers
 from .losses import Distillation, HealingLoss, NextToken
-from .settings import HealLog, HealSettings, Scope, model_settings, replacement_settings, scope_of
+from .settings import HealLog, HealSettings, Scope, local_settings, model_settings, replacement_settings, scope_of
 from .trainable_parts import train_model, train_replacement
 from .trainer import split_windows
 
@@ -37,10 +39,11 @@ class HealingResult:
 
     Args:
         stage: The kind of training: one of `Recipe.healing`.
-        scope: Whether it trained the replacement or the whole model.
+        scope: Whether it trained the replacement, one layer or the whole model.
         windows: The number of windows that it trained on, without the held-out ones.
         settings: Its settings.
         log: Its log.
+        layer: The number of the layer that it trained, in the new model; `None` if it trained something else.
     """
 
     stage: str
@@ -48,12 +51,14 @@ class HealingResult:
     windows: int
     settings: HealSettings
     log: HealLog
+    layer: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The entry in the list `healing` of `streamline.json`."""
         return {
             "stage": self.stage,
             "scope": self.scope,
+            **({} if self.layer is None else {"layer": self.layer}),
             "windows": self.windows,
             "settings": asdict(self.settings),
             **asdict(self.log),
@@ -73,6 +78,7 @@ class Healer:
         notify: A function that is told of each training before it starts, in one line.
         workspace: The folder for checkpoints, one subfolder a training. If it holds checkpoints of the same model, text
             and recipe, finished trainings are not repeated, and an unfinished one is resumed.
+        teacher: The original, if it is not `model` that is edited. By default `before_edit` copies `model`.
     """
 
     def __init__(
@@ -83,24 +89,25 @@ class Healer:
         text: Windows,
         notify: Notify,
         workspace: Path | None = None,
+        teacher: PreTrainedModel | None = None,
     ) -> None:
         self._recipe, self._model, self._plan, self._text = recipe, model, plan, text
         self._notify, self._workspace = notify, workspace
-        self._teacher: PreTrainedModel | None = None
+        self._teacher = teacher
         self.results: list[HealingResult] = []
 
     def before_edit(self, student: nn.Module | None) -> None:
-        """Run stage `hidden-mse`, if the recipe has it, and keep a copy of the original if a stage distils.
+        """Run stage `hidden-mse`, if the recipe has it, and keep a copy of the original if a stage needs it.
 
         Args:
             student: The layer of the replacement, which is trained in place; `None` if the plan has no such layer.
         """
-        if "distill" in self._recipe.resolved_trainings:
+        if {"local", "distill"} & set(self._recipe.resolved_trainings) and self._teacher is None:
             self._teacher = copy.deepcopy(self._model).requires_grad_(False)
         if student is None or "hidden-mse" not in self._recipe.resolved_trainings:
             return
         settings = replacement_settings(self._recipe, self._model.config.hidden_size, "hidden-mse")
-        self._announce("hidden-mse", "replacement", settings)
+        self._announce("hidden-mse", "the replacement", settings)
         log = train_replacement(
             self._model,
             self._plan,
@@ -118,23 +125,53 @@ class Healer:
         stepwise = METHODS[self._recipe.resolved_method].stepwise
         return self._train_stages if stepwise and self._recipe.resolved_trainings else None
 
-    def after_edit(self, new_layers: tuple[PlannedLayer, ...]) -> None:
+    def after_edit(self, new_layers: tuple[PlannedLayer, ...], stop_at: float = 1.0) -> None:
         """Train the edited model, after a stepwise method on the last part of the text.
 
         Args:
             new_layers: The layers of the edited model.
+            stop_at: Stop when this share of the first distillation is done (`trainer.train`).
         """
-        self._train_stages(new_layers)
+        self._train_stages(new_layers, stop_at)
 
-    def _train_stages(self, new_layers: tuple[PlannedLayer, ...]) -> None:
+    def _train_stages(self, new_layers: tuple[PlannedLayer, ...], stop_at: float = 1.0) -> None:
         # A stepwise method trains after every merge, each time on the next of as many equal parts of the text.
         parts = len(self._plan.merges) if self.after_merge else 1
         merged = sum(len(planned.originals) - 1 for planned in new_layers) if self.after_merge else 1
         for number, stage in enumerate(self._recipe.resolved_trainings):
-            if stage != "hidden-mse":
-                self._train(number, stage, new_layers, (merged - 1, parts))
+            if stage == "local":
+                self._train_layers(new_layers)
+            elif stage != "hidden-mse":
+                self._train(number, stage, new_layers, (merged - 1, parts), stop_at if stage == "distill" else 1.0)
+            if stage == "distill" and stop_at < 1:
+                return
 
-    def _train(self, number: int, stage: str, new_layers: tuple[PlannedLayer, ...], share: tuple[int, int]) -> None:
+    def _train_layers(self, new_layers: tuple[PlannedLayer, ...]) -> None:
+        assert self._teacher is not None, "before_edit keeps the original"
+        cut = cut_layers(new_layers, self._teacher.config, self._model.config)
+        if not cut:
+            raise StreamlineError(
+                f"heal {self._recipe.healing.trainings!r}: the plan leaves every layer as it was, and local trains "
+                "those that lost something; use heal distill"
+            )
+        settings = local_settings(self._recipe, self._model.config.hidden_size, len(cut))
+        self._announce("local", f"layers {layer_ranges(tuple(each.layer for each in cut))}", settings)
+        layers = decoder_layers(self._model, architecture_of(self._model.config))
+        for each in cut:
+            log = train_model(
+                self._model,
+                LayerError(self._teacher, each),
+                self._text,
+                settings,
+                part=layers[each.layer],
+                title=f"training layer {each.layer}",
+                workspace=self._checkpoint_folder(),
+            )
+            self.results.append(HealingResult("local", "layer", self._windows((0, 1)), settings, log, each.layer))
+
+    def _train(
+        self, number: int, stage: str, new_layers: tuple[PlannedLayer, ...], share: tuple[int, int], stop_at: float
+    ) -> None:
         recipe, width = self._recipe, self._model.config.hidden_size
         scope = scope_of(recipe, number, self._plan.replacement in TRAINED)
         replacement_only = scope == "replacement"
@@ -142,15 +179,17 @@ class Healer:
         settings = choose(recipe, width, stage)
         if settings.minutes is not None:  # divided like the windows, so that the limit holds for all merges together
             settings = replace(settings, minutes=settings.minutes / share[1])
-        self._announce(stage, scope, settings, share)
+        self._announce(stage, f"the {scope}", settings, share)
         log = train_model(
             self._model,
             self._healing_loss(stage, new_layers),
             self._text,
             settings,
             part=self._replacement(new_layers) if replacement_only else None,
+            title=f"training the {scope}",
             share=share,
             workspace=self._checkpoint_folder(),
+            stop_at=stop_at,
         )
         self._note(stage, scope, settings, log, share)
 
@@ -179,8 +218,7 @@ class Healer:
         # A training's folder is named after its number, because a resumed run has the same trainings in the same order.
         return None if self._workspace is None else self._workspace / str(len(self.results))
 
-    def _announce(self, stage: str, scope: Scope, settings: HealSettings, share: tuple[int, int] = (0, 1)) -> None:
-        trained = "the replacement" if scope == "replacement" else "the model"
+    def _announce(self, stage: str, trained: str, settings: HealSettings, share: tuple[int, int] = (0, 1)) -> None:
         by = "" if settings.lora_rank is None else f" by adapters of rank {settings.lora_rank}"
         passes = "1 pass" if settings.epochs == 1 else f"{settings.epochs} passes"
         self._notify(f"training {trained}{by} ({stage}) on {self._windows(share)} windows, {passes}")

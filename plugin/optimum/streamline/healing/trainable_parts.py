@@ -68,8 +68,10 @@ def train_model(
     settings: HealSettings,
     *,
     part: nn.Module | None = None,
+    title: str = "training the model",
     share: tuple[int, int] = (0, 1),
     workspace: Path | None = None,
+    stop_at: float = 1.0,
 ) -> HealLog:
     """Train a model or one of its submodules, in place, to minimise `healing_loss`.
 
@@ -82,8 +84,10 @@ def train_model(
         windows: The healing text, `settings.heal_windows` windows.
         settings: The settings of the training.
         part: The submodule of `model` to train; the whole model by default.
+        title: The title of the progress bar.
         share: See `trainer.train`.
         workspace: See `trainer.train`.
+        stop_at: See `trainer.train`.
 
     Returns:
         The log of the training.
@@ -103,8 +107,9 @@ def train_model(
         else:
             parameters = stack.enter_context(adapters(model, settings.lora_rank, settings.seed))
         loss = partial(healing_loss.loss, model)
-        title = "training the model" if part is None else "training the replacement"
-        return train(parameters, loss, windows, settings, title=title, share=share, workspace=workspace)
+        return train(
+            parameters, loss, windows, settings, title=title, share=share, workspace=workspace, stop_at=stop_at
+        )
 
 
 @contextmanager

@@ -55,6 +55,7 @@ def train(
     title: str,
     share: tuple[int, int] = (0, 1),
     workspace: Path | None = None,
+    stop_at: float = 1.0,
 ) -> HealLog:
     """Train `parameters`, in place, to minimise `loss`, and keep the weights with the lowest held-out loss.
 
@@ -71,6 +72,8 @@ def train(
         workspace: The folder for checkpoints; none are kept if it is `None`. If it holds checkpoints, the training is
             resumed from the last one. If that is the end of the training, its weights are loaded. On a CPU, a resumed
             training ends with the same weights, bit for bit, as an uninterrupted one.
+        stop_at: Stop when this share of the training is done, 0 to 1, and leave the last weights instead of the best. A
+            later call with the same `workspace` goes on.
 
     Returns:
         The log of the training.
@@ -85,16 +88,17 @@ def train(
     trained = _TrainedWeights(parameters, loss)
     with _checkpoints(workspace) as (folder, last):
         progress = _TrainingProgress(
-            trained, held_out, settings, updates=len(order) // batch, saves=workspace is not None
+            trained, held_out, settings, updates=len(order) // batch, saves=workspace is not None, stop_at=stop_at
         )
-        if last is not None and _is_final(last, progress):
+        if last is not None and _is_done(last, progress):
             trained.load_state_dict(load_file(last / "model.safetensors"))
             rows = _log_rows(last)
         else:
             rows = _run(trained, progress, training[order], batch, settings, folder, last, title)
-            if workspace is not None:
+            if workspace is not None and stop_at == 1:
                 _keep_result_only(workspace)
-    trained.restore()
+    if stop_at == 1:
+        trained.restore()
     return _log(rows)
 
 
@@ -227,9 +231,15 @@ class _TrainingProgress(TrainerCallback):
     bar: Bar
 
     def __init__(
-        self, trained: _TrainedWeights, held_out: torch.Tensor, settings: HealSettings, updates: int, saves: bool
+        self,
+        trained: _TrainedWeights,
+        held_out: torch.Tensor,
+        settings: HealSettings,
+        updates: int,
+        saves: bool,
+        stop_at: float,
     ) -> None:
-        self.trained, self.settings, self.updates = trained, settings, updates
+        self.trained, self.settings, self.updates, self.stop_at = trained, settings, updates, stop_at
         self._held_out, self._saves = held_out, saves
         self._start = monotonic()
         self._elapsed = 0.0
@@ -246,8 +256,8 @@ class _TrainingProgress(TrainerCallback):
         return self.settings.min_lr_share + (1 - self.settings.min_lr_share) * fallen
 
     def is_over(self, step: int, elapsed: float) -> bool:
-        """Whether the training ends after update `step`, with `elapsed` seconds passed."""
-        return self._progress(step, elapsed) >= 1
+        """Whether the training ends, or stops for now, after update `step`, with `elapsed` seconds passed."""
+        return self._progress(step, elapsed) >= self.stop_at
 
     def note(self, loss: torch.Tensor, optimizer: Any, done: int) -> None:
         """Record the loss and the learning rate of the update after `done` updates.
@@ -352,7 +362,7 @@ def _run(
     )
     trainer.progress = progress
     trainer.remove_callback(PrinterCallback)
-    with progress_bar(title, progress.updates) as progress.bar:
+    with progress_bar(title, math.ceil(progress.updates * progress.stop_at)) as progress.bar:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     rows = [row for row in trainer.state.log_history if "held_out" in row]
     # The Trainer is part of reference cycles, with the optimizer state and, for several processes, the gradient hooks.
@@ -430,7 +440,7 @@ def _log_rows(checkpoint: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _is_final(checkpoint: Path, progress: _TrainingProgress) -> bool:
+def _is_done(checkpoint: Path, progress: _TrainingProgress) -> bool:
     row = _log_rows(checkpoint)[-1]
     return progress.is_over(row["step"], row["elapsed"])
 

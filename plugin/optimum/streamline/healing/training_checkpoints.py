@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+from optimum.streamline.editing.plan import Plan
 from optimum.streamline.system.atomic_output import write_file
 from optimum.streamline.system.distributed import is_main, wait_for_all
 
@@ -37,12 +40,18 @@ def healing_workspace(out: Path, fingerprint: str) -> Iterator[Path]:
     try:
         yield workspace
     except BaseException as error:
-        if isinstance(error, NotFiniteError) or not any(workspace.glob(f"*/*/{COMPLETE_FILE}")):
+        if isinstance(error, NotFiniteError) or not any(workspace.rglob(COMPLETE_FILE)):
             _remove(workspace)
         else:
             error.add_note(f"checkpoints kept in {workspace}: the same command resumes from them")
         raise
     _remove(workspace)
+
+
+def plan_folder(workspace: Path, plan: Plan) -> Path:
+    """The folder in the checkpoint folder for the trainings of one plan, one subfolder a training."""
+    alone = replace(plan, tried=(), trials=())  # two measurements of the same losses may differ in the last digits
+    return workspace / hashlib.sha256(repr(alone).encode()).hexdigest()[:12]
 
 
 def open_workspace(workspace: Path, key: dict[str, str]) -> bool:

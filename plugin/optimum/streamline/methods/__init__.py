@@ -15,6 +15,7 @@ __all__ = [
     "names",
     "protected_ends",
     "registry",
+    "shifted",
     "shortened_ppl",
     "shortened_taylor",
     "shortgpt",

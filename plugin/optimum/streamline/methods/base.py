@@ -29,17 +29,18 @@ without arguments. So keep nothing in `self` from one call to the next. A run ca
 The parts of a `Recipe` that a method may read:
 
 - `resolved_method`, `pruning.layers`, and `pruning.remove` through `count`;
-- `resolved_replacement`: `none`, `linear`, or one of `TRAINED`;
+- `resolved_replacement`: `none`, `linear`, `corrected`, or one of `TRAINED`;
 - `resolved_trainings`: the trainings in order, empty without healing;
 - `calibration.samples`, `length`, `device`, and `seed`, from which all random numbers must come;
-- `pruning.iterative`, `pruning.protect` and `pruning.pattern`, if `Method.options` names them.
+- `pruning.iterative`, `pruning.protect`, `pruning.pattern` and `pruning.packed`, if `Method.options` names them.
 
 A method cannot add options.
 
 `plan` returns `Plan(total, removed, replacement)`: the number of layers of the original, the numbers of the removed
-layers as rising 0-based ints, and `recipe.resolved_replacement`. `Plan.skipped` names single sublayers to skip in
-layers that stay, as pairs such as `(3, "attention")`. `Plan.merges` is for methods with their own `apply`. Leave
-`chosen_by` and `tried` empty.
+layers as rising 0-based ints, and `recipe.resolved_replacement`. `Plan.skipped` names single sublayers to remove from
+layers that stay, as pairs such as `(3, "attention")`. With `packs=True`, the sublayers that are left are arranged in as
+few layers as possible; `packed_plan` makes such a plan of removed sublayers. `Plan.merges` is for methods with their
+own `apply`. Leave `chosen_by` and `tried` empty.
 
 `apply` may change the model, in place, and the model's config, but no file and no global state. The default does what
 the plan says (`apply_plan`). It fits every method that removes layers or sublayers. A method with its own `apply` may
@@ -60,8 +61,9 @@ from typing import ClassVar
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum.streamline.editing.apply import Change, EditInputs, apply_plan
+from optimum.streamline.editing.correction import check_corrected
 from optimum.streamline.editing.linear_map import check_linear
-from optimum.streamline.editing.plan import TRAINED, Plan, PlannedLayer
+from optimum.streamline.editing.plan import FITTED, TRAINED, Plan, PlannedLayer, packed_plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.recipe.layer_counts import parse_remove
 from optimum.streamline.recipe.recipe import Recipe
@@ -82,6 +84,7 @@ __all__ = [
     "Windows",
     "check_attention_stays",
     "first_choice",
+    "packed_plan",
 ]
 """The names that a method needs. Third-party methods import them from here."""
 
@@ -120,11 +123,11 @@ class Method(ABC):
 
     summary: ClassVar[str] = ""
     """One line on what a third-party method chooses, for the model card. `names.py` has the lines of our methods."""
-    replacements: ClassVar[tuple[str, ...]] = ("none", "linear")
+    replacements: ClassVar[tuple[str, ...]] = ("none", *FITTED)
     """The replacements that the method supports. A trained one (`TRAINED`) needs one block, one layer longer than
     `remove`. A linear map needs layer 0 to stay: see `first_choice`."""
     options: ClassVar[tuple[str, ...]] = ()
-    """The options among `iterative`, `protect` and `pattern` that the method reads. The others are refused."""
+    """The options among `iterative`, `protect`, `pattern` and `packed` that the method reads. Others are refused."""
     needs_float: ClassVar[str] = ""
     """Why the method cannot prune quantized weights, such as `merges weights`; empty if it can. It completes an error
     message that begins with the method's name."""
@@ -163,6 +166,8 @@ class Method(ABC):
             )
         if recipe.resolved_replacement == "linear":
             check_linear(config)
+        if recipe.resolved_replacement == "corrected":
+            check_corrected(config)
 
     def count(self, recipe: Recipe, total: int) -> int:
         """The number of layers that the model loses: the recipe's `remove`, which may be a share, as a number.
@@ -178,9 +183,21 @@ class Method(ABC):
             raise StreamlineError("remove is missing: give a number of layers, such as 4, or a share, such as 25%")
         return parse_remove(recipe.pruning.remove, total)
 
+    def may_pack(self, recipe: Recipe, config: PreTrainedConfig) -> bool:
+        """Whether a plan of this method may have `Plan.packs`, so that wrong models are refused before they load."""
+        return False
+
+    def quantized_refusal(self, recipe: Recipe, config: PreTrainedConfig) -> str:
+        """Why the method cannot prune quantized weights with this recipe; empty if it can. By default `needs_float`."""
+        return self.needs_float
+
     def held_out(self, recipe: Recipe) -> int:
         """The number of windows that the method needs to compare plans on, after the calibration windows."""
         return 0
+
+    def plans(self, recipe: Recipe, inputs: MethodInputs) -> tuple[Plan, ...]:
+        """The plans that trial trainings choose from, the best before healing first. Only `auto` has several."""
+        return (self.plan(recipe, inputs),)
 
     @abstractmethod
     def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
@@ -215,6 +232,11 @@ class Method(ABC):
 def first_choice(recipe: Recipe) -> int:
     """The first layer that may be removed: 1 with linear maps, which are folded into the layer before; otherwise 0."""
     return int(recipe.resolved_replacement == "linear")
+
+
+def corrects(recipe: Recipe) -> bool:
+    """Whether a greedy search compares removals with their corrections (replacement `corrected`)."""
+    return recipe.resolved_replacement == "corrected"
 
 
 def check_attention_stays(recipe: Recipe, length: int, total: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedConfig
 
-from optimum.streamline.editing.plan import TRAINED, Plan
+from optimum.streamline.editing.plan import FITTED, TRAINED, Plan
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.scoring.similarity import Scores
 
@@ -24,7 +24,7 @@ class ContiguousBlockMethod(Method):
     output of that layer, not with its output after the final norm.
     """
 
-    replacements = ("none", "linear", *TRAINED)
+    replacements = ("none", *FITTED, *TRAINED)
 
     def check(self, recipe: Recipe, config: PreTrainedConfig) -> None:
         """Refuse a recipe as the base class does, and a replacement that leaves no layer with attention."""

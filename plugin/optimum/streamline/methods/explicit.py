@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from transformers import PreTrainedConfig
 
-from optimum.streamline.editing.plan import TRAINED, Plan, is_contiguous
+from optimum.streamline.editing.correction import check_something_follows
+from optimum.streamline.editing.plan import FITTED, TRAINED, Plan, is_contiguous
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.models.skipped_sublayers import skipped_of
 from optimum.streamline.recipe.layer_counts import parse_layers
 from optimum.streamline.recipe.recipe import Recipe
 
@@ -16,7 +20,7 @@ class Explicit(Method):
     """Remove or replace the layers that `Recipe.layers` names; no score counts."""
 
     by_scores = True
-    replacements = ("none", "linear", *TRAINED)
+    replacements = ("none", *FITTED, *TRAINED)
 
     def check(self, recipe: Recipe, config: PreTrainedConfig) -> None:
         """Refuse missing or invalid layers, and a trained replacement for layers that are not one block."""
@@ -40,6 +44,8 @@ class Explicit(Method):
             raise StreamlineError(
                 f"layers {recipe.pruning.layers!r}: a linear map is folded into the layer before; keep layer 0"
             )
+        skipped = tuple(sorted(skipped_of(config)))
+        check_something_follows(replace(self.named_plan(recipe, total), already_skipped=skipped))
 
     def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
         """Remove or replace the named layers."""

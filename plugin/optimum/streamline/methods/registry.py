@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from optimum.streamline.errors import StreamlineError, first_line
 from optimum.streamline.models.bare_layers import refuse_bare
-from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.recipe.recipe import OPTIONS, Recipe
 
 from .auto import Auto
 from .average import Average
@@ -22,6 +22,7 @@ from .explicit import Explicit
 from .gromov import Gromov
 from .layerchop import LayerChop
 from .llm_streamline import LLMStreamline
+from .shifted import Shifted
 from .shortened_ppl import ShortenedPPL
 from .shortened_taylor import ShortenedTaylor
 from .shortgpt import ShortGPT
@@ -40,6 +41,7 @@ BUILT_IN: dict[str, Method] = {
     "gromov": Gromov(),
     "layerchop": LayerChop(),
     "llm-streamline": LLMStreamline(),
+    "shifted": Shifted(),
     "shortened-ppl": ShortenedPPL(),
     "shortened-taylor": ShortenedTaylor(),
     "shortgpt": ShortGPT(),
@@ -126,9 +128,9 @@ def method_of(recipe: Recipe, config: PreTrainedConfig) -> Method:
 
 
 def _check_options(recipe: Recipe, method: Method) -> None:
-    for field in ("iterative", "protect", "pattern"):
+    for field in ("iterative", "protect", "pattern", "packed"):
         value = recipe.option(field)
-        if value and field not in method.options:
+        if value != OPTIONS[field].default and field not in method.options:
             having = [name for name, other in METHODS.items() if field in other.options]
             raise StreamlineError(
                 f"{field} {value!r}: method {recipe.resolved_method} does not have this option; {_has(having)}"

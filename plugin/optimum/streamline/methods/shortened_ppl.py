@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from optimum.streamline.editing.plan import Plan
+from optimum.streamline.models.removed_sublayers import whole_layer
 from optimum.streamline.recipe.recipe import Recipe
-from optimum.streamline.scoring.ablation import removal_losses, whole_layer
+from optimum.streamline.scoring.ablation import removal_losses
 
 from .base import MethodInputs
 from .protected_ends import ProtectedEndsMethod

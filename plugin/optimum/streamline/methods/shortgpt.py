@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from optimum.streamline.editing.plan import Plan
+from optimum.streamline.models.removed_sublayers import whole_layer, without
 from optimum.streamline.recipe.recipe import Recipe
-from optimum.streamline.scoring.ablation import whole_layer, without
 from optimum.streamline.scoring.similarity import measure_scores
 
 from .base import Method, MethodInputs, first_choice

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from optimum.streamline.editing.plan import Plan
+from optimum.streamline.models.removed_sublayers import SublayerSet, fully_removed_layers, whole_layer
 from optimum.streamline.recipe.recipe import Recipe
-from optimum.streamline.scoring.ablation import SublayerSet, fully_removed_layers, removal_losses, whole_layer
+from optimum.streamline.scoring.race import race_removals
 
-from .base import MethodInputs
+from .base import MethodInputs, corrects
 from .protected_ends import ProtectedEndsMethod
 
 
 class SLEB(ProtectedEndsMethod):
     """At each step, remove the layer i whose removal gives the lowest calibration loss, argmin_i CE(model - R - i).
 
-    R is the set of layers removed in earlier steps. Among equal losses the first layer wins. The first and the last
-    layer are protected by default.
+    R is the set of layers removed in earlier steps. The losses of a step are compared in a race (`scoring.race`), which
+    may choose another of nearly equal losses. Among equal losses the first layer wins. The first and the last layer are
+    protected by default.
+
+    With replacement `corrected`, CE is the loss after the corrections (`editing.correction.fit_candidates`), on each
+    half of the text with those fitted on the other half.
 
     Source: SLEB (arXiv 2402.09025), the greedy search.
     """
@@ -27,6 +32,6 @@ class SLEB(ProtectedEndsMethod):
         for _ in range(self.count(recipe, inputs.layers)):
             earlier = fully_removed_layers(removed)
             candidates = [layer for layer in self.removable(recipe, inputs.layers) if layer not in earlier]
-            losses = removal_losses(inputs.model, inputs.calibration, [whole_layer(i) for i in candidates], removed)
-            removed |= whole_layer(candidates[losses.index(min(losses))])
+            whole = [whole_layer(layer) for layer in candidates]
+            removed |= whole[race_removals(inputs.model, inputs.calibration, whole, removed, corrects(recipe)).best]
         return Plan(inputs.layers, fully_removed_layers(removed), recipe.resolved_replacement)

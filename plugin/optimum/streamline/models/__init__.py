@@ -13,5 +13,6 @@ __all__ = [
     "offloaded_weights",
     "quantization_config",
     "quantized_weights",
+    "removed_sublayers",
     "skipped_sublayers",
 ]

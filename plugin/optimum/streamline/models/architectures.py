@@ -36,6 +36,7 @@ class Architecture:
         attention_in: The projections that read `attention_norm`. The rows of each are ordered by head.
         head_norms: The norms of queries and of keys. All heads share the weight of each.
         mlp_norm: The norm before the MLP.
+        mlp_norms: All norms of the MLP, where they are not `mlp_norm` alone.
         mlp_in: The projections that read `mlp_norm`.
         stacked: Those input projections that hold several projections, one below the other: queries, keys and values,
             or gate and up projection.
@@ -55,15 +56,21 @@ class Architecture:
     attention_in: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     head_norms: tuple[str, ...] = ()
     mlp_norm: str = "post_attention_layernorm"
+    mlp_norms: tuple[str, ...] = ()
     mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     stacked: tuple[str, ...] = ()
     gain_offset: float = 0.0
     bias_field: str = ""
 
+    @property
+    def mlp_part(self) -> tuple[str, ...]:
+        """The modules of the MLP with its norms. All other modules of a layer belong to its attention."""
+        return (*(self.mlp_norms or (self.mlp_norm,)), *self.mlp)
+
 
 ARCHITECTURES: dict[str, Architecture] = {
     "gemma": Architecture(gain_offset=1.0),
-    "gemma2": Architecture(norm_after=True),
+    "gemma2": Architecture(norm_after=True, mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm")),
     "gpt2": Architecture(
         layers="transformer.h",
         attention="attn",
@@ -88,7 +95,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(),
     "mistral": Architecture(),
     "mixtral": Architecture(mlp_out=("mlp.experts.down_proj",), experts=True),
-    "olmo2": Architecture(norm_after=True),
+    "olmo2": Architecture(norm_after=True, mlp_norms=("post_feedforward_layernorm",)),
     "opt": Architecture(
         layers="model.decoder.layers",
         attention_out="self_attn.out_proj",
@@ -148,6 +155,15 @@ def has_norms_after(config: PreTrainedConfig) -> bool:
     If so, the residual stream is not a linear function of that projection's weight.
     """
     return architecture_of(config).norm_after or getattr(config, "do_layer_norm_before", True) is False
+
+
+def can_pack(config: PreTrainedConfig) -> bool:
+    """Whether an attention and the MLP of a later layer can make one layer.
+
+    They cannot where both read the same hidden state (parallel residual connections), nor where a norm of each changes
+    the residual stream itself, which a removed sublayer would take with it.
+    """
+    return not getattr(config, "use_parallel_residual", False) and getattr(config, "do_layer_norm_before", True)
 
 
 def layer_kinds(config: PreTrainedConfig) -> tuple[tuple[Any, ...], ...]:

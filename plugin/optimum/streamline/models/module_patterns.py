@@ -63,12 +63,19 @@ def matches_any(name: str, patterns: Iterable[str]) -> bool:
     )
 
 
-def renumbered_names(names: Iterable[str], originals: Sequence[Sequence[int]]) -> list[tuple[str, str]]:
+def renumbered_names(
+    names: Iterable[str],
+    originals: Sequence[Sequence[int]],
+    mlp_originals: Sequence[Sequence[int]] | None = None,
+    mlp_part: Sequence[str] = (),
+) -> list[tuple[str, str]]:
     """Give the linear modules of an edited model their new names.
 
     Args:
         names: Module names in the old model.
         originals: For each layer of the new model, the indices of the old layers that it stands for.
+        mlp_originals: The same for its MLP alone; by default `originals`.
+        mlp_part: The modules of the MLP in a layer (`Architecture.mlp_part`), needed with `mlp_originals`.
 
     Returns:
         Pairs of new name and old name. Names in removed layers are left out; a name outside the layers stays.
@@ -79,7 +86,10 @@ def renumbered_names(names: Iterable[str], originals: Sequence[Sequence[int]]) -
     pairs: list[tuple[str, str]] = []
     for name in names:
         if layer := _LAYER.match(name):
-            new_layers = [index for index, group in enumerate(originals) if int(layer[2]) in group]
+            module = name[layer.end() + 1 :]
+            of_mlp = any(f"{module}.".startswith(f"{each}.") for each in mlp_part)
+            groups = mlp_originals if of_mlp and mlp_originals is not None else originals
+            new_layers = [index for index, group in enumerate(groups) if int(layer[2]) in group]
             pairs += [(f"{layer[1]}{index}{name[layer.end() :]}", name) for index in new_layers]
         else:
             pairs.append((name, name))

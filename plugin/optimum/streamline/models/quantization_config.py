@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -16,6 +17,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from optimum.streamline.errors import StreamlineError, first_line
 
+from .architectures import Architecture
 from .linear_modules import linear_modules_of, meta_model
 from .module_patterns import renumbered_names
 
@@ -111,13 +113,16 @@ def float_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return plain
 
 
-def renumber_quantization(config: PreTrainedConfig, layers: str, origins: Sequence[int]) -> None:
+def renumber_quantization(
+    config: PreTrainedConfig, architecture: Architecture, origins: Sequence[int], mlp_origins: Sequence[int]
+) -> None:
     """Update the layer indices in `quantization_config` for a new list of layers, in place.
 
     Args:
         config: The model's config.
-        layers: The path of the list of decoder layers, such as `model.layers`.
-        origins: For each new layer, the index of the old layer whose per-layer settings it keeps.
+        architecture: The model's architecture.
+        origins: For each new layer, the index of the old layer that its attention comes from.
+        mlp_origins: For each new layer, the index of the old layer that its MLP comes from.
 
     Raises:
         StreamlineError: a field names layers in a form that cannot be renumbered, such as a range in a regular
@@ -128,20 +133,63 @@ def renumber_quantization(config: PreTrainedConfig, layers: str, origins: Sequen
         return
     fields = found if isinstance(found, dict) else vars(found)
     # Only a layer index follows this path. In a regular expression the dot is escaped.
-    path = rf"{re.escape(layers.rpartition('.')[2])}\\*\."
+    path = rf"{re.escape(architecture.layers.rpartition('.')[2])}\\*\."
+    follow = _Followed(path, architecture, origins, mlp_origins)
     for field, value in fields.items():
         strings = isinstance(value, list) and all(isinstance(each, str) for each in value)
         if strings and field in _LISTS_OF_PATTERNS:
             fields[field] = _renumbered_patterns(
-                value, list(linear_modules_of(meta_model(float_config(config)))), origins
+                value, list(linear_modules_of(meta_model(float_config(config)))), follow
             )
         elif strings:
-            fields[field] = [new for each in value for new in _renumbered(field, each, path, origins)]
+            fields[field] = [new for each in value for new in _renumbered(field, each, follow)]
         elif re.search(rf"{path}[\[(]?\d", str(value)):
             raise _cannot_follow(field)
 
 
-def _renumbered_patterns(patterns: list[str], names: list[str], origins: Sequence[int]) -> list[str]:
+@dataclass(frozen=True)
+class _Followed:
+    """How layers are named, and which old layers the new ones come from.
+
+    Args:
+        path: A regular expression for what stands before the number of a layer.
+        architecture: The model's architecture.
+        origins: For each new layer, the index of the old layer that its attention comes from.
+        mlp_origins: The same for its MLP.
+    """
+
+    path: str
+    architecture: Architecture
+    origins: Sequence[int]
+    mlp_origins: Sequence[int]
+
+    @property
+    def parts(self) -> set[str]:
+        """The names of a layer's attention and MLP, and of their norms."""
+        architecture = self.architecture
+        return {architecture.attention, architecture.attention_norm, *architecture.mlp_part}
+
+    def new_layers(self, old: int, module: str) -> list[tuple[int, tuple[str, ...]]]:
+        """The new layers that hold a module of an old layer.
+
+        Args:
+            old: The index of the old layer.
+            module: The path of the module in the layer; empty for the whole layer.
+
+        Returns:
+            For each: its index, and the paths in it; an empty path for the module itself.
+        """
+        of_mlp = any(f"{module}.".startswith(f"{each}.") for each in self.architecture.mlp_part)
+        found: list[tuple[int, tuple[str, ...]]] = []
+        for index, (origin, mlp_origin) in enumerate(zip(self.origins, self.mlp_origins, strict=True)):
+            if old == origin == mlp_origin or (module and old == (mlp_origin if of_mlp else origin)):
+                found.append((index, ("",)))
+            elif not module and old in (origin, mlp_origin):  # half of it is in another layer
+                found.append((index, (self.architecture.attention,) if old == origin else self.architecture.mlp))
+        return found
+
+
+def _renumbered_patterns(patterns: list[str], names: list[str], follow: _Followed) -> list[str]:
     """Patterns that match, in the new model, the modules that `patterns` match in the old one.
 
     Old patterns stay if they match nothing else in the new model. Other modules are listed by name.
@@ -150,7 +198,8 @@ def _renumbered_patterns(patterns: list[str], names: list[str], origins: Sequenc
     def excluded(name: str, *by: str) -> bool:
         return not should_convert_module(name, list(by))
 
-    new_names = dict(renumbered_names(names, [[origin] for origin in origins]))
+    origins, mlp_origins = ([[origin] for origin in each] for each in (follow.origins, follow.mlp_origins))
+    new_names = dict(renumbered_names(names, origins, mlp_origins, follow.architecture.mlp_part))
     wanted = {new for new, old in new_names.items() if excluded(old, *patterns)}
     matched = {each: {new for new in new_names if excluded(new, each)} for each in patterns}
     unused = {each for each in patterns if not any(excluded(name, each) for name in names)}
@@ -159,16 +208,25 @@ def _renumbered_patterns(patterns: list[str], names: list[str], origins: Sequenc
     return [*still_right, *(name for name in new_names if name in rest)]
 
 
-def _renumbered(field: str, name: str, path: str, origins: Sequence[int]) -> list[str]:
-    """The new names for one module name of `quantization_config`: one per new layer, none if its layer was removed."""
-    literal = list(re.finditer(rf"({path})(\d+)(?=\\*\.|\$|$)", name))
+def _renumbered(field: str, name: str, follow: _Followed) -> list[str]:
+    """The new names for one module name of `quantization_config`: one per new layer, none if it was removed."""
+    literal = list(re.finditer(rf"({follow.path})(\d+)(?=\\*\.|\$|$)", name))
     if not literal and not re.search(r"(?<![A-Za-z_\d])\d", name):
         return [name]
     if len(literal) != 1:
         raise _cannot_follow(field)
     [match] = literal
-    new_layers = [index for index, origin in enumerate(origins) if origin == int(match[2])]
-    return [f"{name[: match.start()]}{match[1]}{index}{name[match.end() :]}" for index in new_layers]
+    rest = name[match.end() :]
+    new_names: list[str] = []
+    first = re.match(r"\\*\.(\w+)(?=\\*\.|\$|$)", rest)
+    # A pattern such as `.*` or `m.*` may match modules of both parts: it speaks of the whole layer.
+    module = rest.replace("\\", "").strip(".$") if first and first[1] in follow.parts else ""
+    for index, paths in follow.new_layers(int(match[2]), module):
+        if paths != ("",) and rest:
+            raise _cannot_follow(field)  # such as a regular expression for the whole layer
+        start = f"{name[: match.start()]}{match[1]}{index}"
+        new_names += [f"{start}.{path}" if path else f"{start}{rest}" for path in paths]
+    return new_names
 
 
 def _cannot_follow(field: str) -> StreamlineError:

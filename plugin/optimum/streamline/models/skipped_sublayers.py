@@ -68,6 +68,11 @@ def skipped_layers(config: PreTrainedConfig, sublayer: Sublayer) -> set[int]:
     return {layer for layer, skip in skipped_sublayers(config).items() if sublayer in skip}
 
 
+def skipped_of(config: PreTrainedConfig) -> frozenset[tuple[int, Sublayer]]:
+    """The sublayers that a model with this config skips, as (layer, sublayer)."""
+    return frozenset((layer, kind) for kind in (ATTENTION, MLP) for layer in skipped_layers(config, kind))
+
+
 def layers_without_attention(config: PreTrainedConfig) -> set[int]:
     """The indices of the layers that keep no keys and values: a skipped attention, or a bare layer."""
     return skipped_layers(config, ATTENTION) | set(bare_layers(config))

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from optimum.streamline.checkpoints.loading import read_config
 from optimum.streamline.errors import StreamlineError
@@ -77,6 +78,8 @@ def orthogonality(
     with TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as scratch:
         for purpose, windows in texts.chosen_on.items():
             notify(windows.line("healing" if purpose == "heal" else purpose))
+        if texts.prompts:
+            notify(texts.prompts.line("healing"))
         models = _Models(source, recipe, Path(scratch), texts, verbose, notify)
         interactions = [each for quantizer in quantizers for each in models.make(quantizer)]
         notify(texts.judged_on.line("evaluation"))
@@ -206,9 +209,8 @@ class _Models:
         folder = self._scratch / label
         scored = None if graph is None else lambda windows: score_graph(graph, windows)
         self._notify(f"making {label}")
-        record = prune(
-            self._source, recipe, folder, overwrite=False, verbose=self._verbose, notify=silent, scored=scored
-        )
+        how: dict[str, Any] = {"overwrite": False, "verbose": self._verbose, "judged_on": self._texts.judged_on}
+        record = prune(self._source, recipe, folder, notify=silent, scored=scored, **how)
         self._notify(f"{label}: {record.plan.describe()}")
         return str(folder)
 

@@ -13,9 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from optimum.streamline.checkpoints.loading import load_stock
 from optimum.streamline.checkpoints.model_in_memory import ModelInMemory
-from optimum.streamline.editing.apply import planned_config
+from optimum.streamline.editing.apply import planned_config, with_skips
 from optimum.streamline.editing.merging import shared_copy
-from optimum.streamline.editing.plan import Plan
+from optimum.streamline.editing.plan import FITTED, Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.methods.base import MethodInputs
 from optimum.streamline.methods.registry import METHODS, method_of
@@ -25,6 +25,7 @@ from optimum.streamline.quantization.loading import check_quantizable, load_quan
 from optimum.streamline.quantization.quantizers import QUANTIZERS
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.scoring.similarity import Scores
+from optimum.streamline.text.prompts import Prompts
 from optimum.streamline.text.windows import Windows
 
 from .preflight import refuse_unpacking
@@ -42,9 +43,10 @@ class Prepared:
         stored: The type in which the result is stored. `None` keeps the type of each weight, as quantized weights need.
         chosen_on: The text on which the plan was chosen: the calibration windows, then the held-out windows if the
             method compares plans. `None` if the recipe names the layers, so that no text is read.
-        heal_text: The healing text; `None` without healing.
+        heal_text: The healing text, or the prompts from which the original is to sample it; `None` without healing.
         scores: The scores of the layers; `None` if nothing was measured.
         plan: The plan.
+        candidates: The plans that trial trainings choose from, `plan` first; empty if there are no trials.
         seconds: The duration of each step, by the step's name.
     """
 
@@ -54,9 +56,10 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     stored: torch.dtype | None
     chosen_on: Windows | None
-    heal_text: Windows | None
+    heal_text: Windows | Prompts | None
     scores: Scores | None
     plan: Plan
+    candidates: tuple[Plan, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -86,10 +89,15 @@ def load_original(source: ModelSource, recipe: Recipe, config: PreTrainedConfig)
     return model
 
 
-def choose_plan(
-    model: PreTrainedModel, recipe: Recipe, config: PreTrainedConfig, chosen_on: Windows, scores: Scores
-) -> Plan:
-    """Let the recipe's method choose the plan for a loaded model. The model is unchanged afterwards.
+def choose_plans(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    chosen_on: Windows,
+    scores: Scores,
+    for_trials: bool = False,
+) -> tuple[Plan, ...]:
+    """Let the recipe's method make its plans for a loaded model. The model is unchanged afterwards.
 
     Args:
         model: The original, in evaluation mode, in fp32 or quantized.
@@ -97,6 +105,10 @@ def choose_plan(
         config: The config in the original's checkpoint.
         chosen_on: The recipe's `samples` calibration windows, then the held-out windows if the method compares plans.
         scores: The scores of the model.
+        for_trials: Whether trial trainings choose among the plans.
+
+    Returns:
+        The plan; for trials, all plans to choose from, the best before healing first.
 
     Raises:
         StreamlineError: the method cannot follow the recipe, or would leave no layer with attention.
@@ -107,9 +119,14 @@ def choose_plan(
         if len(chosen_on.ids) > recipe.calibration.samples
         else None
     )
-    plan = method_of(recipe, config).plan(recipe, MethodInputs(model, calibration, scores, held_out))
-    refuse_no_attention(model.config, plan)
-    return plan
+    method, inputs = method_of(recipe, config), MethodInputs(model, calibration, scores, held_out)
+    plans = method.plans(recipe, inputs) if for_trials else (method.plan(recipe, inputs),)
+    # A third-party method need not know what the model skips already.
+    plans = tuple(with_skips(plan, model.config) for plan in plans)
+    possible = tuple(plan for plan in plans if _attention_stays(model.config, plan))
+    if not possible:
+        refuse_no_attention(model.config, plans[0])
+    return possible
 
 
 def refuse_no_attention(config: PreTrainedConfig, plan: Plan) -> None:
@@ -122,9 +139,13 @@ def refuse_no_attention(config: PreTrainedConfig, plan: Plan) -> None:
     Raises:
         StreamlineError: no layer with attention would be left.
     """
-    planned = planned_config(config, plan)
-    if len(layers_without_attention(planned)) == planned.num_hidden_layers:
+    if not _attention_stays(config, plan):
         raise StreamlineError("model: no layer with attention would be left; remove fewer, or other layers")
+
+
+def _attention_stays(config: PreTrainedConfig, plan: Plan) -> bool:
+    planned = planned_config(config, plan)
+    return bool(len(layers_without_attention(planned)) < planned.num_hidden_layers)
 
 
 def chooses_by_scores_alone(recipe: Recipe) -> bool:
@@ -133,8 +154,8 @@ def chooses_by_scores_alone(recipe: Recipe) -> bool:
 
 
 def names_layers(recipe: Recipe) -> bool:
-    """Whether the recipe names the layers to remove, and no text is needed to choose them or to fit linear maps."""
-    return recipe.resolved_method == "explicit" and recipe.resolved_replacement != "linear"
+    """Whether the recipe names the layers to remove, and no text is needed to choose them or to fit a replacement."""
+    return recipe.resolved_method == "explicit" and recipe.resolved_replacement not in FITTED
 
 
 def original_in_fp32(source: ModelSource, device: str) -> PreTrainedModel:

@@ -50,7 +50,10 @@ def check_quantization(recipe: Recipe, config: PreTrainedConfig) -> None:
     name = quantization_name(config)
     check_writable(config, recipe.device)
     # If the quantization config names layers, removal must renumber them there. Try it now, on a copy.
-    renumber_quantization(copy.deepcopy(config), architecture_of(config).layers, range(config.num_hidden_layers))
+    layers = range(config.num_hidden_layers)
+    renumber_quantization(copy.deepcopy(config), architecture_of(config), layers, layers)
+    if METHODS[recipe.resolved_method].may_pack(recipe, config):  # attentions with MLPs of the layer after
+        renumber_quantization(copy.deepcopy(config), architecture_of(config), layers[:-1], layers[1:])
     if quantizer in QUANTIZERS:
         check_quantizable(config, quantizer, recipe.excluded)
         if recipe.export.format != "none":
@@ -62,7 +65,7 @@ def check_quantization(recipe: Recipe, config: PreTrainedConfig) -> None:
         _check_graph_quantization(recipe)
         select_modules(linear_modules_of(meta_model(float_config(config))), recipe.excluded)
     if name is not None or recipe.quantize_first:
-        _check_removal_alone(recipe, name or quantizer)
+        _check_removal_alone(recipe, config, name or quantizer)
     if quantizer in QUANTIZERS and recipe.resolved_replacement in get_args(BareKind):
         raise StreamlineError(
             f"replacement {recipe.resolved_replacement!r}: makes bare layers, which quantize "
@@ -112,16 +115,14 @@ def _check_graph_quantization(recipe: Recipe) -> None:
         )
 
 
-def _check_removal_alone(recipe: Recipe, quantization: str) -> None:
-    """Refuse everything but the removal of whole layers: the rest needs float weights."""
+def _check_removal_alone(recipe: Recipe, config: PreTrainedConfig, quantization: str) -> None:
+    """Refuse everything but the removal of layers, whole or packed: the rest needs float weights."""
     instead = "prune the float model, then quantize it (steps 'prune,quantize')"
     refused = f"needs float weights, and here they are quantized ({quantization})"
-    method = METHODS[recipe.resolved_method]
-    if method.needs_float:
-        able = [name for name, each in METHODS.items() if not each.needs_float]
+    if refusal := METHODS[recipe.resolved_method].quantized_refusal(recipe, config):
+        able = [name for name, each in METHODS.items() if not each.quantized_refusal(recipe, config)]
         raise StreamlineError(
-            f"method {recipe.resolved_method!r}: {method.needs_float}, so it {refused}; {instead}, or use one of "
-            f"{', '.join(able)}"
+            f"method {recipe.resolved_method!r}: {refusal}, so it {refused}; {instead}, or use one of {', '.join(able)}"
         )
     if recipe.resolved_replacement != "none":
         raise StreamlineError(

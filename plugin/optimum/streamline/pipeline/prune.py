@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import transformers
@@ -15,8 +17,11 @@ import transformers
 from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer, read_config, source_notes
 from optimum.streamline.editing.apply import EditInputs, build_replacement
 from optimum.streamline.editing.plan import Plan
+from optimum.streamline.healing.self_text import sample_text, self_text_folder
 from optimum.streamline.healing.stages import Healer, HealingResult
-from optimum.streamline.healing.training_checkpoints import healing_workspace, open_workspace
+from optimum.streamline.healing.training_checkpoints import healing_workspace, open_workspace, plan_folder
+from optimum.streamline.healing.trials import Trials
+from optimum.streamline.methods.auto import makes_trials
 from optimum.streamline.methods.registry import method_of
 from optimum.streamline.model_files.source import ModelSource, fingerprint
 from optimum.streamline.models.bare_layers import NEEDS_LOAD, bare_layers
@@ -29,9 +34,11 @@ from optimum.streamline.system.distributed import from_main, is_main, join_proce
 from optimum.streamline.system.environment import package_version
 from optimum.streamline.system.library_logs import LOG_FILE, captured_logs
 from optimum.streamline.system.notify import Notify, silent
+from optimum.streamline.text.overlap import check_disjoint
+from optimum.streamline.text.prompts import Prompts
 from optimum.streamline.text.windows import Windows, seen_text
 
-from .planning import Prepared, choose_plan, load_original, quantizes_first
+from .planning import Prepared, choose_plans, load_original, quantizes_first
 from .preflight import check_recipe, checked_config, result_dtype
 from .texts import calibration_text, inputs_of, text_of_choice, text_of_healing
 from .write_checkpoint import write_checkpoint
@@ -93,14 +100,16 @@ def prepare(source: ModelSource, recipe: Recipe, notify: Notify, scored: Score |
     if scored_elsewhere is None:
         notify(f"scoring {config.num_hidden_layers} layers on {len(calibration.ids)} windows of {recipe.length} tokens")
     scores = scored_elsewhere or measure_scores(model, calibration)
-    plan = choose_plan(model, recipe, config, chosen_on, scores)
+    plan, *others = choose_plans(model, recipe, config, chosen_on, scores, makes_trials(recipe))
     if plan.tried:
         notify(f"loss on held-out text, nats per token: {_losses(plan)}")
-    notify(plan.describe())
+    candidates = (plan, *others) if others else ()
+    if not candidates:
+        notify(plan.describe())
     seconds = {"load": loaded - start - scoring, "score": time.monotonic() - loaded + scoring}
     kept = quantizes_first(recipe) or quantization_name(config) is not None
     stored = None if kept else result_dtype(source, recipe)
-    return Prepared(source, recipe, model, tokenizer, stored, chosen_on, heal_text, scores, plan, seconds)
+    return Prepared(source, recipe, model, tokenizer, stored, chosen_on, heal_text, scores, plan, candidates, seconds)
 
 
 def _losses(plan: Plan) -> str:
@@ -116,6 +125,7 @@ def prune(
     verbose: bool,
     notify: Notify,
     scored: Score | None = None,
+    judged_on: Windows | None = None,
 ) -> PruningRecord:
     """Write the pruned checkpoint `out`. The folder appears only when it is complete.
 
@@ -127,6 +137,8 @@ def prune(
         verbose: Whether messages of other libraries go to the terminal, instead of to `streamline.log` in `out`.
         notify: Gets one line for each finding and each slow step.
         scored: As in `prepare`.
+        judged_on: The evaluation windows, if the caller evaluates on them afterwards. Healing text that the original
+            samples must not hold their text.
 
     Raises:
         StreamlineError: the recipe, the model or a text cannot be used, or the output cannot be written.
@@ -136,13 +148,15 @@ def prune(
         notify = silent  # the main process speaks for all
     with (
         locked_output_by_main(out, inputs_of(source, recipe), overwrite),
+        self_text_folder(out) as sampled,
         healing_workspace(out, recipe.fingerprint) as workspace,
         staged_by_main(out, overwrite) as staging,
         captured_logs(staging and staging / LOG_FILE, verbose),
     ):
         prepared = prepare(source, recipe, notify, scored)
         # Scores can be nearly equal, so rounding may give each process another plan. All must train the same model.
-        prepared.plan = from_main(prepared.plan)
+        prepared.plan, prepared.candidates = from_main((prepared.plan, prepared.candidates))
+        sample_heal_text(prepared, notify, sampled, judged_on)
         record = change(prepared, notify, workspace)
         if staging is not None:
             record = write_checkpoint(prepared, record, staging, notify)
@@ -151,11 +165,43 @@ def prune(
     return record
 
 
+def sample_heal_text(
+    prepared: Prepared, notify: Notify, folder: Path | None = None, judged_on: Windows | None = None
+) -> None:
+    """Let the prepared original sample the healing text, in place of its prompts. Does nothing for other text.
+
+    Args:
+        prepared: The model with its plan. Its `heal_text` becomes the sampled windows.
+        notify: Gets one line on what is sampled.
+        folder: Where the sampled text is kept, so that an interrupted run does not sample it again. `None` keeps none.
+        judged_on: Evaluation windows whose text it must not hold.
+
+    Raises:
+        StreamlineError: the model cannot generate text, or the text holds evaluation text.
+    """
+    prompts = prepared.heal_text
+    if not isinstance(prompts, Prompts):
+        return
+    source, start = fingerprint(prepared.source), time.monotonic()
+    prepared.heal_text = text = sample_text(
+        prepared.model,
+        prepared.tokenizer,
+        prompts,
+        seed=prepared.recipe.seed,
+        source=source,
+        notify=notify,
+        folder=folder,
+    )
+    prepared.seconds["sample"] = time.monotonic() - start
+    if judged_on is not None:
+        check_disjoint(text.sketch, text.spec, judged_on.sketch, judged_on.spec)
+
+
 def change(prepared: Prepared, notify: Notify, workspace: Path | None = None) -> PruningRecord:
     """Heal and edit the prepared model, in place.
 
     Args:
-        prepared: The model with its plan.
+        prepared: The model with its plan, and with healing text that is sampled already (`sample_heal_text`).
         notify: Gets one line for each finding and each slow step.
         workspace: The folder of the training checkpoints, from which an interrupted run continues. `None` saves none.
 
@@ -165,17 +211,23 @@ def change(prepared: Prepared, notify: Notify, workspace: Path | None = None) ->
     Raises:
         StreamlineError: a training fails.
     """
-    recipe, model, plan = prepared.recipe, prepared.model, prepared.plan
+    assert not isinstance(prepared.heal_text, Prompts), "sample_heal_text comes first"
+    recipe, model = prepared.recipe, prepared.model
     source = fingerprint(prepared.source)
     data = {} if prepared.chosen_on is None else {"calibration": seen_text(prepared.chosen_on)}
+    if prepared.heal_text is not None:
+        data["heal"] = seen_text(prepared.heal_text)
+        if workspace is not None:
+            open_workspace(workspace, _workspace_key(prepared, source, prepared.heal_text))
+            if any(plan_folder(workspace, each).exists() for each in (prepared.plan, *prepared.candidates)):
+                notify(f"continuing from the training checkpoints in {workspace}")
+    start = time.monotonic()
+    plan = prepared.plan = _best_after_trials(prepared, notify, workspace)
     replacement = build_replacement(model, plan, prepared.calibration, recipe.seed)
     healer: Healer | None = None
     if prepared.heal_text is not None:
-        data["heal"] = seen_text(prepared.heal_text)
-        if workspace is not None and open_workspace(workspace, _workspace_key(prepared, source, prepared.heal_text)):
-            notify(f"continuing from the training checkpoints in {workspace}")
-        healer = Healer(recipe, model, plan, prepared.heal_text, notify, workspace)
-    start = time.monotonic()
+        folder = workspace and plan_folder(workspace, plan)
+        healer = Healer(recipe, model, plan, prepared.heal_text, notify, folder)
     if healer is not None:
         healer.before_edit(replacement.layer if replacement else None)
     edit_inputs = EditInputs(prepared.calibration, replacement, healer.after_merge if healer else None)
@@ -199,14 +251,24 @@ def change(prepared: Prepared, notify: Notify, workspace: Path | None = None) ->
     )
 
 
+def _best_after_trials(prepared: Prepared, notify: Notify, workspace: Path | None) -> Plan:
+    """The plan of the prepared model, chosen by trial trainings if there are several."""
+    text, calibration = prepared.heal_text, prepared.calibration
+    if not prepared.candidates or not isinstance(text, Windows) or calibration is None:
+        return prepared.plan
+    with nullcontext(workspace) if workspace else TemporaryDirectory() as folder:
+        trials = Trials(prepared.recipe, prepared.model, calibration, text, notify, Path(folder))
+        best = trials.best(prepared.candidates)
+    notify(best.describe())
+    return best
+
+
 def _workspace_key(prepared: Prepared, source: str, text: Windows) -> dict[str, str]:
     return {
         "recipe": prepared.recipe.fingerprint,
         "source": source,
         "calibration": prepared.chosen_on.fingerprint if prepared.chosen_on else "",
         "heal": text.fingerprint,
-        # Scores can be nearly equal, so rounding on another machine may give another plan.
-        "plan": repr(prepared.plan),
         "optimum-streamline": package_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

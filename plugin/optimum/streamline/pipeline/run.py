@@ -19,15 +19,17 @@ from typing import Any
 from optimum.streamline.checkpoints.loading import read_config
 from optimum.streamline.checkpoints.provenance import changed_files, model_hashes
 from optimum.streamline.checkpoints.record_file import RECORD_FILE, read_record
+from optimum.streamline.editing.apply import renamed_modules
 from optimum.streamline.editing.plan import PlannedLayer
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.evaluation.contamination import refuse_seen_text
 from optimum.streamline.evaluation.results import Report
 from optimum.streamline.evaluation.validate import ComparedModel, validate
 from optimum.streamline.evaluation.verdict import judge
 from optimum.streamline.model_files.artifact import Artifact, is_artifact
 from optimum.streamline.model_files.source import ModelSource, fingerprint
 from optimum.streamline.models.linear_modules import linear_modules_of, meta_model
-from optimum.streamline.models.module_patterns import renumbered_names, select_modules
+from optimum.streamline.models.module_patterns import select_modules
 from optimum.streamline.models.quantization_config import float_config
 from optimum.streamline.quantization.quantizers import NONE, QUANTIZERS
 from optimum.streamline.recipe.recipe import Recipe
@@ -75,7 +77,7 @@ def run(source: ModelSource, recipe: Recipe, out: Path, *, overwrite: bool, verb
     texts = read_texts(source, recipe)
     steps = _Steps(source, recipe, out, verbose, notify)
     if earlier is None:
-        steps.timed("prune", lambda: steps.prune(overwrite))
+        steps.timed("prune", lambda: steps.prune(overwrite, texts.judged_on))
     else:
         steps.resume(earlier, texts)
     if recipe.export.format != "none":
@@ -99,6 +101,7 @@ class _Steps:
         other = self._difference(record, texts)
         if other is not None:
             raise StreamlineError(f"output {self._out}: {other}; choose another folder, or pass --overwrite")
+        refuse_seen_text(str(self._out), texts.judged_on)  # also text that was sampled, which `texts` does not hold
         self._notify(f"{self._out} exists already: continuing from it")
 
     def _difference(self, record: dict[str, Any], texts: Texts) -> str | None:
@@ -110,6 +113,8 @@ class _Steps:
         for purpose, windows in texts.chosen_on.items():
             if record["data"].get(purpose, {}).get("fingerprint") != windows.fingerprint:
                 return f"made from another {purpose} text of the same name"
+        if texts.prompts and record["data"].get("heal", {}).get("sampled") != texts.prompts.describe():
+            return "healed on text that was sampled from other prompts"
         if (self._out / QUANTIZATION_FILE).is_file() and self._recipe.quantization.quantizer not in QUANTIZERS:
             return "quantized since it was made"
         changed = changed_files(ModelSource(str(self._out)))
@@ -124,13 +129,14 @@ class _Steps:
         seconds = {**self._seconds(), name: round(time.monotonic() - start, 1)}
         write_file(self._out / STEPS_FILE, json.dumps(seconds, indent=1) + "\n")
 
-    def prune(self, overwrite: bool) -> None:
+    def prune(self, overwrite: bool, judged_on: Windows) -> None:
         """Make the pruned checkpoint.
 
         If the recipe quantizes a graph first, the layers are scored in the quantized graph of the original.
         """
         source, recipe, quantizer = self._source, self._recipe, graph_quantization(self._recipe)
         options: dict[str, Any] = {"overwrite": overwrite, "verbose": self._verbose, "notify": self._notify}
+        options["judged_on"] = judged_on
         if not recipe.quantize_first or quantizer == NONE:
             prune(source, recipe, self._out, **options)
             return
@@ -174,8 +180,8 @@ class _Steps:
         configs = (read_config(each) for each in (self._source, ModelSource(str(self._out))))
         old_modules, new_modules = (linear_modules_of(meta_model(float_config(config))) for config in configs)
         excluded = sorted(select_modules(old_modules, self._recipe.excluded))
-        renumbered = renumbered_names(excluded, [layer["originals"] for layer in record["layers"]])
-        return [new for new, _ in renumbered if new in new_modules]
+        renamed = renamed_modules(excluded, _new_layers(record), read_config(self._source))
+        return [new for new, _ in renamed if new in new_modules]
 
     def _notify_findings(self, artifact: Artifact) -> None:
         for line in artifact.findings():
@@ -245,7 +251,7 @@ class _Steps:
         return dataclasses.replace(
             report,
             scores=tuple(record["scores"]["block_influence"]),
-            layers=tuple(PlannedLayer(layer["kind"], tuple(layer["originals"])) for layer in record["layers"]),
+            layers=_new_layers(record),
             steps=steps,
             recipe=dataclasses.asdict(self._recipe),
         )
@@ -292,6 +298,14 @@ class _Steps:
             seconds = json.loads(file.read_text(encoding="utf-8"))
             return seconds if isinstance(seconds, dict) else {}
         return {}
+
+
+def _new_layers(record: dict[str, Any]) -> tuple[PlannedLayer, ...]:
+    """The layers of the pruned model, from its `streamline.json`."""
+    return tuple(
+        PlannedLayer(layer["kind"], tuple(layer["originals"]), layer.get("corrected", False))
+        for layer in record["layers"]
+    )
 
 
 def _without_judging(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -13,13 +14,16 @@ from optimum.streamline.methods.registry import METHODS
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.text.overlap import check_disjoint
-from optimum.streamline.text.sources import local_path
+from optimum.streamline.text.prompts import Prompts, calibration_prompts, file_prompts
+from optimum.streamline.text.sources import SELF, is_self, local_path
 from optimum.streamline.text.windows import TooShortError, Windows, read_windows
 
 
 def inputs_of(source: ModelSource, recipe: Recipe) -> tuple[str, ...]:
     """The paths and Hub ids of everything that a run reads. No output may replace them."""
-    texts = (recipe.calibration.data, recipe.healing.data, recipe.evaluation.data)
+    heal_data = recipe.healing.data
+    heals_on = [] if heal_data == SELF else [heal_data.removeprefix(f"{SELF}:") if is_self(heal_data) else heal_data]
+    texts = (recipe.calibration.data, *heals_on, recipe.evaluation.data)
     models = (source.model, *([source.base.model] if source.base else []))
     return *models, *(str(local_path(spec)[0]) for spec in texts)
 
@@ -62,14 +66,20 @@ def evaluation_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: 
     return _windows(recipe, tokenizer, config, recipe.evaluation.data, recipe.evaluation.samples, "eval")
 
 
-def text_of_healing(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Windows:
-    """The healing windows: as many as hold `heal_tokens` tokens.
+def text_of_healing(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Windows | Prompts:
+    """The healing windows, as many as hold `heal_tokens` tokens, or the prompts to sample them from.
 
     Raises:
         StreamlineError: the text cannot be read or is too short.
     """
-    count = heal_windows(recipe.healing.tokens, recipe.length)
-    return _windows(recipe, tokenizer, config, recipe.healing.data, count, "train")
+    spec, count = recipe.healing.data, heal_windows(recipe.healing.tokens, recipe.length)
+    if not is_self(spec):
+        return _windows(recipe, tokenizer, config, spec, count, "train")
+    how: dict[str, Any] = {"seed": recipe.seed, "vocabulary": config.vocab_size}
+    if spec != SELF:
+        return file_prompts(spec, tokenizer, count, recipe.length, **how)
+    calibration = recipe.calibration
+    return calibration_prompts(calibration.data, tokenizer, count, recipe.length, samples=calibration.samples, **how)
 
 
 @dataclass(frozen=True)
@@ -79,10 +89,12 @@ class Texts:
     Args:
         judged_on: The evaluation windows.
         chosen_on: The windows that the candidate is made with, by purpose: `calibration`, and `heal` with healing.
+        prompts: The prompts, in place of `heal`, if the original samples the healing text.
     """
 
     judged_on: Windows
     chosen_on: dict[str, Windows]
+    prompts: Prompts | None = None
 
 
 def read_texts(source: ModelSource, recipe: Recipe) -> Texts:
@@ -94,11 +106,14 @@ def read_texts(source: ModelSource, recipe: Recipe) -> Texts:
     tokenizer, config = load_tokenizer(source), read_config(source)
     judged_on = evaluation_text(recipe, tokenizer, config)
     chosen_on = {"calibration": text_of_choice(recipe, tokenizer, config)}
-    if recipe.resolved_trainings:
-        chosen_on["heal"] = text_of_healing(recipe, tokenizer, config)
-    for windows in chosen_on.values():
-        check_disjoint(windows.sketch, windows.spec, judged_on.sketch, judged_on.spec)
-    return Texts(judged_on, chosen_on)
+    healed_on = text_of_healing(recipe, tokenizer, config) if recipe.resolved_trainings else None
+    if isinstance(healed_on, Windows):
+        chosen_on["heal"] = healed_on
+    prompts = healed_on if isinstance(healed_on, Prompts) else None
+    made_with: list[Windows | Prompts] = [*chosen_on.values(), *([prompts] if prompts else [])]
+    for text in made_with:
+        check_disjoint(text.sketch, text.spec, judged_on.sketch, judged_on.spec)
+    return Texts(judged_on, chosen_on, prompts)
 
 
 def _windows(

@@ -13,8 +13,8 @@ from optimum.streamline.checkpoints.model_in_memory import ModelInMemory
 from optimum.streamline.checkpoints.provenance import write_record
 from optimum.streamline.checkpoints.read_back import read_back, release_weights
 from optimum.streamline.checkpoints.saving import save_model
+from optimum.streamline.editing.apply import renamed_modules
 from optimum.streamline.model_files.remote_code import carry_code
-from optimum.streamline.models.module_patterns import renumbered_names
 from optimum.streamline.quantization.loading import check_quantizable, load_quantizing
 from optimum.streamline.quantization.quantizers import QUANTIZERS
 from optimum.streamline.reporting.model_card import CARD_FILE, model_card
@@ -53,8 +53,7 @@ def _save(prepared: Prepared, record: PruningRecord, folder: Path, notify: Notif
     quantizes = recipe.quantization.quantizer in QUANTIZERS
     if quantizes and not recipe.quantize_first:
         in_float = check_quantizable(read_config(source), recipe.quantization.quantizer, recipe.excluded)
-        originals = [layer.originals for layer in record.change.new_layers]
-        kept = [new for new, _ in renumbered_names(in_float, originals)]
+        kept = [new for new, _ in renamed_modules(in_float, record.change.new_layers, model.config)]
         with TemporaryDirectory(dir=folder) as scratch:
             save_model(model, prepared.tokenizer, prepared.stored, Path(scratch))
             release_weights(model)

@@ -85,6 +85,8 @@ def layer_outcomes(report: Report) -> dict[int, str]:
             found |= dict.fromkeys(layer.originals, "replaced")
         elif layer.kind == "merged":
             found |= dict.fromkeys(layer.originals, "merged")
+        elif layer.kind == "packed":
+            found |= dict.fromkeys(layer.originals, "thinned")
         else:  # a patched layer also stands for removed layers, which stay "removed"
             found[layer.originals[0]] = "thinned" if layer.kind == "thinned" else "kept"
     return found

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from statistics import fmean
 
+from optimum.streamline.editing.plan import layer_ranges
 from optimum.streamline.healing.stages import HealingResult
 from optimum.streamline.methods.registry import METHODS
 from optimum.streamline.model_files.source import ModelSource
@@ -26,6 +28,7 @@ CITATIONS = {
     "gromov": "the angle between a block's input and output (Gromov et al., arXiv 2403.17887)",
     "layerchop": "LayerChop (arXiv 2305.14864)",
     "llm-streamline": "LLM-Streamline (arXiv 2403.19135)",
+    "shifted": "the loss without each pair of an attention and an MLP, as SLEB (arXiv 2402.09025) does with layers",
     "shortened-ppl": "Shortened LLaMA, by perplexity (arXiv 2402.02834)",
     "shortened-taylor": "Shortened LLaMA, by Taylor expansion (arXiv 2402.02834)",
     "shortgpt": "ShortGPT (arXiv 2403.03853)",
@@ -34,6 +37,7 @@ CITATIONS = {
 # The name of the loss of each kind of training.
 LOSSES = {
     "hidden-mse": "hidden-state error",
+    "local": "hidden-state error",
     "lm": "next-token loss",
     "distill": "distillation loss",
 }
@@ -75,7 +79,12 @@ def model_card(record: PruningRecord) -> str:
         f"optimum-streamline made this model from {_origin(record.source)}: {plan.describe()}.",
         f"The layers were chosen by {_choice(record)}{_chosen_on(record)}.",
     ]
-    lines += [_training(healed, record) for healed in record.healing]
+    if plan.corrected:
+        lines.append(
+            "The output projections of the corrected MLPs were fitted again on this text by least squares, towards the "
+            "hidden states of the original (after SPRINT, arXiv 2506.03510)."
+        )
+    lines += _trainings(record)
     if record.recipe.quantization.quantizer in QUANTIZERS:
         when = "before the layers were chosen" if record.recipe.quantize_first else "after pruning"
         lines.append(
@@ -96,7 +105,10 @@ def model_card(record: PruningRecord) -> str:
     lines += ["## Layers", "", "| layer | original layers | kind |", "|---|---|---|"]
     for index, layer in enumerate(record.change.new_layers):
         originals = ", ".join(str(original) for original in layer.originals)
-        lines.append(f"| {index} | {originals} | {layer.kind} |")
+        if layer.kind == "packed":
+            originals = f"attention of {layer.originals[0]}, MLP of {layer.originals[1]}"
+        corrected = ", MLP corrected" if layer.corrected else ""
+        lines.append(f"| {index} | {originals} | {layer.kind}{corrected} |")
     lines += ["", "`streamline.json` holds the scores, the recipe, the seed and the versions.", ""]
     return "\n".join(lines)
 
@@ -139,23 +151,45 @@ def _named(source: ModelSource) -> str:
     return f"`{source.name}`" + (f" at commit {source.commit}" if source.commit else "")
 
 
+def _trainings(record: PruningRecord) -> list[str]:
+    """One sentence for each training, but one for all layers that were trained on their own."""
+    alone = [healed for healed in record.healing if healed.layer is not None]
+    sentences = [_training(healed, record) for healed in record.healing if healed.layer is None]
+    if not alone:
+        return sentences
+    layers = layer_ranges(tuple(healed.layer for healed in alone if healed.layer is not None))
+    before, after = (
+        fmean(losses) for losses in zip(*((each.log.before, each.log.best) for each in alone), strict=True)
+    )
+    return [
+        f"Of this model's layers, {layers} were trained one by one {_trained_on(alone[0], record)}: "
+        f"held-out {LOSSES['local']}, their mean, {before:.4g} before, {after:.4g} after.",
+        *sentences,
+    ]
+
+
 def _training(healed: HealingResult, record: PruningRecord) -> str:
-    trained = {"replacement": "The replacement", "model": "The whole model"}[healed.scope]
+    trained = "The replacement" if healed.scope == "replacement" else "The whole model"
     rank = healed.settings.lora_rank
     adapters = f" by adapters of rank {rank}, merged into it," if rank else ""
-    times = "once" if healed.settings.epochs == 1 else f"up to {healed.settings.epochs} times"
-    within = f" within {healed.settings.minutes:g} minutes" if healed.settings.minutes else ""
     return (
-        f"{trained} was trained{adapters} on {healed.windows} of {_data(record, 'heal')}, each {times}{within}: "
-        f"held-out {LOSSES[healed.stage]} "
+        f"{trained} was trained{adapters} {_trained_on(healed, record)}: held-out {LOSSES[healed.stage]} "
         f"{healed.log.before:.4g} before, {healed.log.best:.4g} after."
     )
 
 
+def _trained_on(healed: HealingResult, record: PruningRecord) -> str:
+    times = "once" if healed.settings.epochs == 1 else f"up to {healed.settings.epochs} times"
+    within = f" within {healed.settings.minutes:g} minutes" if healed.settings.minutes else ""
+    return f"on {healed.windows} of {_data(record, 'heal')}, each {times}{within}"
+
+
 def _choice(record: PruningRecord) -> str:
     if record.plan.chosen_by:
-        method = record.plan.chosen_by.partition(" + ")[0]
-        return f"{CITATIONS[method]}, which had the lowest held-out loss of the methods that `auto` tried"
+        citation = CITATIONS[record.plan.chosen_by.partition(" ")[0]]
+        if record.plan.trials:
+            return f"{citation}, whose model healed best in trial trainings of the methods that `auto` tried"
+        return f"{citation}, which had the lowest held-out loss of the methods that `auto` tried"
     return _citation(record.recipe.resolved_method)
 
 
@@ -174,6 +208,9 @@ def _citation(method: str) -> str:
 
 def _data(record: PruningRecord, purpose: str) -> str:
     data = record.data[purpose]
+    if sampled := data.get("sampled"):
+        source = f"that the original sampled at temperature 1 from prompts of `{_public(sampled['from'])}`"
+        return f"{data['windows']} windows of {data['length']} tokens {source}"
     return f"{data['windows']} windows of {data['length']} tokens of `{_public(data['spec'])}`"
 
 

@@ -28,6 +28,7 @@ STATES = {
     "replaced": ("R", "#e39b2d", "replaced by one trained layer"),
     "merged": ("M", "#8867c0", "merged with a neighbour"),
     "patched": ("P", "#4f79a8", "kept, with a linear map folded in"),
+    "corrected": ("C", "#54789e", "kept, with its MLP corrected"),
     "attention": ("a", "#3a9d8f", "kept without its attention"),
     "mlp": ("m", "#2f8073", "kept without its MLP"),
     "both": ("0", "#245f56", "kept without attention and MLP"),
@@ -47,8 +48,10 @@ def layer_states(plan: Plan) -> tuple[str, ...]:
         elif layer.kind == "patched":
             states[first] = "patched"
         else:
-            kinds = skipped.get(first, [])
-            states[first] = "both" if len(kinds) > 1 else kinds[0] if kinds else "kept"
+            for original in layer.originals:
+                kinds = skipped.get(original, [])
+                whole = "corrected" if layer.corrected else "kept"
+                states[original] = "both" if len(kinds) > 1 else kinds[0] if kinds else whole
     return tuple(states)
 
 

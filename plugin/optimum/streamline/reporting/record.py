@@ -69,6 +69,7 @@ class PruningRecord:
             "method_from": method_origin(self.recipe.resolved_method),
             "plan": self.plan.describe(),
             "tried": dict(self.plan.tried),
+            "trials": [{"share": share, "kl": dict(after)} for share, after in self.plan.trials],
             "layers": layer_origins(self.change),
             "removed": [] if self.plan.replacement in TRAINED or self.plan.merges else list(self.plan.removed),
             "merged": [list(layer.originals) for layer in self.change.new_layers if layer.kind == "merged"],
@@ -101,11 +102,20 @@ def method_origin(name: str) -> dict[str, str]:
 
 
 def layer_origins(change: Change) -> list[dict[str, Any]]:
-    """For each layer of the new model: its number, the original layers that it stands for (from 0), and its kind."""
-    return [
-        {"layer": index, "originals": list(layer.originals), "kind": layer.kind}
-        for index, layer in enumerate(change.new_layers)
-    ]
+    """For each layer of the new model: its number, the original layers that it stands for (from 0), and its kind.
+
+    A packed layer also says from which original its attention and its MLP come, and a layer whose MLP was corrected
+    says so.
+    """
+    found: list[dict[str, Any]] = []
+    for index, layer in enumerate(change.new_layers):
+        entry = {"layer": index, "originals": list(layer.originals), "kind": layer.kind}
+        if layer.kind == "packed":
+            entry |= {"attention": layer.originals[0], "mlp": layer.originals[1]}
+        if layer.corrected:
+            entry["corrected"] = True
+        found.append(entry)
+    return found
 
 
 def scores_to_dict(scores: Scores) -> dict[str, Any]:

@@ -3,4 +3,4 @@
 Methods in `methods/` choose layers by these scores.
 """
 
-__all__ = ["ablation", "channel_sensitivity", "loss", "merge_search", "similarity", "taylor"]
+__all__ = ["ablation", "channel_sensitivity", "loss", "merge_search", "race", "similarity", "taylor"]

@@ -1,64 +1,33 @@
 """The loss of a model without some of its layers or sublayers, for many candidate removals.
 
 The layers before a candidate compute the same for every candidate. So they run once a batch, and their output is kept:
-trying each of L layers costs about L/2 forward passes, not L. The model's own forward runs throughout, with placeholder
-modules in its list of layers. Masks, positions, norms and logit caps are therefore the model's own.
+trying each of L layers costs about L/2 forward passes, not L.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import TypeAlias
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from optimum.streamline.models.architectures import Sublayer, architecture_of, decoder_layers
-from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP, replace_sublayer
+from optimum.streamline.editing.correction import CandidateCorrections, corrected, fit_corrections
+from optimum.streamline.models.architectures import architecture_of, decoder_layers
+from optimum.streamline.models.removed_sublayers import SublayerSet, whole_layer, without
 from optimum.streamline.system.progress import progress_bar
 from optimum.streamline.text.windows import BATCH, Windows
 
-from .loss import cross_entropy_sum, mean_losses
-
-SublayerSet: TypeAlias = frozenset[tuple[int, Sublayer]]
-"""Sublayers, each as (layer number, sublayer). Both sublayers of a layer mean the whole layer, with its norms."""
-
-
-class _StoredOutput(nn.Module):
-    """Placeholder for a layer before the candidate: returns the hidden states that enter the candidate."""
-
-    def __init__(self, hidden: torch.Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
-
-    def forward(self, hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
-        """Return the stored hidden states `[batch, length, width]`; the input is ignored."""
-        return self.hidden
-
-
-class _Identity(nn.Module):
-    """Placeholder for a removed layer: returns its input."""
-
-    def forward(self, hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
-        """Return `hidden_states` `[batch, length, width]`."""
-        return hidden_states
-
-
-def whole_layer(layer: int) -> SublayerSet:
-    """Both sublayers of layer number `layer`."""
-    return frozenset({(layer, ATTENTION), (layer, MLP)})
-
-
-def fully_removed_layers(removed: SublayerSet) -> tuple[int, ...]:
-    """The layers whose attention and MLP are both in `removed`, in rising order."""
-    return tuple(sorted({layer for layer, _ in removed if whole_layer(layer) <= removed}))
+from .loss import mean_losses, window_losses
 
 
 @torch.inference_mode()
 def removal_losses(
-    model: PreTrainedModel, windows: Windows, candidates: Sequence[SublayerSet], removed: SublayerSet = frozenset()
+    model: PreTrainedModel,
+    windows: Windows,
+    candidates: Sequence[SublayerSet],
+    removed: SublayerSet = frozenset(),
+    corrections: CandidateCorrections | None = None,
 ) -> list[float]:
     """The loss of `model` after each of several removals: mean next-token cross-entropy, in nats per token.
 
@@ -71,6 +40,7 @@ def removal_losses(
         windows: The text to compute the loss on.
         candidates: The sublayers to remove, one set for each loss; none is empty.
         removed: Sublayers to remove in addition, for every candidate.
+        corrections: The corrections of the model without each candidate; `None` corrects nothing.
 
     Returns:
         One loss for each candidate, in order; infinite where the loss is not a number.
@@ -78,17 +48,76 @@ def removal_losses(
     Raises:
         StreamlineError: no candidate's loss is finite.
     """
-    starts = [min(layer for layer, _ in candidate) for candidate in candidates]
     total = torch.zeros(len(candidates), dtype=torch.float64)
     with progress_bar(f"trying {len(candidates)} removals", len(windows.ids)) as bar:
         for batch in windows.ids.split(BATCH):
-            ids = batch.to(model.device)
-            depths = layer_inputs(model, ids, max(starts), removed)
-            for index, (candidate, start) in enumerate(zip(candidates, starts, strict=True)):
-                with without(model, removed | candidate, start, depths[start]):
-                    total[index] += cross_entropy_sum(model, ids).cpu()
+            total += removal_window_losses(model, batch, candidates, removed, corrections).sum(1)
             bar.advance(len(batch))
     return mean_losses(total, windows, "removal")
+
+
+def corrected_losses(
+    model: PreTrainedModel, windows: Windows, removals: Sequence[SublayerSet], fitted_on: Windows
+) -> list[float]:
+    """The loss of `model` after each of several removals and its corrections (`correction.fit_corrections`).
+
+    Args:
+        model: The model, in evaluation mode.
+        windows: The text to compute the loss on.
+        removals: The sublayers to remove, one set for each loss; none is empty.
+        fitted_on: The text that corrections are fitted on.
+
+    Returns:
+        As `removal_losses`. Memory holds the corrections of one removal at a time.
+
+    Raises:
+        StreamlineError: the loss is not finite.
+    """
+    losses: list[float] = []
+    for removal in removals:
+        fitted = CandidateCorrections({}, [fit_corrections(model, removal, fitted_on)])
+        losses += removal_losses(model, windows, [removal], corrections=fitted)
+    return losses
+
+
+def cross_fitted_losses(model: PreTrainedModel, windows: Windows, removals: Sequence[SublayerSet]) -> list[float]:
+    """As `corrected_losses`, where the corrections for each half of `windows` are fitted on the other half."""
+    one, other = windows.halves()
+    losses = [corrected_losses(model, *each) for each in ((one, removals, other), (other, removals, one))]
+    share = len(one.ids) / (len(one.ids) + len(other.ids))
+    return [share * first + (1 - share) * second for first, second in zip(*losses, strict=True)]
+
+
+@torch.inference_mode()
+def removal_window_losses(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    candidates: Sequence[SublayerSet],
+    removed: SublayerSet = frozenset(),
+    corrections: CandidateCorrections | None = None,
+) -> torch.Tensor:
+    """The loss of `model` on each window of one batch, after each of several removals.
+
+    Args:
+        model: The model, in evaluation mode; it is unchanged afterwards.
+        ids: Token ids `[windows, length]`.
+        candidates: The sublayers to remove, one set for each loss; none is empty.
+        removed: Sublayers to remove in addition, for every candidate.
+        corrections: As in `removal_losses`.
+
+    Returns:
+        The summed next-token cross-entropy `[candidates, windows]`, float64, in nats, on the CPU.
+    """
+    starts = [min(layer for layer, _ in candidate) for candidate in candidates]
+    ids = ids.to(model.device)
+    corrections = corrections or CandidateCorrections({}, [{}] * len(candidates))
+    with corrected(model, corrections.before):
+        depths = layer_inputs(model, ids, max(starts), removed)
+    losses: list[torch.Tensor] = []
+    for candidate, start, own in zip(candidates, starts, corrections.candidates, strict=True):
+        with corrected(model, own), without(model, removed | candidate, start, depths[start]):
+            losses.append(window_losses(model, ids).cpu())
+    return torch.stack(losses)
 
 
 def layer_inputs(
@@ -114,38 +143,3 @@ def layer_inputs(
             hooks.callback(hook.remove)
         model.base_model(ids, use_cache=False)
     return depths
-
-
-@contextmanager
-def without(
-    model: PreTrainedModel, removed: SublayerSet, start: int = 0, hidden: torch.Tensor | None = None
-) -> Iterator[None]:
-    """Remove sublayers from `model` inside the `with` block, and restore them afterwards.
-
-    Args:
-        model: The model to change in place.
-        removed: The sublayers to remove.
-        start: The first layer to run, where `hidden` is given; the layers before it are not computed.
-        hidden: The input of layer `start`, `[windows, length, width]`.
-    """
-    architecture = architecture_of(model.config)
-    layers = decoder_layers(model, architecture)
-    original_layers = list(layers)
-    dropped: list[tuple[nn.Module, dict[str, nn.Module]]] = []
-    try:
-        for index, layer in enumerate(original_layers):
-            if index < start and hidden is not None:
-                layers[index] = _StoredOutput(hidden)
-            elif whole_layer(index) <= removed:
-                layers[index] = _Identity()
-            else:
-                dropped += [
-                    (layer, replace_sublayer(layer, architecture, kind)) for number, kind in removed if number == index
-                ]
-        yield
-    finally:
-        for index, layer in enumerate(original_layers):
-            layers[index] = layer
-        for layer, modules in dropped:
-            for name, module in modules.items():
-                setattr(layer, name, module)

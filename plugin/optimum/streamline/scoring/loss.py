@@ -42,10 +42,23 @@ def cross_entropy_sum(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor
     Returns:
         A float64 scalar, in nats.
     """
+    return window_losses(model, ids).sum()
+
+
+def window_losses(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """The next-token cross-entropy of `model` on each window, summed over its tokens.
+
+    Args:
+        model: The model.
+        ids: Token ids `[windows, length]`; the first token of each window is not predicted.
+
+    Returns:
+        `[windows]`, float64, in nats.
+    """
     logits = model(ids, use_cache=False).logits
     # One window at a time: a softmax over all windows would need as much memory again as the logits.
     losses = [
         nn.functional.cross_entropy(row[:-1].float(), following[1:], reduction="none").double().sum()
         for row, following in zip(logits, ids, strict=True)
     ]
-    return torch.stack(losses).sum()
+    return torch.stack(losses)

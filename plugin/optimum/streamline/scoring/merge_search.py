@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 
 from optimum.streamline.editing.merging import replace_pair, shared_copy
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
+from optimum.streamline.models.removed_sublayers import without
 from optimum.streamline.system.progress import progress_bar
 from optimum.streamline.text.windows import BATCH, Windows
 
-from .ablation import layer_inputs, without
+from .ablation import layer_inputs
 from .loss import cross_entropy_sum, mean_losses
 
 

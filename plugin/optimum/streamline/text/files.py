@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +34,8 @@ COMPRESSED = (".bz2", ".gz", ".xz", ".zst")
 _TITLE = re.compile(r" = [^=]+ = \n")
 # The number of characters at which a document of joined rows ends.
 MAX_JOINED_CHARACTERS = 200_000
+# A function from a table's name, its parts and its text column to texts.
+_Reader = Callable[[str, Iterable[Iterable[dict[str, Any]]], str], Iterator[str]]
 # What a file is that begins with these bytes, for error messages only, which is not worth a library.
 _MAGIC_BYTES = {
     POINTER_START: "a git-lfs pointer and not the file itself; fetch it with `git lfs pull`",
@@ -82,16 +84,43 @@ def read_files(files: Iterable[Path], column: str = "") -> Iterator[str]:
         StreamlineError: a file is not text, cannot be read, or has no such column.
     """
     for file in files:
-        if file.suffix.lower() == ".zst" and find_spec("zstandard") is None:
-            raise StreamlineError(f"text file {file}: needs the package zstandard: pip install zstandard")
-        if file_suffix(file) in TABLES:
-            yield from _table(file, column)
-            continue
-        if column:
-            raise StreamlineError(f"text file {file}: column {column!r}: it is not a table; leave the column out")
-        text = plain_text(file)
-        if text.strip():
+        if _is_table(file, column):
+            yield from _table(file, column, table_documents)
+        elif (text := plain_text(file)).strip():
             yield text
+
+
+def read_entries(file: Path, column: str = "") -> Iterator[str]:
+    """Read a file entry by entry: the rows of a table, or the lines of a plain text file. Blank ones are left out.
+
+    Args:
+        file: The file.
+        column: As in `read_files`.
+
+    Yields:
+        The entries.
+
+    Raises:
+        StreamlineError: as `read_files`.
+    """
+    if _is_table(file, column):
+        yield from _table(file, column, _table_entries)
+    else:
+        yield from (line for line in plain_text(file).split("\n") if line.strip())
+
+
+def _is_table(file: Path, column: str) -> bool:
+    """Whether a file is a table.
+
+    Raises:
+        StreamlineError: the package that decompresses it is missing, or it is no table and has a column.
+    """
+    if file.suffix.lower() == ".zst" and find_spec("zstandard") is None:
+        raise StreamlineError(f"text file {file}: needs the package zstandard: pip install zstandard")
+    table = file_suffix(file) in TABLES
+    if column and not table:
+        raise StreamlineError(f"text file {file}: column {column!r}: it is not a table; leave the column out")
+    return table
 
 
 def plain_text(file: Path) -> str:
@@ -140,8 +169,8 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or first_line(error)
 
 
-def _table(file: Path, column: str) -> Iterator[str]:
-    """Read the documents of a table."""
+def _table(file: Path, column: str, read: _Reader) -> Iterator[str]:
+    """Read the texts of a table."""
     from datasets import load_dataset
 
     builder, options = TABLES[file_suffix(file)]
@@ -149,7 +178,7 @@ def _table(file: Path, column: str) -> Iterator[str]:
     # Even when it streams, `datasets` writes lock files into its cache, so give it a temporary one.
     with TemporaryDirectory(prefix="streamline-") as cache, table_errors(table_name):
         rows = load_dataset(builder, data_files=str(file), split="train", streaming=True, cache_dir=cache, **options)
-        yield from table_documents(table_name, [rows], column)
+        yield from read(table_name, [rows], column)
 
 
 @contextmanager
@@ -203,6 +232,11 @@ def table_documents(table_name: str, parts: Iterable[Iterable[dict[str, Any]]], 
             size += len(value)
         elif value is not None:
             yield value
+
+
+def _table_entries(table_name: str, parts: Iterable[Iterable[dict[str, Any]]], column: str) -> Iterator[str]:
+    """The values of a text column, each by itself. Arguments and errors are those of `table_documents`."""
+    return (value for value in _values(table_name, parts, column) if value is not None and value.strip())
 
 
 def _is_line(value: str) -> bool:

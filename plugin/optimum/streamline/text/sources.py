@@ -6,6 +6,8 @@ A SPEC is one of:
 data set on the Hugging Face Hub; - `stdlib[:train|calibration|eval]`, a part of the Python standard library's source
 code.
 
+`self[:FILE[,COLUMN]]` names text that the original samples (`prompts.py`), which no source holds.
+
 There is no fallback: if a source cannot be read, an error names the SPEC and the alternatives.
 """
 
@@ -23,6 +25,8 @@ from optimum.streamline.errors import StreamlineError
 
 from .files import PLAIN, TABLES, file_suffix, read_files, table_documents, table_errors
 
+SELF = "self"
+"""The SPEC of healing text that the original samples."""
 STDLIB_PARTS = ("train", "calibration", "eval")
 ALTERNATIVES = (
     "a text file, a table (FILE[,COLUMN]), a folder of these, hub:DATASET[@REVISION][,CONFIG[,SPLIT[,COLUMN]]], "
@@ -83,6 +87,11 @@ def open_text(spec: str, seed: int = 0) -> Text:
         raise StreamlineError(
             f"text SPEC {spec!r}: names no text, perhaps because a variable is not set; give {ALTERNATIVES}"
         )
+    if is_self(spec):
+        raise StreamlineError(
+            f"text SPEC {spec!r}: text that the original samples is for heal-data alone; give {ALTERNATIVES}, or "
+            f"./{spec} for a file of that name"
+        )
     if spec.startswith("stdlib:"):
         return Text(spec, read_files(_stdlib_files(spec.removeprefix("stdlib:"))))
     if spec.startswith("hub:"):
@@ -96,6 +105,11 @@ def open_text(spec: str, seed: int = 0) -> Text:
     except OSError as error:
         raise StreamlineError(f"text SPEC {spec!r}: {error}; give {ALTERNATIVES}") from None
     raise StreamlineError(f"text SPEC {spec!r}: no such file or folder; give {ALTERNATIVES}")
+
+
+def is_self(spec: str) -> bool:
+    """Whether a SPEC stands for text that the original samples: `self` or `self:FILE[,COLUMN]`."""
+    return spec == SELF or spec.startswith(f"{SELF}:")
 
 
 def local_path(spec: str) -> tuple[Path, str]:

@@ -48,6 +48,7 @@ class Windows:
         whole: Whether the text was read completely. A large data set on the Hub is not.
         texts: The pieces of text that were tokenized for the windows.
         sketch: The sketch of all text that was read, to find overlap with other texts.
+        sampled: For text that the original sampled, what it was sampled from (`Prompts.describe`); else empty.
     """
 
     ids: torch.Tensor
@@ -61,10 +62,17 @@ class Windows:
     whole: bool = True
     texts: tuple[str, ...] = field(default=(), repr=False)
     sketch: Sketch = field(default=Sketch(), repr=False)
+    sampled: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def part(self, start: int, end: int) -> Windows:
         """The windows from `start` up to, not including, `end`."""
         return replace(self, ids=self.ids[start:end], documents=self.documents[start:end])
+
+    def halves(self) -> tuple[Windows, Windows]:
+        """The first and the second half of the windows; a single window is both."""
+        total = len(self.ids)
+        middle = total // 2
+        return (self, self) if total == 1 else (self.part(0, middle), self.part(middle, total))
 
     @property
     def fingerprint(self) -> str:
@@ -75,6 +83,7 @@ class Windows:
         """The fields about these windows in a record or report, without unknown ones."""
         count, length = self.ids.shape
         known: dict[str, Any] = {"commit": self.commit} if self.commit else {}
+        known |= {"sampled": self.sampled} if self.sampled else {}
         if self.possible:
             known |= {"possible": self.possible, "documents": len(set(self.documents)), "prefix": list(self.prefix)}
             known |= {"separator": list(self.separator), "read_characters": self.characters, "whole": self.whole}

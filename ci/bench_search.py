@@ -1,0 +1,190 @@
+"""Measure the searches: what a race of removals costs and changes, what plans that pack are worth, and trial trainings.
+
+    ci/bench search                  # measure all parts, then write the page
+    ci/bench search --only races     # a race of removals against every removal on every window
+    ci/bench search --only packed    # methods that keep whole layers, with and without healing
+    ci/bench search --only trials    # every candidate of auto healed, beside what its trial training said
+    ci/bench search --page           # write the page; measure nothing
+
+All use the reference model. The figures go to docs/search.json, and the tables of docs/search.md are written from
+them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from export_cases import REFERENCE, ROOT
+from measured_parts import measure_parts
+from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer
+from optimum.streamline.editing.packing import sublayers_left
+from optimum.streamline.methods.shifted import pairs_of
+from optimum.streamline.model_files.source import ModelSource
+from optimum.streamline.models.removed_sublayers import SublayerSet, fully_removed_layers, whole_layer
+from optimum.streamline.models.skipped_sublayers import skipped_sublayers
+from optimum.streamline.pipeline.prune import change, prepare
+from optimum.streamline.recipe.parsing import make_recipe
+from optimum.streamline.scoring.ablation import removal_window_losses
+from optimum.streamline.scoring.loss import cross_entropy_sum
+from optimum.streamline.scoring.race import DEVIATIONS, race
+from optimum.streamline.text.windows import BATCH, Windows, read_windows
+from search_page import write_page
+
+RESULTS = ROOT / "docs" / "search.json"
+LOSSES = ROOT / ".cache" / "search_losses.pt"
+LAYERS, LENGTH, SAMPLES = 16, 128, 32
+DRAWS, STEPS = 4, 7  # texts, and greedy steps on each
+COMMON: dict[str, Any] = {"calibration": "stdlib:calibration", "samples": 24, "length": 256}
+HEAL: dict[str, Any] = {"heal": "distill", "heal_data": "stdlib:calibration", "heal_tokens": 50_000, "heal_epochs": 1}
+METHODS: dict[str, dict[str, Any]] = {
+    "sleb": {"method": "sleb"},
+    "shifted": {"method": "shifted"},
+    "blockpruner": {"method": "blockpruner"},
+    "blockpruner, not packed": {"method": "blockpruner", "packed": False},
+}
+REMOVED = (4, 8)
+
+
+def races(_: Path) -> dict[str, Any]:
+    """For each search: how often a race chooses what the full comparison chooses, and its share of the windows.
+
+    The losses of every removal on every window are kept in .cache, so that a race with other constants needs no model.
+    """
+    if not LOSSES.is_file():
+        LOSSES.parent.mkdir(exist_ok=True)
+        torch.save({search: _losses(search) for search in ("layers", "pairs", "sublayers")}, LOSSES)
+    steps = {search: [_raced(losses) for losses in found] for search, found in torch.load(LOSSES).items()}
+    return {"samples": SAMPLES, "length": LENGTH, "deviations": DEVIATIONS, "steps": steps}
+
+
+def _losses(search: str) -> list[torch.Tensor]:
+    """The losses `[removals, windows]` at each step of a greedy search, on several texts."""
+    source = ModelSource(str(REFERENCE))
+    model, tokenizer = load_stock(source, torch.float32), load_tokenizer(source)
+    text = read_windows(
+        "stdlib:calibration", tokenizer, DRAWS * SAMPLES, LENGTH, 0, model.config.vocab_size, "calibration"
+    )
+    found: list[torch.Tensor] = []
+    for draw in range(DRAWS):
+        windows, removed = text.part(draw * SAMPLES, (draw + 1) * SAMPLES), frozenset[Any]()
+        for _ in range(STEPS):
+            candidates = _candidates(model, search, removed)
+            batches = torch.split(windows.ids, BATCH)
+            losses = [removal_window_losses(model, batch, candidates, removed) for batch in batches]
+            found.append(torch.cat(losses, dim=1))
+            removed |= candidates[int(found[-1].sum(1).argmin())]
+    return found
+
+
+def _candidates(model: PreTrainedModel, search: str, removed: SublayerSet) -> list[SublayerSet]:
+    if search == "pairs":
+        return pairs_of(model.config, removed, range(LAYERS))
+    if search == "layers":
+        return [whole_layer(layer) for layer in range(LAYERS) if layer not in fully_removed_layers(removed)]
+    return [frozenset({sublayer}) for sublayer in sublayers_left(LAYERS, removed)]
+
+
+def _raced(losses: torch.Tensor) -> dict[str, float]:
+    windows = Windows(torch.zeros(losses.shape[1], LENGTH, dtype=torch.long), "stdlib:calibration")
+    result = race(lambda racing, start, end: losses[list(racing), start:end], len(losses), windows)
+    means = losses.sum(1) / windows.ids[:, 1:].numel()
+    return {
+        "same": float(result.best == int(means.argmin())),
+        "excess": float(means[result.best] - means.min()),
+        "share_of_windows": result.tried / losses.numel(),
+    }
+
+
+def packed(_: Path) -> list[dict[str, Any]]:
+    """Each method at a quarter and at a half of the layers: perplexity ratio before and after healing."""
+    source = ModelSource(str(REFERENCE))
+    dense = load_stock(source, torch.float32)
+    tokenizer = load_tokenizer(source)
+    judged = read_windows("stdlib:eval", tokenizer, 128, 256, 0, dense.config.vocab_size, "eval")
+    original = _loss(dense, judged)
+    rows: list[dict[str, Any]] = []
+    for removed in REMOVED:
+        for name, fields in METHODS.items():
+            recipe = make_recipe({**COMMON, **fields, **HEAL, "remove": removed})
+            start = time.process_time()
+            prepared = prepare(source, recipe, lambda line: None)
+            chosen = time.process_time() - start
+            bare = copy.copy(prepared)
+            bare.model, bare.recipe = copy.deepcopy(prepared.model), recipe.with_options(heal="none")
+            change(bare, lambda line: None)
+            unhealed = math.exp(_loss(bare.model, judged) - original)
+            change(prepared, lambda line: None)
+            rows.append(
+                {
+                    "removed": removed,
+                    "method": name,
+                    "plan": prepared.plan.describe(),
+                    "layers": prepared.model.config.num_hidden_layers,
+                    "zeros": sum(map(len, skipped_sublayers(prepared.model.config).values())),
+                    "parameters": sum(parameter.numel() for parameter in prepared.model.parameters()),
+                    "seconds": round(chosen, 1),
+                    "unhealed": unhealed,
+                    "healed": math.exp(_loss(prepared.model, judged) - original),
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+def trials(_: Path) -> list[dict[str, Any]]:
+    """Every candidate of `auto`: its divergence after each trial training, and its perplexity ratio after a whole one.
+
+    Seconds are those of the processor, of one thread or of several.
+    """
+    source = ModelSource(str(REFERENCE))
+    dense = load_stock(source, torch.float32)
+    judged = read_windows("stdlib:eval", load_tokenizer(source), 128, 256, 0, dense.config.vocab_size, "eval")
+    original = _loss(dense, judged)
+    rows: list[dict[str, Any]] = []
+    for removed in REMOVED:
+        recipe = make_recipe({**COMMON, **HEAL, "method": "auto", "remove": removed})
+        prepared = prepare(source, recipe, print)
+        every = copy.copy(prepared)
+        every.model = copy.deepcopy(prepared.model)
+        start = time.process_time()
+        with TemporaryDirectory() as workspace:  # in which the training of the chosen plan goes on
+            change(every, print, Path(workspace) / "healing")
+        chosen, whole = every.plan, time.process_time() - start
+        for plan in prepared.candidates:
+            alone = copy.copy(prepared)
+            alone.model, alone.plan, alone.candidates = copy.deepcopy(prepared.model), plan, ()
+            start = time.process_time()
+            change(alone, print)
+            seconds = time.process_time() - start
+            rows.append(
+                {
+                    "removed": removed,
+                    "candidate": plan.chosen_by,
+                    "loss": dict(plan.tried)[plan.chosen_by],
+                    "trials": {str(share): dict(after).get(plan.chosen_by) for share, after in chosen.trials},
+                    "healed": math.exp(_loss(alone.model, judged) - original),
+                    "chosen": plan.chosen_by == chosen.chosen_by,
+                    "seconds": seconds,
+                    "seconds_with_trials": whole if plan.chosen_by == chosen.chosen_by else None,
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+@torch.inference_mode()
+def _loss(model: PreTrainedModel, windows: Windows) -> float:
+    total = sum(float(cross_entropy_sum(model, batch)) for batch in torch.split(windows.ids, BATCH))
+    return total / windows.ids[:, 1:].numel()
+
+
+if __name__ == "__main__":
+    measure_parts(__doc__, {"races": races, "packed": packed, "trials": trials}, RESULTS, write_page)

@@ -1,0 +1,79 @@
+"""Write the tables of docs/search.md from docs/search.json."""
+
+from __future__ import annotations
+
+from statistics import mean
+from typing import Any
+
+from export_cases import ROOT
+from marked_page import replace_part
+
+PAGE = ROOT / "docs" / "search.md"
+SEARCHES = {
+    "layers": "`sleb`: layers",
+    "pairs": "`shifted`: pairs",
+    "sublayers": "`blockpruner --no-packed`: attentions and MLPs",
+}
+
+
+def write_page(results: dict[str, Any]) -> None:
+    """Write each table that was measured.
+
+    Args:
+        results: The contents of docs/search.json.
+    """
+    if "races" in results:
+        replace_part(PAGE, "races", _races(results["races"]))
+    if "packed" in results:
+        replace_part(PAGE, "packed", _packed(results["packed"]))
+    if "trials" in results:
+        replace_part(PAGE, "trials", _trials(results["trials"]))
+
+
+def _races(measured: dict[str, Any]) -> list[str]:
+    lines = [
+        "| search | steps | same choice | largest excess loss, nats | share of the windows |",
+        "|---|---|---|---|---|",
+    ]
+    every: list[dict[str, float]] = []
+    for search, name in SEARCHES.items():
+        every += measured["steps"][search]
+        lines.append(_race_row(name, measured["steps"][search]))
+    return [*lines, _race_row("all", every)]
+
+
+def _race_row(name: str, steps: list[dict[str, float]]) -> str:
+    same, windows = (mean(step[key] for step in steps) for key in ("same", "share_of_windows"))
+    excess = max(step["excess"] for step in steps)
+    return f"| {name} | {len(steps)} | {same:.0%} | {excess:.4f} | {windows:.2f} |"
+
+
+def _packed(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| layers removed | method | layers left | parameters | unhealed | healed |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        zeros = f", {row['zeros']} sublayers zero" if row["zeros"] else ""
+        left = f"{row['layers']}{zeros}"
+        cells = [f"{row['removed']} of 16", row["method"], left, f"{row['parameters'] / 1e6:.2f} M"]
+        cells += [f"{row['unhealed']:.3f}", f"{row['healed']:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _trials(rows: list[dict[str, Any]]) -> list[str]:
+    shares = sorted({float(share) for row in rows for share in row["trials"]})
+    after = [f"KL after {share:.3g}" for share in shares]
+    timed = any(row["seconds_with_trials"] for row in rows)
+    names = ["layers removed", "candidate", "loss before healing", *after, "healed", *["time"] * timed]
+    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    for row in rows:
+        alone, together = row["seconds"], row["seconds_with_trials"]
+        divergences = [row["trials"].get(str(share)) for share in shares]
+        cells = [f"{row['removed']} of 16", row["candidate"], f"{row['loss']:.4f}"]
+        cells += ["" if each is None else f"{each:.4f}" for each in divergences]
+        cells += [f"{row['healed']:.3f}{' (chosen)' if row['chosen'] else ''}"]
+        cells += [f"1.00, with the trials {together / alone:.2f}" if together else ""] * timed
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines

@@ -1,0 +1,176 @@
+"""Trial trainings: several plans are distilled for a share of the training, and the one that heals best goes on.
+
+The plan of lowest loss before healing is often not the best after it (measured: `docs/methods.md`).
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from optimum.streamline.editing.apply import EditInputs, build_replacement
+from optimum.streamline.editing.plan import Plan
+from optimum.streamline.methods.registry import METHODS
+from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.system.atomic_output import write_file
+from optimum.streamline.system.distributed import from_main, is_main
+from optimum.streamline.system.notify import Notify, silent
+from optimum.streamline.text.windows import BATCH, Windows
+
+from .losses import window_divergences
+from .stages import Healer
+from .trainer import NotFiniteError, split_windows
+from .training_checkpoints import plan_folder
+
+FIRST_SHARE = 1 / 16
+"""The share of the training after which plans are compared first. It doubles from round to round."""
+DEVIATIONS = 2
+"""How many standard errors a plan must lie behind the best of its round to be out."""
+RESULTS_FILE = "trials.json"
+
+Divergences = Callable[[Plan, float], torch.Tensor]
+"""A function that trains a plan's model up to a share of the training, and returns its divergence from the original on
+each held-out window, `[windows]`, in nats per token."""
+
+
+class Trials:
+    """The trial trainings of one run, and their results.
+
+    Args:
+        recipe: A recipe that distils.
+        model: The original; it is unchanged.
+        calibration: The calibration windows, for linear maps and merges.
+        text: The healing windows.
+        notify: Gets one line for each round.
+        workspace: The folder of the training checkpoints, in which the training of the plan that is chosen goes on.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: PreTrainedModel,
+        calibration: Windows,
+        text: Windows,
+        notify: Notify,
+        workspace: Path,
+    ) -> None:
+        self._recipe, self._model, self._calibration, self._text = recipe, model, calibration, text
+        self._notify, self._workspace = notify, workspace
+
+    def best(self, plans: Sequence[Plan]) -> Plan:
+        """The plan that heals best (`successive_halving`), with the results in `Plan.trials`.
+
+        Args:
+            plans: The plans, the same in all processes.
+
+        Raises:
+            StreamlineError: a training of each plan fails.
+        """
+        if len(plans) > 1:
+            self._notify(f"trial trainings of {len(plans)} plans")
+        return successive_halving(plans, self._divergences, self._drop, self._notify)
+
+    def _drop(self, plan: Plan) -> None:
+        """Delete the checkpoints of a plan that is out."""
+        if is_main():
+            shutil.rmtree(plan_folder(self._workspace, plan), ignore_errors=True)
+
+    def _divergences(self, plan: Plan, share: float) -> torch.Tensor:
+        folder = plan_folder(self._workspace, plan)
+        file, key = self._workspace / RESULTS_FILE, f"{folder.name} {share}"
+        results = from_main(json.loads(file.read_text()) if is_main() and file.is_file() else {})
+        if key not in results:  # an interrupted run goes on where it was
+            results[key] = from_main(self._trained(plan, share, folder).tolist())
+            gc.collect()  # reference cycles hold the optimizer state, which would be in memory in the next training
+            if is_main():
+                write_file(file, json.dumps(results))
+        return torch.tensor(results[key], dtype=torch.float64)
+
+    def _trained(self, plan: Plan, share: float, folder: Path) -> torch.Tensor:
+        recipe, student = self._recipe, copy.deepcopy(self._model)
+        replacement = build_replacement(student, plan, self._calibration, recipe.seed)
+        changed = METHODS[recipe.resolved_method].apply(student, plan, EditInputs(self._calibration, replacement))
+        healer = Healer(recipe, student, plan, self._text, silent, folder, teacher=self._model)
+        held_out = split_windows(self._text)[1]
+        try:
+            healer.after_edit(changed.new_layers, stop_at=share)
+        except NotFiniteError:  # other plans may train
+            return torch.full((len(held_out),), math.inf, dtype=torch.float64)
+        return torch.cat([window_divergences(self._model, student, ids) for ids in held_out.split(BATCH)])
+
+
+def successive_halving(
+    plans: Sequence[Plan], divergences: Divergences, drop: Callable[[Plan], None], notify: Notify
+) -> Plan:
+    """Find the plan that heals best, by rounds of training of which each leaves at most half of the plans.
+
+    In the first round, each plan's model is trained for `FIRST_SHARE` of the training, and in each later round for
+    twice the share of the round before. A plan is out if its divergence is not in the lower half, or if its paired
+    difference from the lowest is larger than chance explains. With seven plans, all trials and the rest of the training
+    of the last one have at most the updates of one and a half trainings. Fits and measurements come on top.
+
+    Source: successive halving (Jamieson and Talwalkar, arXiv 1502.07943, Figure 3), with the paired test added.
+
+    Args:
+        plans: The plans; among equal divergences the first wins.
+        divergences: The function that trains.
+        drop: A function that is called with each plan that is out.
+        notify: Gets one line for each round.
+
+    Returns:
+        The plan that is left, with the results of all rounds in `Plan.trials`.
+
+    Raises:
+        NotFiniteError: no plan's divergence is finite.
+    """
+    racing, share, rounds = list(plans), FIRST_SHARE, []
+    while len(racing) > 1:
+        half, rows, dropped = max(1, len(racing) // 2), list[torch.Tensor](), set[int]()
+        for plan in racing:
+            rows.append(divergences(plan, share).nan_to_num(nan=math.inf, posinf=math.inf))
+            for place in set(_by_mean(rows)[half:]) - dropped:  # at once, because checkpoints take much room
+                drop(racing[place])
+                dropped.add(place)
+        found = torch.stack(rows)
+        means = found.mean(1).tolist()
+        if not any(math.isfinite(mean) for mean in means):
+            raise NotFiniteError(
+                "heal-lr: the loss is not finite in the trial training of any plan; use a lower rate, or remove fewer"
+            )
+        known = [mean if math.isfinite(mean) else None for mean in means]
+        rounds.append((share, tuple((plan.chosen_by, mean) for plan, mean in zip(racing, known, strict=True))))
+        values = ", ".join(f"{name} {'failed' if mean is None else f'{mean:.4f}'}" for name, mean in rounds[-1][1])
+        notify(f"KL divergence from the original after {share:.3g} of the training: {values}")
+        stay = _those_that_stay(found)
+        for place in set(range(len(racing))) - dropped - set(stay):
+            drop(racing[place])
+        racing = [racing[place] for place in stay]
+        share *= 2
+    return replace(racing[0], trials=tuple(rounds))
+
+
+def _by_mean(divergences: Sequence[torch.Tensor]) -> list[int]:
+    """The places of divergences `[windows]`, that of the lowest mean first."""
+    return sorted(range(len(divergences)), key=lambda place: float(divergences[place].mean()))
+
+
+def _those_that_stay(divergences: torch.Tensor) -> list[int]:
+    """The plans that go on, of divergences `[plans, windows]`."""
+    order = _by_mean(list(divergences))
+    best = divergences[order[0]]
+    stay = [order[0]]
+    for place in order[1 : len(order) // 2]:
+        behind = divergences[place] - best
+        error = behind.std() / math.sqrt(len(behind)) if len(behind) > 1 else torch.tensor(math.inf)
+        if bool(behind.isfinite().all()) and float(behind.mean()) <= DEVIATIONS * float(error):
+            stay.append(place)
+    return sorted(stay)
