@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from optimum.streamline.editing.apply import EditInputs, apply_plan, build_replacement
 from optimum.streamline.editing.plan import Plan
-from optimum.streamline.healing import trainer
+from optimum.streamline.healing import transformers_trainer
 from optimum.streamline.healing.losses import Distillation, NextToken
 from optimum.streamline.healing.settings import (
     HealSettings,
@@ -341,7 +341,9 @@ def test_all_trainings_between_merges_take_the_time_of_one(
     method: str, trainings: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = iter(range(10**6))
-    monkeypatch.setattr(trainer, "monotonic", lambda: float(next(now)))  # a second a look: one an update, or so
+    monkeypatch.setattr(
+        transformers_trainer, "monotonic", lambda: float(next(now))
+    )  # a second a look: one an update, or so
     model, calibration = tiny_model(), Windows(token_ids(4, 24, seed=3), "random")
     recipe = make_recipe({"method": method, "remove": 3, "heal_epochs": 100, "heal_lr": 1e-3, "heal_minutes": 1})
     chosen = method_of(recipe, model.config)

@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from optimum.streamline.editing.apply import apply_plan, build_replacement
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
-from optimum.streamline.healing import trainer
+from optimum.streamline.healing import transformers_trainer
+from optimum.streamline.healing.losses import NotFiniteError
 from optimum.streamline.healing.settings import HealSettings, heal_windows
 from optimum.streamline.healing.trainable_parts import train_replacement
-from optimum.streamline.healing.trainer import NotFiniteError, split_windows
+from optimum.streamline.healing.trainer import split_windows
 from optimum.streamline.models.architectures import ARCHITECTURES, decoder_layers
 from optimum.streamline.text.windows import Windows
 from tiny import LAYERS, tiny_model, token_ids
@@ -131,7 +132,7 @@ def test_a_short_training_ends_at_the_minimum_too(windows: int, updates: int) ->
 
 def test_time_ends_a_training_and_the_rate_follows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(range(10**6))
-    monkeypatch.setattr(trainer, "monotonic", lambda: float(next(now)))  # a second a look
+    monkeypatch.setattr(transformers_trainer, "monotonic", lambda: float(next(now)))  # a second a look
     model, plan = tiny_model(), Plan(LAYERS, (1, 2), "layer")
     settings = HealSettings(lr=1e-3, epochs=100, minutes=1)
     log = train_replacement(model, plan, build_replacement(model, plan).layer, WINDOWS, settings)

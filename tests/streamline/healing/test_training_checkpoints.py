@@ -23,11 +23,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 from console import command, optimum_cli
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
-from optimum.streamline.healing import trainer
-from optimum.streamline.healing.losses import NextToken
+from optimum.streamline.healing import transformers_trainer
+from optimum.streamline.healing.losses import NextToken, NotFiniteError
 from optimum.streamline.healing.settings import HealLog, HealSettings
 from optimum.streamline.healing.trainable_parts import train_model
-from optimum.streamline.healing.trainer import NotFiniteError
 from optimum.streamline.healing.training_checkpoints import healing_workspace, open_workspace, plan_folder
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.pipeline.prune import change, prepare
@@ -110,7 +109,7 @@ def test_a_training_goes_on_from_a_share_of_it(
 
 
 def test_a_stopped_training_keeps_to_the_time_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "monotonic", itertools.count().__next__)  # a second a look
+    monkeypatch.setattr(transformers_trainer, "monotonic", itertools.count().__next__)  # a second a look
     settings = dataclasses.replace(SETTINGS, minutes=0.3)
     log = train_model(tiny_model(), NextToken(), COUNTING, settings)
     assert len(log.steps) == 18  # of 23

@@ -13,9 +13,8 @@ import torch
 from optimum.streamline.editing.apply import EditInputs
 from optimum.streamline.editing.plan import Plan, PlannedLayer, packed_plan
 from optimum.streamline.healing import trials
-from optimum.streamline.healing.losses import window_divergences
+from optimum.streamline.healing.losses import NotFiniteError, window_divergences
 from optimum.streamline.healing.stages import Healer
-from optimum.streamline.healing.trainer import NotFiniteError
 from optimum.streamline.healing.trials import FIRST_SHARE, Trials, successive_halving
 from optimum.streamline.methods.registry import METHODS
 from optimum.streamline.recipe.parsing import make_recipe

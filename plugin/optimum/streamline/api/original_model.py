@@ -132,8 +132,11 @@ class Original:
             return scores.windows
         text = text_of_choice(recipe, self.tokenizer, self.config)
         # A method that needs more windows draws others from the same text than the score did.
-        drawn = (calibration_text(recipe, self.tokenizer, self.config), text.part(0, recipe.calibration.samples))
-        if scores.windows.fingerprint not in [windows.fingerprint for windows in drawn]:
+        measured_on = scores.windows.fingerprint
+        if measured_on not in (
+            text.part(0, recipe.calibration.samples).fingerprint,
+            calibration_text(recipe, self.tokenizer, self.config).fingerprint,
+        ):
             raise StreamlineError(
                 f"scores: were measured on other windows than calibration {recipe.calibration.data!r} gives, which "
                 f"method {recipe.resolved_method} reads; score with this config"

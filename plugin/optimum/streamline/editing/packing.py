@@ -7,13 +7,9 @@ an attention and the MLP that follows it make one ordinary layer, whatever layer
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import TypeAlias
 
-from optimum.streamline.models.architectures import Sublayer
+from optimum.streamline.models.removed_sublayers import SublayerKey
 from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP
-
-SublayerKey: TypeAlias = tuple[int, Sublayer]
-"""A sublayer: the number of its layer, from 0, and `attention` or `mlp`."""
 
 
 def sublayers_left(total: int, removed: Iterable[SublayerKey]) -> tuple[SublayerKey, ...]:

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from optimum.streamline.models.removed_sublayers import SublayerKey
 from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP
 
-from .packing import SublayerKey, mlps_after_gaps, packed, sublayers_left
+from .packing import mlps_after_gaps, packed, sublayers_left
 
 Kind = Literal["kept", "thinned", "layer", "mlp", "ffn", "swiglu", "patched", "merged", "packed"]
 ReplacementKind = Literal["none", "layer", "mlp", "ffn", "swiglu", "linear", "corrected"]

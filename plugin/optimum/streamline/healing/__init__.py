@@ -11,5 +11,6 @@ __all__ = [
     "trainable_parts",
     "trainer",
     "training_checkpoints",
+    "transformers_trainer",
     "trials",
 ]

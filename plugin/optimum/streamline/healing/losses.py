@@ -11,7 +11,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.architectures import architecture_of, decoder_layers, layer_output
+
+Loss = Callable[[torch.Tensor], torch.Tensor]
+"""A function from token ids `[windows, length]` to a loss, a scalar, the mean over their tokens."""
+
+
+class NotFiniteError(StreamlineError):
+    """The loss of a training is not finite. A resumed training would fail again, so its checkpoints are deleted."""
 
 
 class HealingLoss(Protocol):

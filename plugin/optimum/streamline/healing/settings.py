@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.recipe.recipe import Recipe
 
 # The share of the healing windows that is not trained on, but used to choose the best weights.
 HELD_OUT_SHARE = 0.05
+# An empty file that is written last into the folder of a checkpoint, when the checkpoint is complete.
+COMPLETE_FILE = "whole"
 Scope = Literal["replacement", "layer", "model"]
 
 
@@ -81,6 +84,11 @@ class HealLog:
     best: float
     best_step: int
     steps: tuple[HealStep, ...]
+
+
+def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The row of a training's log with the lowest held-out loss; the first of several."""
+    return min((row for row in rows if row["held_out"] is not None), key=lambda row: (row["held_out"], row["step"]))
 
 
 def default_lr(width: int) -> float:

@@ -14,7 +14,8 @@ from optimum.streamline.editing.plan import Plan
 from optimum.streamline.system.atomic_output import write_file
 from optimum.streamline.system.distributed import is_main, wait_for_all
 
-from .trainer import COMPLETE_FILE, NotFiniteError
+from .losses import NotFiniteError
+from .settings import COMPLETE_FILE
 
 # Holds the key of `open_workspace`, which tells whether the checkpoints fit a run.
 KEY_FILE = "key.json"

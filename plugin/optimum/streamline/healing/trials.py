@@ -26,9 +26,9 @@ from optimum.streamline.system.distributed import from_main, is_main
 from optimum.streamline.system.notify import Notify, silent
 from optimum.streamline.text.windows import BATCH, Windows
 
-from .losses import window_divergences
+from .losses import NotFiniteError, window_divergences
 from .stages import Healer
-from .trainer import NotFiniteError, split_windows
+from .trainer import split_windows
 from .training_checkpoints import plan_folder
 
 FIRST_SHARE = 1 / 16

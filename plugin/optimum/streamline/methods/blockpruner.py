@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from optimum.streamline.editing.packing import SublayerKey, layer_count, new_zeros, sublayers_left
+from optimum.streamline.editing.packing import layer_count, new_zeros, sublayers_left
 from optimum.streamline.editing.plan import Plan, packed_plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.architectures import Sublayer, architecture_of, can_pack, decoder_layers, submodule
-from optimum.streamline.models.removed_sublayers import SublayerSet, fully_removed_layers
+from optimum.streamline.models.removed_sublayers import SublayerKey, SublayerSet, fully_removed_layers
 from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP, skipped_of
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.scoring.race import race_removals

@@ -8,11 +8,11 @@ from itertools import pairwise
 
 from transformers import PreTrainedConfig
 
-from optimum.streamline.editing.packing import SublayerKey, layer_count, new_zeros, sublayers_left
+from optimum.streamline.editing.packing import layer_count, new_zeros, sublayers_left
 from optimum.streamline.editing.plan import Plan, packed_plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.architectures import can_pack
-from optimum.streamline.models.removed_sublayers import SublayerSet, fully_removed_layers
+from optimum.streamline.models.removed_sublayers import SublayerKey, SublayerSet, fully_removed_layers
 from optimum.streamline.models.skipped_sublayers import ATTENTION, skipped_of
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.scoring.ablation import corrected_losses, cross_fitted_losses, removal_losses

@@ -63,6 +63,15 @@ def matches_any(name: str, patterns: Iterable[str]) -> bool:
     )
 
 
+def within(module: str, parts: Iterable[str]) -> bool:
+    """Whether a module of a layer is one of the modules `parts`, or inside one; all are dotted paths in the layer.
+
+    >>> within("mlp.up_proj", ["mlp"]), within("mlp_norm", ["mlp"])
+    (True, False)
+    """
+    return any(f"{module}.".startswith(f"{part}.") for part in parts)
+
+
 def renumbered_names(
     names: Iterable[str],
     originals: Sequence[Sequence[int]],
@@ -87,8 +96,7 @@ def renumbered_names(
     for name in names:
         if layer := _LAYER.match(name):
             module = name[layer.end() + 1 :]
-            of_mlp = any(f"{module}.".startswith(f"{each}.") for each in mlp_part)
-            groups = mlp_originals if of_mlp and mlp_originals is not None else originals
+            groups = mlp_originals if mlp_originals is not None and within(module, mlp_part) else originals
             new_layers = [index for index, group in enumerate(groups) if int(layer[2]) in group]
             pairs += [(f"{layer[1]}{index}{name[layer.end() :]}", name) for index in new_layers]
         else:

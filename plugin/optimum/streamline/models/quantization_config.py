@@ -19,7 +19,7 @@ from optimum.streamline.errors import StreamlineError, first_line
 
 from .architectures import Architecture
 from .linear_modules import linear_modules_of, meta_model
-from .module_patterns import renumbered_names
+from .module_patterns import renumbered_names, within
 
 # The fields in which libraries list the modules that stay in float, as patterns that `should_convert_module` matches.
 _LISTS_OF_PATTERNS = ("llm_int8_skip_modules", "modules_to_not_convert")
@@ -179,7 +179,7 @@ class _Followed:
         Returns:
             For each: its index, and the paths in it; an empty path for the module itself.
         """
-        of_mlp = any(f"{module}.".startswith(f"{each}.") for each in self.architecture.mlp_part)
+        of_mlp = within(module, self.architecture.mlp_part)
         found: list[tuple[int, tuple[str, ...]]] = []
         for index, (origin, mlp_origin) in enumerate(zip(self.origins, self.mlp_origins, strict=True)):
             if old == origin == mlp_origin or (module and old == (mlp_origin if of_mlp else origin)):

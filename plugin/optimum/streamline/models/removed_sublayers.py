@@ -17,8 +17,11 @@ from transformers import PreTrainedModel
 from .architectures import Sublayer, architecture_of, decoder_layers
 from .skipped_sublayers import ATTENTION, MLP, replace_sublayer
 
-SublayerSet: TypeAlias = frozenset[tuple[int, Sublayer]]
-"""Sublayers, each as (layer number, sublayer). Both sublayers of a layer mean the whole layer, with its norms."""
+SublayerKey: TypeAlias = tuple[int, Sublayer]
+"""A sublayer: the number of its layer, from 0, and `attention` or `mlp`."""
+
+SublayerSet: TypeAlias = frozenset[SublayerKey]
+"""Sublayers. Both sublayers of a layer mean the whole layer, with its norms."""
 
 
 class _StoredOutput(nn.Module):

@@ -106,7 +106,7 @@ def model_card(record: PruningRecord) -> str:
     for index, layer in enumerate(record.change.new_layers):
         originals = ", ".join(str(original) for original in layer.originals)
         if layer.kind == "packed":
-            originals = f"attention of {layer.originals[0]}, MLP of {layer.originals[1]}"
+            originals = f"attention of {layer.attention_originals[0]}, MLP of {layer.mlp_originals[0]}"
         corrected = ", MLP corrected" if layer.corrected else ""
         lines.append(f"| {index} | {originals} | {layer.kind}{corrected} |")
     lines += ["", "`streamline.json` holds the scores, the recipe, the seed and the versions.", ""]

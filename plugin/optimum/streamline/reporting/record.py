@@ -111,7 +111,7 @@ def layer_origins(change: Change) -> list[dict[str, Any]]:
     for index, layer in enumerate(change.new_layers):
         entry = {"layer": index, "originals": list(layer.originals), "kind": layer.kind}
         if layer.kind == "packed":
-            entry |= {"attention": layer.originals[0], "mlp": layer.originals[1]}
+            entry |= {"attention": layer.attention_originals[0], "mlp": layer.mlp_originals[0]}
         if layer.corrected:
             entry["corrected"] = True
         found.append(entry)
