@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tiny import token_ids
+
+
+def stock_model(folder: Path) -> PreTrainedModel:
+    """The checkpoint in `folder` as stock transformers loads it in fp32, which finds each weight, and no other."""
+    stock, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    return stock.eval()
 
 
 def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -52,9 +52,9 @@ def operators(folder: Path) -> Counter[str]:
 @pytest.mark.parametrize(
     ("skipped", "traced"),
     [
-        pytest.param([(3, ATTENTION), (5, ATTENTION)], (0, 1, 3), marks=pytest.mark.slow),  # the next one has these too
+        pytest.param([(3, ATTENTION), (5, ATTENTION)], (0, 1, 3), marks=pytest.mark.slow),
         ([(0, ATTENTION), (4, ATTENTION), (2, MLP), (6, MLP)], (0, 1, 2, 4)),
-        ([(2, ATTENTION), (2, MLP), (6, ATTENTION), (6, MLP)], (0, 1, 2)),
+        pytest.param([(2, ATTENTION), (2, MLP), (6, ATTENTION), (6, MLP)], (0, 1, 2), marks=pytest.mark.slow),
     ],
 )
 def test_layers_with_dead_sublayers_are_kinds_of_their_own(

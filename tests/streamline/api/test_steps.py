@@ -398,7 +398,7 @@ def test_the_files_of_a_model_in_memory_are_written_once_and_go_with_it(original
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("method", ["shifted", "auto"])
+@pytest.mark.parametrize("method", ["shifted", pytest.param("auto", marks=pytest.mark.slow)])  # ten seconds
 def test_a_plan_can_be_made_of_the_scores_of_its_own_config(method: str) -> None:
     config, model = StreamlineConfig(**TEXT, method=method, remove=1, heal="none"), on_disk()
     plan = model.plan(config, model.score(config))

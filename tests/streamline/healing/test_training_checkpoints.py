@@ -217,6 +217,7 @@ def waiting(seconds: float) -> Iterator[None]:
         time.sleep(0.01)
 
 
+@pytest.mark.slow  # in this process, `test_a_stopped_training_ends_where_one_that_was_not_does` is fast
 def test_a_killed_command_goes_on(words: list[str], alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with run("optimum.commands.optimum_cli", words, out) as process:

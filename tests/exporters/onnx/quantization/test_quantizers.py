@@ -85,10 +85,14 @@ def operators(artifact: Artifact) -> Counter[str]:
     return Counter(node.op_type for node in graph.node)
 
 
-# GPTQ takes half a minute; `test_last_logits.py` asks of a small model whether it keeps the function.
+# GPTQ takes half a minute; `test_last_logits.py` asks of a small model whether it keeps the function. HQQ writes the
+# operators of int4.
 @pytest.mark.parametrize(
     "quantizer",
-    [pytest.param(each, marks=pytest.mark.slow if each == "int4-gptq" else ()) for each in GRAPH_QUANTIZERS],
+    [
+        pytest.param(each, marks=() if each in ("int8", "int8-static", "int4") else pytest.mark.slow)
+        for each in GRAPH_QUANTIZERS
+    ],
 )
 def test_each_way_keeps_the_function_and_takes_less_room(
     quantized: Callable[..., Artifact], judged_on: Windows, quantizer: str
