@@ -252,7 +252,22 @@ def test_the_card_says_what_each_training_saw(cli: Cli, tmp_path: Path) -> None:
     assert record["merged"] == [layer["originals"] for layer in record["layers"] if layer["kind"] == "merged"] != []
 
 
-def test_card_and_record_say_where_both_halves_of_a_packed_layer_come_from(cli: Cli, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("replacement", "in_plan", "mapped", "in_card"),
+    [
+        ("none", "", {}, ""),
+        # A map for what adds nothing is the identity.
+        (
+            "linear",
+            ", a linear map folded in before each gap",
+            {"mapped": ["attention"]},
+            ", a linear map in its attention",
+        ),
+    ],
+)
+def test_card_and_record_say_where_both_halves_of_a_packed_layer_come_from(
+    cli: Cli, tmp_path: Path, replacement: str, in_plan: str, mapped: dict[str, list[str]], in_card: str
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32)
     with torch.no_grad():  # two neighbours of two layers that do nothing: their removal is free
         model.model.layers[3].mlp.down_proj.weight.zero_()
@@ -260,13 +275,16 @@ def test_card_and_record_say_where_both_halves_of_a_packed_layer_come_from(cli: 
     model.save_pretrained(tmp_path / "source")
     AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(tmp_path / "source")
     out = tmp_path / "out"
-    done = cli("prune", "-m", tmp_path / "source", "--method", "shifted", "--remove", 1, "--heal", "none", *QUICK, out)
+    words = ("--method", "shifted", "--remove", 1, "--replacement", replacement, "--heal", "none", *QUICK)
+    done = cli("prune", "-m", tmp_path / "source", *words, out)
     assert (done.code, done.err) == (0, "")
     record = json.loads((out / "streamline.json").read_text())
-    assert record["plan"] == "remove the attention of layers 4; remove the mlp of layers 3: 16 layers become 15"
-    assert record["layers"][3] == {"layer": 3, "originals": [3, 4], "kind": "packed", "attention": 3, "mlp": 4}
+    edit = f"remove the attention of layers 4; remove the mlp of layers 3{in_plan}"
+    assert record["plan"] == f"{edit}: 16 layers become 15"
+    packed = {"layer": 3, "originals": [3, 4], "kind": "packed", "attention": 3, "mlp": 4}
+    assert record["layers"][3] == packed | mapped
     assert (record["removed"], record["dead"]) == ([], {})
-    assert "| 3 | attention of 3, MLP of 4 | packed |\n" in (out / "README.md").read_text()
+    assert f"| 3 | attention of 3, MLP of 4 | packed{in_card} |\n" in (out / "README.md").read_text()
     stock, ids = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), torch.arange(2, 40)[None]
     with torch.no_grad():
         torch.testing.assert_close(stock(ids).logits, model.eval()(ids).logits, atol=1e-4, rtol=0)

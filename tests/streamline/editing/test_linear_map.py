@@ -16,12 +16,12 @@ from behaviour import stock_model
 from optimum.streamline.checkpoints.loading import load, load_stock, load_tokenizer
 from optimum.streamline.editing.apply import Replacement, apply_plan, build_replacement
 from optimum.streamline.editing.linear_map import STRENGTH, check_linear, fit_maps
-from optimum.streamline.editing.plan import Plan
+from optimum.streamline.editing.plan import Plan, PlannedLayer, packed_plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.methods.base import MethodInputs
 from optimum.streamline.methods.llm_streamline import LLMStreamline
 from optimum.streamline.model_files.source import ModelSource
-from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, decoder_layers
+from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, can_pack, decoder_layers
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.scoring.similarity import measure_scores
 from optimum.streamline.text.windows import Windows, read_windows
@@ -33,6 +33,7 @@ ONE_RUN = Plan(LAYERS, (2, 3), "linear")
 TWO_RUNS = Plan(LAYERS, (1, 3, 4), "linear")
 REFUSED = ["gemma2", "olmo2"]
 FOLDABLE = sorted(set(ARCHITECTURES) - set(REFUSED))
+PACKABLE = [architecture for architecture in FOLDABLE if can_pack(tiny_model(architecture).config)]
 # Where the stream is found that a layer's MLP is added to: the module whose input it is, or whose output it is.
 MLP_NORM = {"gpt2": "ln_2", "opt": "final_layer_norm"}
 
@@ -85,8 +86,8 @@ def test_map_is_the_least_squares_solution_and_the_folded_stream_its_formula(arc
     written, stream, target = added_by_mlp(original, 1), rows_of(original, 1, "output"), rows_of(original, 3, "output")
     expected = best_map(written, stream, target, STRENGTH)
     replacement = build_replacement(original, ONE_RUN, TEXT)
-    assert list(replacement.maps) == [1]
-    np.testing.assert_allclose(replacement.maps[1], expected, atol=2e-4)
+    assert list(replacement.maps) == [(1, "mlp")]
+    np.testing.assert_allclose(replacement.maps[1, "mlp"], expected, atol=2e-4)
 
     patched = copy.deepcopy(original)
     apply_plan(patched, ONE_RUN, replacement)
@@ -99,11 +100,11 @@ def test_map_is_the_least_squares_solution_and_the_folded_stream_its_formula(arc
 def test_second_gap_is_fitted_to_the_original_behind_the_first_patch(architecture: str) -> None:
     original = tiny_model(architecture, **({"residual_multiplier": 0.4} if architecture == "granite" else {}))
     maps = fit_maps(original, TWO_RUNS, TEXT)
-    assert list(maps) == [0, 2]
+    assert list(maps) == [(0, "mlp"), (2, "mlp")]
     first = best_map(
         added_by_mlp(original, 0), rows_of(original, 0, "output"), rows_of(original, 1, "output"), STRENGTH
     )
-    np.testing.assert_allclose(maps[0], first, atol=2e-4)
+    np.testing.assert_allclose(maps[0, "mlp"], first, atol=2e-4)
     # The first gap closed and patched by hand; original layer 2 is layer 1 then.
     patched = copy.deepcopy(original)
     apply_plan(patched, Plan(LAYERS, (1,)), None)
@@ -118,11 +119,69 @@ def test_second_gap_is_fitted_to_the_original_behind_the_first_patch(architectur
         else:
             out.mlp.down_proj.weight.copy_(torch.from_numpy(first.T @ out.mlp.down_proj.weight.double().numpy()))
     second = best_map(added_by_mlp(patched, 1), rows_of(patched, 1, "output"), rows_of(original, 4, "output"), STRENGTH)
-    np.testing.assert_allclose(maps[2], second, atol=5e-4)
+    np.testing.assert_allclose(maps[2, "mlp"], second, atol=5e-4)
     naive = best_map(
         added_by_mlp(original, 2), rows_of(original, 2, "output"), rows_of(original, 4, "output"), STRENGTH
     )
     assert abs(naive - second).max() > 1e-2
+
+
+@pytest.mark.parametrize("architecture", PACKABLE)
+def test_before_a_gap_within_layers_the_map_is_folded_into_the_attention(architecture: str) -> None:
+    """Between the attention of layer 1 and the MLP of layer 2 all goes: they make a layer."""
+    fields = {"residual_multiplier": 0.4} if architecture == "granite" else {}
+    original = tiny_model(architecture, **fields)
+    norm = MLP_NORM.get(architecture, "post_attention_layernorm")
+    stream, target = rows_of(original, 1, norm), rows_of(original, 2, norm)
+    expected = best_map(stream - rows_of(original, 0, "output"), stream, target, STRENGTH)
+    plan = packed_plan(LAYERS, [(1, "mlp"), (2, "attention")], (), "linear")
+    replacement = build_replacement(original, plan, TEXT)
+    assert list(replacement.maps) == [(1, "attention")]
+    np.testing.assert_allclose(replacement.maps[1, "attention"], expected, atol=5e-4)
+    patched = copy.deepcopy(original)
+    change = apply_plan(patched, plan, replacement)
+    assert change.new_layers[1] == PlannedLayer("packed", (1, 2), mapped=("attention",))
+    cut = rows_of(original, 0, "output") + (stream - rows_of(original, 0, "output")) @ expected
+    np.testing.assert_allclose(rows_of(patched, 1, norm), cut, atol=5e-4 * abs(cut).max())
+
+
+def test_every_gap_is_fitted_behind_the_patches_before_it() -> None:
+    """Gaps of half layers and of a whole one; the last ends with the model."""
+    original = tiny_model(num_hidden_layers=7)
+    removed = [(1, "mlp"), (2, "attention"), (4, "attention"), (4, "mlp"), (6, "mlp")]
+    plan = packed_plan(7, removed, (), "linear")
+    maps = fit_maps(original, plan, TEXT)
+    assert list(maps) == [(1, "attention"), (3, "mlp"), (6, "attention")]
+    norm = "post_attention_layernorm"
+
+    def patched(gaps: int, sublayers: int) -> PreTrainedModel:
+        model = copy.deepcopy(original)
+        so_far = Replacement(maps={each: maps[each] for each in list(maps)[:gaps]})
+        apply_plan(model, packed_plan(7, removed[:sublayers], (), "linear"), so_far)
+        return model
+
+    first = patched(1, 2)  # the original layer 3 is layer 2 then
+    second = best_map(added_by_mlp(first, 2), rows_of(first, 2, "output"), rows_of(original, 4, "output"), STRENGTH)
+    np.testing.assert_allclose(maps[3, "mlp"], second, atol=5e-4)
+    both = patched(2, 4)  # the original layer 6 is layer 4 then
+    stream, entering = rows_of(both, 4, norm), rows_of(both, 3, "output")
+    third = best_map(stream - entering, stream, rows_of(original, 6, "output"), STRENGTH)
+    np.testing.assert_allclose(maps[6, "attention"], third, atol=5e-4)
+
+
+@pytest.mark.parametrize("architecture", PACKABLE)
+def test_a_packed_patched_model_is_a_plain_checkpoint_nearer_to_the_original(architecture: str, tmp_path: Path) -> None:
+    original, ids = tiny_model(architecture), token_ids()
+    removed = [(1, "mlp"), (2, "attention"), (3, "attention"), (3, "mlp")]
+    plain, patched = copy.deepcopy(original), copy.deepcopy(original)
+    apply_plan(plain, packed_plan(LAYERS, removed), None)
+    plan = packed_plan(LAYERS, removed, (), "linear")
+    apply_plan(patched, plan, build_replacement(original, plan, TEXT))
+    edited = logits(patched, ids)
+    patched.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(stock_model(tmp_path), ids), edited, atol=1e-5, rtol=0)
+    last = [rows_of(model, -1, "output") for model in (original, plain, patched)]
+    assert ((last[2] - last[0]) ** 2).sum() < ((last[1] - last[0]) ** 2).sum()
 
 
 @pytest.mark.parametrize("architecture", FOLDABLE)
@@ -152,7 +211,7 @@ def test_endless_strength_is_plain_removal(architecture: str) -> None:
         np.testing.assert_allclose(transform, np.eye(32), atol=1e-9)
     apply_plan(patched, TWO_RUNS, Replacement(maps=maps))
     torch.testing.assert_close(logits(patched, TEXT.ids), logits(removed, TEXT.ids), atol=1e-5, rtol=0)
-    weak = fit_maps(original, TWO_RUNS, TEXT, strength=1e-6)[0]
+    weak = fit_maps(original, TWO_RUNS, TEXT, strength=1e-6)[0, "mlp"]
     assert (weak - torch.eye(32)).abs().max() > 0.1
 
 
@@ -167,13 +226,13 @@ def test_a_norm_behind_the_mlp_is_refused_by_name(architecture: str) -> None:
 def test_other_impossible_maps_are_refused() -> None:
     with pytest.raises(StreamlineError, match="architecture 'opt' has a norm"):
         check_linear(tiny_model("opt", do_layer_norm_before=False).config)
-    with pytest.raises(StreamlineError, match="keep layer 0"):
+    with pytest.raises(StreamlineError, match="keep the first attention"):
         fit_maps(tiny_model(), Plan(LAYERS, (0, 1), "linear"), TEXT)
     with pytest.raises(StreamlineError, match="has no calibration text"):
         build_replacement(tiny_model(), ONE_RUN)
     silent = tiny_model()
     nn.init.zeros_(silent.model.layers[1].mlp.down_proj.weight)
-    with pytest.raises(StreamlineError, match="MLP of layer 1 adds only zeros.*; keep the layer after it"):
+    with pytest.raises(StreamlineError, match="the mlp of layer 1 adds only zeros.*; keep what comes after"):
         fit_maps(silent, ONE_RUN, TEXT)
 
 

@@ -23,6 +23,7 @@ NASTY = '<script>alert("x")</script>&'
         (Plan(6, (2, 3), "corrected"), "[##--C#]"),
         (Plan(6, (), skipped=((0, "attention"), (0, "mlp"), (2, "mlp"), (3, "attention"))), "[0#ma##]"),
         (Plan.of(packed_plan(6, [(1, "mlp"), (2, "attention"), (4, "attention"), (4, "mlp")])), "[#ma#-#]"),
+        (Plan.of(packed_plan(6, [(4, "attention"), (4, "mlp")], (), "linear")), "[###P-#]"),
         (Plan.of(merge_plan(6, [Merge(1, 0.5, 0.5), Merge(1, 0.5, 0.5)])), "[#MMM##]"),
     ],
 )

@@ -19,6 +19,7 @@ from optimum.streamline.models.architectures import Sublayer, architecture_of, c
 from optimum.streamline.models.bare_layers import BareKind, bare_layer, mark_bare, refuse_bare
 from optimum.streamline.models.layer_list import renumber_config, set_decoder_layers
 from optimum.streamline.models.module_patterns import renumbered_names
+from optimum.streamline.models.removed_sublayers import SublayerKey
 from optimum.streamline.models.skipped_sublayers import (
     ATTENTION,
     mark_skipped,
@@ -51,7 +52,7 @@ class Replacement:
 
     layer: nn.Module | None = None
     attention: nn.Module | None = None
-    maps: dict[int, torch.Tensor] = field(default_factory=dict)
+    maps: dict[SublayerKey, torch.Tensor] = field(default_factory=dict)
     corrections: Corrections = field(default_factory=dict)
 
 
@@ -92,7 +93,7 @@ def build_replacement(
     - `mlp`: the same copy without its attention. It keeps the MLP, its norm and its residual connection.
     - `ffn`, `swiglu`: LLM-Streamline's feed-forward networks, bare layers without norm and residual connection, with
       random weights (`models.bare_layers`).
-    - `linear`: a linear map for each run of removed layers (`linear_map.fit_maps`).
+    - `linear`: a linear map for each run of removed sublayers (`linear_map.fit_maps`).
     - `corrected`: a correction of the first MLP after each gap (`correction.fit_corrections`).
 
     Args:
@@ -150,8 +151,8 @@ def apply_plan(model: PreTrainedModel, plan: Plan, replacement: Replacement | No
         raise StreamlineError(f"replacement {plan.replacement!r}: is missing; give the result of build_replacement")
     architecture = architecture_of(model.config)
     layers = decoder_layers(model, architecture)
-    for layer, transform in (replacement.maps if replacement else {}).items():
-        fold(layers[layer], architecture, transform)
+    for sublayer, transform in (replacement.maps if replacement else {}).items():
+        fold(model, sublayer, transform)
     add_corrections(model, replacement.corrections if replacement else {})
     _zero_skipped(model, plan)
     _move_mlps(model, plan)

@@ -1,12 +1,12 @@
-"""Replacement `linear`: a linear map for each run of removed layers, folded into the MLP of the layer before the run.
+"""Replacement `linear`: a linear map for each run of removed sublayers, folded into the sublayer before the run.
 
 The maps have a closed form and need no training (ReplaceMe, arXiv 2505.02819). `fit_maps` finds them before the edit,
-and `apply.apply_plan` calls `fold` when it removes the layers.
+and `apply.apply_plan` calls `fold` when it removes them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.architectures import (
-    Architecture,
     architecture_of,
     decoder_layers,
     has_norms_after,
@@ -26,10 +25,13 @@ from optimum.streamline.models.architectures import (
     residual_scale,
     submodule,
 )
+from optimum.streamline.models.removed_sublayers import SublayerKey, SublayerSet, without
+from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP, skipped_of
 from optimum.streamline.system.progress import progress_bar
 from optimum.streamline.text.windows import BATCH, Windows
 
-from .plan import Plan, runs_of
+from .packing import gaps
+from .plan import Plan
 
 # The default ridge strength. Perplexities measured on the reference model (16 layers), with maps fitted on 64 windows
 # of 256 tokens, on other text: one block of 4 layers removed without a map 41.7; strength 0: 39.9; 0.01: 39.7; 0.1:
@@ -41,59 +43,63 @@ STRENGTH = 0.1
 @torch.inference_mode()
 def fit_maps(
     model: PreTrainedModel, plan: Plan, calibration: Windows, strength: float = STRENGTH
-) -> dict[int, torch.Tensor]:
-    """Fit one linear map T `[width, width]` for each run of removed layers (ReplaceMe, arXiv 2505.02819).
+) -> dict[SublayerKey, torch.Tensor]:
+    """Fit one linear map T `[width, width]` for each run of removed sublayers (ReplaceMe, arXiv 2505.02819).
 
-    Take a run of removed layers, and the layer p before it. Let x `[tokens, width]` be the residual stream after p, M
-    the part of x that the MLP of p added, and h the residual stream of the original after the last layer of the run.
-    Then
+    Take a run of removed sublayers, and the sublayer p before it, an attention or an MLP. Let x `[tokens, width]` be
+    the residual stream after p, M the part of x that p added, and h the residual stream of the original after the last
+    sublayer of the run. Then
 
         T = argmin |(x - M) + M T - h|^2 + lambda |T - I|^2,    lambda = strength * trace(M^T M) / width,
 
-    with the solution T = I + (M^T M + lambda I)^-1 M^T (h - x). M is the output m of the MLP times the residual scale
-    of the architecture, which is 1 for most. M^T M and M^T (h - x) are summed in float64, batch by batch.
+    with the solution T = I + (M^T M + lambda I)^-1 M^T (h - x). M is the output m of p times the residual scale of the
+    architecture, which is 1 for most. M^T M and M^T (h - x) are summed in float64, batch by batch.
 
     Deviations from ReplaceMe:
 
-    - The ridge pulls T toward the identity, which means plain removal. A ridge toward zero would remove the MLP of p
-      too in every direction that the calibration text says little about.
+    - The ridge pulls T toward the identity, which means plain removal. A ridge toward zero would remove p too in every
+      direction that the calibration text says little about.
     - Several runs are allowed, and fitted from the first to the last. x and M come from the model whose earlier runs
       are removed and patched already, while h comes from the original. So each map also corrects the errors of earlier
       ones.
+    - A run may begin or end within a layer. ReplaceMe removes layers, so p is the MLP of the layer before.
 
     Args:
         model: The original, in fp32 and in evaluation mode; it is unchanged.
-        plan: The plan, whose `removed` layers the maps replace.
+        plan: The plan, whose `sublayers_removed` the maps replace.
         calibration: The text to fit on.
         strength: lambda as a multiple of the mean diagonal entry of M^T M.
 
     Returns:
-        T in float64, for row vectors (m T), by the original number of the layer p.
+        T in float64, for row vectors (m T), by p.
 
     Raises:
-        StreamlineError: no map can be folded into this model (`check_linear`), layer 0 is removed, or the MLP of a
-            layer p adds only zeros or numbers that are not finite.
+        StreamlineError: no map can be folded into this model (`check_linear`), no sublayer is before a run, or a p adds
+            only zeros or numbers that are not finite.
     """
     check_linear(model.config)
-    runs = runs_of(plan.removed)
-    if 0 in plan.removed:
-        raise StreamlineError("replacement 'linear': a linear map is folded into the layer before; keep layer 0")
-    maps: dict[int, torch.Tensor] = {}
+    skipped = skipped_of(model.config)
+    removed = frozenset(plan.sublayers_removed) | skipped
+    found = gaps(model.config.num_hidden_layers, plan.sublayers_removed, skipped)
+    maps: dict[SublayerKey, torch.Tensor] = {}
     width: int = model.config.hidden_size
-    with progress_bar("fitting linear maps", len(runs) * len(calibration.ids)) as bar:
-        for run in runs:
-            layer = run[0] - 1
+    with progress_bar("fitting linear maps", len(found) * len(calibration.ids)) as bar:
+        for before, run in found:
+            if before is None:
+                raise StreamlineError(
+                    "replacement 'linear': a linear map is folded into what comes before; keep the first attention"
+                )
             equations = NormalEquations.of_sizes(width, width, model.device)
             for batch in calibration.ids.split(BATCH):
                 ids = batch.to(model.device)
-                written, stream = _patched_stream(model, ids, layer, plan.removed, maps)
-                equations.add(written, stream_after(model, ids, run[-1]) - stream)
+                written, stream = _patched_stream(model, ids, before, removed, maps)
+                equations.add(written, _original_stream(model, ids, run[-1]) - stream)
                 bar.advance(len(batch))
             identity = torch.eye(width, dtype=torch.float64, device=model.device)
-            maps[layer] = identity + equations.solve(
+            maps[before] = identity + equations.solve(
                 strength,
-                f"replacement 'linear': the MLP of layer {layer} adds only zeros or numbers that are not finite; keep "
-                "the layer after it, or use replacement none",
+                f"replacement 'linear': the {before[1]} of layer {before[0]} adds only zeros or numbers that are not "
+                "finite; keep what comes after it, or use replacement none",
             )
     return maps
 
@@ -113,22 +119,24 @@ def check_linear(config: PreTrainedConfig) -> None:
 
 
 @torch.no_grad()
-def fold(layer: nn.Module, architecture: Architecture, transform: torch.Tensor) -> None:
-    """Fold a linear map into the output projection of a layer's MLP, in place: its output m becomes m T.
+def fold(model: PreTrainedModel, of: SublayerKey, transform: torch.Tensor) -> None:
+    """Fold a linear map into the output projection of a sublayer, in place: its output m becomes m T.
 
     Args:
-        layer: A decoder layer.
-        architecture: The architecture of its model.
+        model: The model.
+        of: The sublayer.
         transform: T `[width, width]`, from `fit_maps`.
     """
-    for parameter, out_axis in output_parameters(layer, architecture):
+    for parameter, out_axis in _output_parameters(model, of):
         exact = torch.tensordot(parameter.double(), transform.to(parameter.device), dims=([out_axis], [0]))
         parameter.copy_(exact.movedim(-1, out_axis))
 
 
-def output_parameters(layer: nn.Module, architecture: Architecture) -> Iterator[tuple[nn.Parameter, int]]:
-    """The weight and bias of the MLP's output projection, each with the axis of length `width`."""
-    for path in architecture.mlp_out:
+def _output_parameters(model: PreTrainedModel, of: SublayerKey) -> Iterator[tuple[nn.Parameter, int]]:
+    """The weight and bias of a sublayer's output projection, each with the axis of length `width`."""
+    architecture, (index, sublayer) = architecture_of(model.config), of
+    layer = decoder_layers(model, architecture)[index]
+    for path in (architecture.attention_out,) if sublayer == ATTENTION else architecture.mlp_out:
         parent, _, name = path.rpartition(".")
         with suppress(AttributeError):  # a layer has one of these paths: dense and mixture-of-experts layers differ
             found = getattr(submodule(layer, parent), name)
@@ -194,32 +202,39 @@ def stream_after(model: PreTrainedModel, ids: torch.Tensor, layer: int) -> torch
     return seen[0]
 
 
+def _original_stream(model: PreTrainedModel, ids: torch.Tensor, last: SublayerKey) -> torch.Tensor:
+    """h of `fit_maps`: the residual stream of the original after the sublayer `last`."""
+    layer, sublayer = last
+    with without(model, frozenset({(layer, MLP)}) if sublayer == ATTENTION else frozenset()):
+        return stream_after(model, ids, layer)
+
+
 def _patched_stream(
-    model: PreTrainedModel, ids: torch.Tensor, layer: int, removed: Sequence[int], maps: dict[int, torch.Tensor]
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    before: SublayerKey,
+    removed: SublayerSet,
+    maps: Mapping[SublayerKey, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """M and x of `fit_maps` for layer p = `layer`, with the earlier `removed` layers skipped and `maps` applied."""
-    architecture = architecture_of(model.config)
-    layers = decoder_layers(model, architecture)
+    """M and x of `fit_maps` for the sublayer p = `before`, without the `removed` ones and with `maps` applied."""
     written: list[torch.Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         written.append(layer_output(output))
 
-    hooks = [layers[index].register_forward_hook(_return_input, with_kwargs=True) for index in removed if index < layer]
-    hooks += [_mlp(layers[index], architecture).register_forward_hook(_mapped_by(maps[index])) for index in maps]
-    hooks.append(_mlp(layers[layer], architecture).register_forward_hook(keep))
-    with _hooks_removed_afterwards(hooks):
-        stream = stream_after(model, ids, layer)
+    modules = {each: _module(model, each) for each in (*maps, before)}
+    hooks = [modules[each].register_forward_hook(_mapped_by(transform)) for each, transform in maps.items()]
+    hooks.append(modules[before].register_forward_hook(keep))
+    with _hooks_removed_afterwards(hooks), without(model, removed):
+        stream = stream_after(model, ids, before[0])
     return written[0].reshape(stream.shape) * residual_scale(model.config), stream
 
 
-def _mlp(layer: nn.Module, architecture: Architecture) -> nn.Module:
-    return submodule(layer, architecture.mlp[-1])
-
-
-def _return_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    hidden = args[0] if args else kwargs["hidden_states"]
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+def _module(model: PreTrainedModel, of: SublayerKey) -> nn.Module:
+    """The module of a sublayer whose output is added to the residual stream."""
+    architecture, (layer, sublayer) = architecture_of(model.config), of
+    name = architecture.attention if sublayer == ATTENTION else architecture.mlp[-1]
+    return submodule(decoder_layers(model, architecture)[layer], name)
 
 
 def _mapped_by(transform: torch.Tensor) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:

@@ -39,6 +39,31 @@ def packed(row: Iterable[SublayerKey]) -> tuple[tuple[SublayerKey, ...], ...]:
     return tuple(layers)
 
 
+def gaps(
+    total: int, removed: Collection[SublayerKey], earlier: Collection[SublayerKey] = ()
+) -> tuple[tuple[SublayerKey | None, tuple[SublayerKey, ...]], ...]:
+    """The runs of removed sublayers, each after the sublayer before it that stays; `None` where there is none.
+
+    Args:
+        total: The number of layers of the original.
+        removed: The sublayers that are removed.
+        earlier: The sublayers that the original skips already; they are no part of a run.
+
+    >>> gaps(3, {(0, "mlp"), (1, "attention"), (2, "mlp")})
+    (((0, 'attention'), ((0, 'mlp'), (1, 'attention'))), ((2, 'attention'), ((2, 'mlp'),)))
+    """
+    found, last, in_gap = list[tuple[SublayerKey | None, tuple[SublayerKey, ...]]](), None, False
+    for sublayer in sublayers_left(total, earlier):
+        if sublayer not in removed:
+            last, in_gap = sublayer, False
+        elif in_gap:
+            found[-1] = (last, (*found[-1][1], sublayer))
+        else:
+            found.append((last, (sublayer,)))
+            in_gap = True
+    return tuple(found)
+
+
 def mlps_after_gaps(
     total: int, removed: Collection[SublayerKey], earlier: Collection[SublayerKey] = ()
 ) -> tuple[int, ...]:

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from optimum.streamline.models.architectures import Sublayer
 from optimum.streamline.models.removed_sublayers import SublayerKey
 from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP
 
-from .packing import mlps_after_gaps, packed, sublayers_left
+from .packing import gaps, mlps_after_gaps, packed, sublayers_left
 
 Kind = Literal["kept", "thinned", "layer", "mlp", "ffn", "swiglu", "patched", "merged", "packed"]
 ReplacementKind = Literal["none", "layer", "mlp", "ffn", "swiglu", "linear", "corrected"]
@@ -32,11 +33,14 @@ class PlannedLayer:
         originals: Numbers of the original layers that it stands for, 0-based; a kept layer stands for itself. A packed
             layer has two: the layer of its attention, and that of its MLP.
         corrected: Whether its MLP is corrected for what is removed before it (replacement `corrected`).
+        mapped: The sublayers into which a linear map is folded for what is removed after them (replacement `linear`),
+            if the plan packs. If it does not, the layer is `patched`, and the map is in its last sublayer.
     """
 
     kind: Kind
     originals: tuple[int, ...]
     corrected: bool = False
+    mapped: tuple[Sublayer, ...] = ()
 
     @property
     def attention_originals(self) -> tuple[int, ...]:
@@ -73,7 +77,7 @@ class Plan:
         removed: Numbers of the original layers that the new model does not have, 0-based, in rising order. A layer
             that is replaced, or merged into an earlier one, counts as removed.
         replacement: The kind of replacement: a trained layer for one contiguous block, a linear map for each run of
-            removed layers, a correction of the MLP after each run of removed sublayers, or none.
+            removed sublayers, a correction of the MLP after each run of removed sublayers, or none.
         skipped: Sublayers that are removed alone, as (layer, sublayer), in rising order; their layers are not in
             `removed`.
         merges: Pairs to merge, in order.
@@ -112,7 +116,7 @@ class Plan:
         lost = [layer for layer, _ in self.skipped if layer in self.removed or not 0 <= layer < self.total]
         if lost:
             raise ValueError(f"skipped {self.skipped!r}: layer {lost[0]} is not one that stays")
-        if self.packs and (self.merges or self.replacement not in ("none", "corrected")):
+        if self.packs and (self.merges or self.replacement not in ("none", *FITTED)):
             raise ValueError("packs: a plan with merges or a replacement cannot be packed")
 
     @property
@@ -135,11 +139,20 @@ class Plan:
         return self._marked(new_layers)
 
     def _marked(self, layers: Iterable[PlannedLayer]) -> tuple[PlannedLayer, ...]:
-        """New layers, those whose MLP is corrected marked as such."""
-        corrected = self.corrected
-        return tuple(
-            replace(planned, corrected=True) if planned.mlp_originals[0] in corrected else planned for planned in layers
-        )
+        """New layers, with marks of corrected MLPs, and of linear maps if the plan packs."""
+        corrected, mapped = self.corrected, self._mapped() if self.packs else ()
+        marked: list[PlannedLayer] = []
+        for planned in layers:
+            halves = ((planned.attention_originals[0], ATTENTION), (planned.mlp_originals[0], MLP))
+            maps = tuple(half[1] for half in halves if half in mapped)
+            marked.append(replace(planned, corrected=planned.mlp_originals[0] in corrected, mapped=maps))
+        return tuple(marked)
+
+    def _mapped(self) -> tuple[SublayerKey | None, ...]:
+        """For replacement `linear`: the sublayer before each gap."""
+        if self.replacement != "linear":
+            return ()
+        return tuple(before for before, _ in gaps(self.total, self.sublayers_removed, self.already_skipped))
 
     @property
     def sublayers_removed(self) -> tuple[SublayerKey, ...]:
@@ -243,7 +256,7 @@ def packed_plan(
         total: The number of layers of the original.
         removed: The sublayers to remove.
         already_skipped: The sublayers that the original skips already.
-        replacement: `none` or `corrected`.
+        replacement: `none`, `linear` or `corrected`.
     """
     before = frozenset(already_skipped)
     gone = before.union(removed)

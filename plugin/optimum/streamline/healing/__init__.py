@@ -8,6 +8,7 @@ __all__ = [
     "self_text",
     "settings",
     "stages",
+    "teacher",
     "trainable_parts",
     "trainer",
     "training_checkpoints",

@@ -101,7 +101,7 @@ def _check_local(recipe: Recipe, trained: bool) -> None:
 
 
 def _check_distillation(recipe: Recipe) -> None:
-    for field in ("heal_kl", "heal_hidden"):
+    for field in ("heal_kl", "heal_hidden", "heal_cache"):
         if recipe.option(field) is not None and "distill" not in recipe.resolved_trainings:
             raise StreamlineError(
                 f"{field.replace('_', '-')} {recipe.option(field)}: has no effect without heal distill; use it"

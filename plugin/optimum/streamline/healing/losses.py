@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.architectures import architecture_of, decoder_layers, layer_output
+
+from .teacher import AllLogits, OutputCache, layer_outputs, logits_of, outputs_of
 
 Loss = Callable[[torch.Tensor], torch.Tensor]
 """A function from token ids `[windows, length]` to a loss, a scalar, the mean over their tokens."""
@@ -35,7 +37,7 @@ class NextToken:
 
     def loss(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         """The mean over all tokens but the first of each window, from logits in fp32."""
-        return _cross_entropy(_logits(model, ids), ids)
+        return _cross_entropy(logits_of(model, ids), ids)
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,14 @@ class Distillation:
         depths: `Plan.depths`: for each layer of the model, the index of the original hidden state to match.
         kl: a, the weight of the KL divergence, 0 to 1.
         hidden: b, the weight of the hidden-state error.
+        cache: The cache of the original's outputs on the text; `None` to compute them each time.
     """
 
     teacher: PreTrainedModel
     depths: tuple[int, ...]
     kl: float = 1.0
     hidden: float = 0.0
+    cache: OutputCache | None = None
 
     def __post_init__(self) -> None:
         self.teacher.eval()
@@ -70,13 +74,13 @@ class Distillation:
     def loss(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         """The weighted sum of the three terms. A term whose weight is zero is not computed."""
         layers = range(len(self.depths)) if self.hidden else ()
-        with torch.no_grad(), _outputs_of(self.teacher, [self.depths[k] - 1 for k in layers]) as targets:
-            target = _logits(self.teacher, ids)
-        with _outputs_of(model, layers) as states:
-            logits = _logits(model, ids)
+        find = outputs_of if self.cache is None else self.cache.outputs
+        target, targets = find(self.teacher, ids, [self.depths[k] - 1 for k in layers])
+        with layer_outputs(model, layers) as states:
+            logits = logits_of(model, ids)
         loss = logits.new_zeros(())
         if self.kl:
-            loss = loss + self.kl * _kl_divergence(target, logits)
+            loss = loss + self.kl * target.divergence(logits)
         if self.kl != 1:
             loss = loss + (1 - self.kl) * _cross_entropy(logits, ids)
         if self.hidden:
@@ -98,8 +102,8 @@ def window_divergences(original: PreTrainedModel, model: PreTrainedModel, ids: t
         `[windows]`, float64, in nats per token, on the CPU.
     """
     ids = ids.to(model.device)
-    pairs = zip(_logits(original, ids), _logits(model, ids), strict=True)
-    return torch.stack([_kl_divergence(one[None], other[None]) for one, other in pairs]).double().cpu()
+    pairs = zip(logits_of(original, ids), logits_of(model, ids), strict=True)
+    return torch.stack([AllLogits(one[None]).divergence(other[None]) for one, other in pairs]).double().cpu()
 
 
 def relative_error(states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -113,35 +117,8 @@ def relative_error(states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return ((states - target).square().sum(-1) / target.square().sum(-1)).mean()
 
 
-def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits.float()
-
-
 def _cross_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-
-
-def _kl_divergence(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    log_target, log_model = target.log_softmax(-1).flatten(0, 1), logits.log_softmax(-1).flatten(0, 1)
-    return nn.functional.kl_div(log_model, log_target, reduction="batchmean", log_target=True)
-
-
-@contextmanager
-def _outputs_of(model: PreTrainedModel, numbers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """Yield a dictionary that a forward pass in the block fills with the raw outputs of layers `numbers`."""
-    outputs: dict[int, torch.Tensor] = {}
-    layers = decoder_layers(model, architecture_of(model.config))
-
-    def keep(number: int) -> Callable[..., None]:
-        return lambda _, args, output: outputs.update({number: layer_output(output)})
-
-    hooks = [layers[number].register_forward_hook(keep(number)) for number in dict.fromkeys(numbers)]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class _StopForward(Exception):

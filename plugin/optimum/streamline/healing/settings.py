@@ -216,6 +216,20 @@ def model_settings(recipe: Recipe, width: int, stage: str) -> HealSettings:
     )
 
 
+def distillation_weights(recipe: Recipe) -> tuple[float, float]:
+    """The weights of the KL divergence and of the hidden-state error in distillation (`losses.Distillation`).
+
+    By default the KL divergence has the whole weight, so the cross-entropy has none: it helps in the first pass over a
+    text, and harms in the fourth. CoMe's weight of the hidden-state error is not published; the default is this
+    program's own, for all methods (measured: `docs/methods.md`).
+
+    Args:
+        recipe: The recipe.
+    """
+    kl, hidden = recipe.healing.kl, recipe.healing.hidden
+    return 1.0 if kl is None else kl, 10.0 if hidden is None else hidden
+
+
 def heal_windows(tokens: int, length: int) -> int:
     """The number of windows of `length` tokens in `tokens` tokens, with the held-out windows.
 

@@ -21,16 +21,19 @@ from optimum.streamline.text.windows import Windows
 
 from .local import LayerError, cut_layers
 from .losses import Distillation, HealingLoss, NextToken
-from .settings import HealLog, HealSettings, Scope, local_settings, model_settings, replacement_settings, scope_of
+from .settings import (
+    HealLog,
+    HealSettings,
+    Scope,
+    distillation_weights,
+    local_settings,
+    model_settings,
+    replacement_settings,
+    scope_of,
+)
+from .teacher import OutputCache
 from .trainable_parts import train_model, train_replacement
 from .trainer import split_windows
-
-# The default weight of the hidden-state error in distillation, for all methods. CoMe's own weight is not published
-# (measured: `docs/methods.md`).
-_HIDDEN = 10.0
-# The default weight of the KL divergence in distillation; the cross-entropy has the rest, so none. Cross-entropy helps
-# in the first pass over a text, and harms in the fourth (measured: `docs/methods.md`).
-_KL = 1.0
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class Healer:
         workspace: The folder for checkpoints, one subfolder a training. If it holds checkpoints of the same model, text
             and recipe, finished trainings are not repeated, and an unfinished one is resumed.
         teacher: The original, if it is not `model` that is edited. By default `before_edit` copies `model`.
+        cache: The cache of the original's outputs on `text`, for distillation.
     """
 
     def __init__(
@@ -90,10 +94,11 @@ class Healer:
         notify: Notify,
         workspace: Path | None = None,
         teacher: PreTrainedModel | None = None,
+        cache: OutputCache | None = None,
     ) -> None:
         self._recipe, self._model, self._plan, self._text = recipe, model, plan, text
         self._notify, self._workspace = notify, workspace
-        self._teacher = teacher
+        self._teacher, self._cache = teacher, cache
         self.results: list[HealingResult] = []
 
     def before_edit(self, student: nn.Module | None) -> None:
@@ -202,13 +207,8 @@ class Healer:
         if stage == "lm":
             return NextToken()
         assert self._teacher is not None, "before_edit keeps the original"
-        kl, hidden = self._recipe.healing.kl, self._recipe.healing.hidden
-        return Distillation(
-            self._teacher,
-            depths_of(new_layers, self._plan.total),
-            kl=_KL if kl is None else kl,
-            hidden=_HIDDEN if hidden is None else hidden,
-        )
+        kl, hidden = distillation_weights(self._recipe)
+        return Distillation(self._teacher, depths_of(new_layers, self._plan.total), kl, hidden, self._cache)
 
     def _replacement(self, new_layers: tuple[PlannedLayer, ...]) -> nn.Module:
         [index] = [index for index, planned in enumerate(new_layers) if planned.kind in TRAINED]

@@ -28,6 +28,7 @@ from optimum.streamline.text.windows import BATCH, Windows
 
 from .losses import NotFiniteError, window_divergences
 from .stages import Healer
+from .teacher import OutputCache
 from .trainer import split_windows
 from .training_checkpoints import plan_folder
 
@@ -52,6 +53,7 @@ class Trials:
         text: The healing windows.
         notify: Gets one line for each round.
         workspace: The folder of the training checkpoints, in which the training of the plan that is chosen goes on.
+        cache: The cache of the original's outputs on `text`, which serves all trainings.
     """
 
     def __init__(
@@ -62,9 +64,10 @@ class Trials:
         text: Windows,
         notify: Notify,
         workspace: Path,
+        cache: OutputCache | None = None,
     ) -> None:
         self._recipe, self._model, self._calibration, self._text = recipe, model, calibration, text
-        self._notify, self._workspace = notify, workspace
+        self._notify, self._workspace, self._cache = notify, workspace, cache
 
     def best(self, plans: Sequence[Plan]) -> Plan:
         """The plan that heals best (`successive_halving`), with the results in `Plan.trials`.
@@ -99,7 +102,7 @@ class Trials:
         recipe, student = self._recipe, copy.deepcopy(self._model)
         replacement = build_replacement(student, plan, self._calibration, recipe.seed)
         changed = METHODS[recipe.resolved_method].apply(student, plan, EditInputs(self._calibration, replacement))
-        healer = Healer(recipe, student, plan, self._text, silent, folder, teacher=self._model)
+        healer = Healer(recipe, student, plan, self._text, silent, folder, self._model, self._cache)
         held_out = split_windows(self._text)[1]
         try:
             healer.after_edit(changed.new_layers, stop_at=share)

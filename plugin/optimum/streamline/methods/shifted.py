@@ -47,7 +47,6 @@ class Shifted(ProtectedEndsMethod):
     """
 
     default_protect = "0,0"
-    replacements = ("none", "corrected")
 
     def may_pack(self, recipe: Recipe, config: PreTrainedConfig) -> bool:
         """Whether the model can be packed."""
@@ -78,7 +77,7 @@ class Shifted(ProtectedEndsMethod):
             pairs = _swapped(recipe, inputs, inputs.held_out, pairs, allowed)
         removed = earlier.union(*pairs)
         if not can_pack(config):
-            return Plan(inputs.layers, fully_removed_layers(removed))
+            return Plan(inputs.layers, fully_removed_layers(removed), recipe.resolved_replacement)
         return packed_plan(inputs.layers, removed, earlier, recipe.resolved_replacement)
 
 

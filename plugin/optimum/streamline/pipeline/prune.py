@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,10 +15,11 @@ import torch
 import transformers
 
 from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer, read_config, source_notes
-from optimum.streamline.editing.apply import EditInputs, build_replacement
+from optimum.streamline.editing.apply import Change, EditInputs, build_replacement
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.healing.self_text import sample_text, self_text_folder
 from optimum.streamline.healing.stages import Healer, HealingResult
+from optimum.streamline.healing.teacher import OutputCache, output_cache
 from optimum.streamline.healing.training_checkpoints import healing_workspace, open_workspace, plan_folder
 from optimum.streamline.healing.trials import Trials
 from optimum.streamline.methods.auto import makes_trials
@@ -212,7 +213,6 @@ def change(prepared: Prepared, notify: Notify, workspace: Path | None = None) ->
         StreamlineError: a training fails.
     """
     assert not isinstance(prepared.heal_text, Prompts), "sample_heal_text comes first"
-    recipe, model = prepared.recipe, prepared.model
     source = fingerprint(prepared.source)
     data = {} if prepared.chosen_on is None else {"calibration": seen_text(prepared.chosen_on)}
     if prepared.heal_text is not None:
@@ -222,42 +222,58 @@ def change(prepared: Prepared, notify: Notify, workspace: Path | None = None) ->
             if any(plan_folder(workspace, each).exists() for each in (prepared.plan, *prepared.candidates)):
                 notify(f"continuing from the training checkpoints in {workspace}")
     start = time.monotonic()
-    plan = prepared.plan = _best_after_trials(prepared, notify, workspace)
-    replacement = build_replacement(model, plan, prepared.calibration, recipe.seed)
-    healer: Healer | None = None
+    with _cache(prepared, workspace) as cache:
+        prepared.plan = _best_after_trials(prepared, notify, workspace, cache)
+        changed, healed = _edit_and_heal(prepared, notify, workspace, cache)
     if prepared.heal_text is not None:
-        folder = workspace and plan_folder(workspace, plan)
-        healer = Healer(recipe, model, plan, prepared.heal_text, notify, folder)
-    if healer is not None:
-        healer.before_edit(replacement.layer if replacement else None)
-    edit_inputs = EditInputs(prepared.calibration, replacement, healer.after_merge if healer else None)
-    changed = method_of(recipe, model.config).apply(model, plan, edit_inputs)
-    healed: tuple[HealingResult, ...] = ()
-    if healer is not None:
-        healer.after_edit(changed.new_layers)
-        healed = tuple(healer.results)
         prepared.seconds["heal"] = time.monotonic() - start
     return PruningRecord(
         source=prepared.source,
         source_fingerprint=source,
-        recipe=recipe,
+        recipe=prepared.recipe,
         scores=prepared.scores,
-        plan=plan,
+        plan=prepared.plan,
         change=changed,
         healing=healed,
         data=data,
         seconds=prepared.seconds,
-        quantized=quantization_name(model.config) or "",
+        quantized=quantization_name(prepared.model.config) or "",
     )
 
 
-def _best_after_trials(prepared: Prepared, notify: Notify, workspace: Path | None) -> Plan:
+def _cache(prepared: Prepared, workspace: Path | None) -> AbstractContextManager[OutputCache | None]:
+    if not isinstance(prepared.heal_text, Windows):
+        return nullcontext()
+    trials = bool(prepared.candidates)
+    return output_cache(prepared.recipe, prepared.heal_text, prepared.model.config, workspace, trials)
+
+
+def _edit_and_heal(
+    prepared: Prepared, notify: Notify, workspace: Path | None, cache: OutputCache | None
+) -> tuple[Change, tuple[HealingResult, ...]]:
+    """Edit the prepared model by its plan, with the trainings before, during and after the edit."""
+    recipe, model, plan = prepared.recipe, prepared.model, prepared.plan
+    replacement = build_replacement(model, plan, prepared.calibration, recipe.seed)
+    healer: Healer | None = None
+    if isinstance(prepared.heal_text, Windows):
+        folder = workspace and plan_folder(workspace, plan)
+        healer = Healer(recipe, model, plan, prepared.heal_text, notify, folder, cache=cache)
+        healer.before_edit(replacement.layer if replacement else None)
+    edit_inputs = EditInputs(prepared.calibration, replacement, healer.after_merge if healer else None)
+    changed = method_of(recipe, model.config).apply(model, plan, edit_inputs)
+    if healer is None:
+        return changed, ()
+    healer.after_edit(changed.new_layers)
+    return changed, tuple(healer.results)
+
+
+def _best_after_trials(prepared: Prepared, notify: Notify, workspace: Path | None, cache: OutputCache | None) -> Plan:
     """The plan of the prepared model, chosen by trial trainings if there are several."""
     text, calibration = prepared.heal_text, prepared.calibration
     if not prepared.candidates or not isinstance(text, Windows) or calibration is None:
         return prepared.plan
     with nullcontext(workspace) if workspace else TemporaryDirectory() as folder:
-        trials = Trials(prepared.recipe, prepared.model, calibration, text, notify, Path(folder))
+        trials = Trials(prepared.recipe, prepared.model, calibration, text, notify, Path(folder), cache)
         best = trials.best(prepared.candidates)
     notify(best.describe())
     return best

@@ -22,6 +22,7 @@ from .options import CheckedOptions, DefinedOption, Option, documented, groups_o
 CHOOSING_TEXT = "hub:Salesforce/wikitext,wikitext-103-raw-v1,train"
 JUDGING_TEXT = "hub:Salesforce/wikitext,wikitext-103-raw-v1,test"
 _HUGE = 10**9
+_CACHES = r"none|full|(top|sample)-[1-9][0-9]{0,5}"
 _TRAININGS = r"none|(hidden-mse|local|lm|distill)(\+(lm|distill))*"
 
 # The healing in the paper of each method. For `auto`, the healing that was measured to be best.
@@ -97,7 +98,7 @@ class Pruning(CheckedOptions):
     replacement: Annotated[
         Replacement | None,
         Option(
-            "What replaces the removed layers. linear is a least-squares linear map, folded into the layer before "
+            "What replaces the removed layers. linear is a least-squares linear map, folded into what comes before "
             "them. corrected fits the output projection of the next MLP again, by least squares. The others are "
             "trained and replace one block: layer is a decoder layer, mlp a layer without attention; ffn and swiglu "
             "have no norm or residual, and their checkpoint needs optimum.streamline.load.",
@@ -197,6 +198,18 @@ class Healing(CheckedOptions):
         float | None,
         Option("In distill, weight of the error of the hidden states of each layer.", key="heal_hidden", default="10"),
         Ge(0),
+    ] = None
+    cache: Annotated[
+        str | None,
+        Option(
+            "What distill keeps on disk of the outputs of the original while it trains, so that the original runs on "
+            "each window once: none, full (all logits), top-K (the K most probable tokens, and all others as one), or "
+            "sample-K (K tokens drawn by their probability). Hidden states are kept with all but none.",
+            key="heal_cache",
+            default="full if that takes at most 4 GiB and the text is read more than once, else none",
+            pattern=_CACHES,
+            form="must be none, full, top-K or sample-K, such as top-64",
+        ),
     ] = None
     lora: Annotated[
         bool,

@@ -108,7 +108,8 @@ def model_card(record: PruningRecord) -> str:
         if layer.kind == "packed":
             originals = f"attention of {layer.attention_originals[0]}, MLP of {layer.mlp_originals[0]}"
         corrected = ", MLP corrected" if layer.corrected else ""
-        lines.append(f"| {index} | {originals} | {layer.kind}{corrected} |")
+        mapped = f", a linear map in its {' and its '.join(layer.mapped)}" if layer.mapped else ""
+        lines.append(f"| {index} | {originals} | {layer.kind}{corrected}{mapped} |")
     lines += ["", "`streamline.json` holds the scores, the recipe, the seed and the versions.", ""]
     return "\n".join(lines)
 

@@ -50,7 +50,7 @@ def layer_states(plan: Plan) -> tuple[str, ...]:
         else:
             for original in layer.originals:
                 kinds = skipped.get(original, [])
-                whole = "corrected" if layer.corrected else "kept"
+                whole = "patched" if layer.mapped else "corrected" if layer.corrected else "kept"
                 states[original] = "both" if len(kinds) > 1 else kinds[0] if kinds else whole
     return tuple(states)
 

@@ -1,0 +1,265 @@
+"""The cache of the original's outputs: what it holds, how often the original runs, and what trainings make of it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from console import optimum_cli
+from optimum.streamline.editing.apply import apply_plan
+from optimum.streamline.editing.plan import Plan
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.healing import teacher
+from optimum.streamline.healing.losses import Distillation
+from optimum.streamline.healing.settings import HealSettings
+from optimum.streamline.healing.teacher import (
+    AllLogits,
+    CacheForm,
+    OutputCache,
+    SampledTokens,
+    TopTokens,
+    cache_form,
+    output_cache,
+    outputs_of,
+)
+from optimum.streamline.healing.trainable_parts import train_model
+from optimum.streamline.healing.trials import Trials
+from optimum.streamline.recipe.parsing import make_recipe
+from optimum.streamline.text.windows import Windows
+from reference import REFERENCE
+from tiny import LAYERS, tiny_model, token_ids
+
+TEXT = Windows(token_ids(24, 16, seed=5), "random")
+FULL = CacheForm("full")
+
+
+@pytest.fixture
+def runs() -> tuple[PreTrainedModel, list[int]]:
+    """A model, and the number of windows of each of its forward passes. Passes of its copies do not count."""
+    model, counts = tiny_model(), list[int]()
+
+    def count(module: torch.nn.Module, args: object, kwargs: dict[str, torch.Tensor]) -> None:
+        if module is model:
+            counts.append(len(kwargs["input_ids"]))
+
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    return model, counts
+
+
+def random_logits(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def exact(target: torch.Tensor, logits: torch.Tensor) -> float:
+    p, q = (each.double().log_softmax(-1) for each in (target, logits))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_all_logits_give_the_divergence() -> None:
+    target, logits = random_logits(0, 2, 5, 30), random_logits(1, 2, 5, 30)
+    assert float(AllLogits(target).divergence(logits)) == pytest.approx(exact(target, logits), rel=1e-5)
+
+
+@pytest.mark.parametrize("kept", [1, 7, 29])
+def test_top_tokens_give_the_divergence_over_them_and_the_rest(kept: int) -> None:
+    target, logits = random_logits(0, 2, 5, 30), random_logits(1, 2, 5, 30).requires_grad_()
+    top = target.log_softmax(-1).topk(kept)
+    p, q = target.double().softmax(-1), logits.detach().double().softmax(-1)
+    expected = 0.0
+    for window, position in np.ndindex(2, 5):
+        named = top.indices[window, position].tolist()
+        pairs = [(float(p[window, position, token]), float(q[window, position, token])) for token in named]
+        pairs.append((1 - sum(there for there, _ in pairs), 1 - sum(here for _, here in pairs)))
+        expected += sum(there * math.log(there / here) for there, here in pairs) / 10
+    found = TopTokens(top.indices, top.values).divergence(logits)
+    assert float(found) == pytest.approx(expected, rel=1e-4)
+    assert float(found) <= exact(target, logits.detach()) + 1e-6
+    found.backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_top_tokens_that_have_all_the_probability_leave_nothing_to_the_rest() -> None:
+    target = torch.full((1, 1, 8), -1e4)
+    target[..., :2] = 0
+    logits = random_logits(1, 1, 1, 8).requires_grad_()
+    top = target.log_softmax(-1).topk(2)
+    found = TopTokens(top.indices, top.values).divergence(logits)
+    assert float(found) == pytest.approx(exact(target, logits.detach()), rel=1e-5)
+    found.backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_drawn_tokens_estimate_the_divergence_and_its_gradient_without_bias() -> None:
+    target, logits = random_logits(0, 1, 400, 12), random_logits(1, 1, 400, 12).requires_grad_()
+    log_probabilities = target.log_softmax(-1)
+    draws = torch.multinomial(log_probabilities.exp()[0], 50, replacement=True, generator=torch.Generator())[None]
+    entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
+    found = SampledTokens(draws, entropy).divergence(logits)
+    terms = (log_probabilities.detach() - logits.detach().log_softmax(-1)).gather(-1, draws)
+    assert float(found) == pytest.approx(exact(target, logits.detach()), abs=4 * float(terms.std()) / math.sqrt(20_000))
+    [drawn] = torch.autograd.grad(found, logits)
+    [true] = torch.autograd.grad(AllLogits(target).divergence(logits), logits)
+    assert torch.allclose(drawn.mean(1), true.mean(1), atol=4 * float((drawn - true).std()) / 20)
+
+
+def test_it_gives_what_the_model_gives_and_the_model_runs_once(
+    runs: tuple[PreTrainedModel, list[int]], tmp_path: Path
+) -> None:
+    model, counts = runs
+    cache = OutputCache(tmp_path, TEXT, model.config, FULL, hidden=True)
+    for order in (torch.arange(24), torch.randperm(24, generator=torch.Generator().manual_seed(1))):
+        for places in order.split(4):
+            ids = TEXT.ids[places]
+            found, states = cache.outputs(model, ids, [3, 0, 3])
+            expected, layers = outputs_of(copy.deepcopy(model), ids, [3, 0])
+            assert torch.equal(found.logits, expected.logits)
+            assert states.keys() == layers.keys()
+            assert all(torch.equal(states[number], layers[number]) for number in layers)
+    assert sum(counts) == 24
+
+
+@pytest.mark.parametrize("form", [CacheForm("top", 5), CacheForm("sample", 9)])
+def test_fewer_tokens_are_those_of_the_model(form: CacheForm, tmp_path: Path) -> None:
+    model, ids = tiny_model(), TEXT.ids[:4]
+    log_probabilities = outputs_of(model, ids, [])[0].logits.log_softmax(-1)
+    # The draws of a window are the same in any batch.
+    caches = [OutputCache(tmp_path / name, TEXT, model.config, form, hidden=False, seed=2) for name in ("a", "b")]
+    whole, _ = caches[0].outputs(model, ids, [])
+    alone, _ = caches[1].outputs(model, ids[2:3], [])
+    assert torch.equal(whole.tokens[2:3], alone.tokens)
+    assert whole.tokens.shape == (4, 16, form.tokens)
+    if form.kind == "top":
+        assert torch.equal(whole.tokens, log_probabilities.topk(5).indices)
+        assert torch.equal(whole.log_probabilities, log_probabilities.topk(5).values)
+    else:
+        expected = -(log_probabilities.exp() * log_probabilities).sum(-1)
+        torch.testing.assert_close(whole.entropy, expected)
+        drawn = log_probabilities.gather(-1, whole.tokens)
+        assert float((drawn.mean(-1) + whole.entropy).mean().abs()) < 0.3
+        other = OutputCache(tmp_path / "c", TEXT, model.config, form, hidden=False, seed=3).outputs(model, ids, [])[0]
+        assert not torch.equal(whole.tokens, other.tokens)
+
+
+def test_an_interrupted_run_computes_nothing_twice(runs: tuple[PreTrainedModel, list[int]], tmp_path: Path) -> None:
+    model, counts = runs
+    first = OutputCache(tmp_path, TEXT, model.config, FULL, hidden=True)
+    for ids in TEXT.ids[:8].split(4):
+        first.outputs(model, ids, [1])
+    # Killed while it wrote a batch: the windows are not marked as done.
+    first._arrays["logits"][8:12] = 7
+    again = OutputCache(tmp_path, TEXT, model.config, FULL, hidden=True)
+    for ids in TEXT.ids.split(4):
+        found, _ = again.outputs(model, ids, [1])
+        assert torch.equal(found.logits, outputs_of(copy.deepcopy(model), ids, [])[0].logits)
+    assert sum(counts) == 24
+    # Files of another form, and files that are no arrays, are made anew.
+    for spoil in (lambda: shutil.copy(tmp_path / "done.npy", tmp_path / "logits.npy"), lambda: None):
+        spoil()
+        (tmp_path / "hidden.npy").write_bytes(b"not an array")
+        assert not OutputCache(tmp_path, TEXT, model.config, FULL, hidden=True)._arrays["done"].any()
+
+
+def test_a_training_with_it_ends_with_the_same_weights(runs: tuple[PreTrainedModel, list[int]], tmp_path: Path) -> None:
+    original, counts = runs
+    plan, text, weights = Plan(LAYERS, (1, 3)), TEXT.part(0, 21), []
+    for cache in (None, OutputCache(tmp_path, text, original.config, FULL, hidden=True)):
+        counts.clear()
+        model = tiny_model()
+        apply_plan(model, plan, None)
+        goal = Distillation(original, plan.depths, 1.0, 10.0, cache)
+        train_model(model, goal, text, HealSettings(1e-3, epochs=3, batch=4))
+        weights.append(model.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert sum(counts) == 21  # each window once: those of the training, and one that is held out
+
+
+def test_one_cache_serves_all_trials(runs: tuple[PreTrainedModel, list[int]], tmp_path: Path) -> None:
+    model, counts = runs
+    plans = [Plan(LAYERS, (layer,), chosen_by="shortgpt iterative") for layer in range(4)]
+    found, ran = [], []
+    for form in ("none", "full"):
+        counts.clear()
+        recipe = make_recipe({"method": "auto", "remove": 1, "heal_batch": 2, "heal_cache": form})
+        with output_cache(recipe, TEXT, model.config, None, trials=True) as cache:
+            trials = Trials(recipe, model, TEXT.part(0, 2), TEXT, lambda _: None, tmp_path / form, cache)
+            found.append(trials.best(plans))
+        ran.append(sum(counts))
+    assert found[0] == found[1]
+    compared = sum(len(results) for _, results in found[0].trials)  # each on one held-out window, which is not cached
+    updates = round(46 * found[0].trials[-1][0])
+    assert ran[1] == compared + 2 * updates + 1
+    assert ran[0] > 2 * ran[1]
+
+
+def test_by_default_all_outputs_are_kept_if_they_are_few_and_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, recipe = tiny_model().config, make_recipe({"method": "auto", "remove": 1})
+    assert cache_form(recipe, TEXT, config, trials=False) == FULL
+    assert cache_form(recipe.with_options(heal_epochs=1), TEXT, config, trials=True) == FULL
+    assert cache_form(recipe.with_options(heal_epochs=1), TEXT, config, trials=False) is None
+    assert cache_form(recipe.with_options(heal="lm"), TEXT, config, trials=False) is None
+    assert cache_form(recipe.with_options(heal_cache="sample-50"), TEXT, config, False) == CacheForm("sample", 50)
+    numbers = config.vocab_size + config.num_hidden_layers * config.hidden_size
+    monkeypatch.setattr(teacher, "LIMIT", 24 * 16 * numbers * 4 + 24)
+    assert cache_form(recipe, TEXT, config, trials=False) == FULL
+    monkeypatch.setattr(teacher, "LIMIT", 24 * 16 * numbers * 4)
+    assert cache_form(recipe, TEXT, config, trials=False) is None
+    assert cache_form(recipe.with_options(heal_hidden=0.0), TEXT, config, trials=False) == FULL
+
+
+def test_too_small_a_disk_is_one_line_and_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(teacher.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(StreamlineError, match=r"^heal-cache: the outputs of the original take 0.0 GB in .*top-64, or"):
+        OutputCache(tmp_path, TEXT, tiny_model().config, FULL, hidden=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--heal-cache", "top-4096"), "heal-cache 'top-4096': the vocabulary has 4096 tokens; give full"),
+        (("--heal-cache", "top"), "flags: heal-cache is 'top': must be none, full, top-K or sample-K, such as top-64"),
+        (("--heal-cache", "full", "--heal", "none"), "heal-cache full: has no effect without heal distill; use it"),
+    ],
+)
+def test_wrong_values_are_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    flags: tuple[str, ...],
+    line: str,
+) -> None:
+    words = ("--method", "shortgpt", "--heal", "distill", "--remove", "1", "--calibration", "stdlib", "--samples", "1")
+    words += ("--length", "16", "--heal-data", "stdlib", "--heal-tokens", "64", *flags)
+    done = optimum_cli(monkeypatch, capsys, "streamline", "prune", "-m", REFERENCE, tmp_path / "out", *words)
+    assert (done.code, done.err) == (2, f"error: {line}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["top-64", "sample-50"])
+def test_a_command_heals_with_fewer_tokens(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, form: str
+) -> None:
+    words = (
+        "--layers",
+        "5",
+        "--heal",
+        "distill",
+        "--heal-data",
+        "stdlib:train",
+        "--heal-tokens",
+        "2048",
+        "--length",
+        "64",
+    )
+    words += ("--calibration", "stdlib", "--samples", "1", "--length", "64", "--heal-cache", form)
+    done = optimum_cli(monkeypatch, capsys, "streamline", "prune", "-m", REFERENCE, tmp_path / "out", *words)
+    assert (done.code, done.err) == (0, "")
+    assert [folder.name for folder in tmp_path.iterdir()] == ["out"]
