@@ -40,10 +40,10 @@ from search_page import write_page
 
 RESULTS = ROOT / "docs" / "search.json"
 LOSSES = ROOT / ".cache" / "search_losses.pt"
-LAYERS, LENGTH, SAMPLES = 16, 128, 32
+LAYERS, LENGTH, SAMPLES = 16, 128, 64
 DRAWS, STEPS = 4, 7  # texts, and greedy steps on each
 COMMON: dict[str, Any] = {"calibration": "stdlib:calibration", "samples": 24, "length": 256}
-HEAL: dict[str, Any] = {"heal": "distill", "heal_data": "stdlib:calibration", "heal_tokens": 50_000, "heal_epochs": 1}
+HEAL: dict[str, Any] = {"heal": "distill", "heal_data": "stdlib:calibration", "heal_tokens": 200_000, "heal_epochs": 1}
 METHODS: dict[str, dict[str, Any]] = {
     "sleb": {"method": "sleb"},
     "shifted": {"method": "shifted"},
