@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from optimum.streamline.editing.apply import EditInputs, apply_plan, build_replacement
 from optimum.streamline.editing.plan import Plan, packed_plan
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.healing.trials import Trials
 from optimum.streamline.methods import auto
 from optimum.streamline.methods.auto import Auto, makes_trials
 from optimum.streamline.methods.base import Method, MethodInputs, Recipe
@@ -24,6 +25,7 @@ from optimum.streamline.pipeline.prune import prepare, prune
 from optimum.streamline.pipeline.texts import read_texts
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.reporting.model_card import CITATIONS
+from optimum.streamline.reporting.record import PruningRecord
 from optimum.streamline.scoring.similarity import measure_scores
 from optimum.streamline.text.windows import Windows, read_windows
 from reference import REFERENCE, VOCABULARY
@@ -197,17 +199,17 @@ def test_what_is_followed_is_printed_and_on_record(tmp_path: Path) -> None:
 
 
 def test_trial_trainings_choose_and_are_on_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto, "CANDIDATES", {name: auto.CANDIDATES[name] for name in ("shifted", "shortgpt iterative")})
-    fields = {**FEW, "samples": 2, "heal": "distill", "heal_data": "stdlib", "heal_tokens": 32 * 40, "heal_epochs": 1}
+    few = ("shifted", "sleb + corrected", "shortgpt + linear")
+    monkeypatch.setattr(auto, "CANDIDATES", {name: auto.CANDIDATES[name] for name in few})
+    fields = {**FEW, "samples": 2, "heal": "distill", "heal_data": "self", "heal_tokens": 32 * 40, "heal_epochs": 1}
+    recipe = make_recipe({"method": "auto", "remove": 4, **fields})
+
+    def pruned(out: Path, said: list[str]) -> PruningRecord:
+        return prune(ModelSource(REFERENCE), recipe, out, overwrite=False, verbose=False, notify=said.append)
+
     said: list[str] = []
-    record = prune(
-        ModelSource(REFERENCE),
-        make_recipe({"method": "auto", "remove": 4, **fields}),
-        tmp_path / "out",
-        overwrite=False,
-        verbose=False,
-        notify=said.append,
-    )
+    record = pruned(tmp_path / "out", said)
+    assert {name for name, _ in record.plan.trials[0][1]} == {*few}
     [(share, found)] = record.plan.trials
     best = min(found, key=lambda each: each[1])[0]
     assert record.plan.chosen_by == best
@@ -217,6 +219,22 @@ def test_trial_trainings_choose_and_are_on_record(tmp_path: Path, monkeypatch: p
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"by {CITATIONS[best.partition(' ')[0]]}, whose model healed best in trial trainings of the methods" in card
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    # Interrupted after the trials of two plans, of which the worse is out.
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trials, "_drop", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pruned(tmp_path / "again", [])
+    assert len([*tmp_path.iterdir()]) == 3  # with the sampled text and the training checkpoints
+    resumed: list[str] = []
+    assert pruned(tmp_path / "again", resumed).plan == record.plan
+    assert any("continuing from the training checkpoints" in line for line in resumed)
+    assert not any(line.startswith("sampling") for line in resumed)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
+    assert weights[0] == weights[1]
 
 
 def test_too_little_text_is_an_error_that_says_why_it_is_so_much(tmp_path: Path) -> None:

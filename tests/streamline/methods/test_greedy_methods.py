@@ -17,7 +17,7 @@ from optimum.streamline.methods.blockpruner import MAX_UNPAIRED, sublayer_sizes
 from optimum.streamline.methods.registry import METHODS, method_of
 from optimum.streamline.models.architectures import ARCHITECTURES, decoder_layers
 from optimum.streamline.recipe.parsing import make_recipe
-from optimum.streamline.scoring.ablation import removal_losses
+from optimum.streamline.scoring.ablation import corrected_losses, cross_fitted_losses, removal_losses
 from optimum.streamline.scoring.race import MIN_WINDOWS
 from optimum.streamline.scoring.similarity import Scores
 from optimum.streamline.scoring.taylor import taylor_importance
@@ -250,10 +250,11 @@ def all_parts() -> list[tuple[int, str]]:
     return [(layer, kind) for layer in range(LAYERS) for kind in ("attention", "mlp")]
 
 
-def test_a_swap_lowers_both_losses() -> None:
-    swapped = 0
-    for seed in (4, 6, 12):
-        model, recipe = tiny_model("llama", seed), make_recipe({"method": "shifted", "remove": 3})
+@pytest.mark.parametrize(("replacement", "seeds"), [("none", (4, 6, 12)), ("corrected", (2, 3))])
+def test_a_swap_lowers_both_losses(replacement: str, seeds: tuple[int, ...]) -> None:
+    swapped, fields = 0, {"method": "shifted", "remove": 3, "replacement": replacement}
+    for seed in seeds:
+        model, recipe = tiny_model("llama", seed), make_recipe(fields)
         judged_on = Windows(token_ids(5, 12, seed=2), "other random")
         method, calibration = METHODS["shifted"], Windows(IDS, "random")
         greedy = method.plan(recipe, MethodInputs(model, calibration, FLAT))
@@ -262,9 +263,15 @@ def test_a_swap_lowers_both_losses() -> None:
         if plan != greedy:
             swapped += 1
             parts = [[part for part in all_parts() if part not in each.sublayers_left] for each in (greedy, plan)]
-            for windows in (calibration, judged_on):
-                before, after = removal_losses(model, windows, [frozenset(each) for each in parts])
-                assert after < before
+            removals = [frozenset(each) for each in parts]
+            if replacement == "corrected":
+                losses = (
+                    cross_fitted_losses(model, calibration, removals),
+                    corrected_losses(model, judged_on, removals, calibration),
+                )
+            else:
+                losses = (removal_losses(model, windows, removals) for windows in (calibration, judged_on))
+            assert all(after < before for before, after in losses)
     assert swapped > 0
 
 
