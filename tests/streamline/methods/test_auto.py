@@ -34,6 +34,7 @@ from tiny import LAYERS, tiny_model, token_ids
 CALIBRATION, HELD_OUT = Windows(token_ids(3, 12, seed=5), "random"), Windows(token_ids(8, 12, seed=6), "random")
 SWAPS, COMPARED = HELD_OUT.part(0, 3), HELD_OUT.part(3, 8)
 FEW = {"samples": 3, "length": 32, "heal": "none", "calibration": "stdlib", "eval_data": "stdlib"}
+METHODS_OF_AUTO = dict(auto.CANDIDATES)
 FIELDS = {"remove": 2, "samples": 3, "heal": "none"}
 RECIPE = make_recipe({"method": "auto", **FIELDS})
 ALL = [
@@ -198,18 +199,20 @@ def test_what_is_followed_is_printed_and_on_record(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+def healed_by_trials(
+    monkeypatch: pytest.MonkeyPatch, candidates: tuple[str, ...], data: str, out: Path
+) -> tuple[PruningRecord, list[str]]:
+    """What a run did that distils the plans of these candidates, and what it said."""
+    monkeypatch.setattr(auto, "CANDIDATES", {name: METHODS_OF_AUTO[name] for name in candidates})
+    fields = {**FEW, "samples": 2, "heal": "distill", "heal_data": data, "heal_tokens": 32 * 40, "heal_epochs": 1}
+    recipe, said = make_recipe({"method": "auto", "remove": 4, **fields}), list[str]()
+    record = prune(ModelSource(REFERENCE), recipe, out, overwrite=False, verbose=False, notify=said.append)
+    return record, said
+
+
 def test_trial_trainings_choose_and_are_on_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = ("shifted", "sleb + corrected", "shortgpt + linear")
-    monkeypatch.setattr(auto, "CANDIDATES", {name: auto.CANDIDATES[name] for name in few})
-    fields = {**FEW, "samples": 2, "heal": "distill", "heal_data": "self", "heal_tokens": 32 * 40, "heal_epochs": 1}
-    recipe = make_recipe({"method": "auto", "remove": 4, **fields})
-
-    def pruned(out: Path, said: list[str]) -> PruningRecord:
-        return prune(ModelSource(REFERENCE), recipe, out, overwrite=False, verbose=False, notify=said.append)
-
-    said: list[str] = []
-    record = pruned(tmp_path / "out", said)
-    assert {name for name, _ in record.plan.trials[0][1]} == {*few}
+    two = ("shifted", "shortgpt iterative")
+    record, said = healed_by_trials(monkeypatch, two, "stdlib", tmp_path / "out")
     [(share, found)] = record.plan.trials
     best = min(found, key=lambda each: each[1])[0]
     assert record.plan.chosen_by == best
@@ -220,21 +223,27 @@ def test_trial_trainings_choose_and_are_on_record(tmp_path: Path, monkeypatch: p
     assert f"by {CITATIONS[best.partition(' ')[0]]}, whose model healed best in trial trainings of the methods" in card
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
-    # Interrupted after the trials of two plans, of which the worse is out.
-    def interrupt(*_: object) -> None:
+
+@pytest.mark.slow  # fast are `Trials` after an interruption, and a resumed run on sampled text
+def test_interrupted_trials_on_sampled_text_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    three = ("shifted", "sleb + corrected", "shortgpt + linear")
+    record, _ = healed_by_trials(monkeypatch, three, "self", tmp_path / "out")
+
+    def interrupt(*_: object) -> None:  # after the trials of two plans, of which the worse is out
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trials, "_drop", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            pruned(tmp_path / "again", [])
+            healed_by_trials(monkeypatch, three, "self", tmp_path / "again")
     assert len([*tmp_path.iterdir()]) == 3  # with the sampled text and the training checkpoints
-    resumed: list[str] = []
-    assert pruned(tmp_path / "again", resumed).plan == record.plan
-    assert any("continuing from the training checkpoints" in line for line in resumed)
-    assert any("continuing from the text sampled before" in line for line in resumed)
+    resumed, said = healed_by_trials(monkeypatch, three, "self", tmp_path / "again")
+    assert resumed.plan == record.plan
+    assert any("continuing from the training checkpoints" in line for line in said)
+    assert any("continuing from the text sampled before" in line for line in said)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
     assert weights[0] == weights[1]
+    assert len([*tmp_path.iterdir()]) == 2
 
 
 def test_too_little_text_is_an_error_that_says_why_it_is_so_much(tmp_path: Path) -> None:
