@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from behaviour import stock_model
 from optimum.streamline.checkpoints.loading import load, load_stock, load_tokenizer
-from optimum.streamline.editing.apply import Replacement, apply_plan, build_replacement
+from optimum.streamline.editing.apply import Replacement, apply_plan, build_replacement, with_skips
 from optimum.streamline.editing.linear_map import STRENGTH, check_linear, fit_maps
 from optimum.streamline.editing.plan import Plan, PlannedLayer, packed_plan
 from optimum.streamline.errors import StreamlineError
@@ -169,6 +169,50 @@ def test_every_gap_is_fitted_behind_the_patches_before_it() -> None:
     np.testing.assert_allclose(maps[6, "attention"], third, atol=5e-4)
 
 
+def skipping(*skipped: tuple[int, str]) -> PreTrainedModel:
+    """A model that skips these sublayers already."""
+    model = tiny_model()
+    apply_plan(model, Plan(LAYERS, (), skipped=skipped), None)
+    return model
+
+
+def test_before_a_gap_what_the_original_skips_takes_no_map() -> None:
+    """The MLP of layer 1 is skipped: the map is folded into its attention. All of layer 1 is: into the MLP of 0."""
+    for skipped, before, kinds in (
+        (((1, "mlp"),), (1, "attention"), [("kept", (0,)), ("patched", (1, 2)), ("kept", (3,)), ("kept", (4,))]),
+        (
+            ((1, "attention"), (1, "mlp")),
+            (0, "mlp"),
+            [("patched", (0,)), ("kept", (1,)), ("kept", (3,)), ("kept", (4,))],
+        ),
+    ):
+        original = skipping(*skipped)
+        plan = with_skips(Plan(LAYERS, (2,), "linear"), original.config)
+        assert [(layer.kind, layer.originals) for layer in plan.new_layers] == kinds
+        stream, entering = rows_of(original, 1, "output"), rows_of(original, before[0], "input_layernorm")
+        if before == (0, "mlp"):
+            entering = rows_of(original, 0, "post_attention_layernorm")
+        expected = best_map(stream - entering, stream, rows_of(original, 2, "output"), STRENGTH)
+        maps = fit_maps(original, plan, TEXT)
+        assert list(maps) == [before]
+        np.testing.assert_allclose(maps[before], expected, atol=2e-4)
+        patched = copy.deepcopy(original)
+        apply_plan(patched, plan, Replacement(maps=maps))
+        assert rows_of(patched, 1, "output") == pytest.approx(entering + (stream - entering) @ expected, abs=2e-3)
+
+
+def test_a_packed_original_that_skips_sublayers_takes_maps() -> None:
+    original = skipping((1, "mlp"))
+    plan = with_skips(packed_plan(LAYERS, [(2, "attention")], [(1, "mlp")], "linear"), original.config)
+    assert plan.new_layers[1] == PlannedLayer("packed", (1, 2), mapped=("attention",))
+    stream, entering = rows_of(original, 1, "output"), rows_of(original, 1, "input_layernorm")
+    target = rows_of(original, 2, "post_attention_layernorm")
+    maps = fit_maps(original, plan, TEXT)
+    assert list(maps) == [(1, "attention")]
+    expected = best_map(stream - entering, stream, target, STRENGTH)
+    np.testing.assert_allclose(maps[1, "attention"], expected, atol=2e-4)
+
+
 @pytest.mark.parametrize("architecture", PACKABLE)
 def test_a_packed_patched_model_is_a_plain_checkpoint_nearer_to_the_original(architecture: str, tmp_path: Path) -> None:
     original, ids = tiny_model(architecture), token_ids()
@@ -226,7 +270,7 @@ def test_a_norm_behind_the_mlp_is_refused_by_name(architecture: str) -> None:
 def test_other_impossible_maps_are_refused() -> None:
     with pytest.raises(StreamlineError, match="architecture 'opt' has a norm"):
         check_linear(tiny_model("opt", do_layer_norm_before=False).config)
-    with pytest.raises(StreamlineError, match="keep the first attention"):
+    with pytest.raises(StreamlineError, match="keep layer 0"):
         fit_maps(tiny_model(), Plan(LAYERS, (0, 1), "linear"), TEXT)
     with pytest.raises(StreamlineError, match="has no calibration text"):
         build_replacement(tiny_model(), ONE_RUN)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import errno
+import json
 import math
-import shutil
+import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -160,11 +163,46 @@ def test_an_interrupted_run_computes_nothing_twice(runs: tuple[PreTrainedModel, 
         found, _ = again.outputs(model, ids, [1])
         assert torch.equal(found.logits, outputs_of(copy.deepcopy(model), ids, [])[0].logits)
     assert sum(counts) == 24
-    # Files of another form, and files that are no arrays, are made anew.
-    for spoil in (lambda: shutil.copy(tmp_path / "done.npy", tmp_path / "logits.npy"), lambda: None):
-        spoil()
-        (tmp_path / "hidden.npy").write_bytes(b"not an array")
-        assert not OutputCache(tmp_path, TEXT, model.config, FULL, hidden=True)._arrays["done"].any()
+
+
+def write_array(dtype: str, *shape: int) -> Callable[[Path], None]:
+    return lambda file: np.save(file, np.zeros(shape, dtype))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        write_array("<f4", 24, 16, 127),  # of another vocabulary
+        write_array("<f2", 24, 16, 128),
+        lambda file: file.write_bytes(b"not an array"),
+        lambda file: os.truncate(file, 1000),
+        Path.unlink,
+    ],
+)
+def test_files_that_do_not_fit_are_made_anew(tmp_path: Path, spoil: Callable[[Path], object]) -> None:
+    model = tiny_model()
+    OutputCache(tmp_path / "cache", TEXT, model.config, FULL, hidden=True).outputs(model, TEXT.ids[:4], [])
+    assert np.load(tmp_path / "cache" / "done.npy").sum() == 4
+    assert np.load(tmp_path / "cache" / "logits.npy").shape == (24, 16, 128)
+    OutputCache(tmp_path / "cache", TEXT, model.config, FULL, hidden=True)
+    assert np.load(tmp_path / "cache" / "done.npy").sum() == 4
+    spoil(tmp_path / "cache" / "logits.npy")
+    OutputCache(tmp_path / "cache", TEXT, model.config, FULL, hidden=True)
+    assert np.load(tmp_path / "cache" / "done.npy").sum() == 0
+    assert np.load(tmp_path / "cache" / "logits.npy").shape == (24, 16, 128)
+
+
+def test_only_windows_that_are_missing_are_computed(runs: tuple[PreTrainedModel, list[int]], tmp_path: Path) -> None:
+    model, counts = runs
+    cache = OutputCache(tmp_path, TEXT, model.config, FULL, hidden=False)
+    for batch in ([0, 1], [1, 2, 0], [2, 2], [3, 3]):
+        cache.outputs(model, TEXT.ids[batch], [])
+    assert counts == [2, 1, 2]
+
+
+def test_any_seed_draws(tmp_path: Path) -> None:
+    cache = OutputCache(tmp_path, TEXT, tiny_model().config, CacheForm("sample", 3), hidden=False, seed=2**63 - 1)
+    assert cache.outputs(tiny_model(), TEXT.ids[:1], [])[0].tokens.shape == (1, 16, 3)
 
 
 def test_a_training_with_it_ends_with_the_same_weights(runs: tuple[PreTrainedModel, list[int]], tmp_path: Path) -> None:
@@ -199,25 +237,41 @@ def test_one_cache_serves_all_trials(runs: tuple[PreTrainedModel, list[int]], tm
     assert ran[0] > 2 * ran[1]
 
 
-def test_by_default_all_outputs_are_kept_if_they_are_few_and_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_default_all_outputs_are_kept_if_they_are_few_and_read_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     config, recipe = tiny_model().config, make_recipe({"method": "auto", "remove": 1})
-    assert cache_form(recipe, TEXT, config, trials=False) == FULL
-    assert cache_form(recipe.with_options(heal_epochs=1), TEXT, config, trials=True) == FULL
-    assert cache_form(recipe.with_options(heal_epochs=1), TEXT, config, trials=False) is None
-    assert cache_form(recipe.with_options(heal="lm"), TEXT, config, trials=False) is None
-    assert cache_form(recipe.with_options(heal_cache="sample-50"), TEXT, config, False) == CacheForm("sample", 50)
-    numbers = config.vocab_size + config.num_hidden_layers * config.hidden_size
-    monkeypatch.setattr(teacher, "LIMIT", 24 * 16 * numbers * 4 + 24)
-    assert cache_form(recipe, TEXT, config, trials=False) == FULL
-    monkeypatch.setattr(teacher, "LIMIT", 24 * 16 * numbers * 4)
-    assert cache_form(recipe, TEXT, config, trials=False) is None
-    assert cache_form(recipe.with_options(heal_hidden=0.0), TEXT, config, trials=False) == FULL
+    bytes_of_all = 24 * 16 * 4 * (config.vocab_size + config.num_hidden_layers * config.hidden_size) + 24
+    free = SimpleNamespace(free=10**12)
+    monkeypatch.setattr(teacher.shutil, "disk_usage", lambda folder: free)
+
+    def form(workspace: Path | None = tmp_path / "not" / "there", trials: bool = False, **options: object) -> object:
+        return cache_form(recipe.with_options(**options), TEXT, config, workspace, trials)
+
+    assert form() == FULL
+    assert form(heal_epochs=1, trials=True) == FULL
+    assert form(heal_epochs=1) is None
+    assert form(heal="lm") is None
+    assert form(heal_kl=0.0) is None
+    assert form(workspace=None) is None
+    assert form(workspace=None, heal_cache="sample-50") == CacheForm("sample", 50)
+    assert form(heal_cache="none") is None
+    monkeypatch.setattr(teacher, "DEFAULT_BYTES", bytes_of_all)
+    assert form() == FULL
+    free.free = 2 * bytes_of_all - 2
+    assert form() is None
+    free.free = 10**12
+    monkeypatch.setattr(teacher, "DEFAULT_BYTES", bytes_of_all - 1)
+    assert form() is None
+    assert form(heal_hidden=0.0) == form(heal_cache="full") == FULL
 
 
 def test_too_small_a_disk_is_one_line_and_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(teacher.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(StreamlineError, match=r"^heal-cache: the outputs of the original take 0.0 GB in .*top-64, or"):
-        OutputCache(tmp_path, TEXT, tiny_model().config, FULL, hidden=True)
+    with pytest.raises(
+        StreamlineError, match=r"^heal-cache: the outputs of the original take 0.0 GB in .*give heal-cache none, or"
+    ):
+        OutputCache(tmp_path / "cache", TEXT, tiny_model().config, FULL, hidden=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -243,23 +297,58 @@ def test_wrong_values_are_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("form", ["top-64", "sample-50"])
-def test_a_command_heals_with_fewer_tokens(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, form: str
+def test_a_command_heals_by_what_it_keeps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    used: list[str] = []
+    outputs = OutputCache.outputs
+    monkeypatch.setattr(
+        OutputCache, "outputs", lambda self, *args: used.append(self._form.kind) or outputs(self, *args)
+    )
     words = (
         "--layers",
         "5",
         "--heal",
         "distill",
         "--heal-data",
-        "stdlib:train",
+        "stdlib",
         "--heal-tokens",
-        "2048",
-        "--length",
-        "64",
+        "512",
+        "--heal-epochs",
+        "2",
     )
-    words += ("--calibration", "stdlib", "--samples", "1", "--length", "64", "--heal-cache", form)
-    done = optimum_cli(monkeypatch, capsys, "streamline", "prune", "-m", REFERENCE, tmp_path / "out", *words)
-    assert (done.code, done.err) == (0, "")
-    assert [folder.name for folder in tmp_path.iterdir()] == ["out"]
+    words += ("--calibration", "stdlib", "--samples", "1", "--length", "32")
+    losses, kinds = {}, {}
+    for form in (None, "none", "top-64", "sample-50"):
+        used.clear()
+        flags = () if form is None else ("--heal-cache", form)
+        out = tmp_path / str(form)
+        done = optimum_cli(monkeypatch, capsys, "streamline", "prune", "-m", REFERENCE, out, *words, *flags)
+        assert (done.code, done.err) == (0, "")
+        record = json.loads((out / "streamline.json").read_text())
+        losses[form] = [step["loss"] for step in record["healing"][0]["steps"]]
+        kinds[form] = set(used)
+    assert kinds == {None: {"full"}, "none": set(), "top-64": {"top"}, "sample-50": {"sample"}}
+    assert losses[None] == losses["none"]
+    assert len(losses["none"]) > 5  # updates, each of which depends on all before it
+    assert losses["top-64"][0] < losses["none"][0]
+    assert losses["sample-50"][0] == pytest.approx(losses["none"][0], rel=0.2)
+    assert len([*tmp_path.iterdir()]) == 4  # nothing stays beside the outputs
+
+
+def test_a_disk_that_fills_meanwhile_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(teacher.os, "posix_fallocate", full)
+    with pytest.raises(StreamlineError, match=r"cannot write the outputs of the original to .* \(No space left on dev"):
+        OutputCache(tmp_path / "cache", TEXT, tiny_model().config, FULL, hidden=True)
+    assert not (tmp_path / "cache" / "done.npy").exists()
+
+
+def test_a_file_system_that_cannot_reserve_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def unsupported(*_: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(teacher.os, "posix_fallocate", unsupported)
+    OutputCache(tmp_path / "cache", TEXT, tiny_model().config, FULL, hidden=True)

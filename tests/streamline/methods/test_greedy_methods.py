@@ -228,6 +228,16 @@ def test_shifted_takes_at_each_step_the_pair_that_is_missed_least(architecture: 
     assert len(plan.new_layers) == LAYERS - 2
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+def test_with_linear_maps_shifted_keeps_layer_0_and_asks_for_maps(architecture: str) -> None:
+    model = tiny_model(architecture)
+    free = planned(model, "shifted", remove=LAYERS - 2)
+    plan = planned(model, "shifted", remove=LAYERS - 2, replacement="linear")
+    assert (free.replacement, plan.replacement, plan.packs) == ("none", "linear", architecture == "llama")
+    assert {(0, "attention"), (0, "mlp")} <= {*plan.sublayers_left}
+    assert len(plan.new_layers) == 2
+
+
 def takes_turns(row: list[tuple[int, str]]) -> bool:
     return [kind for _, kind in row] == ["attention", "mlp"] * (len(row) // 2)
 
@@ -403,7 +413,7 @@ def test_a_linear_map_needs_layer_0(method: str) -> None:
         ),
         (
             {"method": "blockpruner", "remove": 1, "replacement": "linear"},
-            r"supports none or corrected; linear needs a method",
+            r"supports none or corrected; linear needs another method, such as shortgpt",
         ),
         ({"method": "blockpruner", "remove": 1, "protect": "1,1"}, r"protect '1,1': method blockpruner does not have"),
         ({"method": "blockpruner", "layers": "1"}, r"layers '1': method blockpruner chooses the layers itself"),

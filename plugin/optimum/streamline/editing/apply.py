@@ -192,8 +192,8 @@ def _move_mlps(model: PreTrainedModel, plan: Plan) -> None:
 
 
 def with_skips(plan: AnyPlan, config: PreTrainedConfig) -> AnyPlan:
-    """A plan that names the sublayers which a model with this config skips already, if it packs or corrects."""
-    if not plan.packs and plan.replacement != "corrected":
+    """A plan that names the sublayers which a model with this config skips already, if they matter to it."""
+    if not plan.packs and plan.replacement not in FITTED:
         return plan
     return replace(plan, already_skipped=tuple(sorted(skipped_of(config))))
 
@@ -213,7 +213,7 @@ def _refuse_unpackable(config: PreTrainedConfig, plan: Plan) -> None:
     """Refuse a plan that packs a model that cannot be packed, or with other zeros, a defect of the method."""
     if plan.packs and not can_pack(config):
         raise ValueError(f"packs: an attention and an MLP of two layers of {config.model_type} make no layer")
-    if (plan.packs or plan.replacement == "corrected") and set(plan.already_skipped) != skipped_of(config):
+    if (plan.packs or plan.replacement in FITTED) and set(plan.already_skipped) != skipped_of(config):
         raise ValueError(f"already_skipped {plan.already_skipped!r}: the model skips {sorted(skipped_of(config))!r}")
 
 

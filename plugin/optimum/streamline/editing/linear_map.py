@@ -87,7 +87,7 @@ def fit_maps(
         for before, run in found:
             if before is None:
                 raise StreamlineError(
-                    "replacement 'linear': a linear map is folded into what comes before; keep the first attention"
+                    "replacement 'linear': a linear map is folded into what comes before; keep layer 0"
                 )
             equations = NormalEquations.of_sizes(width, width, model.device)
             for batch in calibration.ids.split(BATCH):
@@ -147,6 +147,7 @@ def _output_parameters(model: PreTrainedModel, of: SublayerKey) -> Iterator[tupl
             if found.bias is not None:
                 yield found.bias, 0
             return
+    raise ValueError(f"{sublayer} of layer {index}: has no output projection where {architecture} says")
 
 
 @dataclass

@@ -34,7 +34,7 @@ class PlannedLayer:
             layer has two: the layer of its attention, and that of its MLP.
         corrected: Whether its MLP is corrected for what is removed before it (replacement `corrected`).
         mapped: The sublayers into which a linear map is folded for what is removed after them (replacement `linear`),
-            if the plan packs. If it does not, the layer is `patched`, and the map is in its last sublayer.
+            in a plan that packs. In one that does not, the layer is `patched`, and its last sublayer holds the map.
     """
 
     kind: Kind
@@ -89,8 +89,8 @@ class Plan:
             training failed.
         packs: Whether the sublayers that are left are arranged in as few layers as possible (`packing.packed`).
             Otherwise each stays in its own layer.
-        already_skipped: For a plan that packs or corrects: the sublayers that the original skips already
-            (`skipped_of`), in rising order.
+        already_skipped: For a plan that packs, or that has a fitted replacement: the sublayers that the original skips
+            already (`skipped_of`), in rising order.
 
     Raises:
         ValueError: `removed` or `skipped` names layers that cannot be removed, a defect of the method that chose them.
@@ -128,11 +128,13 @@ class Plan:
         if self.packs:
             return self._marked(_planned(layer) for layer in packed(self.sublayers_left))
         with_skips = {layer for layer, _ in self.skipped}
+        with_maps = {before[0] for before in self._mapped()}
         new_layers: list[PlannedLayer] = []
         for layer in range(self.total):
             if layer not in self.removed:
-                after = self._removed_after(layer) if self.replacement == "linear" else ()
-                kind: Kind = "patched" if after else "thinned" if layer in with_skips else "kept"
+                patched = layer in with_maps
+                kind: Kind = "patched" if patched else "thinned" if layer in with_skips else "kept"
+                after = self._removed_after(layer) if patched else ()
                 new_layers.append(PlannedLayer(kind, (layer, *after)))
             elif self.replacement in TRAINED and layer == self.removed[0]:
                 new_layers.append(PlannedLayer(self.replacement, self.removed))  # type: ignore[arg-type]
@@ -148,11 +150,12 @@ class Plan:
             marked.append(replace(planned, corrected=planned.mlp_originals[0] in corrected, mapped=maps))
         return tuple(marked)
 
-    def _mapped(self) -> tuple[SublayerKey | None, ...]:
-        """For replacement `linear`: the sublayer before each gap."""
+    def _mapped(self) -> tuple[SublayerKey, ...]:
+        """For replacement `linear`: the sublayer before each gap, if there is one."""
         if self.replacement != "linear":
             return ()
-        return tuple(before for before, _ in gaps(self.total, self.sublayers_removed, self.already_skipped))
+        found = gaps(self.total, self.sublayers_removed, self.already_skipped)
+        return tuple(before for before, _ in found if before is not None)
 
     @property
     def sublayers_removed(self) -> tuple[SublayerKey, ...]:

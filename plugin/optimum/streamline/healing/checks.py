@@ -10,6 +10,7 @@ from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.text.sources import SELF
 
 from .settings import heal_windows, scope_of
+from .teacher import CacheForm
 from .trainer import check_sharing
 
 # Recipe fields that apply to every kind of healing.
@@ -61,6 +62,21 @@ def check_heal_windows(recipe: Recipe, layers: int) -> None:
         trainings = parse_remove(str(recipe.pruning.remove), layers) if stepwise else 1
         windows = heal_windows(recipe.healing.tokens, recipe.length)
         check_sharing(windows, recipe.healing.batch, recipe.healing.epochs, trainings)
+
+
+def check_heal_cache(recipe: Recipe, vocabulary: int) -> None:
+    """Refuse a `heal_cache` of the most probable tokens that would be all tokens.
+
+    Args:
+        recipe: The recipe.
+        vocabulary: The number of tokens of the vocabulary.
+
+    Raises:
+        StreamlineError: naming the field, the value and what would be right.
+    """
+    form = CacheForm.parse(recipe.healing.cache or "none")
+    if form is not None and form.kind == "top" and form.tokens >= vocabulary:
+        raise StreamlineError(f"heal-cache {recipe.healing.cache!r}: the vocabulary has {vocabulary} tokens; give full")
 
 
 def _check_what_is_trained(recipe: Recipe) -> None:

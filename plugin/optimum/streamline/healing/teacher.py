@@ -1,11 +1,12 @@
 """The outputs of the original that distillation trains towards, and their cache on disk.
 
-The original gives the same outputs in every pass over the text and in every trial training. With a cache it runs on
-each window once. The cache holds all logits, or for large vocabularies some tokens of each next-token distribution.
+The original gives the same outputs in every pass over the text and in every trial training. With a cache, the trainings
+run it on each window once. The cache holds all logits, or some tokens of each next-token distribution.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -23,17 +24,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.architectures import architecture_of, decoder_layers, layer_output
 from optimum.streamline.recipe.recipe import Recipe
-from optimum.streamline.system.distributed import is_main, wait_for_all
+from optimum.streamline.system.distributed import from_main, is_main
 from optimum.streamline.text.windows import Windows
 
 from .settings import distillation_weights
 
-LIMIT = 4 * 2**30
-"""The size in bytes up to which all outputs are cached by default."""
+DEFAULT_BYTES = 4 * 2**30
+"""The size up to which all outputs are cached by default, in bytes."""
 CACHE_FOLDER = "original"
 """The folder of the cache in that of the training checkpoints."""
 
-Layers = dict[int, torch.Tensor]
+LayerOutputs = dict[int, torch.Tensor]
 """The raw outputs `[windows, length, width]` of layers, before any final norm, by layer number."""
 
 
@@ -117,9 +118,9 @@ def logits_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def layer_outputs(model: PreTrainedModel, numbers: Sequence[int]) -> Iterator[Layers]:
+def layer_outputs(model: PreTrainedModel, numbers: Sequence[int]) -> Iterator[LayerOutputs]:
     """Yield a dictionary that a forward pass in the block fills with the raw outputs of layers `numbers`."""
-    outputs: Layers = {}
+    outputs: LayerOutputs = {}
     layers = decoder_layers(model, architecture_of(model.config))
 
     def keep(number: int) -> Callable[..., None]:
@@ -134,7 +135,7 @@ def layer_outputs(model: PreTrainedModel, numbers: Sequence[int]) -> Iterator[La
 
 
 @torch.no_grad()
-def outputs_of(model: PreTrainedModel, ids: torch.Tensor, numbers: Sequence[int]) -> tuple[Target, Layers]:
+def outputs_of(model: PreTrainedModel, ids: torch.Tensor, numbers: Sequence[int]) -> tuple[Target, LayerOutputs]:
     """The distributions of token ids `[windows, length]`, and the outputs of layers `numbers`."""
     with layer_outputs(model, numbers) as states:
         return AllLogits(logits_of(model, ids)), states
@@ -186,7 +187,7 @@ class Array:
     dtype: str
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """Its size in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
@@ -203,31 +204,30 @@ class OutputCache:
         seed: The seed of drawn tokens.
 
     Raises:
-        StreamlineError: the disk has too little room.
+        StreamlineError: the disk has too little room, or a file cannot be made.
     """
 
     def __init__(
         self, folder: Path, text: Windows, config: PreTrainedConfig, form: CacheForm, hidden: bool, seed: int = 0
     ) -> None:
         self._form, self._hidden, self._seed = form, hidden, seed
-        self._number = {row.numpy().tobytes(): number for number, row in enumerate(text.ids)}
+        self._places = {row.numpy().tobytes(): place for place, row in enumerate(text.ids)}
         arrays = form.arrays(text, config, hidden)
-        if is_main():
-            _make_files(folder, arrays)
-        wait_for_all()
+        _make_files(folder, arrays)
         self._arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in arrays}
 
-    def outputs(self, model: PreTrainedModel, ids: torch.Tensor, numbers: Sequence[int]) -> tuple[Target, Layers]:
-        """As `outputs_of`, on windows of the text. The model runs only if the cache lacks one of them.
+    def outputs(self, model: PreTrainedModel, ids: torch.Tensor, numbers: Sequence[int]) -> tuple[Target, LayerOutputs]:
+        """As `outputs_of`, on windows of the text. The model runs on those that the cache lacks.
 
         Args:
             model: The original, in evaluation mode.
             ids: Token ids `[windows, length]`, each row a window of the text.
             numbers: The layers whose outputs are asked for; none if the cache does not keep them.
         """
-        places = [self._number[row.cpu().numpy().tobytes()] for row in ids]
-        if not self._arrays["done"][places].all():
-            self._fill(model, ids, places)
+        places = [self._places[row.numpy().tobytes()] for row in ids.cpu()]
+        missing = [row for row, place in enumerate(places) if not self._arrays["done"][place]]
+        if missing:
+            self._fill(model, ids[missing], [places[row] for row in missing])
 
         def read(name: str, *of: Any) -> torch.Tensor:
             return torch.from_numpy(np.asarray(self._arrays[name][(places, *of)])).to(ids.device)
@@ -262,28 +262,66 @@ class OutputCache:
             return {"tokens": top.indices, "log_probabilities": top.values}
         probabilities, drawn = log_probabilities.exp(), list[torch.Tensor]()
         for place, rows in zip(places, probabilities, strict=True):  # the draws of a window are the same in any batch
-            generator = torch.Generator(rows.device).manual_seed(self._seed * 1_000_003 + place)
+            generator = torch.Generator(rows.device).manual_seed((self._seed * 1_000_003 + place) % 2**63)
             drawn.append(torch.multinomial(rows, self._form.tokens, replacement=True, generator=generator))
         return {"tokens": torch.stack(drawn), "entropy": -(probabilities * log_probabilities).sum(-1)}
 
 
 def _make_files(folder: Path, arrays: dict[str, Array]) -> None:
-    """Make the files that are missing, or that have another shape. All are empty then: the outputs belong together."""
-    if all(_fits(folder / f"{name}.npy", array) for name, array in arrays.items()):
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    needed, free = sum(array.bytes for array in arrays.values()), shutil.disk_usage(folder).free
+    """Make the files, unless an earlier run left all of them. The main process does it, for all.
+
+    Raises:
+        StreamlineError: the disk has too little room, or a file cannot be made.
+    """
+    refusal: StreamlineError | None = None
+    if is_main() and not all(_fits(folder / f"{name}.npy", array) for name, array in arrays.items()):
+        try:
+            _make_anew(folder, arrays)
+        except StreamlineError as error:
+            refusal = error
+    refusal = from_main(refusal)
+    if refusal is not None:
+        raise refusal
+
+
+def _make_anew(folder: Path, arrays: dict[str, Array]) -> None:
+    needed, free = sum(array.size for array in arrays.values()), free_bytes(folder)
     if needed > free:
         raise StreamlineError(
-            f"heal-cache: the outputs of the original take {needed / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} "
-            "GB are free; give heal-cache top-64, or none"
+            f"heal-cache: the outputs of the original take {needed / 1e9:.1f} GB in {folder.parent}, where "
+            f"{free / 1e9:.1f} GB are free; give heal-cache none, or top-64 and heal-hidden 0"
         )
-    for name, array in arrays.items():
-        file = folder / f"{name}.npy"
-        np.lib.format.open_memmap(file, mode="w+", dtype=array.dtype, shape=array.shape)
-        if hasattr(os, "posix_fallocate"):  # a disk that another program fills would end a write to a map by a signal
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for name, array in sorted(arrays.items(), key=lambda each: each[0] == "done"):  # that one last
+            file = folder / f"{name}.npy"
+            np.lib.format.open_memmap(file, mode="w+", dtype=array.dtype, shape=array.shape)
             with file.open("r+b") as opened:
-                os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+                _reserve(opened.fileno(), file.stat().st_size)
+    except OSError as error:
+        raise StreamlineError(
+            f"heal-cache: cannot write the outputs of the original to {folder.parent} ({error.strerror}); give "
+            "heal-cache none"
+        ) from error
+
+
+def _reserve(file: int, size: int) -> None:
+    """Reserve room on the disk. If another program filled it, a write to the map would end this one by a signal."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # some file systems cannot reserve
+            raise
+
+
+def free_bytes(folder: Path) -> int:
+    """The free room on the disk of a folder that need not exist yet."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def _fits(file: Path, array: Array) -> bool:
@@ -305,16 +343,16 @@ def output_cache(
         text: The healing windows.
         config: The config of the original.
         workspace: The folder of the training checkpoints, of which the cache is a part, so that an interrupted run
-            computes nothing twice. `None` for a temporary folder.
+            computes nothing twice. With `None`, a cache that the recipe asks for is in a temporary folder.
         trials: Whether plans are compared by trial trainings, which read the text again.
 
     Yields:
         The cache, or `None` if the recipe distils without one (`cache_form`).
 
     Raises:
-        StreamlineError: the cache does not fit the model, or the disk has too little room.
+        StreamlineError: the disk has too little room, or a file cannot be made.
     """
-    form = cache_form(recipe, text, config, trials)
+    form = cache_form(recipe, text, config, workspace, trials)
     if form is None:
         yield None
         return
@@ -323,22 +361,22 @@ def output_cache(
         yield OutputCache(Path(folder) / CACHE_FOLDER, text, config, form, hidden, recipe.seed)
 
 
-def cache_form(recipe: Recipe, text: Windows, config: PreTrainedConfig, trials: bool) -> CacheForm | None:
+def cache_form(
+    recipe: Recipe, text: Windows, config: PreTrainedConfig, workspace: Path | None, trials: bool
+) -> CacheForm | None:
     """What the distillations of a recipe cache; `None` for nothing. The arguments are those of `output_cache`.
 
-    Raises:
-        StreamlineError: the vocabulary has no more tokens than are asked for.
+    By default all outputs are cached if there is a folder for training checkpoints, the text is read more than once,
+    the outputs take at most `DEFAULT_BYTES`, and the disk has twice their room.
     """
+    kl, hidden = distillation_weights(recipe)
     if "distill" not in recipe.resolved_trainings:
         return None
     if recipe.healing.cache is not None:
-        form = CacheForm.parse(recipe.healing.cache)
-        if form is not None and form.kind == "top" and form.tokens >= config.vocab_size:
-            raise StreamlineError(
-                f"heal-cache {recipe.healing.cache!r}: the vocabulary has {config.vocab_size} tokens; give full"
-            )
-        return form
+        return CacheForm.parse(recipe.healing.cache)
+    if workspace is None or not kl or not (recipe.healing.epochs > 1 or trials):
+        return None
     form = CacheForm("full")
-    arrays = form.arrays(text, config, distillation_weights(recipe)[1] > 0)
-    read_again = recipe.healing.epochs > 1 or trials
-    return form if read_again and sum(array.bytes for array in arrays.values()) <= LIMIT else None
+    size = sum(array.size for array in form.arrays(text, config, hidden > 0).values())
+    # The processes must agree, and each may see another free room.
+    return from_main(form if size <= min(DEFAULT_BYTES, free_bytes(workspace) // 2) else None)

@@ -158,7 +158,7 @@ class Method(ABC):
         """Refuse a replacement that this method or a model with this config does not support."""
         if recipe.resolved_replacement not in self.replacements:
             trained = recipe.resolved_replacement in TRAINED
-            needs = "a method that removes one block" if trained else "a method that removes whole layers"
+            needs = "a method that removes one block" if trained else "another method"
             example = "llm-streamline" if trained else "shortgpt"
             raise StreamlineError(
                 f"replacement {recipe.resolved_replacement!r}: method {recipe.resolved_method} supports "

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from optimum.streamline.checkpoints.loading import DTYPES, check_checkpoint, stored_dtype
 from optimum.streamline.checkpoints.model_in_memory import ModelInMemory
 from optimum.streamline.errors import StreamlineError
-from optimum.streamline.healing.checks import check_heal_windows, check_healing
+from optimum.streamline.healing.checks import check_heal_cache, check_heal_windows, check_healing
 from optimum.streamline.methods.registry import METHODS, method_of
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import architecture_of
@@ -145,6 +145,7 @@ def check_recipe(source: ModelSource, recipe: Recipe) -> None:
     check_quantization(recipe, config)
     check_healing(recipe)
     check_heal_windows(recipe, config.num_hidden_layers)
+    check_heal_cache(recipe, config.vocab_size)
 
 
 def result_dtype(source: ModelSource, recipe: Recipe) -> torch.dtype:

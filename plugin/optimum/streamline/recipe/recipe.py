@@ -412,6 +412,8 @@ class Recipe(CheckedOptions):
         # What packs no more than 0.1.0 did has the fingerprint of then. `auto` has more candidates now.
         if self.resolved_method != "auto" and self.pruning.packed != (self.resolved_method == "blockpruner"):
             del fields["packed"]
+        if self.healing.cache in (None, "none", "full"):  # with all logits, or without any, the training is the same
+            del fields["heal_cache"]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def _value(self, defined: DefinedOption) -> Any:
