@@ -1,9 +1,10 @@
-"""Measure the searches: what a race of removals costs and changes, what plans that pack are worth, and trial trainings.
+"""Measure the searches, trial trainings, and what distillation needs of the original.
 
     ci/bench search                  # measure all parts, then write the page
     ci/bench search --only races     # a race of removals against every removal on every window
     ci/bench search --only packed    # methods that keep whole layers, with and without healing
     ci/bench search --only trials    # every candidate of auto healed, beside what its trial training said
+    ci/bench search --only caches    # distillation from all logits of the original, and from fewer tokens
     ci/bench search --page           # write the page; measure nothing
 
 All use the reference model. The figures go to docs/search.json, and the tables of docs/search.md are written from
@@ -19,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -26,6 +28,7 @@ from export_cases import REFERENCE, ROOT
 from measured_parts import measure_parts
 from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer
 from optimum.streamline.editing.packing import sublayers_left
+from optimum.streamline.evaluation.intervals import Samples, mean_interval
 from optimum.streamline.methods.shifted import pairs_of
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.removed_sublayers import SublayerSet, fully_removed_layers, whole_layer
@@ -33,7 +36,7 @@ from optimum.streamline.models.skipped_sublayers import skipped_sublayers
 from optimum.streamline.pipeline.prune import change, prepare
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.scoring.ablation import removal_window_losses
-from optimum.streamline.scoring.loss import cross_entropy_sum
+from optimum.streamline.scoring.loss import cross_entropy_sum, window_losses
 from optimum.streamline.scoring.race import DEVIATIONS, race
 from optimum.streamline.text.windows import BATCH, Windows, read_windows
 from search_page import write_page
@@ -51,6 +54,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "blockpruner, not packed": {"method": "blockpruner", "packed": False},
 }
 REMOVED = (4, 8)
+FORMS = ("none", "full", "top-64", "top-16", "sample-50")
+LAYERS_OF_SLEB = "1,3,5,12"
 
 
 def races(_: Path) -> dict[str, Any]:
@@ -180,6 +185,31 @@ def trials(_: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def caches(_: Path) -> list[dict[str, Any]]:
+    """Distillation from what `--heal-cache` keeps of the original's logits: perplexity ratios with intervals."""
+    source = ModelSource(str(REFERENCE))
+    dense = load_stock(source, torch.float32)
+    judged = read_windows("stdlib:eval", load_tokenizer(source), 128, 256, 0, dense.config.vocab_size, "eval")
+    original, counts = _window_losses(dense, judged), np.full(len(judged.ids), judged.ids.shape[1] - 1.0)
+    rows: list[dict[str, Any]] = []
+    for form in FORMS:
+        recipe = make_recipe({**COMMON, **HEAL, "layers": LAYERS_OF_SLEB, "heal_cache": form})
+        prepared = prepare(source, recipe, lambda line: None)
+        start = time.process_time()
+        change(prepared, lambda line: None)
+        seconds = time.process_time() - start
+        ratio = mean_interval(_window_losses(prepared.model, judged) - original, counts, 0).map(np.exp)
+        rows.append({"form": form, "ratio": [ratio.value, ratio.low, ratio.high], "seconds": seconds})
+        print(rows[-1], flush=True)
+    return rows
+
+
+@torch.inference_mode()
+def _window_losses(model: PreTrainedModel, windows: Windows) -> Samples:
+    """The sum of the next-token losses over each window, in nats, `[windows]`."""
+    return torch.cat([window_losses(model, batch) for batch in torch.split(windows.ids, BATCH)]).numpy()
+
+
 @torch.inference_mode()
 def _loss(model: PreTrainedModel, windows: Windows) -> float:
     total = sum(float(cross_entropy_sum(model, batch)) for batch in torch.split(windows.ids, BATCH))
@@ -187,4 +217,4 @@ def _loss(model: PreTrainedModel, windows: Windows) -> float:
 
 
 if __name__ == "__main__":
-    measure_parts(__doc__, {"races": races, "packed": packed, "trials": trials}, RESULTS, write_page)
+    measure_parts(__doc__, {"races": races, "packed": packed, "trials": trials, "caches": caches}, RESULTS, write_page)

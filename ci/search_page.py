@@ -28,6 +28,8 @@ def write_page(results: dict[str, Any]) -> None:
         replace_part(PAGE, "packed", _packed(results["packed"]))
     if "trials" in results:
         replace_part(PAGE, "trials", _trials(results["trials"]))
+    if "caches" in results:
+        replace_part(PAGE, "caches", _caches(results["caches"]))
 
 
 def _races(measured: dict[str, Any]) -> list[str]:
@@ -76,4 +78,12 @@ def _trials(rows: list[dict[str, Any]]) -> list[str]:
         cells += [f"{row['healed']:.3f}{' (chosen)' if row['chosen'] else ''}"]
         cells += [f"1.00, with the trials {together / alone:.2f}" if together else ""] * timed
         lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _caches(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["| `--heal-cache` | healed | seconds of the processor |", "|---|---|---|"]
+    for row in rows:
+        value, low, high = row["ratio"]
+        lines.append(f"| `{row['form']}` | {value:.4f} ({low:.3f} to {high:.3f}) | {row['seconds']:.0f} |")
     return lines
