@@ -70,12 +70,12 @@ def test_an_attention_has_to_stay(fields: dict[str, object], replacement: str) -
         (
             "auto",
             "linear",
-            "method auto supports none; linear needs a method that removes whole layers, such as shortgpt",
+            "method auto supports none; linear needs another method, such as shortgpt",
         ),
         (
             "come",
             "linear",
-            "method come supports none; linear needs a method that removes whole layers, such as shortgpt",
+            "method come supports none; linear needs another method, such as shortgpt",
         ),
         (
             "auto",
