@@ -9,8 +9,8 @@ from optimum.streamline.recipe.layer_counts import parse_remove
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.text.sources import SELF
 
+from .output_cache import CacheForm
 from .settings import heal_windows, scope_of
-from .teacher import CacheForm
 from .trainer import check_sharing
 
 # Recipe fields that apply to every kind of healing.

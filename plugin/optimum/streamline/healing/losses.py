@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,14 +14,123 @@ from transformers import PreTrainedModel
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.architectures import architecture_of, decoder_layers, layer_output
 
-from .teacher import AllLogits, OutputCache, layer_outputs, logits_of, outputs_of
-
 Loss = Callable[[torch.Tensor], torch.Tensor]
 """A function from token ids `[windows, length]` to a loss, a scalar, the mean over their tokens."""
 
 
 class NotFiniteError(StreamlineError):
     """The loss of a training is not finite. A resumed training would fail again, so its checkpoints are deleted."""
+
+
+LayerOutputs = dict[int, torch.Tensor]
+"""The raw outputs `[windows, length, width]` of layers, before any final norm, by layer number."""
+
+
+class Target(Protocol):
+    """The next-token distributions of the original, or what is known of them."""
+
+    def divergence(self, logits: torch.Tensor) -> torch.Tensor:
+        """KL(original || model) in nats per token, the mean over all tokens: a scalar with gradient.
+
+        Args:
+            logits: The model's logits `[windows, length, vocabulary]`.
+        """
+
+
+@dataclass(frozen=True)
+class AllLogits:
+    """All logits `[windows, length, vocabulary]` of the original, so that the divergence is exact."""
+
+    logits: torch.Tensor
+
+    def divergence(self, logits: torch.Tensor) -> torch.Tensor:
+        """As `Target.divergence`."""
+        log_target, log_model = self.logits.log_softmax(-1).flatten(0, 1), logits.log_softmax(-1).flatten(0, 1)
+        return nn.functional.kl_div(log_model, log_target, reduction="batchmean", log_target=True)
+
+
+@dataclass(frozen=True)
+class TopTokens:
+    """The most probable tokens of each distribution. All other tokens count as one.
+
+    The divergence is that of the distributions over these tokens and the rest, which is never larger than the exact
+    one. It tells nothing about the tokens of the rest.
+
+    Args:
+        tokens: Token ids `[windows, length, tokens]`.
+        log_probabilities: Their log-probabilities, of the same shape, in nats.
+    """
+
+    tokens: torch.Tensor
+    log_probabilities: torch.Tensor
+
+    def divergence(self, logits: torch.Tensor) -> torch.Tensor:
+        """As `Target.divergence`."""
+        whole = logits.logsumexp(-1)
+        named = self._terms(self.log_probabilities, logits.gather(-1, self.tokens) - whole[..., None]).sum(-1)
+        rest = (1 - self.log_probabilities.exp().sum(-1)).clamp(min=0)
+        others = logits.scatter(-1, self.tokens, -torch.inf).logsumexp(-1) - whole
+        return (named + self._terms(rest.log(), others)).mean()
+
+    @staticmethod
+    def _terms(log_target: torch.Tensor, log_model: torch.Tensor) -> torch.Tensor:
+        # A probability of zero adds zero. Its logarithm would make the gradient nan, so it is replaced first.
+        zero = log_target.isneginf()
+        return log_target.exp() * (log_target.masked_fill(zero, 0) - log_model.masked_fill(zero, 0))
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """Tokens drawn from each distribution with replacement, which estimate the divergence without bias.
+
+    Source: random sampling distillation (Anshumann et al., arXiv 2503.16870).
+
+    Args:
+        tokens: Token ids `[windows, length, draws]`.
+        entropy: The entropy of each distribution `[windows, length]`, in nats.
+    """
+
+    tokens: torch.Tensor
+    entropy: torch.Tensor
+
+    def divergence(self, logits: torch.Tensor) -> torch.Tensor:
+        """As `Target.divergence`; single values can be below zero."""
+        drawn = logits.gather(-1, self.tokens) - logits.logsumexp(-1, keepdim=True)
+        return (-drawn.mean(-1) - self.entropy).mean()
+
+
+def logits_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """The logits `[windows, length, vocabulary]` of token ids `[windows, length]`, in fp32."""
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.float()
+
+
+@contextmanager
+def layer_outputs(model: PreTrainedModel, numbers: Sequence[int]) -> Iterator[LayerOutputs]:
+    """Yield a dictionary that a forward pass in the block fills with the raw outputs of layers `numbers`."""
+    outputs: LayerOutputs = {}
+    layers = decoder_layers(model, architecture_of(model.config))
+
+    def keep(number: int) -> Callable[..., None]:
+        return lambda _, args, output: outputs.update({number: layer_output(output)})
+
+    hooks = [layers[number].register_forward_hook(keep(number)) for number in dict.fromkeys(numbers)]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def outputs_of(model: PreTrainedModel, ids: torch.Tensor, numbers: Sequence[int]) -> tuple[Target, LayerOutputs]:
+    """The distributions of token ids `[windows, length]`, and the outputs of layers `numbers`."""
+    with layer_outputs(model, numbers) as states:
+        return AllLogits(logits_of(model, ids)), states
+
+
+Outputs = Callable[[PreTrainedModel, torch.Tensor, Sequence[int]], tuple[Target, LayerOutputs]]
+"""A function as `outputs_of`."""
 
 
 class HealingLoss(Protocol):
@@ -59,14 +168,14 @@ class Distillation:
         depths: `Plan.depths`: for each layer of the model, the index of the original hidden state to match.
         kl: a, the weight of the KL divergence, 0 to 1.
         hidden: b, the weight of the hidden-state error.
-        cache: The cache of the original's outputs on the text; `None` to compute them each time.
+        outputs: The function that gives the original's outputs: `outputs_of`, or that of a cache.
     """
 
     teacher: PreTrainedModel
     depths: tuple[int, ...]
     kl: float = 1.0
     hidden: float = 0.0
-    cache: OutputCache | None = None
+    outputs: Outputs = outputs_of
 
     def __post_init__(self) -> None:
         self.teacher.eval()
@@ -74,8 +183,7 @@ class Distillation:
     def loss(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         """The weighted sum of the three terms. A term whose weight is zero is not computed."""
         layers = range(len(self.depths)) if self.hidden else ()
-        find = outputs_of if self.cache is None else self.cache.outputs
-        target, targets = find(self.teacher, ids, [self.depths[k] - 1 for k in layers])
+        target, targets = self.outputs(self.teacher, ids, [self.depths[k] - 1 for k in layers])
         with layer_outputs(model, layers) as states:
             logits = logits_of(model, ids)
         loss = logits.new_zeros(())

@@ -20,7 +20,8 @@ from optimum.streamline.system.notify import Notify
 from optimum.streamline.text.windows import Windows
 
 from .local import LayerError, cut_layers
-from .losses import Distillation, HealingLoss, NextToken
+from .losses import Distillation, HealingLoss, NextToken, outputs_of
+from .output_cache import OutputCache
 from .settings import (
     HealLog,
     HealSettings,
@@ -31,7 +32,6 @@ from .settings import (
     replacement_settings,
     scope_of,
 )
-from .teacher import OutputCache
 from .trainable_parts import train_model, train_replacement
 from .trainer import split_windows
 
@@ -208,7 +208,8 @@ class Healer:
             return NextToken()
         assert self._teacher is not None, "before_edit keeps the original"
         kl, hidden = distillation_weights(self._recipe)
-        return Distillation(self._teacher, depths_of(new_layers, self._plan.total), kl, hidden, self._cache)
+        outputs = outputs_of if self._cache is None else self._cache.outputs
+        return Distillation(self._teacher, depths_of(new_layers, self._plan.total), kl, hidden, outputs)
 
     def _replacement(self, new_layers: tuple[PlannedLayer, ...]) -> nn.Module:
         [index] = [index for index, planned in enumerate(new_layers) if planned.kind in TRAINED]

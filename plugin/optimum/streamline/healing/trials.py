@@ -27,8 +27,8 @@ from optimum.streamline.system.notify import Notify, silent
 from optimum.streamline.text.windows import BATCH, Windows
 
 from .losses import NotFiniteError, window_divergences
+from .output_cache import OutputCache
 from .stages import Healer
-from .teacher import OutputCache
 from .trainer import split_windows
 from .training_checkpoints import plan_folder
 

@@ -17,9 +17,9 @@ import transformers
 from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer, read_config, source_notes
 from optimum.streamline.editing.apply import Change, EditInputs, build_replacement
 from optimum.streamline.editing.plan import Plan
+from optimum.streamline.healing.output_cache import OutputCache, output_cache
 from optimum.streamline.healing.self_text import sample_text, self_text_folder
 from optimum.streamline.healing.stages import Healer, HealingResult
-from optimum.streamline.healing.teacher import OutputCache, output_cache
 from optimum.streamline.healing.training_checkpoints import healing_workspace, open_workspace, plan_folder
 from optimum.streamline.healing.trials import Trials
 from optimum.streamline.methods.auto import makes_trials

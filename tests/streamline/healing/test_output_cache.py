@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import errno
 import json
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,19 +19,10 @@ from console import optimum_cli
 from optimum.streamline.editing.apply import apply_plan
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
-from optimum.streamline.healing import teacher
-from optimum.streamline.healing.losses import Distillation
+from optimum.streamline.healing import output_cache as cache_module
+from optimum.streamline.healing.losses import Distillation, outputs_of
+from optimum.streamline.healing.output_cache import CACHE_FOLDER, CacheForm, OutputCache, cache_form, output_cache
 from optimum.streamline.healing.settings import HealSettings
-from optimum.streamline.healing.teacher import (
-    AllLogits,
-    CacheForm,
-    OutputCache,
-    SampledTokens,
-    TopTokens,
-    cache_form,
-    output_cache,
-    outputs_of,
-)
 from optimum.streamline.healing.trainable_parts import train_model
 from optimum.streamline.healing.trials import Trials
 from optimum.streamline.recipe.parsing import make_recipe
@@ -55,62 +45,6 @@ def runs() -> tuple[PreTrainedModel, list[int]]:
 
     model.register_forward_pre_hook(count, with_kwargs=True)
     return model, counts
-
-
-def random_logits(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 2
-
-
-def exact(target: torch.Tensor, logits: torch.Tensor) -> float:
-    p, q = (each.double().log_softmax(-1) for each in (target, logits))
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-def test_all_logits_give_the_divergence() -> None:
-    target, logits = random_logits(0, 2, 5, 30), random_logits(1, 2, 5, 30)
-    assert float(AllLogits(target).divergence(logits)) == pytest.approx(exact(target, logits), rel=1e-5)
-
-
-@pytest.mark.parametrize("kept", [1, 7, 29])
-def test_top_tokens_give_the_divergence_over_them_and_the_rest(kept: int) -> None:
-    target, logits = random_logits(0, 2, 5, 30), random_logits(1, 2, 5, 30).requires_grad_()
-    top = target.log_softmax(-1).topk(kept)
-    p, q = target.double().softmax(-1), logits.detach().double().softmax(-1)
-    expected = 0.0
-    for window, position in np.ndindex(2, 5):
-        named = top.indices[window, position].tolist()
-        pairs = [(float(p[window, position, token]), float(q[window, position, token])) for token in named]
-        pairs.append((1 - sum(there for there, _ in pairs), 1 - sum(here for _, here in pairs)))
-        expected += sum(there * math.log(there / here) for there, here in pairs) / 10
-    found = TopTokens(top.indices, top.values).divergence(logits)
-    assert float(found) == pytest.approx(expected, rel=1e-4)
-    assert float(found) <= exact(target, logits.detach()) + 1e-6
-    found.backward()
-    assert logits.grad.isfinite().all()
-
-
-def test_top_tokens_that_have_all_the_probability_leave_nothing_to_the_rest() -> None:
-    target = torch.full((1, 1, 8), -1e4)
-    target[..., :2] = 0
-    logits = random_logits(1, 1, 1, 8).requires_grad_()
-    top = target.log_softmax(-1).topk(2)
-    found = TopTokens(top.indices, top.values).divergence(logits)
-    assert float(found) == pytest.approx(exact(target, logits.detach()), rel=1e-5)
-    found.backward()
-    assert logits.grad.isfinite().all()
-
-
-def test_drawn_tokens_estimate_the_divergence_and_its_gradient_without_bias() -> None:
-    target, logits = random_logits(0, 1, 400, 12), random_logits(1, 1, 400, 12).requires_grad_()
-    log_probabilities = target.log_softmax(-1)
-    draws = torch.multinomial(log_probabilities.exp()[0], 50, replacement=True, generator=torch.Generator())[None]
-    entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
-    found = SampledTokens(draws, entropy).divergence(logits)
-    terms = (log_probabilities.detach() - logits.detach().log_softmax(-1)).gather(-1, draws)
-    assert float(found) == pytest.approx(exact(target, logits.detach()), abs=4 * float(terms.std()) / math.sqrt(20_000))
-    [drawn] = torch.autograd.grad(found, logits)
-    [true] = torch.autograd.grad(AllLogits(target).divergence(logits), logits)
-    assert torch.allclose(drawn.mean(1), true.mean(1), atol=4 * float((drawn - true).std()) / 20)
 
 
 def test_it_gives_what_the_model_gives_and_the_model_runs_once(
@@ -208,11 +142,11 @@ def test_any_seed_draws(tmp_path: Path) -> None:
 def test_a_training_with_it_ends_with_the_same_weights(runs: tuple[PreTrainedModel, list[int]], tmp_path: Path) -> None:
     original, counts = runs
     plan, text, weights = Plan(LAYERS, (1, 3)), TEXT.part(0, 21), []
-    for cache in (None, OutputCache(tmp_path, text, original.config, FULL, hidden=True)):
+    for outputs in (outputs_of, OutputCache(tmp_path, text, original.config, FULL, hidden=True).outputs):
         counts.clear()
         model = tiny_model()
         apply_plan(model, plan, None)
-        goal = Distillation(original, plan.depths, 1.0, 10.0, cache)
+        goal = Distillation(original, plan.depths, 1.0, 10.0, outputs)
         train_model(model, goal, text, HealSettings(1e-3, epochs=3, batch=4))
         weights.append(model.state_dict())
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
@@ -243,7 +177,7 @@ def test_by_default_all_outputs_are_kept_if_they_are_few_and_read_again(
     config, recipe = tiny_model().config, make_recipe({"method": "auto", "remove": 1})
     bytes_of_all = 24 * 16 * 4 * (config.vocab_size + config.num_hidden_layers * config.hidden_size) + 24
     free = SimpleNamespace(free=10**12)
-    monkeypatch.setattr(teacher.shutil, "disk_usage", lambda folder: free)
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda folder: free)
 
     def form(workspace: Path | None = tmp_path / "not" / "there", trials: bool = False, **options: object) -> object:
         return cache_form(recipe.with_options(**options), TEXT, config, workspace, trials)
@@ -256,18 +190,20 @@ def test_by_default_all_outputs_are_kept_if_they_are_few_and_read_again(
     assert form(workspace=None) is None
     assert form(workspace=None, heal_cache="sample-50") == CacheForm("sample", 50)
     assert form(heal_cache="none") is None
-    monkeypatch.setattr(teacher, "DEFAULT_BYTES", bytes_of_all)
+    monkeypatch.setattr(cache_module, "DEFAULT_BYTES", bytes_of_all)
     assert form() == FULL
     free.free = 2 * bytes_of_all - 2
     assert form() is None
+    (tmp_path / CACHE_FOLDER).mkdir()  # an interrupted run has used the room
+    assert form(workspace=tmp_path) == FULL
     free.free = 10**12
-    monkeypatch.setattr(teacher, "DEFAULT_BYTES", bytes_of_all - 1)
+    monkeypatch.setattr(cache_module, "DEFAULT_BYTES", bytes_of_all - 1)
     assert form() is None
     assert form(heal_hidden=0.0) == form(heal_cache="full") == FULL
 
 
 def test_too_small_a_disk_is_one_line_and_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(teacher.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(
         StreamlineError, match=r"^heal-cache: the outputs of the original take 0.0 GB in .*give heal-cache none, or"
     ):
@@ -340,7 +276,7 @@ def test_a_disk_that_fills_meanwhile_is_one_line(monkeypatch: pytest.MonkeyPatch
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(teacher.os, "posix_fallocate", full)
+    monkeypatch.setattr(cache_module.os, "posix_fallocate", full)
     with pytest.raises(StreamlineError, match=r"cannot write the outputs of the original to .* \(No space left on dev"):
         OutputCache(tmp_path / "cache", TEXT, tiny_model().config, FULL, hidden=True)
     assert not (tmp_path / "cache" / "done.npy").exists()
@@ -350,5 +286,5 @@ def test_a_file_system_that_cannot_reserve_is_used(monkeypatch: pytest.MonkeyPat
     def unsupported(*_: int) -> None:
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
-    monkeypatch.setattr(teacher.os, "posix_fallocate", unsupported)
+    monkeypatch.setattr(cache_module.os, "posix_fallocate", unsupported)
     OutputCache(tmp_path / "cache", TEXT, tiny_model().config, FULL, hidden=True)

@@ -1,4 +1,4 @@
-"""The outputs of the original that distillation trains towards, and their cache on disk.
+"""The cache of the original's outputs on disk, which distillation reads in place of running the original again.
 
 The original gives the same outputs in every pass over the text and in every trial training. With a cache, the trainings
 run it on each window once. The cache holds all logits, or some tokens of each next-token distribution.
@@ -9,136 +9,29 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum.streamline.errors import StreamlineError
-from optimum.streamline.models.architectures import architecture_of, decoder_layers, layer_output
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.system.distributed import from_main, is_main
 from optimum.streamline.text.windows import Windows
 
+from .losses import AllLogits, LayerOutputs, SampledTokens, Target, TopTokens, layer_outputs, logits_of
 from .settings import distillation_weights
 
 DEFAULT_BYTES = 4 * 2**30
 """The size up to which all outputs are cached by default, in bytes."""
 CACHE_FOLDER = "original"
 """The folder of the cache in that of the training checkpoints."""
-
-LayerOutputs = dict[int, torch.Tensor]
-"""The raw outputs `[windows, length, width]` of layers, before any final norm, by layer number."""
-
-
-class Target(Protocol):
-    """The next-token distributions of the original, or what is known of them."""
-
-    def divergence(self, logits: torch.Tensor) -> torch.Tensor:
-        """KL(original || model) in nats per token, the mean over all tokens: a scalar with gradient.
-
-        Args:
-            logits: The model's logits `[windows, length, vocabulary]`.
-        """
-
-
-@dataclass(frozen=True)
-class AllLogits:
-    """All logits `[windows, length, vocabulary]` of the original, so that the divergence is exact."""
-
-    logits: torch.Tensor
-
-    def divergence(self, logits: torch.Tensor) -> torch.Tensor:
-        """As `Target.divergence`."""
-        log_target, log_model = self.logits.log_softmax(-1).flatten(0, 1), logits.log_softmax(-1).flatten(0, 1)
-        return nn.functional.kl_div(log_model, log_target, reduction="batchmean", log_target=True)
-
-
-@dataclass(frozen=True)
-class TopTokens:
-    """The most probable tokens of each distribution. All other tokens count as one.
-
-    The divergence is that of the distributions over these tokens and the rest, which is never larger than the exact
-    one. It tells nothing about the tokens of the rest.
-
-    Args:
-        tokens: Token ids `[windows, length, tokens]`.
-        log_probabilities: Their log-probabilities, of the same shape, in nats.
-    """
-
-    tokens: torch.Tensor
-    log_probabilities: torch.Tensor
-
-    def divergence(self, logits: torch.Tensor) -> torch.Tensor:
-        """As `Target.divergence`."""
-        whole = logits.logsumexp(-1)
-        named = self._terms(self.log_probabilities, logits.gather(-1, self.tokens) - whole[..., None]).sum(-1)
-        rest = (1 - self.log_probabilities.exp().sum(-1)).clamp(min=0)
-        others = logits.scatter(-1, self.tokens, -torch.inf).logsumexp(-1) - whole
-        return (named + self._terms(rest.log(), others)).mean()
-
-    @staticmethod
-    def _terms(log_target: torch.Tensor, log_model: torch.Tensor) -> torch.Tensor:
-        # A probability of zero adds zero. Its logarithm would make the gradient nan, so it is replaced first.
-        zero = log_target.isneginf()
-        return log_target.exp() * (log_target.masked_fill(zero, 0) - log_model.masked_fill(zero, 0))
-
-
-@dataclass(frozen=True)
-class SampledTokens:
-    """Tokens drawn from each distribution with replacement, which estimate the divergence without bias.
-
-    Source: random sampling distillation (Anshumann et al., arXiv 2503.16870).
-
-    Args:
-        tokens: Token ids `[windows, length, draws]`.
-        entropy: The entropy of each distribution `[windows, length]`, in nats.
-    """
-
-    tokens: torch.Tensor
-    entropy: torch.Tensor
-
-    def divergence(self, logits: torch.Tensor) -> torch.Tensor:
-        """As `Target.divergence`; single values can be below zero."""
-        drawn = logits.gather(-1, self.tokens) - logits.logsumexp(-1, keepdim=True)
-        return (-drawn.mean(-1) - self.entropy).mean()
-
-
-def logits_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """The logits `[windows, length, vocabulary]` of token ids `[windows, length]`, in fp32."""
-    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits.float()
-
-
-@contextmanager
-def layer_outputs(model: PreTrainedModel, numbers: Sequence[int]) -> Iterator[LayerOutputs]:
-    """Yield a dictionary that a forward pass in the block fills with the raw outputs of layers `numbers`."""
-    outputs: LayerOutputs = {}
-    layers = decoder_layers(model, architecture_of(model.config))
-
-    def keep(number: int) -> Callable[..., None]:
-        return lambda _, args, output: outputs.update({number: layer_output(output)})
-
-    hooks = [layers[number].register_forward_hook(keep(number)) for number in dict.fromkeys(numbers)]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@torch.no_grad()
-def outputs_of(model: PreTrainedModel, ids: torch.Tensor, numbers: Sequence[int]) -> tuple[Target, LayerOutputs]:
-    """The distributions of token ids `[windows, length]`, and the outputs of layers `numbers`."""
-    with layer_outputs(model, numbers) as states:
-        return AllLogits(logits_of(model, ids)), states
 
 
 @dataclass(frozen=True)
@@ -378,5 +271,7 @@ def cache_form(
         return None
     form = CacheForm("full")
     size = sum(array.size for array in form.arrays(text, config, hidden > 0).values())
-    # The processes must agree, and each may see another free room.
-    return from_main(form if size <= min(DEFAULT_BYTES, free_bytes(workspace) // 2) else None)
+    room = free_bytes(workspace) // 2
+    if (workspace / CACHE_FOLDER).is_dir():  # an interrupted run has it already
+        room = size
+    return from_main(form if size <= min(DEFAULT_BYTES, room) else None)  # the processes must agree

@@ -1,0 +1,67 @@
+"""What distillation makes of all logits of the original, of the most probable tokens, and of drawn tokens."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from optimum.streamline.healing.losses import AllLogits, SampledTokens, TopTokens
+
+
+def random_logits(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def exact(target: torch.Tensor, logits: torch.Tensor) -> float:
+    p, q = (each.double().log_softmax(-1) for each in (target, logits))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_all_logits_give_the_divergence() -> None:
+    target, logits = random_logits(0, 2, 5, 30), random_logits(1, 2, 5, 30)
+    assert float(AllLogits(target).divergence(logits)) == pytest.approx(exact(target, logits), rel=1e-5)
+
+
+@pytest.mark.parametrize("kept", [1, 7, 29])
+def test_top_tokens_give_the_divergence_over_them_and_the_rest(kept: int) -> None:
+    target, logits = random_logits(0, 2, 5, 30), random_logits(1, 2, 5, 30).requires_grad_()
+    top = target.log_softmax(-1).topk(kept)
+    p, q = target.double().softmax(-1), logits.detach().double().softmax(-1)
+    expected = 0.0
+    for window, position in np.ndindex(2, 5):
+        named = top.indices[window, position].tolist()
+        pairs = [(float(p[window, position, token]), float(q[window, position, token])) for token in named]
+        pairs.append((1 - sum(there for there, _ in pairs), 1 - sum(here for _, here in pairs)))
+        expected += sum(there * math.log(there / here) for there, here in pairs) / 10
+    found = TopTokens(top.indices, top.values).divergence(logits)
+    assert float(found) == pytest.approx(expected, rel=1e-4)
+    assert float(found) <= exact(target, logits.detach()) + 1e-6
+    found.backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_top_tokens_that_have_all_the_probability_leave_nothing_to_the_rest() -> None:
+    target = torch.full((1, 1, 8), -1e4)
+    target[..., :2] = 0
+    logits = random_logits(1, 1, 1, 8).requires_grad_()
+    top = target.log_softmax(-1).topk(2)
+    found = TopTokens(top.indices, top.values).divergence(logits)
+    assert float(found) == pytest.approx(exact(target, logits.detach()), rel=1e-5)
+    found.backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_drawn_tokens_estimate_the_divergence_and_its_gradient_without_bias() -> None:
+    target, logits = random_logits(0, 1, 400, 12), random_logits(1, 1, 400, 12).requires_grad_()
+    log_probabilities = target.log_softmax(-1)
+    draws = torch.multinomial(log_probabilities.exp()[0], 50, replacement=True, generator=torch.Generator())[None]
+    entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
+    found = SampledTokens(draws, entropy).divergence(logits)
+    terms = (log_probabilities.detach() - logits.detach().log_softmax(-1)).gather(-1, draws)
+    assert float(found) == pytest.approx(exact(target, logits.detach()), abs=4 * float(terms.std()) / math.sqrt(20_000))
+    [drawn] = torch.autograd.grad(found, logits)
+    [true] = torch.autograd.grad(AllLogits(target).divergence(logits), logits)
+    assert torch.allclose(drawn.mean(1), true.mean(1), atol=4 * float((drawn - true).std()) / 20)
