@@ -44,7 +44,7 @@ from search_page import write_page
 RESULTS = ROOT / "docs" / "search.json"
 LOSSES = ROOT / ".cache" / "search_losses.pt"
 LAYERS, LENGTH, SAMPLES = 16, 128, 64
-DRAWS, STEPS = 3, 7  # texts, and greedy steps on each
+DRAWS, STEPS = 2, 7  # texts, and greedy steps on each
 COMMON: dict[str, Any] = {"calibration": "stdlib:calibration", "samples": 24, "length": 256}
 HEAL: dict[str, Any] = {"heal": "distill", "heal_data": "stdlib:calibration", "heal_tokens": 200_000, "heal_epochs": 1}
 METHODS: dict[str, dict[str, Any]] = {
@@ -54,7 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "blockpruner, not packed": {"method": "blockpruner", "packed": False},
 }
 REMOVED = (4, 8)
-FORMS = ("none", "full", "top-64", "top-16", "sample-50")
+FORMS = ("full", "top-64", "sample-50")
 LAYERS_OF_SLEB = "1,3,5,12"
 
 
