@@ -14,7 +14,6 @@ them.
 from __future__ import annotations
 
 import copy
-import math
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +27,7 @@ from export_cases import REFERENCE, ROOT
 from measured_parts import measure_parts
 from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer
 from optimum.streamline.editing.packing import sublayers_left
-from optimum.streamline.evaluation.intervals import Samples, mean_interval
+from optimum.streamline.evaluation.intervals import Interval, Samples, mean_interval
 from optimum.streamline.methods.shifted import pairs_of
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.removed_sublayers import SublayerSet, fully_removed_layers, whole_layer
@@ -36,7 +35,7 @@ from optimum.streamline.models.skipped_sublayers import skipped_sublayers
 from optimum.streamline.pipeline.prune import change, prepare
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.scoring.ablation import removal_window_losses
-from optimum.streamline.scoring.loss import cross_entropy_sum, window_losses
+from optimum.streamline.scoring.loss import window_losses
 from optimum.streamline.scoring.race import DEVIATIONS, race
 from optimum.streamline.text.windows import BATCH, Windows, read_windows
 from search_page import write_page
@@ -110,11 +109,7 @@ def _raced(losses: torch.Tensor) -> dict[str, float]:
 
 def packed(_: Path) -> list[dict[str, Any]]:
     """Each method at a quarter and at a half of the layers: perplexity ratio before and after healing."""
-    source = ModelSource(str(REFERENCE))
-    dense = load_stock(source, torch.float32)
-    tokenizer = load_tokenizer(source)
-    judged = read_windows("stdlib:eval", tokenizer, 128, 256, 0, dense.config.vocab_size, "eval")
-    original = _loss(dense, judged)
+    source, judge = ModelSource(str(REFERENCE)), _Judge()
     rows: list[dict[str, Any]] = []
     for removed in REMOVED:
         for name, fields in METHODS.items():
@@ -125,7 +120,7 @@ def packed(_: Path) -> list[dict[str, Any]]:
             bare = copy.copy(prepared)
             bare.model, bare.recipe = copy.deepcopy(prepared.model), recipe.with_options(heal="none")
             change(bare, lambda line: None)
-            unhealed = math.exp(_loss(bare.model, judged) - original)
+            unhealed = judge.ratio(bare.model).value
             change(prepared, lambda line: None)
             rows.append(
                 {
@@ -137,7 +132,7 @@ def packed(_: Path) -> list[dict[str, Any]]:
                     "parameters": sum(parameter.numel() for parameter in prepared.model.parameters()),
                     "seconds": round(chosen, 1),
                     "unhealed": unhealed,
-                    "healed": math.exp(_loss(prepared.model, judged) - original),
+                    "healed": judge.ratio(prepared.model).value,
                 }
             )
             print(rows[-1], flush=True)
@@ -149,10 +144,7 @@ def trials(_: Path) -> list[dict[str, Any]]:
 
     Seconds are those of the processor, of one thread or of several.
     """
-    source = ModelSource(str(REFERENCE))
-    dense = load_stock(source, torch.float32)
-    judged = read_windows("stdlib:eval", load_tokenizer(source), 128, 256, 0, dense.config.vocab_size, "eval")
-    original = _loss(dense, judged)
+    source, judge = ModelSource(str(REFERENCE)), _Judge()
     rows: list[dict[str, Any]] = []
     for removed in REMOVED:
         recipe = make_recipe({**COMMON, **HEAL, "method": "auto", "remove": removed})
@@ -175,7 +167,7 @@ def trials(_: Path) -> list[dict[str, Any]]:
                     "candidate": plan.chosen_by,
                     "loss": dict(plan.tried)[plan.chosen_by],
                     "trials": {str(share): dict(after).get(plan.chosen_by) for share, after in chosen.trials},
-                    "healed": math.exp(_loss(alone.model, judged) - original),
+                    "healed": judge.ratio(alone.model).value,
                     "chosen": plan.chosen_by == chosen.chosen_by,
                     "seconds": seconds,
                     "seconds_with_trials": whole if plan.chosen_by == chosen.chosen_by else None,
@@ -187,10 +179,7 @@ def trials(_: Path) -> list[dict[str, Any]]:
 
 def caches(_: Path) -> list[dict[str, Any]]:
     """Distillation from what `--heal-cache` keeps of the original's logits: perplexity ratios with intervals."""
-    source = ModelSource(str(REFERENCE))
-    dense = load_stock(source, torch.float32)
-    judged = read_windows("stdlib:eval", load_tokenizer(source), 128, 256, 0, dense.config.vocab_size, "eval")
-    original, counts = _window_losses(dense, judged), np.full(len(judged.ids), judged.ids.shape[1] - 1.0)
+    source, judge = ModelSource(str(REFERENCE)), _Judge()
     rows: list[dict[str, Any]] = []
     for form in FORMS:
         recipe = make_recipe({**COMMON, **HEAL, "layers": LAYERS_OF_SLEB, "heal_cache": form})
@@ -198,22 +187,32 @@ def caches(_: Path) -> list[dict[str, Any]]:
         start = time.process_time()
         change(prepared, lambda line: None)
         seconds = time.process_time() - start
-        ratio = mean_interval(_window_losses(prepared.model, judged) - original, counts, 0).map(np.exp)
+        ratio = judge.ratio(prepared.model)
         rows.append({"form": form, "ratio": [ratio.value, ratio.low, ratio.high], "seconds": seconds})
         print(rows[-1], flush=True)
     return rows
 
 
-@torch.inference_mode()
-def _window_losses(model: PreTrainedModel, windows: Windows) -> Samples:
-    """The sum of the next-token losses over each window, in nats, `[windows]`."""
-    return torch.cat([window_losses(model, batch) for batch in torch.split(windows.ids, BATCH)]).numpy()
+class _Judge:
+    """The evaluation windows, and the losses of the original on them."""
 
+    def __init__(self) -> None:
+        source = ModelSource(str(REFERENCE))
+        dense = load_stock(source, torch.float32)
+        self._windows = read_windows(
+            "stdlib:eval", load_tokenizer(source), 128, 256, 0, dense.config.vocab_size, "eval"
+        )
+        self._original = self._losses(dense)
 
-@torch.inference_mode()
-def _loss(model: PreTrainedModel, windows: Windows) -> float:
-    total = sum(float(cross_entropy_sum(model, batch)) for batch in torch.split(windows.ids, BATCH))
-    return total / windows.ids[:, 1:].numel()
+    def ratio(self, model: PreTrainedModel) -> Interval:
+        """The perplexity of a model over that of the original, with its 95% interval."""
+        counts = np.full(len(self._windows.ids), self._windows.ids.shape[1] - 1.0)
+        return mean_interval(self._losses(model) - self._original, counts, 0).map(np.exp)
+
+    @torch.inference_mode()
+    def _losses(self, model: PreTrainedModel) -> Samples:
+        """The sum of the next-token losses over each window, in nats, `[windows]`."""
+        return torch.cat([window_losses(model, batch) for batch in torch.split(self._windows.ids, BATCH)]).numpy()
 
 
 if __name__ == "__main__":

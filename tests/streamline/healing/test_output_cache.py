@@ -21,7 +21,7 @@ from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing import output_cache as cache_module
 from optimum.streamline.healing.losses import Distillation, outputs_of
-from optimum.streamline.healing.output_cache import CACHE_FOLDER, CacheForm, OutputCache, cache_form, output_cache
+from optimum.streamline.healing.output_cache import CACHE_FOLDER, CacheForm, OutputCache, cache_form, original_outputs
 from optimum.streamline.healing.settings import HealSettings
 from optimum.streamline.healing.trainable_parts import train_model
 from optimum.streamline.healing.trials import Trials
@@ -160,8 +160,8 @@ def test_one_cache_serves_all_trials(runs: tuple[PreTrainedModel, list[int]], tm
     for form in ("none", "full"):
         counts.clear()
         recipe = make_recipe({"method": "auto", "remove": 1, "heal_batch": 2, "heal_cache": form})
-        with output_cache(recipe, TEXT, model.config, None, trials=True) as cache:
-            trials = Trials(recipe, model, TEXT.part(0, 2), TEXT, lambda _: None, tmp_path / form, cache)
+        with original_outputs(recipe, TEXT, model.config, None, trials=True) as outputs:
+            trials = Trials(recipe, model, TEXT.part(0, 2), TEXT, lambda _: None, tmp_path / form, outputs)
             found.append(trials.best(plans))
         ran.append(sum(counts))
     assert found[0] == found[1]

@@ -299,15 +299,12 @@ class _Walk:
         projection = _projection(self.model, layer)
         equations = NormalEquations.of_sizes(*_sizes(projection), self.model.device)
         scale, read = residual_scale(self.model.config), list[torch.Tensor]()
-        hook = projection.register_forward_pre_hook(lambda _, args: read.append(args[0]))
-        try:
+        with projection.register_forward_pre_hook(lambda _, args: read.append(args[0])):
             for ids, hidden, target in zip(
                 self.batches, self.inputs[layer], self.original.input_of(layer + 1), strict=True
             ):
                 missing = target - self._after(layer, ids, hidden)
                 equations.add(read.pop() * scale, missing)
-        finally:
-            hook.remove()
         fault = (
             f"replacement 'corrected': the MLP of layer {layer} computes only zeros or numbers that are not finite; "
             "use replacement none"

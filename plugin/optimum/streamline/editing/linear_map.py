@@ -6,8 +6,8 @@ and `apply.apply_plan` calls `fold` when it removes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,7 +198,7 @@ def stream_after(model: PreTrainedModel, ids: torch.Tensor, layer: int) -> torch
         raise _StopForward
 
     layers = decoder_layers(model, architecture_of(model.config))
-    with _hooks_removed_afterwards([layers[layer].register_forward_hook(keep)]), suppress(_StopForward):
+    with layers[layer].register_forward_hook(keep), suppress(_StopForward):
         model.base_model(ids, use_cache=False)
     return seen[0]
 
@@ -224,9 +224,10 @@ def _patched_stream(
         written.append(layer_output(output))
 
     modules = {each: _module(model, each) for each in (*maps, before)}
-    hooks = [modules[each].register_forward_hook(_mapped_by(transform)) for each, transform in maps.items()]
-    hooks.append(modules[before].register_forward_hook(keep))
-    with _hooks_removed_afterwards(hooks), without(model, removed):
+    with ExitStack() as hooks, without(model, removed):
+        for each, transform in maps.items():
+            hooks.enter_context(modules[each].register_forward_hook(_mapped_by(transform)))
+        hooks.enter_context(modules[before].register_forward_hook(keep))
         stream = stream_after(model, ids, before[0])
     return written[0].reshape(stream.shape) * residual_scale(model.config), stream
 
@@ -244,12 +245,3 @@ def _mapped_by(transform: torch.Tensor) -> Callable[[nn.Module, tuple[Any, ...],
         return (result, *output[1:]) if isinstance(output, tuple) else result
 
     return mapped
-
-
-@contextmanager
-def _hooks_removed_afterwards(hooks: Sequence[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -114,12 +114,10 @@ def layer_outputs(model: PreTrainedModel, numbers: Sequence[int]) -> Iterator[La
     def keep(number: int) -> Callable[..., None]:
         return lambda _, args, output: outputs.update({number: layer_output(output)})
 
-    hooks = [layers[number].register_forward_hook(keep(number)) for number in dict.fromkeys(numbers)]
-    try:
+    with ExitStack() as hooks:
+        for number in dict.fromkeys(numbers):
+            hooks.enter_context(layers[number].register_forward_hook(keep(number)))
         yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()

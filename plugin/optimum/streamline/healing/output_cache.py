@@ -25,7 +25,17 @@ from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.system.distributed import from_main, is_main
 from optimum.streamline.text.windows import Windows
 
-from .losses import AllLogits, LayerOutputs, SampledTokens, Target, TopTokens, layer_outputs, logits_of
+from .losses import (
+    AllLogits,
+    LayerOutputs,
+    Outputs,
+    SampledTokens,
+    Target,
+    TopTokens,
+    layer_outputs,
+    logits_of,
+    outputs_of,
+)
 from .settings import distillation_weights
 
 DEFAULT_BYTES = 4 * 2**30
@@ -226,10 +236,10 @@ def _fits(file: Path, array: Array) -> bool:
 
 
 @contextmanager
-def output_cache(
+def original_outputs(
     recipe: Recipe, text: Windows, config: PreTrainedConfig, workspace: Path | None, trials: bool
-) -> Iterator[OutputCache | None]:
-    """Provide the cache of a run's distillations inside the `with` block.
+) -> Iterator[Outputs]:
+    """Provide the function that gives a run's distillations the original's outputs, inside the `with` block.
 
     Args:
         recipe: The recipe.
@@ -240,24 +250,24 @@ def output_cache(
         trials: Whether plans are compared by trial trainings, which read the text again.
 
     Yields:
-        The cache, or `None` if the recipe distils without one (`cache_form`).
+        `OutputCache.outputs`, or `outputs_of` if the recipe distils without a cache (`cache_form`).
 
     Raises:
         StreamlineError: the disk has too little room, or a file cannot be made.
     """
     form = cache_form(recipe, text, config, workspace, trials)
     if form is None:
-        yield None
+        yield outputs_of
         return
     hidden = distillation_weights(recipe)[1] > 0
     with nullcontext(workspace) if workspace else TemporaryDirectory() as folder:
-        yield OutputCache(Path(folder) / CACHE_FOLDER, text, config, form, hidden, recipe.seed)
+        yield OutputCache(Path(folder) / CACHE_FOLDER, text, config, form, hidden, recipe.seed).outputs
 
 
 def cache_form(
     recipe: Recipe, text: Windows, config: PreTrainedConfig, workspace: Path | None, trials: bool
 ) -> CacheForm | None:
-    """What the distillations of a recipe cache; `None` for nothing. The arguments are those of `output_cache`.
+    """What the distillations of a recipe cache; `None` for nothing. The arguments are those of `original_outputs`.
 
     By default all outputs are cached if there is a folder for training checkpoints, the text is read more than once,
     the outputs take at most `DEFAULT_BYTES`, and the disk has twice their room.

@@ -20,8 +20,7 @@ from optimum.streamline.system.notify import Notify
 from optimum.streamline.text.windows import Windows
 
 from .local import LayerError, cut_layers
-from .losses import Distillation, HealingLoss, NextToken, outputs_of
-from .output_cache import OutputCache
+from .losses import Distillation, HealingLoss, NextToken, Outputs, outputs_of
 from .settings import (
     HealLog,
     HealSettings,
@@ -82,7 +81,7 @@ class Healer:
         workspace: The folder for checkpoints, one subfolder a training. If it holds checkpoints of the same model, text
             and recipe, finished trainings are not repeated, and an unfinished one is resumed.
         teacher: The original, if it is not `model` that is edited. By default `before_edit` copies `model`.
-        cache: The cache of the original's outputs on `text`, for distillation.
+        outputs: The function that gives the original's outputs for distillation, such as that of a cache.
     """
 
     def __init__(
@@ -94,11 +93,11 @@ class Healer:
         notify: Notify,
         workspace: Path | None = None,
         teacher: PreTrainedModel | None = None,
-        cache: OutputCache | None = None,
+        outputs: Outputs = outputs_of,
     ) -> None:
         self._recipe, self._model, self._plan, self._text = recipe, model, plan, text
         self._notify, self._workspace = notify, workspace
-        self._teacher, self._cache = teacher, cache
+        self._teacher, self._outputs = teacher, outputs
         self.results: list[HealingResult] = []
 
     def before_edit(self, student: nn.Module | None) -> None:
@@ -208,8 +207,7 @@ class Healer:
             return NextToken()
         assert self._teacher is not None, "before_edit keeps the original"
         kl, hidden = distillation_weights(self._recipe)
-        outputs = outputs_of if self._cache is None else self._cache.outputs
-        return Distillation(self._teacher, depths_of(new_layers, self._plan.total), kl, hidden, outputs)
+        return Distillation(self._teacher, depths_of(new_layers, self._plan.total), kl, hidden, self._outputs)
 
     def _replacement(self, new_layers: tuple[PlannedLayer, ...]) -> nn.Module:
         [index] = [index for index, planned in enumerate(new_layers) if planned.kind in TRAINED]
