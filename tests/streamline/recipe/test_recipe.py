@@ -314,6 +314,17 @@ def test_the_fingerprint_is_that_of_version_0_1() -> None:
     assert len({now["auto"], unpacked["auto"], of_then["auto"]}) == 3  # it has more candidates now
 
 
+def test_small_updates_are_the_default_of_distillation_alone() -> None:
+    both = make_recipe({"method": "llm-streamline", "remove": 1, "heal": "hidden-mse+distill"})
+    assert [both.heal_batch(training) for training in both.resolved_trainings] == [4, 2]
+    given = make_recipe({"method": "come-sp", "remove": 1, "heal_batch": 8})
+    assert given.heal_batch("distill") == 8
+    # A run that an earlier version began goes on with the batch of then only if that is given.
+    assert given.fingerprint != make_recipe({"method": "come-sp", "remove": 1}).fingerprint
+    trained = {"method": "shortgpt", "remove": 1, "heal": "lm"}
+    assert make_recipe(trained).fingerprint == make_recipe({**trained, "heal_batch": 4}).fingerprint
+
+
 def test_an_option_that_another_package_reads_is_in_the_fingerprint() -> None:
     one, other = (make_recipe({"method": "theirs", "remove": 4, "packed": packed}) for packed in (True, False))
     assert one.fingerprint != other.fingerprint

@@ -61,7 +61,8 @@ def check_heal_windows(recipe: Recipe, layers: int) -> None:
         stepwise = METHODS[recipe.resolved_method].stepwise
         trainings = parse_remove(str(recipe.pruning.remove), layers) if stepwise else 1
         windows = heal_windows(recipe.healing.tokens, recipe.length)
-        check_sharing(windows, recipe.healing.batch, recipe.healing.epochs, trainings)
+        for training in recipe.resolved_trainings:
+            check_sharing(windows, recipe.heal_batch(training), recipe.healing.epochs, trainings)
 
 
 def check_heal_cache(recipe: Recipe, vocabulary: int) -> None:

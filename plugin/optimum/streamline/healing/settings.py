@@ -157,7 +157,7 @@ def replacement_settings(recipe: Recipe, width: int, stage: str) -> HealSettings
     return HealSettings(
         lr=recipe.healing.lr or default_lr(width),
         epochs=recipe.healing.epochs,
-        batch=recipe.healing.batch,
+        batch=recipe.heal_batch(stage),
         minutes=recipe.healing.minutes,
         betas=(0.9, 0.999) if stage == "hidden-mse" else (0.9, 0.95),
         seed=recipe.seed,
@@ -176,7 +176,7 @@ def local_settings(recipe: Recipe, width: int, layers: int) -> HealSettings:
     return HealSettings(
         lr=recipe.healing.lr or default_lr(width),
         epochs=recipe.healing.epochs,
-        batch=recipe.healing.batch,
+        batch=recipe.heal_batch("local"),
         minutes=None if minutes is None else minutes / layers,
         min_lr_share=0.0,
         weight_decay=0.0,
@@ -204,7 +204,7 @@ def model_settings(recipe: Recipe, width: int, stage: str) -> HealSettings:
     return HealSettings(
         lr=recipe.healing.lr or lr,
         epochs=recipe.healing.epochs,
-        batch=recipe.healing.batch,
+        batch=recipe.heal_batch(stage),
         minutes=recipe.healing.minutes,
         min_lr_share=0.0 if distils else 0.1,
         betas=(0.9, 0.999) if distils else (0.9, 0.95),
