@@ -201,7 +201,7 @@ def test_what_was_stopped_between_two_layers_goes_on(tmp_path: Path, monkeypatch
 def test_a_command_trains_layers_then_the_model_and_says_so(tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = "streamline prune --layers 5,9-10 --heal local+distill --heal-tokens 1024 --heal-lr 1e-3 --samples 4"
-    text = ("--length", 32, "--heal-epochs", 2, "--calibration", "stdlib")
+    text = ("--length", 32, "--heal-epochs", 2, "--heal-batch", 4, "--calibration", "stdlib")
     done = command(*words.split()[1:], "-m", REFERENCE, *HEALED, *text, out)
     assert (done.code, done.err) == (0, "")
     assert "training layers 4, 7 (local) on 30 windows, 2 passes\n" in done.out

@@ -14,8 +14,8 @@ from transformers import LlamaConfig
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing.checks import check_healing
 from optimum.streamline.methods.registry import method_of
-from optimum.streamline.recipe.layer_counts import parse_layers, parse_remove
 from optimum.streamline.recipe.parsing import make_recipe, read_recipe, write_recipe
+from optimum.streamline.recipe.quantities import parse_layers, parse_remove
 from optimum.streamline.recipe.recipe import CHOOSING_TEXT, JUDGING_TEXT, OPTIONS, Budget, Healing, Pruning, Recipe
 
 
@@ -314,9 +314,11 @@ def test_the_fingerprint_is_that_of_version_0_1() -> None:
     assert len({now["auto"], unpacked["auto"], of_then["auto"]}) == 3  # it has more candidates now
 
 
-def test_small_updates_are_the_default_of_distillation_alone() -> None:
+def test_small_updates_are_the_default_of_distillation_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     both = make_recipe({"method": "llm-streamline", "remove": 1, "heal": "hidden-mse+distill"})
     assert [both.heal_batch(training) for training in both.resolved_trainings] == [4, 2]
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert [both.heal_batch(training) for training in both.resolved_trainings] == [6, 3]
     given = make_recipe({"method": "come-sp", "remove": 1, "heal_batch": 8})
     assert given.heal_batch("distill") == 8
     # A run that an earlier version began goes on with the batch of then only if that is given.

@@ -102,6 +102,7 @@ class ExportCommand(Command):
         from optimum.exporters.streamline import check_export, export_checkpoint
         from optimum.streamline.checkpoints.loading import read_config, source_notes
         from optimum.streamline.errors import StreamlineError
+        from optimum.streamline.recipe.quantities import parse_size
         from optimum.streamline.system.atomic_output import check_output
 
         from .inputs import excluded_modules, model_source, note_bare_layers
@@ -122,7 +123,7 @@ class ExportCommand(Command):
         source = model_source(args, args.model)
         options = source.options() | {
             "verbose": args.verbose,
-            "max_memory": _bytes("max-memory", args.max_memory),
+            "max_memory": None if args.max_memory is None else parse_size(args.max_memory, "max-memory"),
             "quantize": args.quantize,
             "quantize_exclude": excluded_modules(args),
             "windows": _calibration(args, console),
@@ -200,24 +201,3 @@ def _calibration(args: Namespace, console: Console) -> Windows | None:
     windows = read_windows(asked["calibration"], load_tokenizer(source), *drawn)
     console.print(windows.line("calibration"), markup=False)
     return windows
-
-
-def _bytes(name: str, text: str | None) -> int | None:
-    """Parse a size such as `1.5GB` into bytes; `None` for `None`.
-
-    Raises:
-        StreamlineError: the text is not a size.
-    """
-    from optimum.streamline.errors import StreamlineError
-
-    if text is None:
-        return None
-    number = text.upper().removesuffix("B")
-    unit = {"K": 10**3, "M": 10**6, "G": 10**9}.get(number[-1:], 1)
-    try:
-        size = int(float(number if unit == 1 else number[:-1]) * unit)
-    except (ValueError, OverflowError):
-        size = 0
-    if size <= 0:
-        raise StreamlineError(f"{name} {text!r}: must be a number of bytes, or a size such as 500MB or 1.5GB")
-    return size

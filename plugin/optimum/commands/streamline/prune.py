@@ -27,7 +27,8 @@ class PruneCommand(Command):
         add_model_flags(parser)
         add_output_flags(parser)
         add_plan_flags(parser)
-        add_options(parser, "pruning", "healing", "calibration", "quantization", "length", "dtype", "device", "seed")
+        groups = ("pruning", "healing", "calibration", "quantization")
+        add_options(parser, *groups, "length", "dtype", "device", "max_memory", "seed")
 
     @staticmethod
     def execute(args: Namespace, console: Console) -> int:

@@ -111,6 +111,10 @@ class Original:
         Raises:
             StreamlineError: naming the field, the value and what would be right.
         """
+        if recipe.max_memory is not None:
+            raise StreamlineError(
+                f"max-memory {recipe.max_memory!r}: the steps keep the weights in memory; use `optimum-cli streamline`"
+            )
         check_recipe(self.source, recipe)
         if process_count() > 1:
             raise StreamlineError("the steps work in one process; `optimum-cli streamline prune` can share its work")

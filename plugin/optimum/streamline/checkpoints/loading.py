@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,12 @@ from optimum.streamline.model_files.weight_files import (
 from optimum.streamline.model_files.wrong_folders import guess_folder_kind, refuse_export
 from optimum.streamline.models.architectures import architecture_of
 from optimum.streamline.models.bare_layers import bare_layers, host_config, is_bare_checkpoint, load_bare
-from optimum.streamline.models.offloaded_weights import offload_options
+from optimum.streamline.models.offloaded_weights import offload_options, read_without_mapping
 from optimum.streamline.models.quantization_config import check_readable, quantization_name
 from optimum.streamline.models.quantized_weights import disable_cpu_kernel, save_in_loaded_format
 from optimum.streamline.models.skipped_sublayers import drop_skipped_sublayers
 
-from .finite_weights import check_finite_weights
+from .finite_weights import check_finite_files, check_finite_weights
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The names of these types in safetensors files.
@@ -115,6 +116,7 @@ def load_stock(
     device: str = "cpu",
     offload: Path | None = None,
     quantization: Any = None,
+    check_weights: bool = True,
 ) -> PreTrainedModel:
     """Load a checkpoint as stock transformers does. Skipped sublayers stay in the model and compute with their zeros.
 
@@ -126,6 +128,7 @@ def load_stock(
         device: `cpu` or `cuda`.
         offload: A folder for `offload_options`. If given, the weights stay on disk.
         quantization: A `quantization_config` of transformers, to quantize the weights while they are loaded.
+        check_weights: Whether weights that are not finite are refused. Not needed if they were checked before.
 
     Returns:
         The model in evaluation mode.
@@ -149,7 +152,12 @@ def load_stock(
         options["quantization_config"] = quantization
     model, info = _read_model(source, config, options | {"use_safetensors": not weights.pickled})
     _check_keys(source, info)
-    check_finite_weights(source.model, model)
+    # As stored, a weight is finite that may be too large for the type it is loaded in.
+    as_stored = dtype in (None, torch.float32, only_dtype(source)) and not weights.pickled
+    if check_weights and offload and as_stored:
+        check_finite_files(source.model, weights.files)
+    elif check_weights:
+        check_finite_weights(source.model, model)
     if quantized:
         disable_cpu_kernel(model)
         save_in_loaded_format(model)
@@ -210,12 +218,14 @@ def _read_model(source: ModelSource, config: PreTrainedConfig, options: dict[str
     # With this option transformers reports weights of the wrong shape instead of raising. `_check_keys` names them.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     loaded: Any
+    on_disk = "offload_folder" in options
     try:
-        if bare_layers(config):
-            loaded = load_bare(str(source.folder), config, **options)
-        else:
-            trusted = source.trust_remote_code
-            loaded = AutoModelForCausalLM.from_pretrained(source.folder, trust_remote_code=trusted, **options)
+        with read_without_mapping() if on_disk else nullcontext():
+            if bare_layers(config):
+                loaded = load_bare(str(source.folder), config, **options)
+            else:
+                trusted = source.trust_remote_code
+                loaded = AutoModelForCausalLM.from_pretrained(source.folder, trust_remote_code=trusted, **options)
     except Exception as error:  # safetensors and the quantization libraries raise exceptions of their own
         raise StreamlineError(f"model {source.model!r}: cannot be loaded ({first_line(error)})") from None
     model, info = loaded
@@ -278,6 +288,12 @@ def load(
     """
     model = load_stock(ModelSource(path, **options), dtype, device, offload)
     return drop_skipped_sublayers(model, architecture_of(model.config))
+
+
+def only_dtype(source: ModelSource) -> torch.dtype:
+    """The type in which all of a checkpoint's float weights are stored; fp32, which holds any, if there are several."""
+    types = {tensor.type for tensor in find_weights(source.folder).tensors()} & FLOAT_TYPES
+    return DTYPES[_TYPES[types.pop()]] if len(types) == 1 and types <= _TYPES.keys() else torch.float32
 
 
 def stored_dtype(source: ModelSource) -> str:

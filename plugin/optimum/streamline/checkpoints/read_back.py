@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import zlib
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,6 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 from optimum.streamline.errors import ParityError, StreamlineError, first_line
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.bare_layers import bare_layers
+from optimum.streamline.models.offloaded_weights import (
+    device_of,
+    is_offloaded,
+    offload_options,
+    read_parameter,
+    read_without_mapping,
+)
 from optimum.streamline.models.quantized_weights import disable_cpu_kernel, quantized_modules
 
 from .loading import load_stock, read_config
@@ -52,7 +61,7 @@ def read_back(
     """Check that the checkpoint in `folder` holds `model` and `tokenizer`.
 
     The weights of `model` are released before the folder is loaded, so that two models never take memory at once. The
-    model cannot be used afterwards.
+    model cannot be used afterwards. If its weights are on disk, those of the folder stay there too.
 
     Args:
         folder: The saved checkpoint.
@@ -69,9 +78,10 @@ def read_back(
     """
     compare_tokenizer(folder, tokenizer, trust_remote_code)
     expected = expected_from(model, random_ids(model.config.vocab_size) if ids is None else ids)
-    device = str(model.device)
+    device, on_disk = str(device_of(model)), is_offloaded(model)
     release_weights(model)
-    difference = _compare(folder, expected, device, trust_remote_code)
+    with TemporaryDirectory() as scratch:
+        difference = _compare(folder, expected, device, trust_remote_code, Path(scratch) if on_disk else None)
     return {
         "tokens": expected.ids.numel(),
         "largest_difference": difference,
@@ -154,7 +164,13 @@ def release_weights(model: nn.Module) -> None:
         module._buffers.clear()
 
 
-def _compare(folder: Path, expected: Expected, device: str = "cpu", trust_remote_code: bool = False) -> float:
+def _compare(
+    folder: Path,
+    expected: Expected,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    offload: Path | None = None,
+) -> float:
     """Load the checkpoint in `folder` and compare it with what is expected.
 
     Args:
@@ -162,6 +178,7 @@ def _compare(folder: Path, expected: Expected, device: str = "cpu", trust_remote
         expected: What it must contain and compute.
         device: The device to compute on, such as `cpu`.
         trust_remote_code: Whether code in the folder may run.
+        offload: A folder for `offload_options`. If given, the weights stay on disk.
 
     Returns:
         The largest absolute logit difference.
@@ -169,7 +186,7 @@ def _compare(folder: Path, expected: Expected, device: str = "cpu", trust_remote
     Raises:
         ParityError: the folder cannot be loaded, or its weights, configs or logits differ.
     """
-    model = _load(folder, device, trust_remote_code)
+    model = _load(folder, device, trust_remote_code, offload)
     _compare_parts(model, expected)
     logits = _logits(model, expected.ids)
     if not bool(logits.isfinite().all()):
@@ -216,11 +233,12 @@ def _fields(config: PreTrainedConfig) -> dict[str, Any]:
 def tensor_checksums(model: PreTrainedModel) -> dict[str, tuple[Any, ...]]:
     """Type, shape and checksum of each tensor in a model's state dict, by name. Quantized modules are left out."""
     packed = tuple(f"{name}." for name in quantized_modules(model))
-    return {
-        name: (value.dtype, value.shape, _checksum(value))
-        for name, value in model.state_dict().items()
-        if not name.startswith(packed) and isinstance(value, torch.Tensor)
-    }
+    found: dict[str, tuple[Any, ...]] = {}
+    for name, value in model.state_dict().items():
+        if not name.startswith(packed) and isinstance(value, torch.Tensor):
+            read = read_parameter(model, name) if value.is_meta else value
+            found[name] = (read.dtype, read.shape, _checksum(read))
+    return found
 
 
 def _checksum(value: torch.Tensor) -> int:
@@ -266,20 +284,21 @@ def compare_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, trust_re
             )
 
 
-def _load(folder: Path, device: str, trust_remote_code: bool) -> PreTrainedModel:
+def _load(folder: Path, device: str, trust_remote_code: bool, offload: Path | None) -> PreTrainedModel:
     """Load the saved checkpoint in its stored dtype."""
     loaded: Any
     try:
         if _has_bare_layers(folder):  # stock transformers refuses it
-            return load_stock(ModelSource(str(folder)), device=device)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto",
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-            device_map={"": device},
-        )
+            return load_stock(ModelSource(str(folder)), device=device, offload=offload)
+        with read_without_mapping() if offload else nullcontext():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype="auto",
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+                **(offload_options(offload) if offload else {"device_map": {"": device}}),
+            )
     except StreamlineError as error:
         raise ParityError(f"output: the saved folder cannot be read back ({error}); nothing is delivered") from None
     except Exception as error:  # safetensors and the quantization libraries raise exceptions of their own
@@ -311,7 +330,7 @@ def _has_bare_layers(folder: Path) -> bool:
 @torch.inference_mode()
 def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """The logits `[rows, length, vocabulary]` of token ids `[rows, length]`, in fp32 on the CPU."""
-    logits: torch.Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
+    logits: torch.Tensor = model(input_ids=ids.to(device_of(model)), use_cache=False).logits
     return logits.float().cpu()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -10,8 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimum.streamline.model_files.transformers4_config import add_older_names
 from optimum.streamline.model_files.transformers4_tokenizer import save_tokenizer
 from optimum.streamline.models.bare_layers import bare_layers, save_bare
+from optimum.streamline.models.offloaded_weights import is_offloaded
 
 from .finite_weights import check_finite_weights
+
+OFFLOADED_SHARD = "1GB"
+"""The largest weight file of a model whose weights are on disk: one file at a time is in memory while it is written."""
 
 
 def save_model(
@@ -22,14 +27,16 @@ def save_model(
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        dtype: The type to cast the model to first, in place; `None` leaves every weight as it is.
+        dtype: The type to cast the model to first, in place; `None` leaves every weight as it is. A model whose weights
+            are on disk must have been loaded in this type.
         folder: The folder to write.
 
     Raises:
         StreamlineError: a weight is not finite after the cast.
     """
     if dtype is not None:
-        _cast(model, dtype)
+        if not is_offloaded(model):  # weights on disk are cast when they are read
+            _cast(model, dtype)
         check_finite_weights(f"stored in {dtype}", model)  # the largest fp16 number is 65504
         model.config.dtype = dtype
     save_weights(model, folder)
@@ -50,5 +57,6 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def save_weights(model: PreTrainedModel, folder: Path) -> None:
     """Write weights, config and generation config into `folder`, without a cast."""
     save = save_bare if bare_layers(model.config) else PreTrainedModel.save_pretrained
-    save(model, folder)
+    options: dict[str, Any] = {"max_shard_size": OFFLOADED_SHARD} if is_offloaded(model) else {}
+    save(model, folder, **options)
     add_older_names(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from optimum.streamline.editing.plan import TRAINED
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.methods.registry import METHODS
-from optimum.streamline.recipe.layer_counts import parse_remove
+from optimum.streamline.recipe.quantities import parse_remove
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.text.sources import SELF
 

@@ -65,7 +65,7 @@ from optimum.streamline.editing.correction import check_corrected
 from optimum.streamline.editing.linear_map import check_linear
 from optimum.streamline.editing.plan import FITTED, TRAINED, Plan, PlannedLayer, packed_plan
 from optimum.streamline.errors import StreamlineError
-from optimum.streamline.recipe.layer_counts import parse_remove
+from optimum.streamline.recipe.quantities import parse_remove
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.scoring.similarity import Scores
 from optimum.streamline.text.windows import Windows

@@ -10,7 +10,7 @@ from optimum.streamline.editing.correction import check_something_follows
 from optimum.streamline.editing.plan import FITTED, TRAINED, Plan, is_contiguous
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.skipped_sublayers import skipped_of
-from optimum.streamline.recipe.layer_counts import parse_layers
+from optimum.streamline.recipe.quantities import parse_layers
 from optimum.streamline.recipe.recipe import Recipe
 
 from .base import Method, MethodInputs, check_attention_stays

@@ -1,15 +1,22 @@
-"""Load a model with its weights left on disk, and read one parameter at a time.
+"""Load a model with its weights left on disk, and read them when they are needed.
 
 transformers and accelerate do the work. Parameters of an offloaded model are on the meta device. Each module reads its
-weights just before it runs.
+weights just before it runs, and frees them afterwards.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from accelerate import init_empty_weights
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from safetensors import safe_open
+from torch import nn
 from transformers import PreTrainedModel
 
 from .quantized_weights import float_values
@@ -22,6 +29,39 @@ def offload_options(folder: Path) -> dict[str, Any]:
         folder: A folder for weights that must be converted when they are loaded. It must exist as long as the model.
     """
     return {"device_map": {"": "disk"}, "offload_folder": str(folder)}
+
+
+@contextmanager
+def read_without_mapping() -> Iterator[None]:
+    """Let `from_pretrained` read weight files in the `with` block, and not map them into memory.
+
+    It reads every weight once, also those that it then leaves on disk.
+    """
+    with patch("transformers.modeling_utils.safe_open", open_unmapped):
+        yield
+
+
+def open_unmapped(file: Any, framework: str = "pt", device: Any = "cpu", **_: Any) -> Any:
+    """Open a safetensors file without mapping it: pages that were read once would count as memory until it is closed.
+
+    The arguments are those of `safetensors.safe_open`. Its older versions can only map files.
+    """
+    unmapped = {"backend": "pread"} if "backend" in (safe_open.__text_signature__ or "") else {}
+    return safe_open(file, framework=framework, device=device, **unmapped)
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether weights of a model are on disk."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """The device on which a model computes, also if its weights are on disk."""
+    if not is_offloaded(model):
+        return model.device
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (hook.execution_device for hook in hooks if isinstance(hook, AlignDevicesHook))
+    return torch.device(next(device for device in devices if device is not None))
 
 
 def read_parameter(model: PreTrainedModel, name: str) -> torch.Tensor:
@@ -41,3 +81,81 @@ def read_parameter(model: PreTrainedModel, name: str) -> torch.Tensor:
 
     weight: torch.Tensor = load_offloaded_parameter(model, name)
     return weight
+
+
+def keep_in_memory(module: nn.Module) -> None:
+    """Read the weights of a module that lie on disk, and keep them in memory from now on, so that they can be changed.
+
+    Args:
+        module: A module without submodules, such as a projection. Nothing is done if its weights are in memory.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    if not isinstance(hook, AlignDevicesHook) or not any(each.is_meta for each in module.parameters(recurse=False)):
+        return
+    values = {name: hook.weights_map[name] for name, _ in module.named_parameters(recurse=False)}
+    remove_hook_from_module(module)
+    for name, value in values.items():
+        setattr(module, name, nn.Parameter(value.to(hook.execution_device).clone(), requires_grad=False))
+
+
+def read_in_fp32(model: PreTrainedModel) -> None:
+    """Let an offloaded model read its weights in fp32 from now on, in whatever type it was loaded."""
+    nn.Module.float(model)  # on the meta device; a hook casts what it reads to the type of the parameter
+    with init_empty_weights(include_buffers=False):
+        fp32: PreTrainedModel = type(model)._from_config(model.config, dtype=torch.float32)
+    # Buffers that are not stored, such as a scale of the embeddings, were computed in the narrower type.
+    stored = model.state_dict().keys()
+    for name, buffer in fp32.named_buffers():
+        if name in stored:
+            continue
+        path, _, own = name.rpartition(".")
+        setattr(model.get_submodule(path), own, buffer.to(model.get_buffer(name).device))
+
+
+def read_only_used_embeddings(model: PreTrainedModel) -> None:
+    """Let the input embeddings of an offloaded model read the rows of the tokens in a batch, and not the whole table.
+
+    A table of 128,000 tokens of width 4096 takes 2 GB in fp32. Nothing is done if the table is in memory.
+    """
+    table = model.get_input_embeddings()
+    hook = getattr(table, "_hf_hook", None)
+    if isinstance(table, nn.Embedding) and isinstance(hook, AlignDevicesHook) and table.weight.is_meta:
+        remove_hook_from_module(table)
+        add_hook_to_module(table, _UsedRows(hook))
+
+
+class _UsedRows(AlignDevicesHook):
+    """Gives an embedding the rows of its table that a batch uses, while it runs."""
+
+    def __init__(self, hook: AlignDevicesHook) -> None:
+        super().__init__(hook.execution_device, offload=True, weights_map=hook.weights_map)
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        """Leave the table where it is, on disk."""
+        return module
+
+    def pre_forward(self, module: Any, ids: torch.Tensor, **kwargs: Any) -> tuple[tuple[torch.Tensor], dict[str, Any]]:
+        """Read the rows, and number the tokens by their rows.
+
+        Args:
+            module: The embedding.
+            ids: Token ids of any shape.
+            kwargs: Passed on.
+        """
+        used, numbers = ids.cpu().unique(return_inverse=True)
+        rows = self._rows(used).to(self.execution_device, module.weight.dtype)
+        self._table, self._padding = module.weight, module.padding_idx
+        module.weight, module.padding_idx = nn.Parameter(rows, requires_grad=False), None
+        return (numbers.to(self.execution_device),), kwargs
+
+    def post_forward(self, module: Any, output: torch.Tensor) -> torch.Tensor:
+        """Put the table on disk back in its place."""
+        module.weight, module.padding_idx = self._table, self._padding
+        return output
+
+    def _rows(self, numbers: torch.Tensor) -> torch.Tensor:
+        """These rows of the table `[rows, width]`, in the type in which they are stored."""
+        place = self.weights_map.dataset.index[f"{self.weights_map.prefix}weight"]
+        with safe_open(place["safetensors_file"], framework="pt") as tensors:
+            rows: torch.Tensor = tensors.get_slice(place["weight_name"])[numbers]
+        return rows

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -48,6 +49,7 @@ class Prepared:
         plan: The plan.
         candidates: The plans that trial trainings choose from, `plan` first; empty if there are no trials.
         seconds: The duration of each step, by the step's name.
+        on_disk: The folder of `load_on_disk`, if the weights of `model` stay on disk; it is deleted with this object.
     """
 
     source: ModelSource
@@ -61,6 +63,7 @@ class Prepared:
     plan: Plan
     candidates: tuple[Plan, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    on_disk: TemporaryDirectory[str] | None = None
 
     @property
     def calibration(self) -> Windows | None:
@@ -74,7 +77,7 @@ def quantizes_first(recipe: Recipe) -> bool:
 
 
 def load_original(source: ModelSource, recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
-    """Load the original for pruning, and quantize it if the recipe quantizes first.
+    """Load the original into memory for pruning, and quantize it if the recipe quantizes first.
 
     Float weights of any stored type are loaded in fp32, because scores are differences of nearly equal numbers.
 

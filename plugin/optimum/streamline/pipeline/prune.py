@@ -13,9 +13,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer, read_config, source_notes
-from optimum.streamline.editing.apply import Change, EditInputs, build_replacement
+from optimum.streamline.editing.apply import Change, EditInputs, build_replacement, with_skips
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.healing.losses import Outputs, outputs_of
 from optimum.streamline.healing.output_cache import original_outputs
@@ -24,6 +25,7 @@ from optimum.streamline.healing.stages import Healer, HealingResult
 from optimum.streamline.healing.training_checkpoints import healing_workspace, open_workspace, plan_folder
 from optimum.streamline.healing.trials import Trials
 from optimum.streamline.methods.auto import makes_trials
+from optimum.streamline.methods.explicit import Explicit
 from optimum.streamline.methods.registry import method_of
 from optimum.streamline.model_files.source import ModelSource, fingerprint
 from optimum.streamline.models.bare_layers import NEEDS_LOAD, bare_layers
@@ -40,7 +42,8 @@ from optimum.streamline.text.overlap import check_disjoint
 from optimum.streamline.text.prompts import Prompts
 from optimum.streamline.text.windows import Windows, seen_text
 
-from .planning import Prepared, choose_plans, load_original, quantizes_first
+from .larger_than_memory import ON_DISK, load_on_disk, stays_on_disk, why_in_memory
+from .planning import Prepared, choose_plans, load_original, quantizes_first, refuse_no_attention
 from .preflight import check_recipe, checked_config, result_dtype
 from .texts import calibration_text, inputs_of, text_of_choice, text_of_healing
 from .write_checkpoint import write_checkpoint
@@ -63,7 +66,14 @@ def score(source: ModelSource, recipe: Recipe, notify: Notify) -> tuple[Scores, 
         notify(line)
     windows = calibration_text(recipe, load_tokenizer(source), config)
     notify(windows.line("calibration"))
-    return measure_scores(load_stock(source, torch.float32, recipe.device), windows), windows
+    with TemporaryDirectory(prefix="streamline-") as scratch:
+        name = quantization_name(config)
+        if stays_on_disk(source, recipe, f"scores quantized weights ({name})" if name else ""):
+            notify(ON_DISK)
+            model = load_on_disk(source, torch.float32, Path(scratch))
+        else:
+            model = load_stock(source, torch.float32, recipe.device)
+        return measure_scores(model, windows), windows
 
 
 def prepare(source: ModelSource, recipe: Recipe, notify: Notify, scored: Score | None = None) -> Prepared:
@@ -87,31 +97,60 @@ def prepare(source: ModelSource, recipe: Recipe, notify: Notify, scored: Score |
         notify(line)
     tokenizer = load_tokenizer(source)
     chosen_on = text_of_choice(recipe, tokenizer, config)
-    calibration = chosen_on.part(0, recipe.calibration.samples)
     # Needed only later, but a text that cannot be read should fail before hours of search.
     heal_text = text_of_healing(recipe, tokenizer, config) if recipe.resolved_trainings else None
     notify(chosen_on.line("calibration"))
     if heal_text is not None:
         notify(heal_text.line("healing"))
-    # Score elsewhere before the model is loaded: there may be no memory for both.
-    begun = time.monotonic()
-    scored_elsewhere = scored(calibration) if scored else None
-    scoring = time.monotonic() - begun
-    model = load_original(source, recipe, config)
-    loaded = time.monotonic()
-    if scored_elsewhere is None:
-        notify(f"scoring {config.num_hidden_layers} layers on {len(calibration.ids)} windows of {recipe.length} tokens")
-    scores = scored_elsewhere or measure_scores(model, calibration)
-    plan, *others = choose_plans(model, recipe, config, chosen_on, scores, makes_trials(recipe))
-    if plan.tried:
-        notify(f"loss on held-out text, nats per token: {_losses(plan)}")
-    candidates = (plan, *others) if others else ()
-    if not candidates:
-        notify(plan.describe())
-    seconds = {"load": loaded - start - scoring, "score": time.monotonic() - loaded + scoring}
     kept = quantizes_first(recipe) or quantization_name(config) is not None
     stored = None if kept else result_dtype(source, recipe)
-    return Prepared(source, recipe, model, tokenizer, stored, chosen_on, heal_text, scores, plan, candidates, seconds)
+    # Score elsewhere before the model is loaded: there may be no memory for both.
+    begun = time.monotonic()
+    scores = None
+    if scored is not None and recipe.resolved_method != "explicit":
+        scores = scored(chosen_on.part(0, recipe.calibration.samples))
+    scoring = time.monotonic() - begun
+    on_disk = None
+    if stays_on_disk(source, recipe, why_in_memory(recipe, config)):
+        on_disk = TemporaryDirectory(prefix="streamline-")
+        notify(ON_DISK)
+        model = load_on_disk(source, torch.float32, Path(on_disk.name))
+    else:
+        model = load_original(source, recipe, config)
+    loaded = time.monotonic()
+    scores, plans = _scored_plans(model, recipe, config, chosen_on, scores, notify)
+    seconds = {"load": loaded - start - scoring, "score": time.monotonic() - loaded + scoring}
+    candidates = plans if len(plans) > 1 else ()
+    return Prepared(
+        source, recipe, model, tokenizer, stored, chosen_on, heal_text, scores, plans[0], candidates, seconds, on_disk
+    )
+
+
+def _scored_plans(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    chosen_on: Windows,
+    scores: Scores | None,
+    notify: Notify,
+) -> tuple[Scores | None, tuple[Plan, ...]]:
+    """The scores of the layers, and the plans; for layers that the recipe names, no scores and the named plan."""
+    method = method_of(recipe, config)
+    if isinstance(method, Explicit):
+        plans: tuple[Plan, ...] = (with_skips(method.named_plan(recipe, config.num_hidden_layers), config),)
+        refuse_no_attention(config, plans[0])
+    else:
+        calibration = chosen_on.part(0, recipe.calibration.samples)
+        if scores is None:
+            windows = f"{len(calibration.ids)} windows of {recipe.length} tokens"
+            notify(f"scoring {config.num_hidden_layers} layers on {windows}")
+            scores = measure_scores(model, calibration)
+        plans = choose_plans(model, recipe, config, chosen_on, scores, makes_trials(recipe))
+    if plans[0].tried:
+        notify(f"loss on held-out text, nats per token: {_losses(plans[0])}")
+    if len(plans) == 1:
+        notify(plans[0].describe())
+    return scores, plans
 
 
 def _losses(plan: Plan) -> str:
@@ -162,6 +201,8 @@ def prune(
         record = change(prepared, notify, workspace)
         if staging is not None:
             record = write_checkpoint(prepared, record, staging, notify)
+        if prepared.on_disk is not None:
+            prepared.on_disk.cleanup()
     note = f", which {NEEDS_LOAD}" if bare_layers(prepared.model.config) else ""
     notify(f"saved {out}{note}")
     return record
@@ -253,7 +294,11 @@ def _edit_and_heal(
     prepared: Prepared, notify: Notify, workspace: Path | None, outputs: Outputs
 ) -> tuple[Change, tuple[HealingResult, ...]]:
     """Edit the prepared model by its plan, with the trainings before, during and after the edit."""
-    recipe, model, plan = prepared.recipe, prepared.model, prepared.plan
+    recipe, plan = prepared.recipe, prepared.plan
+    if prepared.on_disk is not None and prepared.stored is not None:  # to be written as it is stored, not in fp32
+        scratch = Path(prepared.on_disk.name)
+        prepared.model = load_on_disk(prepared.source, prepared.stored, scratch, check_weights=False)
+    model = prepared.model
     replacement = build_replacement(model, plan, prepared.calibration, recipe.seed)
     healer: Healer | None = None
     if isinstance(prepared.heal_text, Windows):

@@ -30,8 +30,9 @@ from optimum.streamline.model_files.artifact import Artifact, is_artifact
 from optimum.streamline.model_files.source import ModelSource, fingerprint
 from optimum.streamline.models.linear_modules import linear_modules_of, meta_model
 from optimum.streamline.models.module_patterns import select_modules
-from optimum.streamline.models.quantization_config import float_config
+from optimum.streamline.models.quantization_config import float_config, quantization_name
 from optimum.streamline.quantization.quantizers import NONE, QUANTIZERS
+from optimum.streamline.recipe.quantities import parse_size
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.reporting.files import write_report
 from optimum.streamline.scoring.similarity import Scores
@@ -198,9 +199,14 @@ class _Steps:
     def _export(
         self, checkpoint: str, folder: Path, quantizer: str, exclude: list[str], windows: Windows | None
     ) -> Artifact:
+        bounded: dict[str, Any] = {}
+        floats = quantization_name(read_config(self._source.with_model(checkpoint))) is None
+        if self._recipe.max_memory is not None and self._recipe.export.format == "onnx" and floats:
+            bounded["max_memory"] = parse_size(self._recipe.max_memory, "max-memory")
         return export(
             checkpoint,
             folder,
+            **bounded,
             format=self._recipe.export.format,
             dtype=self._recipe.dtype or "fp32",
             device=self._recipe.device,
@@ -250,7 +256,7 @@ class _Steps:
         record = read_record(str(self._out)) or {}
         return dataclasses.replace(
             report,
-            scores=tuple(record["scores"]["block_influence"]),
+            scores=tuple(record["scores"]["block_influence"]) if record["scores"] else None,
             layers=_new_layers(record),
             steps=steps,
             recipe=dataclasses.asdict(self._recipe),
@@ -311,4 +317,4 @@ def _new_layers(record: dict[str, Any]) -> tuple[PlannedLayer, ...]:
 def _without_judging(recipe: dict[str, Any]) -> dict[str, Any]:
     """The fields of a recipe that affect the measurements, and not only the verdict."""
     evaluation = {key: value for key, value in recipe.get("evaluation", {}).items() if key != "judge"}
-    return {**recipe, "budget": None, "evaluation": evaluation}
+    return {**recipe, "budget": None, "evaluation": evaluation, "max_memory": None}

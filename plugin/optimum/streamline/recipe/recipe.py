@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from optimum.streamline.quantization.quantizers import NONE, QUANTIZERS
+from optimum.streamline.system.distributed import process_count
 
 from .options import CheckedOptions, DefinedOption, Option, documented, groups_of, options_of
 
@@ -176,7 +177,7 @@ class Healing(CheckedOptions):
         Option(
             "Number of windows in one update, over all processes. Must be a multiple of the number of processes.",
             key="heal_batch",
-            default="2 for distill, else 4",
+            default="2 for distill, else 4; more if there are more processes",
         ),
         Gt(0),
         Le(_HUGE),
@@ -322,6 +323,16 @@ class Recipe(CheckedOptions):
         ),
     ] = None
     device: Annotated[Device, Option("Device on which the model runs.")] = "cpu"
+    max_memory: Annotated[
+        int | str | None,
+        Option(
+            "Memory to make do with, in bytes or such as 8GB. Weights that do not fit stay on disk.",
+            default="the memory that is free",
+            metavar="SIZE",
+            pattern=r"\s*[0-9]+(\.[0-9]+)?\s*[kKmMgG]?[bB]?\s*",
+            form="must be a number of bytes, or a size such as 500MB or 1.5GB",
+        ),
+    ] = None
     seed: Annotated[int, Option("Seed of all random numbers."), Ge(0), Lt(2**63)] = 0
 
     @property
@@ -355,12 +366,16 @@ class Recipe(CheckedOptions):
     def heal_batch(self, training: str) -> int:
         """The number of windows in one update of a training, over all processes.
 
-        Distillation profits from small updates (measured: `docs/methods.md`).
+        Distillation profits from small updates (measured: `docs/methods.md`). The default is a multiple of the number
+        of processes.
 
         Args:
             training: One of `resolved_trainings`.
         """
-        return self.healing.batch or (2 if training == "distill" else 4)
+        if self.healing.batch is not None:
+            return self.healing.batch
+        least, processes = 2 if training == "distill" else 4, process_count()
+        return -(-least // processes) * processes
 
     @property
     def quantize_first(self) -> bool:
@@ -425,6 +440,7 @@ class Recipe(CheckedOptions):
             del fields["packed"]
         if "distill" not in self.resolved_trainings:  # what was once the default of all trainings
             fields["heal_batch"] = self.healing.batch or 4
+        del fields["max_memory"]  # weights on disk give the same result
         if self.healing.cache in (None, "none", "full"):  # with all logits, or without any, the training is the same
             del fields["heal_cache"]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from optimum.streamline.editing.correction import CandidateCorrections, corrected, fit_corrections
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
+from optimum.streamline.models.offloaded_weights import device_of
 from optimum.streamline.models.removed_sublayers import SublayerSet, whole_layer, without
 from optimum.streamline.system.progress import progress_bar
 from optimum.streamline.text.windows import BATCH, Windows
@@ -109,7 +110,7 @@ def removal_window_losses(
         The summed next-token cross-entropy `[candidates, windows]`, float64, in nats, on the CPU.
     """
     starts = [min(layer for layer, _ in candidate) for candidate in candidates]
-    ids = ids.to(model.device)
+    ids = ids.to(device_of(model))
     corrections = corrections or CandidateCorrections({}, [{}] * len(candidates))
     with corrected(model, corrections.before):
         depths = layer_inputs(model, ids, max(starts), removed)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.architectures import architecture_of, decoder_layers, layer_output
+from optimum.streamline.models.offloaded_weights import device_of, is_offloaded
 from optimum.streamline.system.progress import progress_bar
 from optimum.streamline.text.windows import BATCH, Windows
 
@@ -79,8 +80,10 @@ def measure_scores(model: PreTrainedModel, windows: Windows) -> Scores:
 
     def states(batch: torch.Tensor) -> list[torch.Tensor]:
         depths.clear()
-        # The whole model runs, because some quantizers unpack weights in hooks on it. Logits of one token cost little.
-        model(batch.to(model.device), use_cache=False, logits_to_keep=1)
+        if is_offloaded(model):  # without reading the head
+            model.base_model(batch.to(device_of(model)), use_cache=False)
+        else:  # some quantizers unpack weights in hooks on the whole model. Logits of one token cost little.
+            model(batch.to(model.device), use_cache=False, logits_to_keep=1)
         return depths
 
     hooks = [layers[0].register_forward_pre_hook(lambda _, args, kwargs: _keep(depths, args, kwargs), with_kwargs=True)]

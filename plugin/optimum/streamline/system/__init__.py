@@ -1,7 +1,7 @@
 """Helpers that know nothing of models.
 
 They write output folders atomically, redirect log messages, show progress bars, coordinate distributed processes, hash
-files, and describe the machine.
+files, measure memory, and describe the machine.
 """
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "environment",
     "git_lfs",
     "library_logs",
+    "memory",
     "notify",
     "progress",
 ]

@@ -9,7 +9,6 @@ __all__ = [
     "genai_config",
     "hidden_states",
     "last_logits",
-    "memory",
     "quantization",
     "runner",
     "segmented_runner",

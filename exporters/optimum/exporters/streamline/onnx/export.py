@@ -26,6 +26,7 @@ from optimum.streamline.errors import ParityError, StreamlineError
 from optimum.streamline.model_files.artifact import Artifact
 from optimum.streamline.system.atomic_output import staged_folder
 from optimum.streamline.system.library_logs import captured_logs
+from optimum.streamline.system.memory import free_memory, taken_memory
 from optimum.streamline.system.progress import Bar, progress_bar
 
 from .runner import CannotOpenError, OnnxRunner, provider_of
@@ -38,6 +39,12 @@ if TYPE_CHECKING:
     from optimum.exporters.streamline.tracing.build import BuiltGraph
 
 FORMAT = "onnx"
+IN_RUNTIME = 3
+"""An upper bound of the bytes of memory that ONNX Runtime takes per byte of weights, on a CPU.
+
+It keeps the weights as read. Beside them it keeps fp16 weights converted to float32, and float32 weights repacked for
+its kernels. Measured: 2.2 for a graph in fp16, 1.5 in fp32.
+"""
 
 STAGES = ("loading", "tracing", "writing", "comparing with torch", "quantizing", "measuring what that changed")
 
@@ -249,7 +256,6 @@ def _answer(folder: Path, built: BuiltGraph, job: OnnxExport) -> CallFunction:
     """A function that answers calls with the graph: whole, or a few layers at a time if it does not fit in memory."""
     from optimum.exporters.streamline.parity.model_calls import answer_with
 
-    from .memory import IN_RUNTIME, free_memory, taken_memory
     from .segmented_runner import SegmentedRunner
 
     free = free_memory() if job.max_memory is None else job.max_memory - taken_memory()

@@ -1,20 +1,17 @@
-"""How much memory is free for an export, and how much the weights of an opened graph take."""
+"""How much memory is free, how much this process takes, and how freed memory goes back to the system."""
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
-IN_RUNTIME = 3
-"""An upper bound of the bytes of memory that ONNX Runtime takes per byte of weights, on a CPU.
-
-It keeps the weights as read. Beside them it keeps fp16 weights converted to float32, and float32 weights repacked for
-its kernels. Measured: 2.2 for a graph in fp16, 1.5 in fp32.
-"""
-
 _GROUP = Path("/sys/fs/cgroup")  # which psutil does not look at
+# glibc's `M_MMAP_THRESHOLD`: blocks of at least so many bytes are mapped, and unmapped as soon as they are freed.
+_MAP_THRESHOLD, _MAPPED_FROM = -3, 1 << 20
 
 
 def free_memory() -> int:
@@ -33,3 +30,14 @@ def taken_memory() -> int:
     """The memory in bytes that this process takes (resident set size)."""
     taken: int = psutil.Process().memory_info().rss
     return taken
+
+
+def give_back_freed_tensors() -> None:
+    """Let every tensor of at least 1 MiB go back to the system when it is freed, from now on (Linux with glibc).
+
+    Otherwise glibc keeps blocks of up to 32 MiB for later. A model whose layers are read one by one then takes nearly
+    as much memory as the whole model.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").mallopt(_MAP_THRESHOLD, _MAPPED_FROM)

@@ -3,9 +3,7 @@
 import psutil
 import pytest
 
-from optimum.exporters.streamline.onnx import memory
-
-pytestmark = pytest.mark.onnx
+from optimum.streamline.system import memory
 
 
 @pytest.mark.parametrize(

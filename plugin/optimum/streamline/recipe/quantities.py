@@ -1,4 +1,4 @@
-"""Parse layer numbers and counts of layers as a user writes them: `3,7,11-13`, `25%`."""
+"""Parse quantities as a user writes them: layer numbers `3,7,11-13`, a count of layers `25%`, a size `1.5GB`."""
 
 from __future__ import annotations
 
@@ -58,4 +58,28 @@ def parse_remove(value: int | str, total: int) -> int:
         raise StreamlineError(
             f"remove {value!r}: that is {count} of {total} layers; at least 1 must be removed, and 1 must stay"
         )
+    return count
+
+
+def parse_size(value: int | str, name: str) -> int:
+    """The number of bytes in a size.
+
+    Args:
+        value: A number of bytes, or a size such as `500MB` or `1.5GB`.
+        name: What the message calls the value.
+
+    Raises:
+        StreamlineError: the value is not a size above zero.
+
+    >>> parse_size("1.5GB", "max-memory")
+    1500000000
+    """
+    number = str(value).strip().upper().removesuffix("B")
+    unit = {"K": 10**3, "M": 10**6, "G": 10**9}.get(number[-1:], 1)
+    try:
+        count = int(float(number if unit == 1 else number[:-1]) * unit)
+    except (ValueError, OverflowError):
+        count = 0
+    if count <= 0:
+        raise StreamlineError(f"{name} {value!r}: must be a number of bytes, or a size such as 500MB or 1.5GB")
     return count

@@ -1,0 +1,103 @@
+"""Models larger than memory: when the weights of an original stay on disk, and how it is loaded then."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from optimum.streamline.checkpoints.loading import load_stock, only_dtype, read_config
+from optimum.streamline.checkpoints.model_in_memory import ModelInMemory
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.methods.registry import METHODS
+from optimum.streamline.model_files.source import ModelSource
+from optimum.streamline.model_files.weight_files import find_weights
+from optimum.streamline.models.offloaded_weights import read_in_fp32, read_only_used_embeddings
+from optimum.streamline.models.quantization_config import quantization_name
+from optimum.streamline.quantization.quantizers import QUANTIZERS
+from optimum.streamline.recipe.quantities import parse_size
+from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.reporting.numbers import size
+from optimum.streamline.system.distributed import process_count
+from optimum.streamline.system.memory import free_memory, give_back_freed_tensors, taken_memory
+
+IN_MEMORY = 1.2
+"""The memory that a model takes while its layers are scored, as a multiple of its weights."""
+ON_DISK = "the weights do not fit into memory in fp32: they stay on disk, and each is read when it is needed"
+"""What the user is told."""
+
+
+def stays_on_disk(source: ModelSource, recipe: Recipe, needs_memory: str = "") -> bool:
+    """Whether the weights of the original stay on disk, because in fp32 they do not fit into memory.
+
+    Args:
+        source: The original.
+        recipe: The recipe. Its `max_memory` is the limit; by default it is the memory that is free.
+        needs_memory: Why the weights must be in memory, as `why_in_memory` says; empty if they need not.
+
+    Raises:
+        StreamlineError: `max_memory` is no size, or too little for weights that must be in memory.
+    """
+    limit = None if recipe.max_memory is None else parse_size(recipe.max_memory, "max-memory")
+    if isinstance(source, ModelInMemory):
+        return False
+    if recipe.device != "cpu":
+        needs_memory = f"computes on {recipe.device}"
+    elif process_count() > 1:  # each would read the weights, and find another amount of free memory
+        needs_memory = "shares its work among processes"
+    tensors, quantized = list(find_weights(source.folder).tensors()), quantization_name(read_config(source)) is not None
+    weights = sum(each.bytes if quantized else math.prod(each.shape) * torch.float32.itemsize for each in tensors)
+    needed = math.ceil(IN_MEMORY * weights)
+    if needed <= (free_memory() if limit is None else limit - taken_memory()):
+        return False
+    if needs_memory and limit is not None:
+        raise StreamlineError(
+            f"max-memory {recipe.max_memory!r}: the recipe {needs_memory}, so the weights must be in memory, and take "
+            f"{size(needed + taken_memory())} with the program; give so much, or only remove layers, such as by method "
+            "shortgpt with heal none, on device cpu"
+        )
+    return not needs_memory
+
+
+def why_in_memory(recipe: Recipe, config: PreTrainedConfig) -> str:
+    """Why the weights must be in memory to carry out a recipe; empty if it only scores and removes layers.
+
+    Args:
+        recipe: The recipe.
+        config: The original's config.
+    """
+    if name := quantization_name(config):
+        return f"prunes quantized weights ({name})"
+    if recipe.quantization.quantizer in QUANTIZERS:
+        return f"quantizes by {recipe.quantization.quantizer}"
+    if refusal := METHODS[recipe.resolved_method].quantized_refusal(recipe, config):
+        return f"{refusal} (method {recipe.resolved_method})"
+    if recipe.resolved_replacement != "none":
+        return f"computes weights (replacement {recipe.resolved_replacement})"
+    if recipe.resolved_trainings:
+        return f"trains (heal {'+'.join(recipe.resolved_trainings)})"
+    return ""
+
+
+def load_on_disk(source: ModelSource, dtype: torch.dtype, folder: Path, check_weights: bool = True) -> PreTrainedModel:
+    """Load a model whose weights stay on disk: each module reads its own in `dtype` just before it runs, on the CPU.
+
+    Args:
+        source: The model.
+        dtype: The type in which weights are read.
+        folder: A folder for weights that must be converted. It must exist as long as the model.
+        check_weights: As in `load_stock`.
+
+    Raises:
+        StreamlineError: a weight is missing, truncated, not finite or of the wrong shape.
+    """
+    give_back_freed_tensors()
+    # Each weight is read once on the way. In its own type it takes no more memory than on disk.
+    stored = only_dtype(source) if dtype == torch.float32 else dtype
+    model = load_stock(source, stored, "cpu", folder, check_weights=check_weights)
+    if stored != dtype:
+        read_in_fp32(model)
+    read_only_used_embeddings(model)
+    return model

@@ -1,0 +1,313 @@
+"""A model whose weights stay on disk is scored, pruned and saved as one in memory is: the same scores and bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from cases import edit_weights, make
+from console import Outcome, optimum_cli
+from optimum.streamline import StreamlineConfig, Streamliner
+from optimum.streamline.checkpoints.loading import load_stock
+from optimum.streamline.checkpoints.saving import save_weights
+from optimum.streamline.editing.apply import apply_plan
+from optimum.streamline.editing.plan import Plan
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.model_files.source import ModelSource
+from optimum.streamline.models import offloaded_weights
+from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, decoder_layers
+from optimum.streamline.pipeline import larger_than_memory
+from optimum.streamline.pipeline.larger_than_memory import load_on_disk, stays_on_disk, why_in_memory
+from optimum.streamline.pipeline.prune import prune, score
+from optimum.streamline.recipe.parsing import make_recipe
+from optimum.streamline.system.notify import silent
+from reference import REFERENCE
+from tiny import LAYERS, tiny_model, token_ids
+
+Cli = Callable[..., Outcome]
+TEXT: dict[str, Any] = {"calibration": "stdlib:calibration", "samples": 10, "length": 16}
+# Mixed kinds of layers, other names of modules, experts that transformers converts, and a tied head.
+FAST = {"gemma2", "gpt2", "llama", "mixtral"}
+LITTLE = {"max_memory": "1MB"}  # less than any process takes
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    return lambda *words: optimum_cli(monkeypatch, capsys, "streamline", *words)
+
+
+def pruned(source: Path | str, out: Path, **fields: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and the record of a pruned checkpoint."""
+    options: dict[str, Any] = {"overwrite": False, "verbose": False, "notify": silent}
+    prune(ModelSource(str(source)), make_recipe({**TEXT, **fields}), out, **options)
+    record = json.loads((out / "streamline.json").read_text())
+    tensors = [load_file(file) for file in sorted(out.glob("*.safetensors"))]
+    return {name: value for each in tensors for name, value in each.items()}, record
+
+
+def loaded(source: Path, offload: Path | None) -> Any:
+    """A checkpoint in fp32: in memory, or with its weights on disk."""
+    if offload is None:
+        return load_stock(ModelSource(str(source)), torch.float32)
+    return load_on_disk(ModelSource(str(source)), torch.float32, offload)
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert value.dtype == other[name].dtype, name
+        assert torch.equal(value, other[name]), name
+
+
+def both_ways(source: Path | str, folder: Path, **fields: Any) -> dict[str, Any]:
+    """Prune in memory and on disk, and compare; returns the record of the latter."""
+    in_memory, recorded = pruned(source, folder / "in_memory", **fields)
+    on_disk, record = pruned(source, folder / "on_disk", **fields, **LITTLE)
+    assert_equal(in_memory, on_disk)
+    assert record["scores"] == recorded["scores"]
+    assert [record[key] for key in ("plan", "layers", "data")] == [recorded[key] for key in ("plan", "layers", "data")]
+    configs = (folder / each / "config.json" for each in ("in_memory", "on_disk"))
+    assert len({each.read_text() for each in configs}) == 1
+    return record
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(each, marks=() if each in FAST else pytest.mark.slow) for each in sorted(ARCHITECTURES)],
+)
+def test_every_architecture_is_pruned_on_disk_as_in_memory(architecture: str, tmp_path: Path) -> None:
+    source = make(tmp_path / "in", architecture, torch.bfloat16, num_hidden_layers=LAYERS)
+    record = both_ways(source, tmp_path, method="shortgpt", remove=2)
+    assert record["scores"] is not None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({"method": "llm-streamline", "replacement": "none"}, marks=pytest.mark.slow),
+        pytest.param({"method": "gromov"}, marks=pytest.mark.slow),
+        pytest.param({"method": "layerchop", "heal": "none"}, marks=pytest.mark.slow),
+        {"method": "sleb"},
+        pytest.param({"method": "shortened-ppl"}, marks=pytest.mark.slow),
+        {"method": "shifted"},
+        pytest.param({"method": "blockpruner"}, marks=pytest.mark.slow),
+        pytest.param({"method": "shortgpt", "iterative": True}, marks=pytest.mark.slow),
+        {"method": "shortgpt", "dtype": "fp16"},
+    ],
+    ids=lambda fields: " ".join(map(str, fields.values())),
+)
+def test_every_method_that_removes_layers_chooses_the_same_on_disk(fields: dict[str, Any], tmp_path: Path) -> None:
+    both_ways(make(tmp_path / "in"), tmp_path, **fields, remove=3)
+
+
+@pytest.mark.slow
+def test_a_trained_model_is_pruned_on_disk_as_in_memory(tmp_path: Path) -> None:
+    both_ways(REFERENCE, tmp_path, method="sleb", remove=4, samples=24, length=256)
+
+
+def test_zeros_are_written_where_weights_are_on_disk(tmp_path: Path) -> None:
+    source = make(tmp_path / "in", "starcoder2", num_hidden_layers=LAYERS)  # its projections have biases
+    plan = Plan(LAYERS, (1,), skipped=((0, "attention"), (3, "mlp")))
+    saved = []
+    for offload in (None, tmp_path / "scratch"):
+        model = loaded(source, offload)
+        apply_plan(model, plan, None)
+        save_weights(model, tmp_path / f"out{len(saved)}")
+        saved.append(load_file(tmp_path / f"out{len(saved)}" / "model.safetensors"))
+    assert_equal(*saved)
+    assert not saved[1]["model.layers.2.mlp.c_proj.bias"].any()
+
+
+@pytest.mark.parametrize("words", [("score",), ("prune", "--method", "shortgpt", "--remove", "1")])
+def test_a_command_says_that_weights_stay_on_disk(cli: Cli, tmp_path: Path, words: tuple[str, ...]) -> None:
+    source = make(tmp_path / "in")
+    text = ("--calibration", "stdlib", "--samples", 4, "--length", 24)
+    outcomes = [
+        cli(words[0], "-m", source, tmp_path / f"out{len(limit)}", *words[1:], *text, *limit)
+        for limit in ((), ("--max-memory", "1MB"))
+    ]
+    assert [outcome.code for outcome in outcomes] == [0, 0]
+    assert [larger_than_memory.ON_DISK in outcome.out for outcome in outcomes] == [False, True]
+    if words == ("score",):
+        files = [(tmp_path / folder / "scores.json").read_text() for folder in ("out0", "out2")]
+        assert files[0] == files[1]
+
+
+def test_named_layers_are_removed_without_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optimum.streamline.pipeline.prune.measure_scores", None)
+    record = both_ways(make(tmp_path / "in", dtype=torch.bfloat16), tmp_path, layers="1,3-4")
+    assert record["scores"] is None
+    assert record["plan"] == "remove layers 1, 3-4: 8 layers become 5"
+
+
+def test_pickled_weights_are_pruned_on_disk(tmp_path: Path) -> None:
+    source = make(tmp_path / "in")
+    torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    both_ways(source, tmp_path, layers="2")
+
+
+def test_a_model_on_disk_is_written_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optimum.streamline.checkpoints.saving.OFFLOADED_SHARD", "200KB")
+    both_ways(make(tmp_path / "in"), tmp_path, layers="2,5")
+    index = json.loads((tmp_path / "on_disk" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+
+
+def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    model = loaded(make(tmp_path / "in"), tmp_path / "scratch")
+    layers = decoder_layers(model, architecture_of(model.config))
+    seen: list[tuple[int, ...]] = []
+
+    def note(*_: Any) -> None:
+        seen.append(tuple(n for n, layer in enumerate(layers) if any(not each.is_meta for each in layer.parameters())))
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module._old_forward = noting(module, module._old_forward, note)
+    with torch.no_grad():
+        model(token_ids(2, 8))
+    assert [max(len(each) for each in seen), {number for each in seen for number in each}] == [1, set(range(8))]
+    assert offloaded_weights.is_offloaded(model)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def noting(module: nn.Module, forward: Callable[..., Any], note: Callable[..., None]) -> Callable[..., Any]:
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        assert not module.get_parameter("weight").is_meta
+        note()
+        return forward(*args, **kwargs)
+
+    return noted
+
+
+def test_only_the_rows_of_a_batch_are_read_of_the_embeddings(tmp_path: Path) -> None:
+    source = make(tmp_path / "in", dtype=torch.bfloat16)
+    whole, model = loaded(source, None), loaded(source, tmp_path / "scratch")
+    table, sizes = model.get_input_embeddings(), []
+    forward = table._old_forward
+    table._old_forward = lambda *args, **kwargs: (sizes.append(len(table.weight)), forward(*args, **kwargs))[1]
+    ids = torch.tensor([[5, 9, 5], [7, 9, 7]])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, whole(ids).logits)
+    assert sizes == [3]
+    assert table.weight.shape == whole.get_input_embeddings().weight.shape
+    assert table.padding_idx == whole.get_input_embeddings().padding_idx
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"method": "come", "remove": 1}, r"merges weights \(method come\)"),
+        ({"method": "auto", "remove": 1, "heal": "none"}, r"tries merges, linear maps and corrections \(method auto\)"),
+        ({"method": "shortened-taylor", "remove": 1}, r"takes gradients \(method shortened-taylor\)"),
+        ({"method": "sleb", "remove": 1, "replacement": "linear"}, r"computes weights \(replacement linear\)"),
+        ({"method": "sleb", "remove": 1, "heal": "lm"}, r"trains \(heal lm\)"),
+        ({"method": "sleb", "remove": 1, "quantize": "bnb-nf4"}, "quantizes by bnb-nf4"),
+    ],
+)
+def test_what_needs_weights_in_memory_is_refused_in_too_little(
+    fields: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    source = make(tmp_path / "in")
+    with pytest.raises(StreamlineError, match=f"max-memory '1MB': the recipe {why}, so the weights must be in memory"):
+        pruned(source, tmp_path / "out", **fields, **LITTLE)
+    assert not (tmp_path / "out").exists()
+    config = tiny_model().config
+    recipe = make_recipe({**TEXT, **fields})
+    assert not stays_on_disk(ModelSource(str(source)), recipe, why_in_memory(recipe, config))
+
+
+def test_the_memory_that_is_free_is_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, recipe = ModelSource(str(make(tmp_path / "in"))), make_recipe(TEXT)
+    assert not stays_on_disk(source, recipe)
+    monkeypatch.setattr(larger_than_memory, "free_memory", lambda: 10**5)
+    assert stays_on_disk(source, recipe)
+    assert not stays_on_disk(source, recipe, "trains")  # it may still fit into swap: tried as before
+    notes: list[str] = []
+    score(source, recipe, notes.append)
+    assert larger_than_memory.ON_DISK in notes
+
+
+@pytest.mark.parametrize("value", ["lots", "0", "-1GB", "1TB", 0])
+def test_a_wrong_size_is_one_line(cli: Cli, tmp_path: Path, value: Any) -> None:
+    refused = cli(
+        "prune",
+        "-m",
+        make(tmp_path / "in"),
+        f"--max-memory={value}",
+        "--layers",
+        "1",
+        "--length",
+        "24",
+        tmp_path / "out",
+    )
+    assert (refused.code, refused.out) == (2, "")
+    assert "must be a number of bytes, or a size such as 500MB or 1.5GB" in refused.err
+    assert refused.err.count("\n") == 1
+
+
+def test_quantized_weights_are_scored_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = ModelSource(str(make(tmp_path / "in")))
+    monkeypatch.setattr(larger_than_memory, "free_memory", lambda: 10**5)
+    monkeypatch.setattr("optimum.streamline.pipeline.prune.quantization_name", lambda config: "bnb-nf4")
+    score(source, make_recipe(TEXT), silent)  # as ever: bitsandbytes cannot leave its weights on disk
+
+
+@pytest.mark.parametrize(
+    ("fields", "processes", "why"),
+    [({"device": "cuda"}, "1", "computes on cuda"), ({}, "2", "shares its work among processes")],
+)
+def test_only_one_process_on_a_cpu_leaves_weights_on_disk(
+    fields: dict[str, Any], processes: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = ModelSource(str(make(tmp_path / "in")))
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    with pytest.raises(StreamlineError, match=f"max-memory '1MB': the recipe {why}"):
+        stays_on_disk(source, make_recipe({**TEXT, **fields, **LITTLE}))
+    monkeypatch.setattr(larger_than_memory, "free_memory", lambda: 10**5)
+    assert not stays_on_disk(source, make_recipe({**TEXT, **fields}))
+
+
+def test_a_weight_that_is_too_large_for_its_new_type_is_refused(tmp_path: Path) -> None:
+    source = make(tmp_path / "in", dtype=torch.bfloat16)
+    edit_weights(source, lambda weights: weights["model.layers.2.mlp.up_proj.weight"].fill_(1e5))
+    with pytest.raises(
+        StreamlineError, match=r"stored in torch.float16.*model.layers.1.mlp.up_proj.weight holds NaN or inf"
+    ):
+        pruned(source, tmp_path / "out", layers="0", dtype="fp16", **LITTLE)
+    with pytest.raises(StreamlineError, match=r"model.layers.2.mlp.up_proj.weight holds NaN or infinite"):
+        load_stock(ModelSource(str(source)), torch.float16, offload=tmp_path / "scratch")
+
+
+def test_stored_types_that_differ_are_read_in_fp32(tmp_path: Path) -> None:
+    source = make(tmp_path / "in", dtype=torch.bfloat16)
+
+    def widen(weights: dict[str, torch.Tensor]) -> None:
+        name = "model.layers.2.mlp.up_proj.weight"
+        weights[name] = weights[name].float() * 1.001
+
+    edit_weights(source, widen)
+    both_ways(source, tmp_path, method="shortgpt", remove=2)
+
+
+def test_the_python_api_says_that_it_keeps_weights_in_memory(tmp_path: Path) -> None:
+    source = str(make(tmp_path / "in"))
+    with pytest.raises(StreamlineError, match="max-memory '1GB': the steps keep the weights in memory"):
+        Streamliner.from_pretrained(source).plan(
+            StreamlineConfig(remove=1, method="shortgpt", max_memory="1GB", **TEXT)
+        )
+
+
+def test_no_folder_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    pruned(make(tmp_path / "in", "mixtral", num_hidden_layers=LAYERS), tmp_path / "out", layers="2", **LITTLE)
+    assert list((tmp_path / "temporary").iterdir()) == []
