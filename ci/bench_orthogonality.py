@@ -31,7 +31,7 @@ SEEDS = (0, 1, 2)
 TURNS = 25  # many, because the compared figure combines three ratios and has the noise of all of them
 RECIPES: dict[str, dict[str, Any]] = {
     "unhealed": {"heal": "none"},
-    "healed": {"heal": "distill", "heal_tokens": 100_000, "heal_epochs": 2},
+    "healed": {"heal": "distill", "heal_tokens": 100_000, "heal_epochs": 2, "heal_batch": 4},
 }
 COMMON: dict[str, Any] = {
     "method": "shortgpt",

@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def measure(size: str, folder: Path) -> dict[str, Any]:
-    """Prune a checkpoint of one size in memory and on disk; each command runs once to warm the page cache."""
+    """Prune a checkpoint of one size in memory and on disk, after a run that puts it into the page cache."""
     checkpoint = make_checkpoint(folder / "in", SHAPES[size], "bfloat16")
     found: dict[str, Any] = {"bytes": sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")), "rows": {}}
     run_measured(streamline("prune", "-m", checkpoint, folder / "warm", *EDITS["named layers"], *TEXT))

@@ -15,7 +15,7 @@ from torch import nn
 from cases import edit_weights, make
 from console import Outcome, optimum_cli
 from optimum.streamline import StreamlineConfig, Streamliner
-from optimum.streamline.checkpoints.loading import load_stock
+from optimum.streamline.checkpoints.loading import load_stock, read_config
 from optimum.streamline.checkpoints.saving import save_weights
 from optimum.streamline.editing.apply import apply_plan
 from optimum.streamline.editing.plan import Plan
@@ -222,15 +222,16 @@ def test_what_needs_weights_in_memory_is_refused_in_too_little(
     assert not (tmp_path / "out").exists()
     config = tiny_model().config
     recipe = make_recipe({**TEXT, **fields})
-    assert not stays_on_disk(ModelSource(str(source)), recipe, why_in_memory(recipe, config))
+    assert not stays_on_disk(ModelSource(str(source)), recipe, config, why_in_memory(recipe, config))
 
 
 def test_the_memory_that_is_free_is_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, recipe = ModelSource(str(make(tmp_path / "in"))), make_recipe(TEXT)
-    assert not stays_on_disk(source, recipe)
+    config = read_config(source)
+    assert not stays_on_disk(source, recipe, config)
     monkeypatch.setattr(larger_than_memory, "free_memory", lambda: 10**5)
-    assert stays_on_disk(source, recipe)
-    assert not stays_on_disk(source, recipe, "trains")  # it may still fit into swap: tried as before
+    assert stays_on_disk(source, recipe, config)
+    assert not stays_on_disk(source, recipe, config, "trains")  # it may still fit into swap: tried as before
     notes: list[str] = []
     score(source, recipe, notes.append)
     assert larger_than_memory.ON_DISK in notes
@@ -271,9 +272,9 @@ def test_only_one_process_on_a_cpu_leaves_weights_on_disk(
     source = ModelSource(str(make(tmp_path / "in")))
     monkeypatch.setenv("WORLD_SIZE", processes)
     with pytest.raises(StreamlineError, match=f"max-memory '1MB': the recipe {why}"):
-        stays_on_disk(source, make_recipe({**TEXT, **fields, **LITTLE}))
+        stays_on_disk(source, make_recipe({**TEXT, **fields, **LITTLE}), read_config(source))
     monkeypatch.setattr(larger_than_memory, "free_memory", lambda: 10**5)
-    assert not stays_on_disk(source, make_recipe({**TEXT, **fields}))
+    assert not stays_on_disk(source, make_recipe({**TEXT, **fields}), read_config(source))
 
 
 def test_a_weight_that_is_too_large_for_its_new_type_is_refused(tmp_path: Path) -> None:

@@ -101,6 +101,12 @@ def test_untouched_nothing_is_written_or_measured_again(cli: Cli, timer: Timer) 
     assert state() == before
 
 
+def test_another_limit_of_memory_measures_nothing_again(cli: Cli, timer: Timer) -> None:
+    outcome = cli(*RUN, *JUDGED, "--max-memory", "64GB")
+    assert (outcome.code, outcome.err, timer.asked) == (0, "", 0)
+    assert AGAIN in outcome.out
+
+
 CHANGED = "is not what streamline.json says was written"
 OUTPUT_EDITS: dict[str, tuple[Callable[[], object], str]] = {
     "edited weights": (edit_weights, f"{WEIGHTS} {CHANGED}"),

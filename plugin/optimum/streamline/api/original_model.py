@@ -18,9 +18,9 @@ from optimum.streamline.models.quantization_config import quantization_name
 from optimum.streamline.pipeline.planning import (
     choose_plans,
     chooses_by_scores_alone,
+    named_plan,
     names_layers,
     original_in_fp32,
-    refuse_no_attention,
 )
 from optimum.streamline.pipeline.preflight import check_recipe, checked_config
 from optimum.streamline.pipeline.texts import calibration_text, text_of_choice
@@ -80,11 +80,8 @@ class Original:
     def plan(self, recipe: Recipe, scores: Scores | None) -> Plan:
         """As `Streamliner.plan`."""
         self.check(recipe)
-        method = method_of(recipe, self.config)
-        if scores is None and names_layers(recipe) and isinstance(method, Explicit):
-            named = method.named_plan(recipe, self.layers)
-            refuse_no_attention(self.config, named)
-            return Plan.of(named, recipe)
+        if scores is None and names_layers(recipe):
+            return Plan.of(named_plan(recipe, self.config), recipe)
         chosen_on = self._text_of_choice(recipe, scores)
         model = self.model_on(recipe.device)
         found = scores or measure_scores(model, chosen_on.part(0, recipe.calibration.samples))

@@ -40,7 +40,7 @@ from optimum.streamline.models.quantization_config import check_readable, quanti
 from optimum.streamline.models.quantized_weights import disable_cpu_kernel, save_in_loaded_format
 from optimum.streamline.models.skipped_sublayers import drop_skipped_sublayers
 
-from .finite_weights import check_finite_files, check_finite_weights
+from .finite_weights import check_finite_weights
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The names of these types in safetensors files.
@@ -152,11 +152,7 @@ def load_stock(
         options["quantization_config"] = quantization
     model, info = _read_model(source, config, options | {"use_safetensors": not weights.pickled})
     _check_keys(source, info)
-    # As stored, a weight is finite that may be too large for the type it is loaded in.
-    as_stored = dtype in (None, torch.float32, only_dtype(source)) and not weights.pickled
-    if check_weights and offload and as_stored:
-        check_finite_files(source.model, weights.files)
-    elif check_weights:
+    if check_weights:
         check_finite_weights(source.model, model)
     if quantized:
         disable_cpu_kernel(model)

@@ -37,11 +37,11 @@ def read_without_mapping() -> Iterator[None]:
 
     It reads every weight once, also those that it then leaves on disk.
     """
-    with patch("transformers.modeling_utils.safe_open", open_unmapped):
+    with patch("transformers.modeling_utils.safe_open", _open_unmapped):
         yield
 
 
-def open_unmapped(file: Any, framework: str = "pt", device: Any = "cpu", **_: Any) -> Any:
+def _open_unmapped(file: Any, framework: str = "pt", device: Any = "cpu", **_: Any) -> Any:
     """Open a safetensors file without mapping it: pages that were read once would count as memory until it is closed.
 
     The arguments are those of `safetensors.safe_open`. Its older versions can only map files.

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from optimum.streamline.checkpoints.loading import load_stock, only_dtype, read_config
+from optimum.streamline.checkpoints.loading import load_stock, only_dtype
 from optimum.streamline.checkpoints.model_in_memory import ModelInMemory
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.methods.registry import METHODS
@@ -29,12 +29,13 @@ ON_DISK = "the weights do not fit into memory in fp32: they stay on disk, and ea
 """What the user is told."""
 
 
-def stays_on_disk(source: ModelSource, recipe: Recipe, needs_memory: str = "") -> bool:
+def stays_on_disk(source: ModelSource, recipe: Recipe, config: PreTrainedConfig, needs_memory: str = "") -> bool:
     """Whether the weights of the original stay on disk, because in fp32 they do not fit into memory.
 
     Args:
         source: The original.
         recipe: The recipe. Its `max_memory` is the limit; by default it is the memory that is free.
+        config: The original's config.
         needs_memory: Why the weights must be in memory, as `why_in_memory` says; empty if they need not.
 
     Raises:
@@ -47,7 +48,7 @@ def stays_on_disk(source: ModelSource, recipe: Recipe, needs_memory: str = "") -
         needs_memory = f"computes on {recipe.device}"
     elif process_count() > 1:  # each would read the weights, and find another amount of free memory
         needs_memory = "shares its work among processes"
-    tensors, quantized = list(find_weights(source.folder).tensors()), quantization_name(read_config(source)) is not None
+    tensors, quantized = list(find_weights(source.folder).tensors()), quantization_name(config) is not None
     weights = sum(each.bytes if quantized else math.prod(each.shape) * torch.float32.itemsize for each in tensors)
     needed = math.ceil(IN_MEMORY * weights)
     if needed <= (free_memory() if limit is None else limit - taken_memory()):

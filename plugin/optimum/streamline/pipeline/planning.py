@@ -19,6 +19,7 @@ from optimum.streamline.editing.merging import shared_copy
 from optimum.streamline.editing.plan import FITTED, Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.methods.base import MethodInputs
+from optimum.streamline.methods.explicit import Explicit
 from optimum.streamline.methods.registry import METHODS, method_of
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.skipped_sublayers import layers_without_attention
@@ -159,6 +160,23 @@ def chooses_by_scores_alone(recipe: Recipe) -> bool:
 def names_layers(recipe: Recipe) -> bool:
     """Whether the recipe names the layers to remove, and no text is needed to choose them or to fit a replacement."""
     return recipe.resolved_method == "explicit" and recipe.resolved_replacement not in FITTED
+
+
+def named_plan(recipe: Recipe, config: PreTrainedConfig) -> Plan:
+    """The plan of a recipe of method `explicit`. It needs neither scores nor text.
+
+    Args:
+        recipe: The recipe.
+        config: The original's config.
+
+    Raises:
+        StreamlineError: a layer does not exist, or no layer with attention would be left.
+    """
+    method = method_of(recipe, config)
+    assert isinstance(method, Explicit), recipe.resolved_method
+    plan = with_skips(method.named_plan(recipe, config.num_hidden_layers), config)
+    refuse_no_attention(config, plan)
+    return plan
 
 
 def original_in_fp32(source: ModelSource, device: str) -> PreTrainedModel:

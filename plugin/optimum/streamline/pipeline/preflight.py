@@ -148,7 +148,7 @@ def check_recipe(source: ModelSource, recipe: Recipe) -> None:
     check_heal_windows(recipe, config.num_hidden_layers)
     check_heal_cache(recipe, config.vocab_size)
     if recipe.max_memory is not None:
-        stays_on_disk(source, recipe, why_in_memory(recipe, config))  # refuses a limit that is too low
+        stays_on_disk(source, recipe, config, why_in_memory(recipe, config))  # refuses a limit that is too low
 
 
 def result_dtype(source: ModelSource, recipe: Recipe) -> torch.dtype:

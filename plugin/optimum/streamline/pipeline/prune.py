@@ -16,7 +16,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer, read_config, source_notes
-from optimum.streamline.editing.apply import Change, EditInputs, build_replacement, with_skips
+from optimum.streamline.editing.apply import Change, EditInputs, build_replacement
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.healing.losses import Outputs, outputs_of
 from optimum.streamline.healing.output_cache import original_outputs
@@ -25,7 +25,6 @@ from optimum.streamline.healing.stages import Healer, HealingResult
 from optimum.streamline.healing.training_checkpoints import healing_workspace, open_workspace, plan_folder
 from optimum.streamline.healing.trials import Trials
 from optimum.streamline.methods.auto import makes_trials
-from optimum.streamline.methods.explicit import Explicit
 from optimum.streamline.methods.registry import method_of
 from optimum.streamline.model_files.source import ModelSource, fingerprint
 from optimum.streamline.models.bare_layers import NEEDS_LOAD, bare_layers
@@ -43,7 +42,7 @@ from optimum.streamline.text.prompts import Prompts
 from optimum.streamline.text.windows import Windows, seen_text
 
 from .larger_than_memory import ON_DISK, load_on_disk, stays_on_disk, why_in_memory
-from .planning import Prepared, choose_plans, load_original, quantizes_first, refuse_no_attention
+from .planning import Prepared, choose_plans, load_original, named_plan, quantizes_first
 from .preflight import check_recipe, checked_config, result_dtype
 from .texts import calibration_text, inputs_of, text_of_choice, text_of_healing
 from .write_checkpoint import write_checkpoint
@@ -68,7 +67,7 @@ def score(source: ModelSource, recipe: Recipe, notify: Notify) -> tuple[Scores, 
     notify(windows.line("calibration"))
     with TemporaryDirectory(prefix="streamline-") as scratch:
         name = quantization_name(config)
-        if stays_on_disk(source, recipe, f"scores quantized weights ({name})" if name else ""):
+        if stays_on_disk(source, recipe, config, f"scores quantized weights ({name})" if name else ""):
             notify(ON_DISK)
             model = load_on_disk(source, torch.float32, Path(scratch))
         else:
@@ -111,7 +110,7 @@ def prepare(source: ModelSource, recipe: Recipe, notify: Notify, scored: Score |
         scores = scored(chosen_on.part(0, recipe.calibration.samples))
     scoring = time.monotonic() - begun
     on_disk = None
-    if stays_on_disk(source, recipe, why_in_memory(recipe, config)):
+    if stays_on_disk(source, recipe, config, why_in_memory(recipe, config)):
         on_disk = TemporaryDirectory(prefix="streamline-")
         notify(ON_DISK)
         model = load_on_disk(source, torch.float32, Path(on_disk.name))
@@ -135,10 +134,8 @@ def _scored_plans(
     notify: Notify,
 ) -> tuple[Scores | None, tuple[Plan, ...]]:
     """The scores of the layers, and the plans; for layers that the recipe names, no scores and the named plan."""
-    method = method_of(recipe, config)
-    if isinstance(method, Explicit):
-        plans: tuple[Plan, ...] = (with_skips(method.named_plan(recipe, config.num_hidden_layers), config),)
-        refuse_no_attention(config, plans[0])
+    if recipe.resolved_method == "explicit":
+        plans: tuple[Plan, ...] = (named_plan(recipe, config),)
     else:
         calibration = chosen_on.part(0, recipe.calibration.samples)
         if scores is None:

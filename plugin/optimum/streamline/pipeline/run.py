@@ -199,10 +199,10 @@ class _Steps:
     def _export(
         self, checkpoint: str, folder: Path, quantizer: str, exclude: list[str], windows: Windows | None
     ) -> Artifact:
-        bounded: dict[str, Any] = {}
-        floats = quantization_name(read_config(self._source.with_model(checkpoint))) is None
-        if self._recipe.max_memory is not None and self._recipe.export.format == "onnx" and floats:
-            bounded["max_memory"] = parse_size(self._recipe.max_memory, "max-memory")
+        limit, bounded = self._recipe.max_memory, dict[str, Any]()
+        config = read_config(self._source.with_model(checkpoint))
+        if limit is not None and self._recipe.export.format == "onnx" and quantization_name(config) is None:
+            bounded["max_memory"] = parse_size(limit, "max-memory")
         return export(
             checkpoint,
             folder,

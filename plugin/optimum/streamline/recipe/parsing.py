@@ -98,9 +98,7 @@ def _options_under(key: Any, value: Any, origin: str) -> Iterator[tuple[DefinedO
         )
     else:
         known = ", ".join(OPTIONS)
-        raise StreamlineError(
-            f"{origin}: unknown key {shown(key)}; known are {known}, and the groups {', '.join(GROUPS)}"
-        )
+        raise StreamlineError(f"{origin}: unknown key {shown(key)}; known are {known}, and groups {', '.join(GROUPS)}")
 
 
 def _checked(option: DefinedOption, given: Given) -> Any:

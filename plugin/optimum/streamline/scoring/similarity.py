@@ -76,14 +76,15 @@ def measure_scores(model: PreTrainedModel, windows: Windows) -> Scores:
         StreamlineError: a layer's output is not finite.
     """
     layers = decoder_layers(model, architecture_of(model.config))
+    on_disk, device = is_offloaded(model), device_of(model)
     depths: list[torch.Tensor] = []
 
     def states(batch: torch.Tensor) -> list[torch.Tensor]:
         depths.clear()
-        if is_offloaded(model):  # without reading the head
-            model.base_model(batch.to(device_of(model)), use_cache=False)
+        if on_disk:  # without reading the head
+            model.base_model(batch.to(device), use_cache=False)
         else:  # some quantizers unpack weights in hooks on the whole model. Logits of one token cost little.
-            model(batch.to(model.device), use_cache=False, logits_to_keep=1)
+            model(batch.to(device), use_cache=False, logits_to_keep=1)
         return depths
 
     hooks = [layers[0].register_forward_pre_hook(lambda _, args, kwargs: _keep(depths, args, kwargs), with_kwargs=True)]
