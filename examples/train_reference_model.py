@@ -1,12 +1,12 @@
-"""Train the reference model on the running Python's standard library, and write its model card.
+"""Train the reference model, or a benchmark model, on the running Python's standard library, and write its model card.
 
     python examples/train_reference_model.py train OUT     # an hour on two cores, then the card
-    python examples/train_reference_model.py train OUT --architecture qwen3
+    python examples/train_reference_model.py train OUT --architecture qwen3 --device cuda --minutes 3
     python examples/train_reference_model.py card OUT      # the card and its plots alone
 
-A Llama with grouped-query attention, small enough to live in the repository and deep enough that
-layer pruning on it means something. The text is split by file (`stdlib:train|calibration|eval`), so what
-the tests and benchmarks calibrate and judge on was never trained on.
+The reference model is a Llama with grouped-query attention, small enough to live in the repository and deep enough
+that layer pruning on it means something. The Qwen3 and the GPT-2 of the benchmarks are smaller. The text is split by
+file (`stdlib:train|calibration|eval`), so what the tests and benchmarks calibrate and judge on was never trained on.
 """
 
 from __future__ import annotations
@@ -90,6 +90,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     # No dropout, as the others; with it torch has no fast attention on a CPU.
     "gpt2": {"hidden_size": 96, "n_inner": 384, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
 }
+# What the card says of each: its title, the kind of model, what is special about it, and what it is for.
+GROUPED = "grouped-query attention, tied embeddings"
+CARDS = {
+    "llama": ("The reference model", "Llama", GROUPED, "tests, benchmarks and the demo"),
+    "qwen3": ("The Qwen3 of the benchmarks", "Qwen3", GROUPED, "benchmarks"),
+    "gpt2": ("The GPT-2 of the benchmarks", "GPT-2", "learned positions, tied embeddings", "benchmarks"),
+}
 # Minutes, windows an update and peak learning rate. The small ones were trained on one core each; GPT-2 learns less
 # with more windows an update, and at a higher rate.
 TRAINING = {"llama": (60.0, 8, 3e-3), "qwen3": (35.0, 8, 3e-3), "gpt2": (35.0, 4, 1e-3)}
@@ -108,20 +115,25 @@ def build_model(architecture: str, seed: int) -> PreTrainedModel:
 def perplexity(model: PreTrainedModel, tokens: torch.Tensor, windows: int = 64) -> float:
     """Token-weighted perplexity over the first `windows` windows of `LENGTH` tokens."""
     model.eval()
-    rows = tokens[: windows * LENGTH].view(-1, LENGTH)
+    rows = tokens[: windows * LENGTH].view(-1, LENGTH).to(model.device)
     losses = [model(batch, labels=batch).loss.item() for batch in rows.split(8)]
     model.train()
     return math.exp(sum(losses) / len(losses))
 
 
-def train(out: Path, architecture: str, minutes: float, batch: int, peak: float, seed: int, fp32: bool) -> None:
+def train(
+    out: Path, architecture: str, minutes: float, batch: int, peak: float, seed: int, fp32: bool, device: str
+) -> None:
     """Train for `minutes`: the learning rate follows the clock, so a slower machine only sees fewer tokens."""
     documents = library("train", seed)
     tokenizer = train_tokenizer(documents)
     tokens = encode(tokenizer, documents)
     held_out = encode(tokenizer, library("eval", seed))
     model = build_model(architecture, seed)
-    compiled = torch.compile(model)
+    module: torch.nn.Module = model  # transformers' own `to` carries no types
+    module.to(device)
+    # Not on a GPU: there it takes longer to compile so small a model than it saves in a few minutes.
+    compiled = torch.compile(model) if device == "cpu" else model
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
@@ -133,8 +145,8 @@ def train(out: Path, architecture: str, minutes: float, batch: int, peak: float,
     start, step, tick, recent = time.monotonic(), 0, 0, 0.0
     while (elapsed := time.monotonic() - start) < 60 * minutes:
         offsets = torch.randint(len(tokens) - LENGTH, (batch,), generator=generator).tolist()
-        rows = torch.stack([tokens[offset : offset + LENGTH] for offset in offsets])
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not fp32):
+        rows = torch.stack([tokens[offset : offset + LENGTH] for offset in offsets]).to(device)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=not fp32):
             loss = compiled(rows, labels=rows).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -155,8 +167,7 @@ def train(out: Path, architecture: str, minutes: float, batch: int, peak: float,
             }
             log.append(row)
             print(json.dumps(row), flush=True)
-    module: torch.nn.Module = model  # transformers' own `to` carries no types
-    module.to(torch.bfloat16)
+    module.to("cpu", torch.bfloat16)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     summary = {
@@ -165,12 +176,20 @@ def train(out: Path, architecture: str, minutes: float, batch: int, peak: float,
         "seed": seed,
         "train_tokens": len(tokens),
         "tokens_seen": step * batch * LENGTH,
+        "trained_on": processor(device),
         "minutes": round((time.monotonic() - start) / 60, 1),
         "eval_perplexity": round(perplexity(model.float(), held_out), 3),
         "log": log,
     }
     (out / "training_log.json").write_text(json.dumps(summary, indent=1))
     print({key: value for key, value in summary.items() if key != "log"})
+
+
+def processor(device: str) -> str:
+    """What trained the model, in words."""
+    if device == "cuda":
+        return f"one {torch.cuda.get_device_name()}"
+    return f"{torch.get_num_threads()} CPU cores"
 
 
 def drop_one_layer(model: PreTrainedModel, tokens: torch.Tensor) -> list[float]:
@@ -216,6 +235,8 @@ def card(out: Path) -> None:
         f"| {r['step']} | {r['tokens'] / 1e6:.1f} | {r['train_loss']:.3f} | {r['eval_perplexity']:.2f} |" for r in log
     ]
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    title, kind, details, purpose = CARDS[model.config.model_type]
+    trained_on = summary.get("trained_on", "two CPU cores")
     (out / "README.md").write_text(
         f"""---
 library_name: transformers
@@ -223,13 +244,13 @@ pipeline_tag: text-generation
 license: apache-2.0
 ---
 
-# The reference model
+# {title}
 
-A small Llama ({model.config.num_hidden_layers} layers of width {model.config.hidden_size}, {parameters:,} parameters,
-grouped-query attention, tied embeddings) trained on the source of the Python {summary["python"]} standard library,
-for tests, benchmarks and the demo. It is good for nothing else.
+A small {kind} ({model.config.num_hidden_layers} layers of width {model.config.hidden_size}, {parameters:,} parameters,
+{details}) trained on the source of the Python {summary["python"]} standard library,
+for {purpose}. It is good for nothing else.
 
-- Trained by `examples/train_reference_model.py train` for {summary["minutes"]} minutes on two CPU cores:
+- Trained by `examples/train_reference_model.py train` for {summary["minutes"]} minutes on {trained_on}:
   {summary["tokens_seen"] / 1e6:.1f} million tokens, {summary["tokens_seen"] / summary["train_tokens"]:.1f} passes
   over the `stdlib:train` files. This card is written by `examples/train_reference_model.py card`.
 - Evaluation perplexity (`stdlib:eval`, files never trained on, 64 windows of {LENGTH} tokens): **{dense:.2f}**.
@@ -268,6 +289,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="by architecture unless told, as --batch and --lr")
     parser.add_argument("--batch", type=int, help="windows an update")
     parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--fp32", action="store_true", help="train in fp32: far faster on a CPU without bf16 arithmetic"
@@ -275,7 +297,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.action == "train":
         minutes, batch, peak = TRAINING[args.architecture]
-        how = (args.minutes or minutes, args.batch or batch, args.lr or peak, args.seed, args.fp32)
+        how = (args.minutes or minutes, args.batch or batch, args.lr or peak, args.seed, args.fp32, args.device)
         train(args.out, args.architecture, *how)
     card(args.out)
 

@@ -254,7 +254,9 @@ def test_the_captured_step_answers_as_the_eager_one(ci: Importer, tmp_path: Path
     graphs = [figures for runtime, figures in measured if runtime == "cuda-graph"]
     assert len(graphs) == 4
     assert all(figures["graph_max_difference"] <= 0.05 * figures["largest_logit"] for figures in graphs)
-    assert all(figures["peak_bytes"] > figures["weight_bytes"] for _, figures in measured)
+    # The memory of an export is not torch's to measure.
+    in_torch = [figures for runtime, figures in measured if runtime != "export"]
+    assert all(figures["peak_bytes"] > figures["weight_bytes"] for figures in in_torch)
     assert results["machine"]["gpu"]
 
 
