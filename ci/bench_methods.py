@@ -207,7 +207,7 @@ def without(name: str, removed: tuple[int, ...]) -> PreTrainedModel:
 
 
 def source_of(name: str) -> ModelSource:
-    """The model's folder. The repository has the reference model only; another one is trained when first needed."""
+    """The model's folder. A model of `.cache` is trained when it is first needed."""
     folder = MODELS[name]
     if not (folder / "config.json").is_file():
         script = [sys.executable, "examples/train_reference_model.py", "train", str(folder), "--architecture", name]

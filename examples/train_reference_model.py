@@ -1,12 +1,13 @@
 """Train the reference model, or a benchmark model, on the running Python's standard library, and write its model card.
 
     python examples/train_reference_model.py train OUT     # an hour on two cores, then the card
-    python examples/train_reference_model.py train OUT --architecture qwen3 --device cuda --minutes 3
+    python examples/train_reference_model.py train OUT --architecture qwen3 --device cuda
     python examples/train_reference_model.py card OUT      # the card and its plots alone
 
 The reference model is a Llama with grouped-query attention, small enough to live in the repository and deep enough
-that layer pruning on it means something. The Qwen3 and the GPT-2 of the benchmarks are smaller. The text is split by
-file (`stdlib:train|calibration|eval`), so what the tests and benchmarks calibrate and judge on was never trained on.
+that layer pruning on it means something. The Qwen3 and the GPT-2 of the benchmarks are smaller. Those
+in the repository were trained with `--device cuda --fp32 --batch 16 --minutes 2.1`. The text is split by file
+(`stdlib:train|calibration|eval`), so what the tests and benchmarks calibrate and judge on was never trained on.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import argparse
 import copy
 import json
 import math
-import platform
 import random
 import time
 from pathlib import Path
@@ -35,6 +35,7 @@ from transformers import (
 from optimum.streamline.editing.apply import apply_plan
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.scoring.similarity import measure_scores
+from optimum.streamline.system.environment import describe_machine
 from optimum.streamline.text.sources import open_text
 from optimum.streamline.text.windows import read_windows
 
@@ -97,8 +98,8 @@ CARDS = {
     "qwen3": ("The Qwen3 of the benchmarks", "Qwen3", GROUPED, "benchmarks"),
     "gpt2": ("The GPT-2 of the benchmarks", "GPT-2", "learned positions, tied embeddings", "benchmarks"),
 }
-# Minutes, windows an update and peak learning rate. The small ones were trained on one core each; GPT-2 learns less
-# with more windows an update, and at a higher rate.
+# Minutes, windows an update and peak learning rate. Those of the small ones are for one CPU core, where GPT-2 learns
+# less with more windows an update, and at a higher rate.
 TRAINING = {"llama": (60.0, 8, 3e-3), "qwen3": (35.0, 8, 3e-3), "gpt2": (35.0, 4, 1e-3)}
 
 
@@ -170,26 +171,20 @@ def train(
     module.to("cpu", torch.bfloat16)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    machine = describe_machine(device)
     summary = {
-        "python": platform.python_version(),
+        "python": machine["python"],
         "torch": torch.__version__,
         "seed": seed,
         "train_tokens": len(tokens),
         "tokens_seen": step * batch * LENGTH,
-        "trained_on": processor(device),
+        "trained_on": f"one {machine['gpu']}" if device == "cuda" else f"{machine['cores']} CPU cores",
         "minutes": round((time.monotonic() - start) / 60, 1),
         "eval_perplexity": round(perplexity(model.float(), held_out), 3),
         "log": log,
     }
     (out / "training_log.json").write_text(json.dumps(summary, indent=1))
     print({key: value for key, value in summary.items() if key != "log"})
-
-
-def processor(device: str) -> str:
-    """What trained the model, in words."""
-    if device == "cuda":
-        return f"one {torch.cuda.get_device_name()}"
-    return f"{torch.get_num_threads()} CPU cores"
 
 
 def drop_one_layer(model: PreTrainedModel, tokens: torch.Tensor) -> list[float]:
@@ -236,7 +231,6 @@ def card(out: Path) -> None:
     ]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     title, kind, details, purpose = CARDS[model.config.model_type]
-    trained_on = summary.get("trained_on", "two CPU cores")
     (out / "README.md").write_text(
         f"""---
 library_name: transformers
@@ -250,7 +244,7 @@ A small {kind} ({model.config.num_hidden_layers} layers of width {model.config.h
 {details}) trained on the source of the Python {summary["python"]} standard library,
 for {purpose}. It is good for nothing else.
 
-- Trained by `examples/train_reference_model.py train` for {summary["minutes"]} minutes on {trained_on}:
+- Trained by `examples/train_reference_model.py train` for {summary["minutes"]} minutes on {summary["trained_on"]}:
   {summary["tokens_seen"] / 1e6:.1f} million tokens, {summary["tokens_seen"] / summary["train_tokens"]:.1f} passes
   over the `stdlib:train` files. This card is written by `examples/train_reference_model.py card`.
 - Evaluation perplexity (`stdlib:eval`, files never trained on, 64 windows of {LENGTH} tokens): **{dense:.2f}**.
