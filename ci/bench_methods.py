@@ -195,7 +195,7 @@ def dense(case: Case) -> PreTrainedModel:
             case.seed,
             model.config.vocab_size,
         )
-        train_model(model, NextToken(), text, model_settings(recipe, model.config.hidden_size, "lm"))
+        train_model(model, NextToken(), text, model_settings(recipe, model, "lm"))
     return model
 
 

@@ -7,6 +7,7 @@ import gc
 import itertools
 import math
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from optimum.streamline.healing.settings import (
     HealSettings,
     default_lora_lr,
     default_lr,
+    default_model_lr,
     model_settings,
     replacement_settings,
     scope_of,
@@ -32,7 +34,7 @@ from optimum.streamline.healing.trainable_parts import train_model
 from optimum.streamline.methods.base import MethodInputs
 from optimum.streamline.methods.registry import method_of
 from optimum.streamline.model_files.source import ModelSource
-from optimum.streamline.models.architectures import ARCHITECTURES
+from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, decoder_layers
 from optimum.streamline.pipeline.prune import prepare, prune
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.recipe.recipe import Healing, Recipe
@@ -289,22 +291,59 @@ def test_what_adapters_healed_is_saved_as_a_plain_checkpoint(tmp_path: Path) -> 
 
 
 def test_settings_are_the_recipes_over_the_papers() -> None:
-    recipe = Recipe(healing=Healing(epochs=3, batch=2, minutes=1.5), seed=5)
-    alone, whole = replacement_settings(recipe, 128, "lm"), model_settings(recipe, 128, "lm")
+    recipe, model = Recipe(healing=Healing(epochs=3, batch=2, minutes=1.5), seed=5), tiny_model()
+    alone, whole = replacement_settings(recipe, 128, "lm"), model_settings(recipe, model, "lm")
     assert (alone.lr, alone.clip, alone.min_lr_share, alone.betas) == (default_lr(128), 5.0, 0.25, (0.9, 0.95))
     assert default_lr(4096) == 2e-4  # the paper's
     assert default_lr(1024) == pytest.approx(8e-4)
     assert (whole.lr, whole.clip, whole.weight_decay, whole.decay_vectors) == (3e-4, 1.0, 0.1, False)
     assert (whole.min_lr_share, whole.betas) == (0.1, (0.9, 0.95))
-    distilled = model_settings(recipe, 128, "distill")
-    assert (distilled.lr, distilled.clip, distilled.weight_decay) == (3e-4 * 32**0.5, 1.0, 0.0)
+    distilled = model_settings(recipe, model, "distill")
+    assert (distilled.clip, distilled.weight_decay) == (1.0, 0.0)
     assert (distilled.min_lr_share, distilled.betas) == (0.0, (0.9, 0.999))
     for settings in (alone, whole, distilled):
         assert (settings.epochs, settings.batch, settings.minutes, settings.seed) == (3, 2, 1.5, 5)
-    adapted = model_settings(Recipe(healing=Healing(lora=True, lora_rank=3)), 128, "lm")
+    adapted = model_settings(Recipe(healing=Healing(lora=True, lora_rank=3)), model, "lm")
     assert (adapted.lr, adapted.lora_rank, adapted.weight_decay) == (default_lora_lr(128, "lm"), 3, 0.0)
     given = Recipe(healing=Healing(lr=0.5))
-    assert model_settings(given, 128, "lm").lr == replacement_settings(given, 128, "lm").lr == 0.5
+    assert model_settings(given, model, "lm").lr == replacement_settings(given, 128, "lm").lr == 0.5
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_rates_follow_the_weights_and_the_width(name: str) -> None:
+    model = tiny_model(name)
+    layers = decoder_layers(model, architecture_of(model.config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7.0)  # embeddings, norms and biases do not count
+        for matrix in (each for each in layers.parameters() if each.ndim > 1):
+            matrix.zero_()  # nor do matrices of zeros
+        matrices = [each for each in layers[1].parameters() if each.ndim > 1]
+        for number, matrix in enumerate(matrices, start=1):
+            matrix.copy_(0.01 * number * torch.randn_like(matrix).sign())
+    rms = math.sqrt(median((0.01 * number) ** 2 for number in range(1, len(matrices) + 1)))
+    expected = rms / math.sqrt(model.config.hidden_size)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert default_model_lr(model.to(dtype), "distill") == pytest.approx(0.22 * expected, rel=0.01)
+    assert default_model_lr(model, "local") == pytest.approx(0.9 * expected, rel=0.01)
+    assert default_model_lr(model, "lm") == 3e-4
+    recipe = Recipe(healing=Healing(lora=True))
+    assert model_settings(recipe, model, "distill").lr == default_lora_lr(model.config.hidden_size, "distill")
+    assert (default_lora_lr(1024, "distill"), default_lora_lr(1024, "lm")) == (pytest.approx(18e-4), 9e-4)
+
+
+def test_the_rates_are_those_of_the_original() -> None:
+    recipe = make_recipe({"layers": "1,3", "heal": "local+distill", "heal_batch": 2, "heal_epochs": 1})
+    student, teacher, plan = edited()
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(2)
+    healer = Healer(recipe, student, plan, COUNTING, lambda _: None, teacher=teacher)
+    healer.after_edit(plan.new_layers)
+    assert [result.settings.lr for result in healer.results] == [
+        default_model_lr(teacher, result.stage) for result in healer.results
+    ]
+    assert {result.stage for result in healer.results} == {"local", "distill"}
 
 
 def test_come_mp_distils_after_every_merge_each_time_on_other_windows() -> None:

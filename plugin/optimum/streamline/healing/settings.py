@@ -5,15 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, Literal
 
+import torch
+from transformers import PreTrainedModel
+
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.recipe.recipe import Recipe
 
 # The share of the healing windows that is not trained on, but used to choose the best weights.
 HELD_OUT_SHARE = 0.05
 # An empty file that is written last into the folder of a checkpoint, when the checkpoint is complete.
 COMPLETE_FILE = "whole"
+# By how much an update at the default peak rate changes the output of a matrix, at most, as a share of that output.
+CHANGES = {"distill": 0.22, "local": 0.9}
 Scope = Literal["replacement", "layer", "model"]
 
 
@@ -103,23 +110,48 @@ def default_lr(width: int) -> float:
     return 2e-4 * 4096 / width
 
 
-def default_model_lr(width: int, stage: str) -> float:
-    """The default peak learning rate for all weights: 3e-4, or 3e-4 x sqrt(4096 / width) for distillation.
+def default_model_lr(model: PreTrainedModel, stage: str) -> float:
+    """The default peak learning rate for all weights, or by `local` for a layer: it follows the weights and the width.
 
-    3e-4 is LayerChop's (arXiv 2305.14864). Distillation gives more signal per token than the next token does, so small
-    models profit from a higher rate. With the next-token loss, they would forget more at that rate than they learn
-    (measured: `docs/methods.md`).
+    With `lm` it is 3e-4, LayerChop's (arXiv 2305.14864), because a small model would forget more at the rates below
+    than it learns. Else it is `CHANGES[stage]` x RMS / sqrt(width), with the root mean square of the weights. An update
+    of AdamW changes each weight by about the learning rate. If it changes all weights of a matrix alike, the output
+    changes by the rate x width, while it is RMS x sqrt(width) large; the quotient is `CHANGES[stage]`. That rates for
+    matrices fall with the width is Tensor Programs V's rule for Adam (arXiv 2203.03466, table 3).
+
+    The numbers in `CHANGES` were measured at widths of 96 and 128 on three models, whose RMS differs by a factor of 2.6
+    (`docs/methods.md`).
 
     Args:
-        width: The hidden size of the model.
-        stage: One of `Recipe.healing`.
+        model: The original; with `lm`, any model.
+        stage: `lm`, `distill` or `local`.
     """
-    return 3e-4 * math.sqrt(4096 / width) if stage == "distill" else 3e-4
+    if stage == "lm":
+        return 3e-4
+    rate = CHANGES[stage] * _weight_rms(model) / math.sqrt(model.config.hidden_size)
+    return float(f"{rate:.3g}")  # the same on machines that round sums differently
+
+
+def _weight_rms(model: PreTrainedModel) -> float:
+    """The median over the matrices of the decoder layers of their root mean square, without matrices of zeros."""
+    parameters = decoder_layers(model, architecture_of(model.config)).parameters()
+    matrices = [each.detach() for each in parameters if each.ndim > 1 and each.is_floating_point()]
+    # Sums of many squares are inexact in fp32: one norm for each row, and the sum of these in fp64.
+    rows = [torch.linalg.vector_norm(each, dim=-1, dtype=torch.float32).double() for each in matrices]
+    squares = [float(norms.square().mean()) / each.shape[-1] for norms, each in zip(rows, matrices, strict=True)]
+    return math.sqrt(median(square for square in squares if square > 0))
 
 
 def default_lora_lr(width: int, stage: str) -> float:
-    """The default peak learning rate for adapters: three times `default_model_lr`."""
-    return 3 * default_model_lr(width, stage)
+    """The default peak learning rate for adapters: 9e-4, or 9e-4 x sqrt(4096 / width) for distillation.
+
+    9e-4 is three times LayerChop's rate for all weights (arXiv 2305.14864), because adapters start from nothing.
+
+    Args:
+        width: The hidden size of the model.
+        stage: One of `recipe.resolved_trainings`.
+    """
+    return 9e-4 * math.sqrt(4096 / width) if stage == "distill" else 9e-4
 
 
 def scope_of(recipe: Recipe, number: int, trained: bool) -> Scope:
@@ -164,17 +196,17 @@ def replacement_settings(recipe: Recipe, width: int, stage: str) -> HealSettings
     )
 
 
-def local_settings(recipe: Recipe, width: int, layers: int) -> HealSettings:
+def local_settings(recipe: Recipe, model: PreTrainedModel, layers: int) -> HealSettings:
     """The settings for training one cut layer by `local`.
 
     Args:
         recipe: The recipe.
-        width: The hidden size of the model.
+        model: The original.
         layers: The number of cut layers, which share the time limit.
     """
     minutes = recipe.healing.minutes
     return HealSettings(
-        lr=recipe.healing.lr or default_lr(width),
+        lr=recipe.healing.lr or default_model_lr(model, "local"),
         epochs=recipe.healing.epochs,
         batch=recipe.heal_batch("local"),
         minutes=None if minutes is None else minutes / layers,
@@ -185,7 +217,7 @@ def local_settings(recipe: Recipe, width: int, layers: int) -> HealSettings:
     )
 
 
-def model_settings(recipe: Recipe, width: int, stage: str) -> HealSettings:
+def model_settings(recipe: Recipe, model: PreTrainedModel, stage: str) -> HealSettings:
     """The settings for training a whole model, by the next-token loss or by distillation.
 
     With the next-token loss, the learning rate, the weight decay and the end of the cosine at a tenth of the peak are
@@ -196,22 +228,22 @@ def model_settings(recipe: Recipe, width: int, stage: str) -> HealSettings:
 
     Args:
         recipe: The recipe.
-        width: The hidden size of the model.
+        model: The original; with `lm`, any model of its width.
         stage: One of `recipe.resolved_trainings`.
     """
-    lr = default_lora_lr(width, stage) if recipe.healing.lora else default_model_lr(width, stage)
-    distils = stage == "distill"
+    lora, distils = recipe.healing.lora, stage == "distill"
+    width = model.config.hidden_size
     return HealSettings(
-        lr=recipe.healing.lr or lr,
+        lr=recipe.healing.lr or (default_lora_lr(width, stage) if lora else default_model_lr(model, stage)),
         epochs=recipe.healing.epochs,
         batch=recipe.heal_batch(stage),
         minutes=recipe.healing.minutes,
         min_lr_share=0.0 if distils else 0.1,
         betas=(0.9, 0.999) if distils else (0.9, 0.95),
-        weight_decay=0.0 if distils or recipe.healing.lora else 0.1,
+        weight_decay=0.0 if distils or lora else 0.1,
         decay_vectors=False,
         clip=1.0,
-        lora_rank=recipe.healing.lora_rank if recipe.healing.lora else None,
+        lora_rank=recipe.healing.lora_rank if lora else None,
         seed=recipe.seed,
     )
 

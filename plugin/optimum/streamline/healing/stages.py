@@ -158,7 +158,7 @@ class Healer:
                 f"heal {self._recipe.healing.trainings!r}: the plan leaves every layer as it was, and local trains "
                 "those that lost something; use heal distill"
             )
-        settings = local_settings(self._recipe, self._model.config.hidden_size, len(cut))
+        settings = local_settings(self._recipe, self._teacher, len(cut))
         self._announce("local", f"layers {layer_ranges(tuple(each.layer for each in cut))}", settings)
         layers = decoder_layers(self._model, architecture_of(self._model.config))
         for each in cut:
@@ -176,11 +176,13 @@ class Healer:
     def _train(
         self, number: int, stage: str, new_layers: tuple[PlannedLayer, ...], share: tuple[int, int], stop_at: float
     ) -> None:
-        recipe, width = self._recipe, self._model.config.hidden_size
+        recipe = self._recipe
         scope = scope_of(recipe, number, self._plan.replacement in TRAINED)
         replacement_only = scope == "replacement"
-        choose = replacement_settings if replacement_only else model_settings
-        settings = choose(recipe, width, stage)
+        if replacement_only:
+            settings = replacement_settings(recipe, self._model.config.hidden_size, stage)
+        else:
+            settings = model_settings(recipe, self._teacher or self._model, stage)
         if settings.minutes is not None:  # divided like the windows, so that the limit holds for all merges together
             settings = replace(settings, minutes=settings.minutes / share[1])
         self._announce(stage, f"the {scope}", settings, share)

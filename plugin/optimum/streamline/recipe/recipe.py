@@ -167,7 +167,7 @@ class Healing(CheckedOptions):
         Option(
             "Peak learning rate.",
             key="heal_lr",
-            default="depends on the training, on the weights that it trains, and on the hidden size",
+            default="depends on the training, on the size of the weights, and on the hidden size",
         ),
         Gt(0),
     ] = None
