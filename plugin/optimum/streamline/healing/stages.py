@@ -40,7 +40,7 @@ class HealingResult:
     """The result of one training.
 
     Args:
-        stage: The kind of training: one of `Recipe.healing`.
+        stage: The kind of training: one of `Recipe.resolved_trainings`.
         scope: Whether it trained the replacement, one layer or the whole model.
         windows: The number of windows that it trained on, without the held-out ones.
         settings: Its settings.

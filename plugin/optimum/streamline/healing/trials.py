@@ -111,13 +111,13 @@ class Trials:
 def successive_halving(
     plans: Sequence[Plan], divergence: Divergence, drop: Callable[[Plan], None], notify: Notify
 ) -> Plan:
-    """Find the plan that heals best, by rounds of training of which each leaves the better half.
+    """Find the plan that heals best, by rounds of training that each leave the better half of the plans.
 
     In the first round, each plan's model is trained for `FIRST_SHARE` of the training, and in each later round for
-    twice the share of the round before. Half of the plans, rounded down, go on. That a plan lies clearly behind the
-    best one does not put it out, because a fit has its gain at once, and others catch up (measured:
-    `docs/methods.md`). With seven plans, all trials and the rest of the training of the last one have at
-    most the updates of one and a half trainings. Fits and measurements come on top.
+    twice the share of the round before. Half of the plans go on; of an odd number, the smaller half. A plan that lies
+    clearly behind the best one may still go on: a fit has its gain at once, and others catch up (measured:
+    `docs/methods.md`). With seven plans, the updates of all trials and of the rest of the last plan's training are at
+    most those of one and a half trainings. Fits and measurements come on top.
 
     Source: successive halving (Jamieson and Talwalkar, arXiv 1502.07943, Figure 3).
 
@@ -135,25 +135,23 @@ def successive_halving(
     """
     racing, share, rounds = list(plans), FIRST_SHARE, []
     while len(racing) > 1:
-        half, means, out = max(1, len(racing) // 2), list[float](), set[int]()
-        for plan in racing:
-            found = divergence(plan, share)
-            means.append(found if math.isfinite(found) else math.inf)
-            places = sorted(range(len(means)), key=means.__getitem__)
-            for place in set(places[half:]) - out:
-                drop(racing[place])  # at once, because checkpoints take much room
-            out.update(places[half:])
-        if min(means) == math.inf:
+        half = len(racing) // 2
+        means, best = list[float](), list[int]()  # the places in `racing` of the best plans so far
+        for place, plan in enumerate(racing):
+            means.append(divergence(plan, share))
+            finite = [each for each in [*best, place] if math.isfinite(means[each])]
+            better = sorted(finite, key=means.__getitem__)[:half]
+            for each in {*best, place} - set(better):
+                drop(racing[each])  # at once, because checkpoints take much room
+            best = better
+        if not best:
             raise NotFiniteError(
                 "heal-lr: the loss is not finite in the trial training of any plan; use a lower rate, or remove fewer"
             )
-        known = [None if mean == math.inf else mean for mean in means]
+        known = [mean if math.isfinite(mean) else None for mean in means]
         rounds.append((share, tuple((plan.chosen_by, mean) for plan, mean in zip(racing, known, strict=True))))
         values = ", ".join(f"{name} {'failed' if mean is None else f'{mean:.4f}'}" for name, mean in rounds[-1][1])
         notify(f"KL divergence from the original after {share:.3g} of the training: {values}")
-        failed = {place for place, mean in enumerate(means) if mean == math.inf}
-        for place in failed - out:
-            drop(racing[place])
-        racing = [plan for place, plan in enumerate(racing) if place not in out | failed]
+        racing = [racing[place] for place in sorted(best)]
         share *= 2
     return replace(racing[0], trials=tuple(rounds))
