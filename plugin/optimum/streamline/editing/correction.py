@@ -26,14 +26,15 @@ from optimum.streamline.models.architectures import (
     residual_scale,
     submodule,
 )
-from optimum.streamline.models.removed_sublayers import SublayerSet, whole_layer, without
+from optimum.streamline.models.removed_sublayers import SublayerSet
 from optimum.streamline.models.skipped_sublayers import MLP, skipped_of
 from optimum.streamline.system.progress import progress_bar
 from optimum.streamline.text.windows import BATCH, Windows
 
-from .linear_map import NormalEquations, stream_after
+from .linear_map import NormalEquations
 from .packing import mlps_after_gaps
 from .plan import Plan
+from .residual_stream import embeddings, run_layer
 
 # The default ridge strength. Perplexities over the dense model's, measured on the reference model (16 layers) with
 # corrections fitted on 24 windows of 256 tokens, on other text. Without the 4 layers that SLEB removes 1.236; with
@@ -249,11 +250,10 @@ class _Walk:
         """A walk from the embeddings on."""
         batches = [batch.to(model.device) for batch in windows.ids.split(BATCH)]
         skipped = skipped_of(model.config)
-        with without(model, whole_layer(0)):  # an identity then, whose output is its input
-            embeddings = [stream_after(model, ids, 0) for ids in batches]
-        original = cls(model, batches, skipped, strength, None, (), {0: embeddings})
+        embedded = [embeddings(model, ids) for ids in batches]
+        original = cls(model, batches, skipped, strength, None, (), {0: embedded})
         to_fit = mlps_after_gaps(model.config.num_hidden_layers, removed, skipped)
-        return cls(model, batches, removed | skipped, strength, original, to_fit, {0: embeddings})
+        return cls(model, batches, removed | skipped, strength, original, to_fit, {0: embedded})
 
     def input_of(self, layer: int) -> list[torch.Tensor]:
         """The input of a layer; for the number of layers, the output of the last."""
@@ -314,8 +314,8 @@ class _Walk:
     def _after(self, layer: int, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """The output of a layer on a batch, given its input."""
         correction = {layer: self.corrections[layer]} if layer in self.corrections else {}
-        with corrected(self.model, correction), without(self.model, self.removed, layer, hidden):
-            return stream_after(self.model, ids, layer)
+        with corrected(self.model, correction):
+            return run_layer(self.model, ids, layer, hidden, self.removed)
 
 
 def _sizes(projection: nn.Module) -> tuple[int, int]:

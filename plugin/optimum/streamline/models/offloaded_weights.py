@@ -7,7 +7,7 @@ weights just before it runs, and frees them afterwards.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -64,6 +64,19 @@ def device_of(model: PreTrainedModel) -> torch.device:
     return torch.device(next(device for device in devices if device is not None))
 
 
+def run_layers(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """Run a model for what hooks see of its layers. Of its head nearly nothing runs, and nothing is read from disk.
+
+    Args:
+        model: The model.
+        ids: Token ids `[windows, length]`, on the model's device.
+    """
+    if is_offloaded(model):
+        model.base_model(ids, use_cache=False)
+    else:  # some quantizers unpack weights in hooks on the whole model; logits of one token cost little
+        model(ids, use_cache=False, logits_to_keep=1)
+
+
 def read_parameter(model: PreTrainedModel, name: str) -> torch.Tensor:
     """The values of a parameter, read from disk if the model is offloaded, and dequantized if it is quantized.
 
@@ -89,13 +102,87 @@ def keep_in_memory(module: nn.Module) -> None:
     Args:
         module: A module without submodules, such as a projection. Nothing is done if its weights are in memory.
     """
-    hook = getattr(module, "_hf_hook", None)
-    if not isinstance(hook, AlignDevicesHook) or not any(each.is_meta for each in module.parameters(recurse=False)):
+    hook = _hook_of(module)
+    if hook is None:
         return
     values = {name: hook.weights_map[name] for name, _ in module.named_parameters(recurse=False)}
     remove_hook_from_module(module)
     for name, value in values.items():
         setattr(module, name, nn.Parameter(value.to(hook.execution_device).clone(), requires_grad=False))
+
+
+@contextmanager
+def in_memory(module: nn.Module) -> Iterator[None]:
+    """Keep the weights of a module and of its submodules in memory inside the `with` block.
+
+    A module that runs several times then reads its weights once. Nothing is done if they are in memory anyway.
+    """
+    with ExitStack() as read:
+        for part in module.modules():
+            hook = _hook_of(part)
+            if hook is not None:
+                read.enter_context(_with_weights(part, hook, {name: hook.weights_map[name] for name in _on_disk(part)}))
+        yield
+
+
+@contextmanager
+def only_rows(module: nn.Module, start: int, stop: int) -> Iterator[None]:
+    """Let a linear module have only some of its outputs inside the `with` block: some rows of its weight and its bias.
+
+    Of weights on disk, only these rows are read.
+
+    Args:
+        module: A module whose parameters have one row for each output, such as an output head.
+        start: The first row.
+        stop: The row after the last.
+    """
+    hook = _hook_of(module)
+    if hook is not None:
+        rows = {name: _rows_on_disk(hook, name, slice(start, stop)) for name in _on_disk(module)}
+        with _with_weights(module, hook, rows):
+            yield
+        return
+    whole = dict(module.named_parameters(recurse=False))
+    try:
+        for name, parameter in whole.items():
+            module._parameters[name] = nn.Parameter(parameter[start:stop], requires_grad=False)
+        yield
+    finally:
+        module._parameters.update(whole)
+
+
+@contextmanager
+def _with_weights(module: nn.Module, hook: AlignDevicesHook, values: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Give an offloaded module these weights inside the `with` block, in place of those that its hook would read."""
+    on_disk = {name: module.get_parameter(name) for name in values}
+    try:
+        for name, value in values.items():
+            read = value.to(hook.execution_device, on_disk[name].dtype)
+            module._parameters[name] = nn.Parameter(read, requires_grad=False)
+        hook.offload = False
+        yield
+    finally:
+        hook.offload = True
+        module._parameters.update(on_disk)
+
+
+def _hook_of(module: nn.Module) -> AlignDevicesHook | None:
+    """The hook that reads the module's own weights from disk; `None` if it has none there."""
+    hook = getattr(module, "_hf_hook", None)
+    return hook if isinstance(hook, AlignDevicesHook) and _on_disk(module) else None
+
+
+def _on_disk(module: nn.Module) -> list[str]:
+    """The names of the module's own parameters that are on disk."""
+    return [name for name, parameter in module.named_parameters(recurse=False) if parameter.is_meta]
+
+
+def _rows_on_disk(hook: AlignDevicesHook, name: str, rows: slice | torch.Tensor) -> torch.Tensor:
+    """Some rows of a parameter that a hook reads, in the type in which it is stored."""
+    place = hook.weights_map.dataset.index[f"{hook.weights_map.prefix}{name}"]
+    with safe_open(place["safetensors_file"], framework="pt") as tensors:
+        found: torch.Tensor = tensors.get_slice(place["weight_name"])[rows]
+    return found
 
 
 def read_in_fp32(model: PreTrainedModel) -> None:
@@ -118,8 +205,8 @@ def read_only_used_embeddings(model: PreTrainedModel) -> None:
     A table of 128,000 tokens of width 4096 takes 2 GB in fp32. Nothing is done if the table is in memory.
     """
     table = model.get_input_embeddings()
-    hook = getattr(table, "_hf_hook", None)
-    if isinstance(table, nn.Embedding) and isinstance(hook, AlignDevicesHook) and table.weight.is_meta:
+    hook = _hook_of(table)
+    if isinstance(table, nn.Embedding) and hook is not None:
         remove_hook_from_module(table)
         add_hook_to_module(table, _UsedRows(hook))
 
@@ -143,7 +230,7 @@ class _UsedRows(AlignDevicesHook):
             kwargs: Passed on.
         """
         used, numbers = ids.cpu().unique(return_inverse=True)
-        rows = self._rows(used).to(self.execution_device, module.weight.dtype)
+        rows = _rows_on_disk(self, "weight", used).to(self.execution_device, module.weight.dtype)
         self._table, self._padding = module.weight, module.padding_idx
         module.weight, module.padding_idx = nn.Parameter(rows, requires_grad=False), None
         return (numbers.to(self.execution_device),), kwargs
@@ -152,10 +239,3 @@ class _UsedRows(AlignDevicesHook):
         """Put the table on disk back in its place."""
         module.weight, module.padding_idx = self._table, self._padding
         return output
-
-    def _rows(self, numbers: torch.Tensor) -> torch.Tensor:
-        """These rows of the table `[rows, width]`, in the type in which they are stored."""
-        place = self.weights_map.dataset.index[f"{self.weights_map.prefix}weight"]
-        with safe_open(place["safetensors_file"], framework="pt") as tensors:
-            rows: torch.Tensor = tensors.get_slice(place["weight_name"])[numbers]
-        return rows

@@ -1,7 +1,8 @@
 """The loss of a model without some of its layers or sublayers, for many candidate removals.
 
 The layers before a candidate compute the same for every candidate. So they run once a batch, and their output is kept:
-trying each of L layers costs about L/2 forward passes, not L.
+trying each of L layers costs about L/2 forward passes, not L. Where the weights are on disk, all candidates go through
+a layer before the next one is read.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum.streamline.editing.correction import CandidateCorrections, corrected, fit_corrections
+from optimum.streamline.editing.residual_stream import embeddings, run_layer
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
-from optimum.streamline.models.offloaded_weights import device_of
+from optimum.streamline.models.offloaded_weights import device_of, in_memory, is_offloaded
 from optimum.streamline.models.removed_sublayers import SublayerSet, whole_layer, without
 from optimum.streamline.system.progress import progress_bar
 from optimum.streamline.text.windows import BATCH, Windows
 
-from .loss import mean_losses, window_losses
+from .loss import mean_losses, stream_losses, window_losses
+
+STREAMS = 1 << 26
+"""The most numbers in the hidden states of all candidates at one depth, but for a single window: 268 MB in fp32."""
 
 
 @torch.inference_mode()
@@ -109,16 +114,55 @@ def removal_window_losses(
     Returns:
         The summed next-token cross-entropy `[candidates, windows]`, float64, in nats, on the CPU.
     """
-    starts = [min(layer for layer, _ in candidate) for candidate in candidates]
     ids = ids.to(device_of(model))
     corrections = corrections or CandidateCorrections({}, [{}] * len(candidates))
+    windows = max(1, STREAMS // (len(candidates) * ids.shape[1] * model.config.hidden_size))
+    losses_of = _one_after_the_other if not is_offloaded(model) else _side_by_side
+    losses = [losses_of(model, some, candidates, removed, corrections) for some in ids.split(windows)]
+    return torch.cat(losses, dim=1).cpu()
+
+
+def _one_after_the_other(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    candidates: Sequence[SublayerSet],
+    removed: SublayerSet,
+    corrections: CandidateCorrections,
+) -> torch.Tensor:
+    """As `removal_window_losses`; each candidate goes from its own layer to the output."""
+    starts = [min(layer for layer, _ in candidate) for candidate in candidates]
     with corrected(model, corrections.before):
         depths = layer_inputs(model, ids, max(starts), removed)
     losses: list[torch.Tensor] = []
     for candidate, start, own in zip(candidates, starts, corrections.candidates, strict=True):
         with corrected(model, own), without(model, removed | candidate, start, depths[start]):
-            losses.append(window_losses(model, ids).cpu())
+            losses.append(window_losses(model, ids))
     return torch.stack(losses)
+
+
+def _side_by_side(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    candidates: Sequence[SublayerSet],
+    removed: SublayerSet,
+    corrections: CandidateCorrections,
+) -> torch.Tensor:
+    """As `removal_window_losses`; all candidates go through one layer after the other, so each layer is read once.
+
+    The losses are the same to the bit.
+    """
+    assert not any((corrections.before, *corrections.candidates)), "corrections need weights in memory"
+    starts = [min(layer for layer, _ in candidate) for candidate in candidates]
+    common, streams = embeddings(model, ids), dict[int, torch.Tensor]()
+    for number, layer in enumerate(list(decoder_layers(model, architecture_of(model.config)))):
+        with in_memory(layer):
+            for place, candidate in enumerate(candidates):
+                if starts[place] <= number:
+                    entering = streams.get(place, common)
+                    streams[place] = run_layer(model, ids, number, entering, removed | candidate)
+            if number < max(starts):
+                common = run_layer(model, ids, number, common, removed)
+    return stream_losses(model, ids, [streams[place] for place in range(len(candidates))])
 
 
 def layer_inputs(

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.architectures import architecture_of, decoder_layers, layer_output
-from optimum.streamline.models.offloaded_weights import device_of, is_offloaded
+from optimum.streamline.models.offloaded_weights import device_of, run_layers
 from optimum.streamline.system.progress import progress_bar
 from optimum.streamline.text.windows import BATCH, Windows
 
@@ -76,15 +76,12 @@ def measure_scores(model: PreTrainedModel, windows: Windows) -> Scores:
         StreamlineError: a layer's output is not finite.
     """
     layers = decoder_layers(model, architecture_of(model.config))
-    on_disk, device = is_offloaded(model), device_of(model)
+    device = device_of(model)
     depths: list[torch.Tensor] = []
 
     def states(batch: torch.Tensor) -> list[torch.Tensor]:
         depths.clear()
-        if on_disk:  # without reading the head
-            model.base_model(batch.to(device), use_cache=False)
-        else:  # some quantizers unpack weights in hooks on the whole model. Logits of one token cost little.
-            model(batch.to(device), use_cache=False, logits_to_keep=1)
+        run_layers(model, batch.to(device))
         return depths
 
     hooks = [layers[0].register_forward_pre_hook(lambda _, args, kwargs: _keep(depths, args, kwargs), with_kwargs=True)]
