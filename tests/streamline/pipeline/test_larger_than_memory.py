@@ -18,6 +18,8 @@ from optimum.streamline import StreamlineConfig, Streamliner
 from optimum.streamline.checkpoints.loading import load_stock, read_config
 from optimum.streamline.checkpoints.saving import save_weights
 from optimum.streamline.editing.apply import apply_plan
+from optimum.streamline.editing.linear_map import check_linear
+from optimum.streamline.editing.merging import check_mergeable
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.model_files.source import ModelSource
@@ -35,6 +37,10 @@ Cli = Callable[..., Outcome]
 TEXT: dict[str, Any] = {"calibration": "stdlib:calibration", "samples": 10, "length": 16}
 # Mixed kinds of layers, other names of modules, experts that transformers converts, and a tied head.
 FAST = {"gemma2", "gpt2", "llama", "mixtral"}
+CHANGES: dict[str, dict[str, Any]] = {
+    "merge": {"method": "come", "remove": 1},
+    "map": {"method": "shortgpt", "replacement": "linear", "remove": 2},
+}
 LITTLE = {"max_memory": "1MB"}  # less than any process takes
 
 
@@ -56,7 +62,7 @@ def loaded(source: Path, offload: Path | None) -> Any:
     """A checkpoint in fp32: in memory, or with its weights on disk."""
     if offload is None:
         return load_stock(ModelSource(str(source)), torch.float32)
-    return load_on_disk(ModelSource(str(source)), torch.float32, offload)
+    return load_on_disk(ModelSource(str(source)), offload)
 
 
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -100,6 +106,12 @@ def test_every_architecture_is_pruned_on_disk_as_in_memory(architecture: str, tm
         pytest.param({"method": "blockpruner"}, marks=pytest.mark.slow),
         pytest.param({"method": "shortgpt", "iterative": True}, marks=pytest.mark.slow),
         {"method": "shortgpt", "dtype": "fp16"},
+        {"method": "come", "heal": "none"},
+        {"method": "come", "heal": "none", "dtype": "bf16"},
+        {"method": "come-p", "heal": "none"},
+        pytest.param({"method": "average", "heal": "none"}, marks=pytest.mark.slow),
+        {"method": "sleb", "replacement": "linear"},
+        pytest.param({"method": "shifted", "replacement": "linear"}, marks=pytest.mark.slow),
     ],
     ids=lambda fields: " ".join(map(str, fields.values())),
 )
@@ -107,9 +119,27 @@ def test_every_method_that_removes_layers_chooses_the_same_on_disk(fields: dict[
     both_ways(make(tmp_path / "in"), tmp_path, **fields, remove=3)
 
 
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(each, marks=() if each == "gpt2" else pytest.mark.slow) for each in sorted(ARCHITECTURES)],
+)
+@pytest.mark.parametrize("edit", ["merge", "map"])
+def test_weights_that_change_are_written_to_disk(architecture: str, edit: str, tmp_path: Path) -> None:
+    source = make(tmp_path / "in", architecture, torch.bfloat16, num_hidden_layers=LAYERS)
+    config = read_config(ModelSource(str(source)))
+    try:
+        check_mergeable(config, "come") if edit == "merge" else check_linear(config)
+    except StreamlineError as error:
+        pytest.skip(str(error))
+    before = {file.name: file.read_bytes() for file in source.iterdir()}
+    both_ways(source, tmp_path, **CHANGES[edit])
+    assert {file.name: file.read_bytes() for file in source.iterdir()} == before
+
+
 @pytest.mark.slow
-def test_a_trained_model_is_pruned_on_disk_as_in_memory(tmp_path: Path) -> None:
-    both_ways(REFERENCE, tmp_path, method="sleb", remove=4, samples=24, length=256)
+@pytest.mark.parametrize("method", ["sleb", "come"])
+def test_a_trained_model_is_pruned_on_disk_as_in_memory(method: str, tmp_path: Path) -> None:
+    both_ways(REFERENCE, tmp_path, method=method, heal="none", remove=4, samples=24, length=256)
 
 
 def test_zeros_are_written_where_weights_are_on_disk(tmp_path: Path) -> None:
@@ -205,10 +235,10 @@ def test_only_the_rows_of_a_batch_are_read_of_the_embeddings(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"method": "come", "remove": 1}, r"merges weights \(method come\)"),
+        ({"method": "come-sp", "remove": 1}, r"trains \(heal distill\)"),
         ({"method": "auto", "remove": 1, "heal": "none"}, r"tries merges, linear maps and corrections \(method auto\)"),
         ({"method": "shortened-taylor", "remove": 1}, r"takes gradients \(method shortened-taylor\)"),
-        ({"method": "sleb", "remove": 1, "replacement": "linear"}, r"computes weights \(replacement linear\)"),
+        ({"method": "sleb", "remove": 1, "replacement": "corrected"}, r"computes weights \(replacement corrected\)"),
         ({"method": "sleb", "remove": 1, "heal": "lm"}, r"trains \(heal lm\)"),
         ({"method": "sleb", "remove": 1, "quantize": "bnb-nf4"}, "quantizes by bnb-nf4"),
     ],

@@ -77,7 +77,7 @@ def test_gradients_are_those_of_whole_logits() -> None:
 def both(source: Path, scratch: Path) -> list[PreTrainedModel]:
     return [
         load_stock(ModelSource(str(source)), torch.float32),
-        load_on_disk(ModelSource(str(source)), torch.float32, scratch),
+        load_on_disk(ModelSource(str(source)), scratch),
     ]
 
 

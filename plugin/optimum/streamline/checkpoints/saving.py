@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimum.streamline.model_files.transformers4_config import add_older_names
 from optimum.streamline.model_files.transformers4_tokenizer import save_tokenizer
 from optimum.streamline.models.bare_layers import bare_layers, save_bare
-from optimum.streamline.models.offloaded_weights import is_offloaded
+from optimum.streamline.models.offloaded_weights import is_offloaded, read_as
 
 from .finite_weights import check_finite_weights
 
@@ -27,15 +27,17 @@ def save_model(
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        dtype: The type to cast the model to first, in place; `None` leaves every weight as it is. A model whose weights
-            are on disk must have been loaded in this type.
+        dtype: The type to cast the model to first, in place; `None` leaves every weight as it is. Weights on disk are
+            cast when they are read.
         folder: The folder to write.
 
     Raises:
         StreamlineError: a weight is not finite after the cast.
     """
     if dtype is not None:
-        if not is_offloaded(model):  # weights on disk are cast when they are read
+        if is_offloaded(model):
+            read_as(model, dtype)
+        else:
             _cast(model, dtype)
         check_finite_weights(f"stored in {dtype}", model)  # the largest fp16 number is 65504
         model.config.dtype = dtype

@@ -6,7 +6,7 @@ and `apply.apply_plan` calls `fold` when it removes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from optimum.streamline.models.architectures import (
     residual_scale,
     submodule,
 )
+from optimum.streamline.models.offloaded_weights import changing, device_of
 from optimum.streamline.models.removed_sublayers import SublayerKey, SublayerSet, without
 from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP, skipped_of
 from optimum.streamline.system.progress import progress_bar
@@ -90,13 +91,13 @@ def fit_maps(
                 raise StreamlineError(
                     "replacement 'linear': a linear map is folded into what comes before; keep layer 0"
                 )
-            equations = NormalEquations.of_sizes(width, width, model.device)
+            equations = NormalEquations.of_sizes(width, width, device_of(model))
             for batch in calibration.ids.split(BATCH):
-                ids = batch.to(model.device)
+                ids = batch.to(device_of(model))
                 written, stream = _patched_stream(model, ids, before, removed, maps)
                 equations.add(written, _original_stream(model, ids, run[-1]) - stream)
                 bar.advance(len(batch))
-            identity = torch.eye(width, dtype=torch.float64, device=model.device)
+            identity = torch.eye(width, dtype=torch.float64, device=device_of(model))
             maps[before] = identity + equations.solve(
                 strength,
                 f"replacement 'linear': the {before[1]} of layer {before[0]} adds only zeros or numbers that are not "
@@ -128,13 +129,16 @@ def fold(model: PreTrainedModel, of: SublayerKey, transform: torch.Tensor) -> No
         of: The sublayer.
         transform: T `[width, width]`, from `fit_maps`.
     """
-    for parameter, out_axis in _output_parameters(model, of):
-        exact = torch.tensordot(parameter.double(), transform.to(parameter.device), dims=([out_axis], [0]))
-        parameter.copy_(exact.movedim(-1, out_axis))
+    module, axes = _output_parameters(model, of)
+    with changing(module):
+        for name, out_axis in axes.items():
+            parameter = module.get_parameter(name)
+            exact = torch.tensordot(parameter.double(), transform.to(parameter.device), dims=([out_axis], [0]))
+            parameter.copy_(exact.movedim(-1, out_axis))
 
 
-def _output_parameters(model: PreTrainedModel, of: SublayerKey) -> Iterator[tuple[nn.Parameter, int]]:
-    """The weight and bias of a sublayer's output projection, each with the axis of length `width`."""
+def _output_parameters(model: PreTrainedModel, of: SublayerKey) -> tuple[nn.Module, dict[str, int]]:
+    """The output projection of a sublayer, and for its weight and bias the axis of length `width`."""
     architecture, (index, sublayer) = architecture_of(model.config), of
     layer = decoder_layers(model, architecture)[index]
     for path in (architecture.attention_out,) if sublayer == ATTENTION else architecture.mlp_out:
@@ -142,12 +146,8 @@ def _output_parameters(model: PreTrainedModel, of: SublayerKey) -> Iterator[tupl
         with suppress(AttributeError):  # a layer has one of these paths: dense and mixture-of-experts layers differ
             found = getattr(submodule(layer, parent), name)
             if isinstance(found, nn.Parameter):
-                yield found, 1  # one tensor for all experts: [experts, width, inner]
-                return
-            yield found.weight, 1 if isinstance(found, Conv1D) else 0
-            if found.bias is not None:
-                yield found.bias, 0
-            return
+                return submodule(layer, parent), {name: 1}  # one tensor for all experts: [experts, width, inner]
+            return found, {"weight": int(isinstance(found, Conv1D)), **({} if found.bias is None else {"bias": 0})}
     raise ValueError(f"{sublayer} of layer {index}: has no output projection where {architecture} says")
 
 

@@ -7,9 +7,8 @@ sensitivities of the channels (`scoring.channel_sensitivity`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
-from itertools import chain
 
 import torch
 from torch import nn
@@ -27,6 +26,7 @@ from optimum.streamline.models.architectures import (
 from optimum.streamline.models.bare_layers import refuse_bare
 from optimum.streamline.models.channels import Channels, rows_of, sublayer_weights
 from optimum.streamline.models.layer_list import set_decoder_layers
+from optimum.streamline.models.offloaded_weights import copy_in_memory, leave_on_disk, weights_on_disk
 
 from .plan import Merge
 
@@ -168,25 +168,28 @@ def average_layers(model: PreTrainedModel, first: int, share: float) -> nn.Modul
 
 
 def replace_pair(model: PreTrainedModel, first: int, layer: nn.Module) -> None:
-    """Replace layers `first` and `first` + 1 of `model` by `layer`, in place, and update the config."""
+    """Replace layers `first` and `first` + 1 of `model` by `layer`, in place, and update the config.
+
+    If the model's weights are on disk, those of the new layer are written there too.
+    """
     architecture = architecture_of(model.config)
     layers = list(decoder_layers(model, architecture))
+    leave_on_disk(model, layer)
     origins = [index for index in range(len(layers)) if index != first + 1]
     layers[first : first + 2] = [layer]
     set_decoder_layers(model, architecture, layers, origins)
 
 
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy with its own modules and config, but the same weight tensors. Change its layers, never its weights."""
-    tensors: Iterator[torch.Tensor] = chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    """A copy with its own modules and config, but the same weights. Change its layers, never its weights."""
+    shared = [*model.parameters(), *model.buffers(), *weights_on_disk(model)]
+    return copy.deepcopy(model, {id(each): each for each in shared})
 
 
 def copy_layer(model: PreTrainedModel, index: int) -> nn.Module:
     """A copy of decoder layer number `index`, with its own weights."""
     # The copy refers to the model's config object: with a config of its own it would miss later changes.
-    layers = decoder_layers(model, architecture_of(model.config))
-    return copy.deepcopy(layers[index], {id(model.config): model.config})
+    return copy_in_memory(decoder_layers(model, architecture_of(model.config))[index], [model.config])
 
 
 def _folded(model: PreTrainedModel, index: int) -> nn.Module:

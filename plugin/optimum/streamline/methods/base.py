@@ -191,6 +191,14 @@ class Method(ABC):
         """Why the method cannot prune quantized weights with this recipe; empty if it can. By default `needs_float`."""
         return self.needs_float
 
+    def needs_memory(self, recipe: Recipe, config: PreTrainedConfig) -> str:
+        """Why the weights must be in memory for this recipe; empty if they can stay on disk.
+
+        By default for the same reason that rules out quantized weights. It completes a message that begins with "the
+        recipe".
+        """
+        return self.quantized_refusal(recipe, config)
+
     def held_out(self, recipe: Recipe) -> int:
         """The number of windows that the method needs to compare plans on, after the calibration windows."""
         return 0

@@ -51,6 +51,10 @@ class CoMe(Method):
     by_channel: ClassVar[bool] = True
     """Whether `merged` uses channel sensitivities, so that `apply` measures them before each merge."""
 
+    def needs_memory(self, recipe: Recipe, config: PreTrainedConfig) -> str:
+        """Nothing: the layers of a pair are read to be merged, and the new layer is written to disk."""
+        return ""
+
     def check(self, recipe: Recipe, config: PreTrainedConfig) -> None:
         """Refuse a recipe as the base class does, and a model that does not allow so many merges."""
         super().check(recipe, config)

@@ -6,18 +6,22 @@ weights just before it runs, and frees them afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+from uuid import uuid4
 
 import torch
 from accelerate import init_empty_weights
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations.accelerate import load_offloaded_parameter, offload_weight
 
 from .quantized_weights import float_values
 
@@ -55,6 +59,13 @@ def is_offloaded(model: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in model.parameters())
 
 
+def weights_on_disk(module: nn.Module) -> list[OffloadedWeightsLoader]:
+    """The weights on disk that a module's hooks read: one object for all of a model, or none."""
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    maps = (hook.weights_map for hook in hooks if isinstance(hook, AlignDevicesHook))
+    return list({id(each.dataset): each.dataset for each in maps if isinstance(each, PrefixedDataset)}.values())
+
+
 def device_of(model: PreTrainedModel) -> torch.device:
     """The device on which a model computes, also if its weights are on disk."""
     if not is_offloaded(model):
@@ -90,25 +101,8 @@ def read_parameter(model: PreTrainedModel, name: str) -> torch.Tensor:
     parameter = model.get_parameter(name)
     if not parameter.is_meta:
         return float_values(model.get_submodule(name.rpartition(".")[0]), parameter)
-    from transformers.integrations.accelerate import load_offloaded_parameter
-
     weight: torch.Tensor = load_offloaded_parameter(model, name)
     return weight
-
-
-def keep_in_memory(module: nn.Module) -> None:
-    """Read the weights of a module that lie on disk, and keep them in memory from now on, so that they can be changed.
-
-    Args:
-        module: A module without submodules, such as a projection. Nothing is done if its weights are in memory.
-    """
-    hook = _hook_of(module)
-    if hook is None:
-        return
-    values = {name: hook.weights_map[name] for name, _ in module.named_parameters(recurse=False)}
-    remove_hook_from_module(module)
-    for name, value in values.items():
-        setattr(module, name, nn.Parameter(value.to(hook.execution_device).clone(), requires_grad=False))
 
 
 @contextmanager
@@ -152,6 +146,76 @@ def only_rows(module: nn.Module, start: int, stop: int) -> Iterator[None]:
 
 
 @contextmanager
+def changing(module: nn.Module) -> Iterator[None]:
+    """Read the module's own weights inside the `with` block, so that they can be changed, and then write them to disk.
+
+    They are written to the model's folder on disk, not over the checkpoint. Nothing is done if they are in memory.
+    """
+    hook = _hook_of(module)
+    if hook is None:
+        yield
+        return
+    values = {name: hook.weights_map[name].clone() for name in _on_disk(module)}
+    with _with_weights(module, hook, values):
+        yield
+        for name in values:
+            _write(hook.weights_map, name, module.get_parameter(name))
+
+
+def leave_on_disk(model: PreTrainedModel, layer: nn.Module) -> None:
+    """Write a new layer of an offloaded model to disk, and let it read its weights as the others do.
+
+    Args:
+        model: The model. Nothing is done if its weights are in memory.
+        layer: The layer, with its weights in memory. Nothing is done if they are on disk.
+    """
+    if not is_offloaded(model):
+        return
+    [weights], device = weights_on_disk(model), device_of(model)
+    new = f"new{len(weights.index)}"
+    for path, part in layer.named_modules():
+        own = [name for name, parameter in part.named_parameters(recurse=False) if not parameter.is_meta]
+        own_weights = PrefixedDataset(weights, f"{new}.{path}." if path else f"{new}.")
+        for name in own:
+            _write(own_weights, name, part.get_parameter(name))
+        if own:
+            add_hook_to_module(part, AlignDevicesHook(device, offload=True, weights_map=own_weights))
+
+
+def copy_in_memory(module: nn.Module, shared: Iterable[object] = ()) -> nn.Module:
+    """A copy of a module with its weights in memory, also if those of the module are on disk.
+
+    Args:
+        module: The module; it is unchanged.
+        shared: Objects that the copy shares with the module.
+    """
+    with in_memory(module):
+        copied = copy.deepcopy(module, {id(each): each for each in (*shared, *weights_on_disk(module))})
+    return remove_hook_from_module(copied, recurse=True)  # type: ignore[no-any-return]
+
+
+def read_as(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Let an offloaded model read its weights in another type from now on, and cast its stored buffers to it."""
+    [weights] = weights_on_disk(model)
+    for entry in weights.index.values():
+        entry["dtype"] = str(dtype).removeprefix("torch.")
+    cast = {each: nn.Parameter(each.to(dtype), requires_grad=False) for each in model.parameters()}  # tied ones once
+    for part in model.modules():
+        own = dict(part.named_parameters(recurse=False))
+        part._parameters.update({name: cast[each] for name, each in own.items()})
+        for name, buffer in part.named_buffers(recurse=False):
+            if name not in part._non_persistent_buffers_set and buffer.is_floating_point():
+                part._buffers[name] = buffer.to(dtype)
+
+
+def _write(weights: PrefixedDataset, name: str, value: torch.Tensor) -> None:
+    """Write a weight to a new file, which is where it is read from now on."""
+    index, new = weights.dataset.index, f"weight{len(weights.dataset.index)}-{uuid4().hex}"
+    offload_weight(value.detach().contiguous(), new, weights.dataset.save_folder, index)
+    index[f"{weights.prefix}{name}"] = index.pop(new)
+
+
+@contextmanager
 def _with_weights(module: nn.Module, hook: AlignDevicesHook, values: dict[str, torch.Tensor]) -> Iterator[None]:
     """Give an offloaded module these weights inside the `with` block, in place of those that its hook would read."""
     on_disk = {name: module.get_parameter(name) for name in values}
@@ -187,7 +251,7 @@ def _rows_on_disk(hook: AlignDevicesHook, name: str, rows: slice | torch.Tensor)
 
 def read_in_fp32(model: PreTrainedModel) -> None:
     """Let an offloaded model read its weights in fp32 from now on, in whatever type it was loaded."""
-    nn.Module.float(model)  # on the meta device; a hook casts what it reads to the type of the parameter
+    read_as(model, torch.float32)
     with init_empty_weights(include_buffers=False):
         fp32: PreTrainedModel = type(model)._from_config(model.config, dtype=torch.float32)
     # Buffers that are not stored, such as a scale of the embeddings, were computed in the narrower type.

@@ -20,7 +20,7 @@ from optimum.streamline.errors import StreamlineError
 
 from .architectures import Architecture, Sublayer, architecture_of, decoder_layers, submodule
 from .bare_layers import bare_layers
-from .offloaded_weights import keep_in_memory, read_parameter
+from .offloaded_weights import changing, read_parameter
 
 ATTENTION: Sublayer = "attention"
 MLP: Sublayer = "mlp"
@@ -105,8 +105,8 @@ def zero_output(layer: nn.Module, architecture: Architecture, sublayer: Sublayer
     """
     with torch.no_grad():
         for name in _writing_parameters(layer, architecture, sublayer):
-            keep_in_memory(layer.get_submodule(name.rpartition(".")[0]))
-            layer.get_parameter(name).zero_()
+            with changing(layer.get_submodule(name.rpartition(".")[0])):
+                layer.get_parameter(name).zero_()
 
 
 def replace_sublayer(layer: nn.Module, architecture: Architecture, sublayer: Sublayer) -> dict[str, nn.Module]:

@@ -56,14 +56,14 @@ def stays_on_disk(source: ModelSource, recipe: Recipe, config: PreTrainedConfig,
     if needs_memory and limit is not None:
         raise StreamlineError(
             f"max-memory {recipe.max_memory!r}: the recipe {needs_memory}, so the weights must be in memory, and take "
-            f"{size(needed + taken_memory())} with the program; give so much, or only remove layers, such as by method "
-            "shortgpt with heal none, on device cpu"
+            f"{size(needed + taken_memory())} with the program; give so much, or take a method such as shortgpt or "
+            "come, with heal none, on device cpu"
         )
     return not needs_memory
 
 
 def why_in_memory(recipe: Recipe, config: PreTrainedConfig) -> str:
-    """Why the weights must be in memory to carry out a recipe; empty if it only scores and removes layers.
+    """Why the weights must be in memory to carry out a recipe; empty if they can stay on disk.
 
     Args:
         recipe: The recipe.
@@ -73,32 +73,28 @@ def why_in_memory(recipe: Recipe, config: PreTrainedConfig) -> str:
         return f"prunes quantized weights ({name})"
     if recipe.quantization.quantizer in QUANTIZERS:
         return f"quantizes by {recipe.quantization.quantizer}"
-    if refusal := METHODS[recipe.resolved_method].quantized_refusal(recipe, config):
-        return f"{refusal} (method {recipe.resolved_method})"
-    if recipe.resolved_replacement != "none":
+    if reason := METHODS[recipe.resolved_method].needs_memory(recipe, config):
+        return f"{reason} (method {recipe.resolved_method})"
+    if recipe.resolved_replacement not in ("none", "linear"):
         return f"computes weights (replacement {recipe.resolved_replacement})"
     if recipe.resolved_trainings:
         return f"trains (heal {'+'.join(recipe.resolved_trainings)})"
     return ""
 
 
-def load_on_disk(source: ModelSource, dtype: torch.dtype, folder: Path, check_weights: bool = True) -> PreTrainedModel:
-    """Load a model whose weights stay on disk: each module reads its own in `dtype` just before it runs, on the CPU.
+def load_on_disk(source: ModelSource, folder: Path) -> PreTrainedModel:
+    """Load a model whose weights stay on disk: each module reads its own in fp32 just before it runs, on the CPU.
 
     Args:
         source: The model.
-        dtype: The type in which weights are read.
-        folder: A folder for weights that must be converted. It must exist as long as the model.
-        check_weights: As in `load_stock`.
+        folder: A folder for weights that are converted or changed. It must exist as long as the model.
 
     Raises:
         StreamlineError: a weight is missing, truncated, not finite or of the wrong shape.
     """
     give_back_freed_tensors()
     # Each weight is read once on the way. In its own type it takes no more memory than on disk.
-    stored = only_dtype(source) if dtype == torch.float32 else dtype
-    model = load_stock(source, stored, "cpu", folder, check_weights=check_weights)
-    if stored != dtype:
-        read_in_fp32(model)
+    model = load_stock(source, only_dtype(source), "cpu", folder)
+    read_in_fp32(model)
     read_only_used_embeddings(model)
     return model

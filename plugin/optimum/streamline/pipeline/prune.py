@@ -69,7 +69,7 @@ def score(source: ModelSource, recipe: Recipe, notify: Notify) -> tuple[Scores, 
         name = quantization_name(config)
         if stays_on_disk(source, recipe, config, f"scores quantized weights ({name})" if name else ""):
             notify(ON_DISK)
-            model = load_on_disk(source, torch.float32, Path(scratch))
+            model = load_on_disk(source, Path(scratch))
         else:
             model = load_stock(source, torch.float32, recipe.device)
         return measure_scores(model, windows), windows
@@ -113,7 +113,7 @@ def prepare(source: ModelSource, recipe: Recipe, notify: Notify, scored: Score |
     if stays_on_disk(source, recipe, config, why_in_memory(recipe, config)):
         on_disk = TemporaryDirectory(prefix="streamline-")
         notify(ON_DISK)
-        model = load_on_disk(source, torch.float32, Path(on_disk.name))
+        model = load_on_disk(source, Path(on_disk.name))
     else:
         model = load_original(source, recipe, config)
     loaded = time.monotonic()
@@ -292,9 +292,6 @@ def _edit_and_heal(
 ) -> tuple[Change, tuple[HealingResult, ...]]:
     """Edit the prepared model by its plan, with the trainings before, during and after the edit."""
     recipe, plan = prepared.recipe, prepared.plan
-    if prepared.on_disk is not None and prepared.stored is not None:  # to be written as it is stored, not in fp32
-        scratch = Path(prepared.on_disk.name)
-        prepared.model = load_on_disk(prepared.source, prepared.stored, scratch, check_weights=False)
     model = prepared.model
     replacement = build_replacement(model, plan, prepared.calibration, recipe.seed)
     healer: Healer | None = None

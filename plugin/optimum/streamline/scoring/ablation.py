@@ -116,8 +116,8 @@ def removal_window_losses(
     """
     ids = ids.to(device_of(model))
     corrections = corrections or CandidateCorrections({}, [{}] * len(candidates))
-    windows = max(1, STREAMS // (len(candidates) * ids.shape[1] * model.config.hidden_size))
-    losses_of = _one_after_the_other if not is_offloaded(model) else _side_by_side
+    windows = windows_at_once(model, len(candidates), ids.shape[1])
+    losses_of = _side_by_side if is_offloaded(model) else _one_after_the_other
     losses = [losses_of(model, some, candidates, removed, corrections) for some in ids.split(windows)]
     return torch.cat(losses, dim=1).cpu()
 
@@ -163,6 +163,16 @@ def _side_by_side(
             if number < max(starts):
                 common = run_layer(model, ids, number, common, removed)
     return stream_losses(model, ids, [streams[place] for place in range(len(candidates))])
+
+
+def windows_at_once(model: PreTrainedModel, candidates: int, length: int) -> int:
+    """The number of windows of a batch, such that the hidden states of all candidates at one depth fit (`STREAMS`).
+
+    It is at most `BATCH`, and does not depend on where the weights are, so that losses are the same in memory and on
+    disk.
+    """
+    width: int = model.config.hidden_size
+    return max(1, min(BATCH, STREAMS // (candidates * length * width)))
 
 
 def layer_inputs(

@@ -21,6 +21,7 @@ from optimum.streamline.models.architectures import (
     submodule,
 )
 from optimum.streamline.models.channels import Channels, rows_of, sublayer_weights
+from optimum.streamline.models.offloaded_weights import device_of, in_memory
 from optimum.streamline.text.windows import Windows
 
 from .similarity import Scores, measure_scores
@@ -48,8 +49,9 @@ def measure_channels(model: PreTrainedModel, windows: Windows) -> tuple[Scores, 
         {name: submodule(layer, weights.output) for name, weights in sublayer_weights(architecture).items()}
         for layer in decoder_layers(model, architecture)
     ]
+    device = device_of(model)
     sums = {
-        module: torch.zeros_like(rows_of(module)[0], dtype=torch.float64)
+        module: torch.zeros(rows_of(module).shape[1], dtype=torch.float64, device=device)
         for by_sublayer in projections
         for module in by_sublayer.values()
     }
@@ -76,7 +78,8 @@ def measure_channels(model: PreTrainedModel, windows: Windows) -> tuple[Scores, 
 @torch.no_grad()
 def _sensitivity(output: nn.Module, mean_size: torch.Tensor, heads: int | None) -> torch.Tensor:
     # `mean_size` is E|a_j| for every input j of the projection `output`. With `heads`, the inputs are averaged by head.
-    by_input = (mean_size * rows_of(output).abs().sum(0, dtype=torch.float64)).cpu()
+    with in_memory(output):
+        by_input = (mean_size * rows_of(output).abs().sum(0, dtype=torch.float64)).cpu()
     return by_input if heads is None else by_input.unflatten(0, (heads, -1)).mean(1)
 
 

@@ -1,7 +1,7 @@
 """The loss of a model with two neighbouring layers replaced by each of several candidate layers.
 
-The layers before the pair run once a batch for all candidates. Memory grows neither with the number of candidates nor
-with the number of windows. `ablation.py` does the same for removals.
+The layers before the pair run once a batch for all candidates. After the pair, all candidates go through a layer before
+the next one runs. `ablation.py` does the same for removals.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum.streamline.editing.merging import replace_pair, shared_copy
+from optimum.streamline.editing.residual_stream import run_layer
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
-from optimum.streamline.models.removed_sublayers import without
+from optimum.streamline.models.offloaded_weights import device_of, in_memory
 from optimum.streamline.system.progress import progress_bar
-from optimum.streamline.text.windows import BATCH, Windows
+from optimum.streamline.text.windows import Windows
 
-from .ablation import layer_inputs
-from .loss import cross_entropy_sum, mean_losses
+from .ablation import layer_inputs, windows_at_once
+from .loss import mean_losses, stream_losses
 
 
 @torch.no_grad()
@@ -46,13 +47,18 @@ def candidate_losses(
     replace_pair(shortened, first, layers[first])
     layers = decoder_layers(shortened, architecture_of(shortened.config))
     total = torch.zeros(len(candidates), dtype=torch.float64)
+    at_once = windows_at_once(model, len(candidates), windows.ids.shape[1])
     with progress_bar("trying merges", len(windows.ids)) as bar:
-        for batch in windows.ids.split(BATCH):
-            ids = batch.to(model.device)
+        for batch in windows.ids.split(at_once):
+            ids = batch.to(device_of(model))
             before = layer_inputs(shortened, ids, first)[first]
-            for number, build in enumerate(candidates):
+            streams: list[torch.Tensor] = []
+            for build in candidates:
                 layers[first] = build()
-                with without(shortened, frozenset(), first, before):
-                    total[number] += cross_entropy_sum(shortened, ids).cpu()
+                streams.append(run_layer(shortened, ids, first, before))
+            for number in range(first + 1, len(layers)):
+                with in_memory(layers[number]):
+                    streams = [run_layer(shortened, ids, number, stream) for stream in streams]
+            total += stream_losses(shortened, ids, streams).sum(1).cpu()
             bar.advance(len(batch))
     return mean_losses(total, windows, "merge")
