@@ -33,7 +33,7 @@ CANDIDATES: dict[str, Method] = {
     "shifted": Shifted(),
     "blockpruner": BlockPruner(),
     "come-p": CoMeP(),
-    "sleb + corrected": SLEB(),
+    "shifted + corrected": Shifted(),
     "sleb + linear": SLEB(),
     "shortgpt + linear": ShortGPT(),
     "shortgpt iterative": ShortGPT(),
