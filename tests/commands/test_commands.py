@@ -164,7 +164,7 @@ def test_recipes_with_a_fault(cli: Cli, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("remove: 4\nmetod: shortgpt\n")
     assert_refused(
-        cli("run", "-m", REFERENCE, recipe, tmp_path / "out"), "recipe.yaml: unknown key 'metod'; known are method"
+        cli("run", "-m", REFERENCE, recipe, tmp_path / "out"), "recipe.yaml: unknown key 'metod'; did you mean method?"
     )
     assert_refused(cli("run", "-m", REFERENCE, tmp_path / "no.yaml", tmp_path / "out"), "no.yaml: cannot be read")
     assert [file.name for file in tmp_path.iterdir()] == ["recipe.yaml"]

@@ -22,7 +22,10 @@ from optimum.streamline.recipe.recipe import CHOOSING_TEXT, JUDGING_TEXT, OPTION
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"removes": 3}, "unknown key 'removes'; known are method, remove, layers"),
+        ({"removes": 3}, r"unknown key 'removes'; did you mean remove\?"),
+        ({"heal_token": 3}, r"unknown key 'heal_token'; did you mean heal_tokens\?"),
+        ({"prunning": {}}, r"unknown key 'prunning'; did you mean pruning\?"),
+        ({"zzz": 3}, "unknown key 'zzz'; known are the groups pruning, healing, .*, and their options"),
         ({"heal": "hope"}, "heal is 'hope': must be none, or one or more of hidden-mse"),
         (
             {"heal": "distill+local"},

@@ -111,7 +111,7 @@ def recipe_or_line(text: str, folder: Path) -> Recipe | str:
         ("remove: &a 1", "line 1, column 9: anchors and aliases are not supported; write the value out"),
         ("remove: *nope", "anchors and aliases are not supported"),
         ("&a\nlayers: [*a]", "anchors and aliases are not supported"),
-        ("<<: {remove: 1}", "unknown key '<<'; known are method"),
+        ("<<: {remove: 1}", "unknown key '<<'; known are the groups pruning"),
         ("? [a]\n: 1", "line 1, column 3: a key must be a word, not a list or a mapping"),
         ("{a: b}: 1", "a key must be a word"),
         ("~: 1", "unknown key None"),

@@ -14,7 +14,15 @@ from .settings import heal_windows, scope_of
 from .trainer import check_sharing
 
 # Recipe fields that apply to every kind of healing.
-_OF_ANY_TRAINING = ("heal_data", "heal_tokens", "heal_minutes", "heal_lr", "heal_epochs", "heal_batch")
+_OF_ANY_TRAINING = (
+    "heal_data",
+    "heal_tokens",
+    "heal_minutes",
+    "heal_lr",
+    "heal_epochs",
+    "heal_batch",
+    "heal_micro_batch",
+)
 
 
 def check_healing(recipe: Recipe) -> None:
@@ -34,7 +42,11 @@ def check_healing(recipe: Recipe) -> None:
             f"{SELF}:PROMPTS, or another text"
         )
     fields = recipe.recorded_options()
-    needs = [("heal_scope", {"lm", "distill"}), ("heal_normalised", {"hidden-mse"})]
+    needs = [
+        ("heal_scope", {"lm", "distill"}),
+        ("gradient_checkpointing", {"lm", "distill"}),
+        ("heal_normalised", {"hidden-mse"}),
+    ]
     if recipe.healing.trainings is None:
         needs += [(field, {"hidden-mse", "local", "lm", "distill"}) for field in _OF_ANY_TRAINING]
     for field, stages in needs:

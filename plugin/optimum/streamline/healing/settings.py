@@ -34,6 +34,9 @@ class HealSettings:
         lr: The peak learning rate.
         epochs: The number of passes over the training windows.
         batch: The number of windows in an update, over all processes.
+        micro_batch: The most windows that a process computes at a time; `None` for all of its windows of an update.
+            The gradients of an update are added up, so this changes its result by rounding only.
+        gradient_checkpointing: Keep only the input of each decoder layer for the gradient, and compute the layer again.
         minutes: The time limit. The schedule then follows the updates or the time, whichever has progressed further.
         min_lr_share: The learning rate at the end of the cosine, as a share of the peak.
         warmup_share: The share of the updates in which the learning rate rises from zero to the peak.
@@ -48,6 +51,8 @@ class HealSettings:
     lr: float
     epochs: int = 4
     batch: int = 8
+    micro_batch: int | None = None
+    gradient_checkpointing: bool = False
     minutes: float | None = None
     min_lr_share: float = 0.25
     warmup_share: float = 0.05
@@ -190,6 +195,7 @@ def replacement_settings(recipe: Recipe, width: int, stage: str) -> HealSettings
         lr=recipe.healing.lr or default_lr(width),
         epochs=recipe.healing.epochs,
         batch=recipe.heal_batch(stage),
+        micro_batch=recipe.healing.micro_batch,
         minutes=recipe.healing.minutes,
         betas=(0.9, 0.999) if stage == "hidden-mse" else (0.9, 0.95),
         seed=recipe.seed,
@@ -209,6 +215,7 @@ def local_settings(recipe: Recipe, model: PreTrainedModel, layers: int) -> HealS
         lr=recipe.healing.lr or default_model_lr(model, "local"),
         epochs=recipe.healing.epochs,
         batch=recipe.heal_batch("local"),
+        micro_batch=recipe.healing.micro_batch,
         minutes=None if minutes is None else minutes / layers,
         min_lr_share=0.0,
         weight_decay=0.0,
@@ -237,6 +244,8 @@ def model_settings(recipe: Recipe, model: PreTrainedModel, stage: str) -> HealSe
         lr=recipe.healing.lr or (default_lora_lr(width, stage) if lora else default_model_lr(model, stage)),
         epochs=recipe.healing.epochs,
         batch=recipe.heal_batch(stage),
+        micro_batch=recipe.healing.micro_batch,
+        gradient_checkpointing=recipe.healing.gradient_checkpointing,
         minutes=recipe.healing.minutes,
         min_lr_share=0.0 if distils else 0.1,
         betas=(0.9, 0.999) if distils else (0.9, 0.95),

@@ -11,9 +11,11 @@ from functools import partial
 from pathlib import Path
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from optimum.streamline.editing.plan import Plan
+from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.models.skipped_sublayers import skipped_sublayers_dropped
 from optimum.streamline.text.windows import Windows
 
@@ -99,6 +101,8 @@ def train_model(
     with ExitStack() as stack:
         stack.enter_context(skipped_sublayers_dropped(model))
         stack.enter_context(_gradients_as_before(model))
+        if settings.gradient_checkpointing:
+            stack.enter_context(_layers_computed_again(model))
         model.requires_grad_(False)
         if settings.lora_rank is None:
             parameters: Sequence[nn.Parameter] = list((part or model).parameters())
@@ -122,3 +126,19 @@ def _gradients_as_before(model: nn.Module) -> Iterator[None]:
         for parameter, required in before:
             parameter.requires_grad_(required)
             parameter.grad = None
+
+
+@contextmanager
+def _layers_computed_again(model: PreTrainedModel) -> Iterator[None]:
+    """Let the backward pass compute each decoder layer again inside the `with` block (gradient checkpointing).
+
+    The switch of transformers does this in training mode only, which would also turn dropout on.
+    """
+    layers = list(decoder_layers(model, architecture_of(model.config)))
+    try:
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

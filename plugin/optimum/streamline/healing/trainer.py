@@ -69,8 +69,8 @@ def train(
     training, held_out = split_windows(windows, share)
     batch = _batch(settings.batch, len(training) * settings.epochs)
     order = _order(len(training), settings, batch)
-    trained = TrainedWeights(parameters, loss)
     with _checkpoints(workspace) as (folder, last):
+        trained = TrainedWeights(parameters, loss, folder)
         progress = TrainingProgress(
             trained, held_out, settings, updates=len(order) // batch, saves=workspace is not None, stop_at=stop_at
         )
@@ -81,8 +81,8 @@ def train(
             rows = run_training(trained, progress, training[order], batch, settings, folder, last, title)
             if workspace is not None and stop_at == 1:
                 _keep_result_only(workspace)
-    if stop_at == 1:
-        trained.restore()
+        if stop_at == 1:
+            trained.restore(best_row(rows)["step"])
     return _log(rows)
 
 

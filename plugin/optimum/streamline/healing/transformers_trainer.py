@@ -10,11 +10,13 @@ import gc
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from time import monotonic
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Sampler, SequentialSampler
@@ -33,32 +35,51 @@ CHECKPOINT_EVERY = 200
 
 
 class TrainedWeights(nn.Module):
-    """The trained parameters and, as buffers, the best values of them so far. A checkpoint holds both."""
+    """The trained parameters. Their best values so far are in a file, so that memory does not hold them twice.
 
-    def __init__(self, parameters: Sequence[nn.Parameter], loss: Loss) -> None:
+    Args:
+        parameters: The parameters.
+        loss: The loss of a batch.
+        folder: The folder of the files. Of several processes, the main one writes and reads them.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], loss: Loss, folder: Path) -> None:
         super().__init__()
         for parameter in parameters:
             parameter.data = parameter.data.contiguous()  # safetensors saves only contiguous tensors
         self.weights = nn.ParameterList(parameters)
-        for number, parameter in enumerate(self.weights):
-            self.register_buffer(f"best_{number}", parameter.detach().clone())
-        self._loss = loss
+        self._loss, self._folder = loss, folder
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """The loss of a batch."""
         return self._loss(ids)
 
-    @torch.no_grad()
-    def keep(self) -> None:
-        """Keep the current weights as the best so far."""
-        for number, parameter in enumerate(self.weights):
-            self.get_buffer(f"best_{number}").copy_(parameter)
+    def keep(self, step: int) -> None:
+        """Write the weights after update `step`, the best so far. Earlier files stay until `forget_others`."""
+        if is_main():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            file = self._file(step)
+            save_file(self.state_dict(), file.with_suffix(".part"))
+            file.with_suffix(".part").rename(file)
+
+    def forget_others(self, step: int) -> None:
+        """Delete the files of all updates but `step`."""
+        if is_main():
+            for file in self._folder.glob("best-*"):
+                if file != self._file(step):
+                    file.unlink()
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Go back to the best weights."""
-        for number, parameter in enumerate(self.weights):
-            parameter.copy_(self.get_buffer(f"best_{number}"))
+    def restore(self, step: int) -> None:
+        """Go back to the weights that were kept after update `step`."""
+        if is_main():
+            self.load_state_dict(load_file(self._file(step)))
+        if process_count() > 1:
+            for parameter in self.weights:
+                broadcast(parameter)
+
+    def _file(self, step: int) -> Path:
+        return self._folder / f"best-{step}.safetensors"
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +108,7 @@ class _Trainer(Trainer):
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)  # type: ignore[arg-type]
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
-        """The loss of this process's windows; `progress` gets its mean over all processes."""
+        """The loss of some windows of this process; `progress` gets its mean over all processes."""
         loss: torch.Tensor = model(inputs["ids"])
         self.progress.note(
             self.accelerator.reduce(loss.detach().clone(), "mean"), self.optimizer, self.state.global_step
@@ -117,7 +138,7 @@ class TrainingProgress(TrainerCallback):
         self._held_out, self._saves = held_out, saves
         self._start = monotonic()
         self._elapsed = 0.0
-        self._loss, self._lr = math.nan, math.nan
+        self._losses, self._lr, self._update = list[float](), math.nan, -1
 
     def share_of_peak(self, done: int) -> float:
         """The learning rate of the update after `done` updates, as a share of the peak rate."""
@@ -134,7 +155,9 @@ class TrainingProgress(TrainerCallback):
         return self._progress(step, elapsed) >= self.stop_at
 
     def note(self, loss: torch.Tensor, optimizer: Any, done: int) -> None:
-        """Record the loss and the learning rate of the update after `done` updates.
+        """Record a loss and the learning rate of the update after `done` updates.
+
+        The loss of an update is the mean of those of its parts.
 
         Raises:
             NotFiniteError: the loss is not finite. All processes raise it together, because the loss is their mean.
@@ -143,12 +166,16 @@ class TrainingProgress(TrainerCallback):
             raise NotFiniteError(
                 f"heal-lr {self.settings.lr}: the loss is no longer finite at update {done + 1}; use a lower rate"
             )
-        self._loss, self._lr = loss.item(), float(optimizer.param_groups[0]["lr"])
+        if done != self._update:
+            self._update, self._losses = done, []
+        self._losses.append(loss.item())
+        self._lr = float(optimizer.param_groups[0]["lr"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Measure the held-out loss before the first update, or continue from the log of the last checkpoint."""
         if not state.log_history:
             state.log_history.append({"step": 0, "held_out": self._measure(0), "elapsed": 0.0})
+            self.trained.keep(0)
         self._elapsed = state.log_history[-1]["elapsed"]
         self._start = monotonic() - self._elapsed
         self.bar.advance(state.global_step)
@@ -163,17 +190,19 @@ class TrainingProgress(TrainerCallback):
         if over or tenths:
             held_out = self._measure(step)
             if held_out < best_row(state.log_history)["held_out"]:
-                self.trained.keep()
-        row = {"step": step, "lr": self._lr, "loss": self._loss, "held_out": held_out, "elapsed": self._elapsed}
+                self.trained.keep(step)
+        loss = fmean(self._losses)
+        row = {"step": step, "lr": self._lr, "loss": loss, "held_out": held_out, "elapsed": self._elapsed}
         state.log_history.append(row)
         control.should_training_stop = over
         control.should_save = self._saves and (held_out is not None or step % CHECKPOINT_EVERY == 0)
-        self.bar.advance(note=f"loss {self._loss:.4g}, held out {best_row(state.log_history)['held_out']:.4g}")
+        self.bar.advance(note=f"loss {loss:.4g}, held out {best_row(state.log_history)['held_out']:.4g}")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Mark a checkpoint as complete."""
+        """Mark a checkpoint as complete. From now on the best weights before it are not needed."""
         if is_main():
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE_FILE).touch()
+        self.trained.forget_others(best_row(state.log_history)["step"])
 
     def _progress(self, step: int, elapsed: float) -> float:
         minutes = self.settings.minutes
@@ -196,7 +225,7 @@ class TrainingProgress(TrainerCallback):
         processes = process_count()
         rank = torch.distributed.get_rank() if processes > 1 else 0
         total = torch.zeros((), dtype=torch.float64, device=self.trained.device)
-        for rows in self._held_out[rank::processes].split(self.settings.batch):
+        for rows in self._held_out[rank::processes].split(self.settings.micro_batch or self.settings.batch):
             if len(rows):  # with more processes than windows, some processes have none
                 total += self.trained(rows.to(self.trained.device)).double() * len(rows)
         if processes > 1:
@@ -272,9 +301,12 @@ def _optimizer(trained: TrainedWeights, settings: HealSettings) -> torch.optim.A
 
 
 def _arguments(folder: Path, batch: int, settings: HealSettings, device: torch.device) -> TrainingArguments:
+    own = batch // process_count()
+    at_once = max(each for each in range(1, own + 1) if own % each == 0 and each <= (settings.micro_batch or own))
     arguments = TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=batch // process_count(),
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=own // at_once,
         num_train_epochs=1,  # the data set already holds all passes
         learning_rate=settings.lr,
         max_grad_norm=settings.clip,

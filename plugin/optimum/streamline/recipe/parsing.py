@@ -9,6 +9,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,9 @@ def _options_under(key: Any, value: Any, origin: str) -> Iterator[tuple[DefinedO
             f"{origin}: {key} is {shown(value)}: must be a mapping of options to values; known are {known}"
         )
     else:
-        known = ", ".join(OPTIONS)
-        raise StreamlineError(f"{origin}: unknown key {shown(key)}; known are {known}, and groups {', '.join(GROUPS)}")
+        near = get_close_matches(str(key), [*OPTIONS, *GROUPS], 1)
+        hint = f"did you mean {near[0]}?" if near else f"known are the groups {', '.join(GROUPS)}, and their options"
+        raise StreamlineError(f"{origin}: unknown key {shown(key)}; {hint}")
 
 
 def _checked(option: DefinedOption, given: Given) -> Any:

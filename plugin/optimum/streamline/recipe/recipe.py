@@ -182,6 +182,24 @@ class Healing(CheckedOptions):
         Gt(0),
         Le(_HUGE),
     ] = None
+    micro_batch: Annotated[
+        int | None,
+        Option(
+            "Most windows that a process computes at a time in a training. Fewer take less memory. The gradients of an "
+            "update are added up.",
+            key="heal_micro_batch",
+            default="all windows of an update",
+        ),
+        Gt(0),
+        Le(_HUGE),
+    ] = None
+    gradient_checkpointing: Annotated[
+        bool,
+        Option(
+            "In lm and distill, keep only the input of each layer for the gradient, and compute the layer again. This "
+            "takes less memory and more time, and gives the same weights."
+        ),
+    ] = False
     normalised: Annotated[
         bool, Option("In hidden-mse, divide the error of each token by its squared norm.", key="heal_normalised")
     ] = False
@@ -440,7 +458,10 @@ class Recipe(CheckedOptions):
             del fields["packed"]
         if "distill" not in self.resolved_trainings:  # what was once the default of all trainings
             fields["heal_batch"] = self.healing.batch or 4
-        del fields["max_memory"]  # weights on disk give the same result
+        for key in ("max_memory", "gradient_checkpointing"):  # they give the same result
+            del fields[key]
+        if self.healing.micro_batch is None:
+            del fields["heal_micro_batch"]
         if self.healing.cache in (None, "none", "full"):  # with all logits, or without any, the training is the same
             del fields["heal_cache"]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
