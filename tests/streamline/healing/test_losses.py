@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from optimum.streamline.healing.losses import AllLogits, SampledTokens, TopTokens
+from optimum.streamline.healing import losses
+from optimum.streamline.healing.losses import AllLogits, Distillation, NextToken, SampledTokens, TopTokens
+from tiny import LAYERS, tiny_model, token_ids
 
 
 def random_logits(seed: int, *shape: int) -> torch.Tensor:
@@ -65,3 +67,39 @@ def test_drawn_tokens_estimate_the_divergence_and_its_gradient_without_bias() ->
     [drawn] = torch.autograd.grad(found, logits)
     [true] = torch.autograd.grad(AllLogits(target).divergence(logits), logits)
     assert torch.allclose(drawn.mean(1), true.mean(1), atol=4 * float((drawn - true).std()) / 20)
+
+
+TARGETS = {
+    "all": AllLogits,
+    "top": lambda logits: TopTokens(*reversed(logits.log_softmax(-1).topk(5))),
+    "sampled": lambda logits: SampledTokens(logits.topk(3).indices, logits.softmax(-1).sum(-1)),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(TARGETS))
+def test_a_part_of_the_tokens_is_that_of_all_windows(kind: str) -> None:
+    target, logits = random_logits(0, 2, 5, 30), random_logits(1, 2, 5, 30)
+    whole, flat = TARGETS[kind](target), logits.flatten(0, 1)[None]
+    parts = [float(whole.part(slice(at, at + 3)).divergence(flat[:, at : at + 3])) for at in (0, 3, 6)]
+    last = float(whole.part(slice(9, 10)).divergence(flat[:, 9:]))
+    assert float(whole.divergence(logits)) == pytest.approx((3 * sum(parts) + last) / 10, rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt2", "llama"])  # capped logits, learned positions, an own head
+@pytest.mark.parametrize("loss", ["next token", "distillation"])
+def test_a_loss_by_few_tokens_is_that_of_all(architecture: str, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, ids, results, seen = tiny_model(architecture), token_ids(2, 12), [], list[int]()
+    depths = tuple(range(1, LAYERS + 1))
+    healing = NextToken() if loss == "next token" else Distillation(teacher, depths, kl=0.7, hidden=2.0)
+    for at_once in (losses.LOGITS, 5 * teacher.config.vocab_size):
+        monkeypatch.setattr(losses, "LOGITS", at_once)
+        model = tiny_model(architecture, seed=3).requires_grad_(True)
+        hook = model.get_output_embeddings().register_forward_hook(lambda _, args, out: seen.append(out.shape[1]))
+        value = healing.loss(model, ids)
+        value.backward()
+        hook.remove()
+        results.append([value, *(parameter.grad for parameter in model.parameters())])
+    assert seen[0] == 12
+    assert {*seen[1:]} == {1, 5, 4}  # one in the pass through the layers
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

@@ -9,10 +9,18 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.architectures import architecture_of, decoder_layers, layer_output
+from optimum.streamline.models.offloaded_weights import run_layers
+from optimum.streamline.models.removed_sublayers import without
+
+LOGITS = 1 << 25
+"""The most logits of the trained model in memory at a time, but for a single token: 134 MB in fp32."""
+IGNORED = -100
+"""In the place of a token that no token follows."""
 
 Loss = Callable[[torch.Tensor], torch.Tensor]
 """A function from token ids `[windows, length]` to a loss, a scalar, the mean over their tokens."""
@@ -36,6 +44,9 @@ class Target(Protocol):
             logits: The model's logits `[windows, length, vocabulary]`.
         """
 
+    def part(self, tokens: slice) -> Target:
+        """The distributions of some tokens, numbered over all windows, as one window."""
+
 
 @dataclass(frozen=True)
 class AllLogits:
@@ -47,6 +58,10 @@ class AllLogits:
         """As `Target.divergence`."""
         log_target, log_model = self.logits.log_softmax(-1).flatten(0, 1), logits.log_softmax(-1).flatten(0, 1)
         return nn.functional.kl_div(log_model, log_target, reduction="batchmean", log_target=True)
+
+    def part(self, tokens: slice) -> Target:
+        """As `Target.part`."""
+        return AllLogits(self.logits.flatten(0, 1)[None, tokens])
 
 
 @dataclass(frozen=True)
@@ -71,6 +86,10 @@ class TopTokens:
         rest = (1 - self.log_probabilities.exp().sum(-1)).clamp(min=0)
         others = logits.scatter(-1, self.tokens, -torch.inf).logsumexp(-1) - whole
         return (named + self._terms(rest.log(), others)).mean()
+
+    def part(self, tokens: slice) -> Target:
+        """As `Target.part`."""
+        return TopTokens(*(each.flatten(0, 1)[None, tokens] for each in (self.tokens, self.log_probabilities)))
 
     @staticmethod
     def _terms(log_target: torch.Tensor, log_model: torch.Tensor) -> torch.Tensor:
@@ -97,6 +116,10 @@ class SampledTokens:
         """As `Target.divergence`; single values can be below zero."""
         drawn = logits.gather(-1, self.tokens) - logits.logsumexp(-1, keepdim=True)
         return (-drawn.mean(-1) - self.entropy).mean()
+
+    def part(self, tokens: slice) -> Target:
+        """As `Target.part`."""
+        return SampledTokens(*(each.flatten(0, 1)[None, tokens] for each in (self.tokens, self.entropy)))
 
 
 def logits_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
@@ -144,7 +167,7 @@ class NextToken:
 
     def loss(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         """The mean over all tokens but the first of each window, from logits in fp32."""
-        return _cross_entropy(logits_of(model, ids), ids)
+        return logit_loss(model, ids, cross_entropy=1.0)
 
 
 @dataclass(frozen=True)
@@ -183,12 +206,7 @@ class Distillation:
         layers = range(len(self.depths)) if self.hidden else ()
         target, targets = self.outputs(self.teacher, ids, [self.depths[k] - 1 for k in layers])
         with layer_outputs(model, layers) as states:
-            logits = logits_of(model, ids)
-        loss = logits.new_zeros(())
-        if self.kl:
-            loss = loss + self.kl * target.divergence(logits)
-        if self.kl != 1:
-            loss = loss + (1 - self.kl) * _cross_entropy(logits, ids)
+            loss = logit_loss(model, ids, target, self.kl, 1 - self.kl)
         if self.hidden:
             errors = [relative_error(states[k], targets[self.depths[k] - 1]) for k in layers]
             loss = loss + self.hidden * torch.stack(errors).mean()
@@ -223,8 +241,61 @@ def relative_error(states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return ((states - target).square().sum(-1) / target.square().sum(-1)).mean()
 
 
-def _cross_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+def logit_loss(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    target: Target | None = None,
+    divergence: float = 0.0,
+    cross_entropy: float = 0.0,
+) -> torch.Tensor:
+    """The weighted sum of a divergence and the next-token cross-entropy. A term whose weight is zero is not computed.
+
+    Where there are more than `LOGITS` logits, the model's final norm and head run for some tokens at a time, and again
+    for the gradient.
+
+    Args:
+        model: The model.
+        ids: Token ids `[windows, length]`.
+        target: The distributions that the divergence is from; `None` if its weight is zero.
+        divergence: The weight of `Target.divergence`.
+        cross_entropy: The weight of the mean cross-entropy over all tokens but the first of each window.
+
+    Returns:
+        A scalar in nats per token, with gradient.
+    """
+    following = ids.roll(-1, dims=1)
+    following[:, -1] = IGNORED
+
+    def of_tokens(logits: torch.Tensor, tokens: slice) -> torch.Tensor:
+        loss = logits.new_zeros(())
+        if target is not None and divergence:
+            loss = loss + divergence * logits.shape[1] / ids.numel() * target.part(tokens).divergence(logits)
+        if cross_entropy:
+            summed = nn.functional.cross_entropy(
+                logits[0], following.flatten()[tokens], ignore_index=IGNORED, reduction="sum"
+            )
+            loss = loss + cross_entropy * summed / ids[:, 1:].numel()
+        return loss
+
+    vocabulary = model.config.get_text_config().vocab_size
+    if ids.numel() * vocabulary <= LOGITS:
+        return of_tokens(logits_of(model, ids).flatten(0, 1)[None], slice(None))
+    layers, final = decoder_layers(model, architecture_of(model.config)), list[torch.Tensor]()
+    with layers[-1].register_forward_hook(lambda _, args, output: final.append(layer_output(output))):
+        run_layers(model, ids)
+    at_once = max(1, min(LOGITS // vocabulary, ids.shape[1]))
+
+    def of_part(stream: torch.Tensor, start: int) -> torch.Tensor:
+        tokens = slice(start, start + stream.shape[1])
+        with without(model, frozenset(), len(layers), stream):
+            return of_tokens(logits_of(model, ids.flatten()[None, tokens]), tokens)
+
+    parts = final[0].flatten(0, 1)[None].split(at_once, dim=1)
+    losses = [
+        checkpoint(of_part, part, number * at_once, use_reentrant=False, preserve_rng_state=False)
+        for number, part in enumerate(parts)
+    ]
+    return torch.stack(losses).sum()
 
 
 class _StopForward(Exception):
