@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import itertools
 import math
@@ -474,3 +475,37 @@ def test_layers_computed_again_give_the_same_weights(architecture: str) -> None:
         runs.append(sum(forwards) / len(counted.windows))
     assert torch.equal(*trained)
     assert runs == [1, 2]  # once, and once more for the gradient
+
+
+def test_mixed_precision_multiplies_in_bf16_and_keeps_weights_in_fp32() -> None:
+    model, types = tiny_model(), set[torch.dtype]()
+    projection = model.model.layers[0].mlp.up_proj
+    hook = projection.register_forward_hook(lambda _, args, output: types.add(output.dtype))
+    settings = HealSettings(lr=1e-3, epochs=2, batch=4)
+    log = train_model(model, NextToken(), WINDOWS, dataclasses.replace(settings, dtype="bf16"))
+    hook.remove()
+    assert types == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert any(bool((each != each.bfloat16()).any()) for each in model.parameters())
+    whole = train_model(tiny_model(), NextToken(), WINDOWS, settings)
+    assert log.best < log.before
+    assert log.best == pytest.approx(whole.best, rel=1e-2)
+    assert log.best != whole.best
+
+
+@pytest.mark.slow  # torchao compiles its update, which takes 15 s
+def test_moments_in_8_bits_train_nearly_as_well_and_resume(tmp_path: Path) -> None:
+    settings = HealSettings(lr=1e-3, epochs=4, batch=4, optimizer="adamw-8bit")
+    model, size = tiny_model(hidden_size=128, intermediate_size=512), {"hidden_size": 128, "intermediate_size": 512}
+    counting = Windows((torch.arange(40)[:, None] + torch.arange(24)) % 50 + 2, "counting")
+    log = train_model(model, NextToken(), counting, settings)
+    whole = train_model(tiny_model(**size), NextToken(), counting, dataclasses.replace(settings, optimizer="adamw"))
+    assert log.best < log.before
+    assert log.best == pytest.approx(whole.best, rel=2e-2)
+    resumed = tiny_model(**size)
+    part = train_model(resumed, NextToken(), counting, settings, workspace=tmp_path, stop_at=0.5)
+    [*_, last] = sorted(tmp_path.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    moments = 2 * sum(parameter.numel() for parameter in model.parameters())
+    assert (last / "optimizer.pt").stat().st_size < 1.2 * moments
+    assert len(part.steps) < len(log.steps)
+    assert train_model(tiny_model(**size), NextToken(), counting, settings, workspace=tmp_path) == log

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from optimum.streamline.editing.plan import TRAINED
-from optimum.streamline.errors import StreamlineError
+from optimum.streamline.errors import StreamlineError, require_extra
 from optimum.streamline.methods.registry import METHODS
 from optimum.streamline.recipe.quantities import parse_remove
 from optimum.streamline.recipe.recipe import Recipe
@@ -22,6 +22,8 @@ _OF_ANY_TRAINING = (
     "heal_epochs",
     "heal_batch",
     "heal_micro_batch",
+    "heal_dtype",
+    "heal_optimizer",
 )
 
 
@@ -36,6 +38,8 @@ def check_healing(recipe: Recipe) -> None:
     """
     _check_what_is_trained(recipe)
     _check_distillation(recipe)
+    if recipe.healing.optimizer == "adamw-8bit":
+        require_extra("torchao.optim", "torchao")
     if (data := recipe.healing.data).startswith((f"{SELF}+", f"{SELF},")):
         raise StreamlineError(
             f"heal-data {data!r}: text that the original samples cannot be mixed with other text; give {SELF}, "

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
-from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.recipe.recipe import HealDtype, Optimizer, Recipe
 
 # The share of the healing windows that is not trained on, but used to choose the best weights.
 HELD_OUT_SHARE = 0.05
@@ -37,6 +37,8 @@ class HealSettings:
         micro_batch: The most windows that a process computes at a time; `None` for all of its windows of an update.
             The gradients of an update are added up, so this changes its result by rounding only.
         gradient_checkpointing: Keep only the input of each decoder layer for the gradient, and compute the layer again.
+        dtype: `bf16` for mixed precision: matrix products in bf16, weights, losses and updates in fp32.
+        optimizer: `adamw-8bit` keeps the moments of AdamW in 8 bits (torchao's `AdamW8bit`).
         minutes: The time limit. The schedule then follows the updates or the time, whichever has progressed further.
         min_lr_share: The learning rate at the end of the cosine, as a share of the peak.
         warmup_share: The share of the updates in which the learning rate rises from zero to the peak.
@@ -53,6 +55,8 @@ class HealSettings:
     batch: int = 8
     micro_batch: int | None = None
     gradient_checkpointing: bool = False
+    dtype: HealDtype = "fp32"
+    optimizer: Optimizer = "adamw"
     minutes: float | None = None
     min_lr_share: float = 0.25
     warmup_share: float = 0.05
@@ -196,6 +200,8 @@ def replacement_settings(recipe: Recipe, width: int, stage: str) -> HealSettings
         epochs=recipe.healing.epochs,
         batch=recipe.heal_batch(stage),
         micro_batch=recipe.healing.micro_batch,
+        dtype=recipe.healing.dtype,
+        optimizer=recipe.healing.optimizer,
         minutes=recipe.healing.minutes,
         betas=(0.9, 0.999) if stage == "hidden-mse" else (0.9, 0.95),
         seed=recipe.seed,
@@ -216,6 +222,8 @@ def local_settings(recipe: Recipe, model: PreTrainedModel, layers: int) -> HealS
         epochs=recipe.healing.epochs,
         batch=recipe.heal_batch("local"),
         micro_batch=recipe.healing.micro_batch,
+        dtype=recipe.healing.dtype,
+        optimizer=recipe.healing.optimizer,
         minutes=None if minutes is None else minutes / layers,
         min_lr_share=0.0,
         weight_decay=0.0,
@@ -245,6 +253,8 @@ def model_settings(recipe: Recipe, model: PreTrainedModel, stage: str) -> HealSe
         epochs=recipe.healing.epochs,
         batch=recipe.heal_batch(stage),
         micro_batch=recipe.healing.micro_batch,
+        dtype=recipe.healing.dtype,
+        optimizer=recipe.healing.optimizer,
         gradient_checkpointing=recipe.healing.gradient_checkpointing,
         minutes=recipe.healing.minutes,
         min_lr_share=0.0 if distils else 0.1,

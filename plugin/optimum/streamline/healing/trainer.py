@@ -70,7 +70,7 @@ def train(
     batch = _batch(settings.batch, len(training) * settings.epochs)
     order = _order(len(training), settings, batch)
     with _checkpoints(workspace) as (folder, last):
-        trained = TrainedWeights(parameters, loss, folder)
+        trained = TrainedWeights(parameters, loss, settings.dtype, folder)
         progress = TrainingProgress(
             trained, held_out, settings, updates=len(order) // batch, saves=workspace is not None, stop_at=stop_at
         )

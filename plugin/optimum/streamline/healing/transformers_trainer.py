@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from time import monotonic
@@ -22,6 +22,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from optimum.streamline.errors import require_extra
+from optimum.streamline.recipe.recipe import HealDtype
 from optimum.streamline.system.distributed import is_main, process_count
 from optimum.streamline.system.progress import Bar, progress_bar
 
@@ -40,19 +42,21 @@ class TrainedWeights(nn.Module):
     Args:
         parameters: The parameters.
         loss: The loss of a batch.
+        dtype: The number type of the arithmetic, as in `HealSettings`.
         folder: The folder of the files. Of several processes, the main one writes and reads them.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], loss: Loss, folder: Path) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], loss: Loss, dtype: HealDtype, folder: Path) -> None:
         super().__init__()
         for parameter in parameters:
             parameter.data = parameter.data.contiguous()  # safetensors saves only contiguous tensors
         self.weights = nn.ParameterList(parameters)
-        self._loss, self._folder = loss, folder
+        self._loss, self._dtype, self._folder = loss, dtype, folder
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """The loss of a batch."""
-        return self._loss(ids)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._dtype == "bf16"):
+            return self._loss(ids)
 
     def keep(self, step: int) -> None:
         """Write the weights after update `step`, the best so far. Earlier files stay until `forget_others`."""
@@ -293,11 +297,14 @@ def run_training(
     return rows
 
 
-def _optimizer(trained: TrainedWeights, settings: HealSettings) -> torch.optim.AdamW:
+def _optimizer(trained: TrainedWeights, settings: HealSettings) -> torch.optim.Optimizer:
     decayed = [each for each in trained.weights if settings.decay_vectors or each.ndim > 1]
     others = [each for each in trained.weights if not settings.decay_vectors and each.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr, betas=settings.betas)
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+    if settings.optimizer == "adamw-8bit":
+        optimizer = require_extra("torchao.optim", "torchao").AdamW8bit
+    return optimizer([group for group in groups if group["params"]], lr=settings.lr, betas=settings.betas)
 
 
 def _arguments(folder: Path, batch: int, settings: HealSettings, device: torch.device) -> TrainingArguments:

@@ -37,6 +37,8 @@ Device = Literal["cpu", "cuda"]
 Format = Literal["none", "onnx"]
 Steps = Literal["prune,quantize", "quantize,prune"]
 Judge = Literal["bound", "point"]
+HealDtype = Literal["fp32", "bf16"]
+Optimizer = Literal["adamw", "adamw-8bit"]
 # The replacement in the paper of each method. The papers of the other methods have none.
 _PAPERS_REPLACEMENT: dict[str, Replacement] = {"llm-streamline": "layer"}
 # The default method for each replacement. Trained replacements get `llm-streamline`, whose paper proposes them. Linear
@@ -200,6 +202,21 @@ class Healing(CheckedOptions):
             "takes less memory and more time, and gives the same weights."
         ),
     ] = False
+    dtype: Annotated[
+        HealDtype,
+        Option(
+            "Number type of the arithmetic in trainings. bf16 is mixed precision: matrix products in bf16, weights, "
+            "losses and updates in fp32.",
+            key="heal_dtype",
+        ),
+    ] = "fp32"
+    optimizer: Annotated[
+        Optimizer,
+        Option(
+            "Optimizer of trainings. adamw-8bit keeps the moments of AdamW in 8 bits; it needs torchao.",
+            key="heal_optimizer",
+        ),
+    ] = "adamw"
     normalised: Annotated[
         bool, Option("In hidden-mse, divide the error of each token by its squared norm.", key="heal_normalised")
     ] = False
@@ -460,8 +477,9 @@ class Recipe(CheckedOptions):
             fields["heal_batch"] = self.healing.batch or 4
         for key in ("max_memory", "gradient_checkpointing"):  # they give the same result
             del fields[key]
-        if self.healing.micro_batch is None:
-            del fields["heal_micro_batch"]
+        for key in ("heal_micro_batch", "heal_dtype", "heal_optimizer"):  # younger than fingerprints of 0.1.0
+            if fields[key] == OPTIONS[key].default:
+                del fields[key]
         if self.healing.cache in (None, "none", "full"):  # with all logits, or without any, the training is the same
             del fields["heal_cache"]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
