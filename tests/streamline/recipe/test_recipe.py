@@ -15,8 +15,21 @@ from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing.checks import check_healing
 from optimum.streamline.methods.registry import method_of
 from optimum.streamline.recipe.parsing import make_recipe, read_recipe, write_recipe
-from optimum.streamline.recipe.quantities import parse_layers, parse_remove
+from optimum.streamline.recipe.quantities import parse_layers, parse_remove, parse_size
 from optimum.streamline.recipe.recipe import CHOOSING_TEXT, JUDGING_TEXT, OPTIONS, Budget, Healing, Pruning, Recipe
+
+
+@pytest.mark.parametrize(("value", "number"), [(1_000_000, 10**6), ("1.5GB", 1_500_000_000), ("2 mb", 2_000_000)])
+def test_memory_is_a_number_or_a_size(value: int | str, number: int) -> None:
+    recipe = make_recipe({"max_memory": value})
+    assert recipe.max_memory == value
+    assert parse_size(value, "max-memory") == number
+
+
+@pytest.mark.parametrize("value", [-5, "5 parts", 1.5, True])
+def test_what_is_no_memory_is_refused(value: object) -> None:
+    with pytest.raises(StreamlineError, match="max-memory is .*: must be "):
+        make_recipe({"max_memory": value})
 
 
 @pytest.mark.parametrize(

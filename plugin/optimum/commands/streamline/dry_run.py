@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -11,8 +12,10 @@ from optimum.streamline.editing.apply import planned_config
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation.theoretical_cost import cost_of
+from optimum.streamline.pipeline.healing_memory import healing_memory
 from optimum.streamline.pipeline.prune import prepare
 from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.reporting.numbers import size
 
 from .console import notifier
 
@@ -40,6 +43,10 @@ def dry_run(source: Any, recipe: Recipe, console: Console) -> int:
         if prepared.candidates:
             console.print(plan.describe(), markup=False)
         _print_effect(prepared.model.config, plan, recipe.length, console)
+    if recipe.resolved_trainings:
+        memory = healing_memory(recipe, prepared.model.config)
+        parts = ", ".join(f"{name} {size(number)}" for name, number in asdict(memory).items() if number)
+        console.print(f"memory of healing, about: {size(memory.total)} ({parts})", markup=False)
     return 0
 
 

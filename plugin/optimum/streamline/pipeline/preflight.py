@@ -30,6 +30,7 @@ from optimum.streamline.quantization.quantizers import NONE, QUANTIZERS
 from optimum.streamline.recipe.recipe import Recipe
 
 from .exporting import graph_quantizers
+from .healing_memory import warning
 from .larger_than_memory import stays_on_disk, why_in_memory
 
 
@@ -148,7 +149,9 @@ def check_recipe(source: ModelSource, recipe: Recipe) -> None:
     check_heal_windows(recipe, config.num_hidden_layers)
     check_heal_cache(recipe, config.vocab_size)
     if recipe.max_memory is not None:
-        stays_on_disk(source, recipe, config, why_in_memory(recipe, config))  # refuses a limit that is too low
+        # Both refuse a limit that is too low.
+        stays_on_disk(source, recipe, config, why_in_memory(recipe, config))
+        warning(recipe, config)
 
 
 def result_dtype(source: ModelSource, recipe: Recipe) -> torch.dtype:

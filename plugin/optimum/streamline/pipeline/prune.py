@@ -41,6 +41,7 @@ from optimum.streamline.text.overlap import check_disjoint
 from optimum.streamline.text.prompts import Prompts
 from optimum.streamline.text.windows import Windows, seen_text
 
+from .healing_memory import warning
 from .larger_than_memory import ON_DISK, load_on_disk, stays_on_disk, why_in_memory
 from .planning import Prepared, choose_plans, load_original, named_plan, quantizes_first
 from .preflight import check_recipe, checked_config, result_dtype
@@ -101,6 +102,8 @@ def prepare(source: ModelSource, recipe: Recipe, notify: Notify, scored: Score |
     notify(chosen_on.line("calibration"))
     if heal_text is not None:
         notify(heal_text.line("healing"))
+    if line := warning(recipe, config):
+        notify(line)
     kept = quantizes_first(recipe) or quantization_name(config) is not None
     stored = None if kept else result_dtype(source, recipe)
     # Score elsewhere before the model is loaded: there may be no memory for both.

@@ -28,7 +28,7 @@ def validated(value: Any, name: str, annotation: Any, pattern: str = "", form: s
         value: Any value.
         name: The value's name for the message.
         annotation: The type with its range.
-        pattern: A regular expression that a string must match as a whole.
+        pattern: A regular expression that a string, or a number as text, must match as a whole.
         form: What a string must look like, for the message; without `pattern`, what any value must look like.
 
     Raises:
@@ -40,7 +40,7 @@ def validated(value: Any, name: str, annotation: Any, pattern: str = "", form: s
         first = error.errors()[0]
         message = form if form and not pattern else _TYPES.get(first["type"], first["msg"])
         raise StreamlineError(f"{name} is {shown(value)}: {message}") from None
-    if pattern and value is not None and not re.fullmatch(pattern, value):
+    if pattern and value is not None and not re.fullmatch(pattern, str(value)):
         raise StreamlineError(f"{name} is {shown(value)}: {form}")
     return value
 

@@ -1,0 +1,148 @@
+"""How much memory healing takes, estimated from the recipe and the config before any work is done."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.healing.losses import LOGITS
+from optimum.streamline.models.architectures import architecture_of, decoder_layers
+from optimum.streamline.models.linear_modules import meta_model
+from optimum.streamline.recipe.quantities import parse_layers, parse_remove, parse_size
+from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.reporting.numbers import size
+from optimum.streamline.system.distributed import process_count
+from optimum.streamline.system.memory import free_memory, taken_memory
+
+FP32, BF16 = 4, 2  # bytes
+
+
+@dataclass(frozen=True)
+class HealingMemory:
+    """The memory of a process that heals, in bytes, beside that of the program itself.
+
+    Args:
+        weights: The model's weights, in fp32.
+        original: Those of the original, if a training compares with it.
+        gradients: The gradients of what is trained.
+        moments: The two moments of AdamW.
+        activations: What the layers keep for the gradient, and logits.
+    """
+
+    weights: int
+    original: int
+    gradients: int
+    moments: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return sum(astuple(self))
+
+
+def healing_memory(recipe: Recipe, config: PreTrainedConfig) -> HealingMemory:
+    """Estimate the memory of the training of a recipe that takes most.
+
+    A layer keeps about 12 x width + 4 x inner width numbers a token for the gradient (counted on Llama, Qwen3 and
+    GPT-2; mixtures of experts keep more). Logits take about five numbers a token and entry of the vocabulary.
+
+    Args:
+        recipe: A recipe with trainings.
+        config: The original's config.
+    """
+    model = meta_model(config)
+    whole, removed = _numbers(model), _removed(recipe, config.num_hidden_layers)
+    layers = decoder_layers(model, architecture_of(config))
+    left = whole - removed * _numbers(layers) // len(layers)
+    return max(
+        (_of_training(recipe, stage, model, whole, left, len(layers) - removed) for stage in recipe.resolved_trainings),
+        key=lambda memory: memory.total,
+    )
+
+
+def warning(recipe: Recipe, config: PreTrainedConfig) -> str:
+    """A line for the user if healing seems to take more memory than there is; empty if there is enough.
+
+    Args:
+        recipe: The recipe.
+        config: The original's config.
+
+    Raises:
+        StreamlineError: it takes more than the recipe's `max_memory`.
+    """
+    if not recipe.resolved_trainings:
+        return ""
+    needed = healing_memory(recipe, config).total
+    advice = "lora, heal-optimizer adamw-8bit, heal-micro-batch 1 and gradient-checkpointing take less"
+    if recipe.max_memory is not None and needed + taken_memory() > parse_size(recipe.max_memory, "max-memory"):
+        raise StreamlineError(
+            f"max-memory {recipe.max_memory!r}: healing takes about {size(needed + taken_memory())} with the program; "
+            f"give so much, or heal none; {advice}"
+        )
+    if recipe.device == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free, needed = free_memory(), needed * process_count()
+    return f"healing takes about {size(needed)} of memory, and {size(free)} are free; {advice}" if needed > free else ""
+
+
+def _of_training(
+    recipe: Recipe, stage: str, model: PreTrainedModel, whole: int, left: int, layers: int
+) -> HealingMemory:
+    """The memory of one training.
+
+    Args:
+        recipe: The recipe.
+        stage: One of `Recipe.resolved_trainings`.
+        model: The original, on the meta device.
+        whole: The number of its weights.
+        left: The number of the pruned model's weights.
+        layers: The number of its layers.
+    """
+    config = model.config
+    one_layer = _numbers(decoder_layers(model, architecture_of(config))[0])
+    trained = left
+    if stage in ("hidden-mse", "local"):
+        trained = one_layer
+    elif recipe.healing.lora:
+        matrices = (each for each in decoder_layers(model, architecture_of(config)).parameters() if each.ndim > 1)
+        trained = recipe.healing.lora_rank * sum(sum(each.shape[-2:]) for each in matrices)
+        left += trained
+    needs_original = stage in ("distill", "local", "hidden-mse")
+    return HealingMemory(
+        weights=FP32 * (one_layer if stage == "hidden-mse" else left),
+        original=FP32 * whole * needs_original,
+        gradients=FP32 * trained,
+        moments=2 * trained * (1 if recipe.healing.optimizer == "adamw-8bit" else FP32),
+        activations=_activations(recipe, stage, config, 1 if stage in ("hidden-mse", "local") else layers),
+    )
+
+
+def _activations(recipe: Recipe, stage: str, config: PreTrainedConfig, layers: int) -> int:
+    """What `layers` layers keep of the windows that are computed at a time, and the logits."""
+    own = -(-recipe.heal_batch(stage) // process_count())
+    tokens = min(own, recipe.healing.micro_batch or own) * recipe.length
+    width = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * width
+    layer = (12 * width + 4 * inner) * (BF16 if recipe.healing.dtype == "bf16" else FP32)
+    kept = layers * width * FP32 + layer if recipe.healing.gradient_checkpointing else layers * layer
+    if stage in ("hidden-mse", "local"):
+        return int(tokens * kept)
+    originals = config.vocab_size + config.num_hidden_layers * width if stage == "distill" else 0
+    return int(tokens * (kept + originals * FP32) + 5 * FP32 * min(LOGITS, tokens * config.vocab_size))
+
+
+def _removed(recipe: Recipe, layers: int) -> int:
+    """The number of layers that the model loses; none where only the method knows."""
+    if recipe.pruning.layers is not None:
+        return len(parse_layers(recipe.pruning.layers, layers))
+    return 0 if recipe.pruning.remove is None else parse_remove(recipe.pruning.remove, layers)
+
+
+def _numbers(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
