@@ -8,6 +8,7 @@ model, and `exporting.py` calls the exporters.
 
 __all__ = [
     "exporting",
+    "healing_memory",
     "larger_than_memory",
     "orthogonality",
     "planning",
