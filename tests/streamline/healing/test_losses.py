@@ -100,6 +100,19 @@ def test_a_loss_by_few_tokens_is_that_of_all(architecture: str, loss: str, monke
         hook.remove()
         results.append([value, *(parameter.grad for parameter in model.parameters())])
     assert seen[0] == 12
-    assert {*seen[1:]} == {1, 5, 4}  # one in the pass through the layers
+    # One token in the pass through the layers; then 24 tokens, and again for the gradient.
+    assert sorted(seen[1:]) == [1, 4, 4, *[5] * 8]
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_divergences_by_few_tokens_are_those_of_whole_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, model, ids = tiny_model(), tiny_model(seed=3), token_ids(3, 12)
+    whole, seen = losses.window_divergences(original, model, ids), list[int]()
+    monkeypatch.setattr(losses, "LOGITS", 5 * original.config.vocab_size)
+    for each in (original, model):
+        each.get_output_embeddings().register_forward_hook(lambda _, args, out: seen.append(out.numel()))
+    parts = losses.window_divergences(original, model, ids)
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=0)
+    assert parts.dtype == torch.float64
+    assert max(seen) <= losses.LOGITS

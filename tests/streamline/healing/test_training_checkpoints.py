@@ -25,7 +25,7 @@ from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing import transformers_trainer
 from optimum.streamline.healing.losses import NextToken, NotFiniteError
-from optimum.streamline.healing.settings import HealLog, HealSettings
+from optimum.streamline.healing.settings import HealLog, HealSettings, best_row
 from optimum.streamline.healing.trainable_parts import train_model
 from optimum.streamline.healing.training_checkpoints import healing_workspace, open_workspace, plan_folder
 from optimum.streamline.model_files.source import ModelSource
@@ -127,6 +127,38 @@ def test_a_checkpoint_holds_what_is_trained_and_nothing_else(tmp_path: Path) -> 
         assert sum(value.numel() for value in tensors.values()) == sum(
             parameter.numel() for parameter in model.model.layers[1].parameters()
         )
+
+
+def test_a_training_stopped_before_a_checkpoint_is_complete_has_the_best_weights_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = transformers_trainer.TrainedWeights.keep
+
+    def stopped(self: transformers_trainer.TrainedWeights, step: int) -> None:
+        keep(self, step)
+        if step > 10:
+            raise Stop
+
+    monkeypatch.setattr(transformers_trainer.TrainedWeights, "keep", stopped)
+    with pytest.raises(Stop):
+        train_model(tiny_model(), NextToken(), COUNTING, SETTINGS, workspace=tmp_path)
+    rows = json.loads((checkpoints(tmp_path)[-1] / "trainer_state.json").read_text())["log_history"]
+    steps = {int(file.stem.partition("-")[2]) for file in tmp_path.glob("best-*")}
+    assert steps == {best_row(rows)["step"], max(steps)}
+    assert max(steps) > 10
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_one_file_of_best_weights_is_left(saves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    restore, left = transformers_trainer.TrainedWeights.restore, list[int]()
+
+    def looking(self: transformers_trainer.TrainedWeights, step: int) -> None:
+        left.append(len([*self._folder.glob("best-*")]))
+        restore(self, step)
+
+    monkeypatch.setattr(transformers_trainer.TrainedWeights, "restore", looking)
+    train_model(tiny_model(), NextToken(), COUNTING, SETTINGS, workspace=tmp_path if saves else None)
+    assert left == [1]
 
 
 def test_a_training_that_ended_is_not_done_again_and_keeps_its_result_alone(tmp_path: Path) -> None:

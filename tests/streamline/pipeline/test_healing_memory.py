@@ -42,6 +42,10 @@ def test_weights_are_counted() -> None:
     assert (found.gradients, found.moments) == (4 * left, 8 * left)
     assert estimate(model, heal="lm").original == 0
     assert estimate(model, heal_optimizer="adamw-8bit").moments == 2 * left
+    alone = estimate(model, method="llm-streamline", replacement="layer", heal="lm")
+    assert (alone.gradients, alone.weights) == (4 * layer, 4 * left)
+    mixed = estimate(model, heal_dtype="bf16")
+    assert mixed.weights == 6 * left
     local = estimate(model, heal="local")
     assert (local.gradients, local.weights, local.original) == (4 * layer, 4 * left, 4 * whole)
     assert estimate(model, heal="local+distill") == found
@@ -121,7 +125,7 @@ print(peak() - before)
     [
         {},
         {"heal_micro_batch": 1, "gradient_checkpointing": True},
-        {"heal": "lm"},
+        {"heal": "lm", "heal_dtype": "bf16"},
         {"heal": "lm", "lora": True},
         {"heal": "local"},
     ],

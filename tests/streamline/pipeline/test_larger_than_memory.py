@@ -18,13 +18,15 @@ from optimum.streamline import StreamlineConfig, Streamliner
 from optimum.streamline.checkpoints.loading import load_stock, read_config
 from optimum.streamline.checkpoints.saving import save_weights
 from optimum.streamline.editing.apply import apply_plan
-from optimum.streamline.editing.linear_map import check_linear
-from optimum.streamline.editing.merging import check_mergeable
+from optimum.streamline.editing.linear_map import fold
+from optimum.streamline.editing.merging import copy_layer, replace_pair
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.methods.registry import METHODS
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models import offloaded_weights
 from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, decoder_layers
+from optimum.streamline.models.skipped_sublayers import MLP, zero_output
 from optimum.streamline.pipeline import larger_than_memory
 from optimum.streamline.pipeline.larger_than_memory import load_on_disk, stays_on_disk, why_in_memory
 from optimum.streamline.pipeline.prune import prune, score
@@ -126,14 +128,36 @@ def test_every_method_that_removes_layers_chooses_the_same_on_disk(fields: dict[
 @pytest.mark.parametrize("edit", ["merge", "map"])
 def test_weights_that_change_are_written_to_disk(architecture: str, edit: str, tmp_path: Path) -> None:
     source = make(tmp_path / "in", architecture, torch.bfloat16, num_hidden_layers=LAYERS)
-    config = read_config(ModelSource(str(source)))
+    recipe = make_recipe({**TEXT, **CHANGES[edit]})
     try:
-        check_mergeable(config, "come") if edit == "merge" else check_linear(config)
+        METHODS[recipe.resolved_method].check(recipe, read_config(ModelSource(str(source))))
     except StreamlineError as error:
         pytest.skip(str(error))
     before = {file.name: file.read_bytes() for file in source.iterdir()}
     both_ways(source, tmp_path, **CHANGES[edit])
     assert {file.name: file.read_bytes() for file in source.iterdir()} == before
+
+
+def test_what_changes_is_on_disk_again(tmp_path: Path) -> None:
+    source = make(tmp_path / "in", dtype=torch.bfloat16)
+    model = loaded(source, tmp_path / "scratch")
+    architecture, [weights] = architecture_of(model.config), offloaded_weights.weights_on_disk(model)
+    replace_pair(model, 1, copy_layer(model, 1))
+    fold(model, (0, MLP), 2 * torch.eye(model.config.hidden_size, dtype=torch.float64))
+    zero_output(decoder_layers(model, architecture)[3], architecture, MLP)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    new = {name for name, place in weights.index.items() if str(tmp_path / "scratch") in place["safetensors_file"]}
+    assert {name for name in new if not name.startswith("new")} == {
+        "model.layers.0.mlp.down_proj.weight",
+        "model.layers.4.mlp.down_proj.weight",  # the third after the merge
+    }
+    assert len([name for name in new if name.startswith("new")]) == len(
+        [*decoder_layers(model, architecture)[0].parameters()]
+    )
+    with offloaded_weights.in_memory(decoder_layers(model, architecture)[0]):
+        with pytest.raises(ValueError, match="in memory for reading"):
+            fold(model, (0, MLP), torch.eye(model.config.hidden_size, dtype=torch.float64))
+        assert not any(parameter.is_meta for parameter in decoder_layers(model, architecture)[0].parameters())
 
 
 @pytest.mark.slow

@@ -60,6 +60,7 @@ def test_what_is_no_memory_is_refused(value: object) -> None:
         ({"budget": 3}, "budget is 3: must be a mapping of options to values; known are max_ppl_ratio, max_kl"),
         ({"healing": {"kl": 2}}, "healing.kl is 2: .* less than or equal to 1"),
         ({"healing": {"heal_kl": 1}}, "healing: unknown key 'heal_kl'; known are trainings, scope"),
+        ({"healing": {"micro_bach": 1}}, r"healing: unknown key 'micro_bach'; did you mean micro_batch\?"),
         ({"calibration": {"data": 3}}, "calibration.data is 3: must be a string"),
         ({"heal_kl": 1, "healing": {"kl": 1}}, "healing.kl is 1: is given as heal-kl too; leave one out"),
         ({"healing": {"lora_rank": 8}, "lora_rank": 8}, "lora-rank is 8: is given as healing.lora-rank too"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from cases import make
 from optimum.streamline.checkpoints.loading import load_stock
+from optimum.streamline.editing.merging import average_layers
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, decoder_layers
 from optimum.streamline.models.removed_sublayers import whole_layer
@@ -20,9 +22,12 @@ from optimum.streamline.pipeline.larger_than_memory import load_on_disk
 from optimum.streamline.scoring import ablation, loss
 from optimum.streamline.scoring.ablation import removal_window_losses
 from optimum.streamline.scoring.loss import window_losses
+from optimum.streamline.scoring.merge_search import candidate_losses
+from optimum.streamline.text.windows import Windows
 from tiny import LAYERS, tiny_model, token_ids
 
 IDS = token_ids(3, 12)
+WINDOWS = Windows(IDS, "random")
 # Mixed kinds of layers and capped logits, other names and a head without offset, experts that transformers converts.
 FAST = {"gemma2", "gpt2", "llama", "mixtral"}
 ARCHITECTURE_NAMES = [
@@ -94,22 +99,43 @@ def test_losses_on_disk_are_the_same_to_the_bit(architecture: str, tmp_path: Pat
     assert all(parameter.is_meta for parameter in models[1].parameters())
 
 
-def test_candidates_side_by_side_read_each_weight_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, model = both(make(tmp_path / "in", dtype=torch.bfloat16), tmp_path)
-    heads, read = Counter[tuple[int, ...]](), Counter[str]()
-    monkeypatch.setattr(loss, "VOCABULARY_SLICE", 23)
-    head = model.get_output_embeddings()
-    vocabulary = len(head.weight)
-    forward = head._old_forward
-    head._old_forward = lambda hidden: (heads.update([tuple(head.weight.shape)]), forward(hidden))[1]
-    weights = model.get_input_embeddings()._hf_hook.weights_map.dataset
-    get = type(weights).__getitem__
+def noting_reads(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each weight is read from disk, from now on."""
+    read, weights = Counter[str](), type(model.get_input_embeddings()._hf_hook.weights_map.dataset)
+    get = weights.__getitem__
 
     def noted(self: Any, name: str) -> Any:
         read[name] += 1
         return get(self, name)
 
-    monkeypatch.setattr(type(weights), "__getitem__", noted)
+    monkeypatch.setattr(weights, "__getitem__", noted)
+    return read
+
+
+def test_merges_side_by_side_read_each_weight_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, model = both(make(tmp_path / "in", dtype=torch.bfloat16), tmp_path)
+    read = noting_reads(model, monkeypatch)
+    losses = [
+        candidate_losses(each, 2, [partial(average_layers, each, 2, share) for share in (0.2, 0.5, 0.9)], WINDOWS)
+        for each in (whole, model)
+    ]
+    assert losses[0] == losses[1]
+    layers = decoder_layers(model, architecture_of(model.config))
+    for number, layer in enumerate(layers):
+        for name, _ in layer.named_parameters():
+            # The pair is read to be merged only; the layers before it, and those after it, run once.
+            assert read[f"model.layers.{number}.{name}"] == 1, (number, name)
+
+
+def test_candidates_side_by_side_read_each_weight_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = both(make(tmp_path / "in", dtype=torch.bfloat16), tmp_path)
+    heads = Counter[tuple[int, ...]]()
+    monkeypatch.setattr(loss, "VOCABULARY_SLICE", 23)
+    head = model.get_output_embeddings()
+    vocabulary = len(head.weight)
+    forward = head._old_forward
+    head._old_forward = lambda hidden: (heads.update([tuple(head.weight.shape)]), forward(hidden))[1]
+    read = noting_reads(model, monkeypatch)
     removal_window_losses(model, IDS, CANDIDATES)
     layers = decoder_layers(model, architecture_of(model.config))
     of_layers = {f"model.layers.{name}" for name, _ in layers.named_parameters()}

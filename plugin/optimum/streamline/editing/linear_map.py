@@ -130,7 +130,7 @@ def fold(model: PreTrainedModel, of: SublayerKey, transform: torch.Tensor) -> No
         transform: T `[width, width]`, from `fit_maps`.
     """
     module, axes = _output_parameters(model, of)
-    with changing(module):
+    with changing(module, [*axes]):
         for name, out_axis in axes.items():
             parameter = module.get_parameter(name)
             exact = torch.tensordot(parameter.double(), transform.to(parameter.device), dims=([out_axis], [0]))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 from optimum.streamline.editing.plan import TRAINED
 from optimum.streamline.errors import StreamlineError, require_extra
 from optimum.streamline.methods.registry import METHODS
@@ -38,8 +41,8 @@ def check_healing(recipe: Recipe) -> None:
     """
     _check_what_is_trained(recipe)
     _check_distillation(recipe)
-    if recipe.healing.optimizer == "adamw-8bit":
-        require_extra("torchao.optim", "torchao")
+    if recipe.resolved_trainings and recipe.healing.optimizer == "adamw-8bit":
+        _check_optimizer(recipe)
     if (data := recipe.healing.data).startswith((f"{SELF}+", f"{SELF},")):
         raise StreamlineError(
             f"heal-data {data!r}: text that the original samples cannot be mixed with other text; give {SELF}, "
@@ -61,6 +64,16 @@ def check_healing(recipe: Recipe) -> None:
             )
     if "lora_rank" in fields and not recipe.healing.lora:
         raise StreamlineError(f"lora-rank {recipe.healing.lora_rank}: has no effect without lora; add lora")
+
+
+def _check_optimizer(recipe: Recipe) -> None:
+    """Refuse the optimizer of torchao without torchao, or on a CPU without a C++ compiler: it compiles its update."""
+    require_extra("torchao.optim", "torchao")
+    if recipe.device == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise StreamlineError(
+            f"heal-optimizer {recipe.healing.optimizer!r}: compiles its update, and there is no C++ compiler (g++, or "
+            "the one that CXX names); install one, or use adamw"
+        )
 
 
 def check_heal_windows(recipe: Recipe, layers: int) -> None:

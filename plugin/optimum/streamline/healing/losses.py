@@ -226,8 +226,47 @@ def window_divergences(original: PreTrainedModel, model: PreTrainedModel, ids: t
         `[windows]`, float64, in nats per token, on the CPU.
     """
     ids = ids.to(model.device)
-    pairs = zip(logits_of(original, ids), logits_of(model, ids), strict=True)
-    return torch.stack([AllLogits(one[None]).divergence(other[None]) for one, other in pairs]).double().cpu()
+    parts = [logits_in_parts(each, ids) for each in (original, model)]
+    means = torch.zeros(len(ids), dtype=torch.float64)
+    for one, other in zip(*parts, strict=True):
+        share = one.logits.shape[1] / ids.shape[1]
+        means[one.window] += share * AllLogits(one.logits).divergence(other.logits).double().cpu()
+    return means
+
+
+@dataclass(frozen=True)
+class LogitPart:
+    """Logits `[1, tokens, vocabulary]` of some tokens of a window."""
+
+    window: int
+    logits: torch.Tensor
+
+
+def logits_in_parts(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[LogitPart]:
+    """The logits of token ids `[windows, length]`, part by part; whole windows if there are at most `LOGITS` in all."""
+    vocabulary = model.config.get_text_config().vocab_size
+    if ids.numel() * vocabulary <= LOGITS:
+        yield from (LogitPart(window, logits[None]) for window, logits in enumerate(logits_of(model, ids)))
+        return
+    for window, stream in enumerate(_final_stream(model, ids)):
+        for tokens in torch.arange(ids.shape[1]).split(_tokens_at_once(vocabulary, ids.shape[1])):
+            part = slice(int(tokens[0]), int(tokens[-1]) + 1)
+            with without(model, frozenset(), model.config.num_hidden_layers, stream[None, part]):
+                yield LogitPart(window, logits_of(model, ids[window : window + 1, part]))
+
+
+def _tokens_at_once(vocabulary: int, length: int) -> int:
+    """For how many tokens logits are computed at a time; no more than a window, whose positions the model knows."""
+    return max(1, min(LOGITS // vocabulary, length))
+
+
+def _final_stream(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """The output of the last layer `[windows, length, width]`, before the final norm."""
+    final: list[torch.Tensor] = []
+    last = decoder_layers(model, architecture_of(model.config))[-1]
+    with last.register_forward_hook(lambda _, args, output: final.append(layer_output(output))):
+        run_layers(model, ids)
+    return final[0]
 
 
 def relative_error(states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -280,17 +319,14 @@ def logit_loss(
     vocabulary = model.config.get_text_config().vocab_size
     if ids.numel() * vocabulary <= LOGITS:
         return of_tokens(logits_of(model, ids).flatten(0, 1)[None], slice(None))
-    layers, final = decoder_layers(model, architecture_of(model.config)), list[torch.Tensor]()
-    with layers[-1].register_forward_hook(lambda _, args, output: final.append(layer_output(output))):
-        run_layers(model, ids)
-    at_once = max(1, min(LOGITS // vocabulary, ids.shape[1]))
+    stream, at_once = _final_stream(model, ids), _tokens_at_once(vocabulary, ids.shape[1])
 
     def of_part(stream: torch.Tensor, start: int) -> torch.Tensor:
         tokens = slice(start, start + stream.shape[1])
-        with without(model, frozenset(), len(layers), stream):
+        with without(model, frozenset(), model.config.num_hidden_layers, stream):
             return of_tokens(logits_of(model, ids.flatten()[None, tokens]), tokens)
 
-    parts = final[0].flatten(0, 1)[None].split(at_once, dim=1)
+    parts = stream.flatten(0, 1)[None].split(at_once, dim=1)
     losses = [
         checkpoint(of_part, part, number * at_once, use_reentrant=False, preserve_rng_state=False)
         for number, part in enumerate(parts)

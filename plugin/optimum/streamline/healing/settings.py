@@ -200,6 +200,7 @@ def replacement_settings(recipe: Recipe, width: int, stage: str) -> HealSettings
         epochs=recipe.healing.epochs,
         batch=recipe.heal_batch(stage),
         micro_batch=recipe.healing.micro_batch,
+        gradient_checkpointing=recipe.healing.gradient_checkpointing,
         dtype=recipe.healing.dtype,
         optimizer=recipe.healing.optimizer,
         minutes=recipe.healing.minutes,

@@ -79,10 +79,12 @@ def train(
             rows = _log_rows(last)
         else:
             rows = run_training(trained, progress, training[order], batch, settings, folder, last, title)
-            if workspace is not None and stop_at == 1:
-                _keep_result_only(workspace)
         if stop_at == 1:
-            trained.restore(best_row(rows)["step"])
+            best = best_row(rows)["step"]
+            trained.restore(best)
+            if workspace is not None:
+                trained.forget_others(best)
+                _keep_result_only(workspace)
     return _log(rows)
 
 

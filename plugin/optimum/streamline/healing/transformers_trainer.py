@@ -195,6 +195,8 @@ class TrainingProgress(TrainerCallback):
             held_out = self._measure(step)
             if held_out < best_row(state.log_history)["held_out"]:
                 self.trained.keep(step)
+                if not self._saves:  # else when the checkpoint is complete: a resumed run may need the earlier ones
+                    self.trained.forget_others(step)
         loss = fmean(self._losses)
         row = {"step": step, "lr": self._lr, "loss": loss, "held_out": held_out, "elapsed": self._elapsed}
         state.log_history.append(row)

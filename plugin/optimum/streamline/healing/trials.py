@@ -114,7 +114,7 @@ def successive_halving(
     """Find the plan that heals best, by rounds of training that each leave the better half of the plans.
 
     In the first round, each plan's model is trained for `FIRST_SHARE` of the training, and in each later round for
-    twice the share of the round before. Half of the plans go on; of an odd number, the smaller half. A plan that lies
+    twice the share of the round before. Half of the plans go on, rounded down. A plan that lies
     clearly behind the best one may still go on: a fit has its gain at once, and others catch up (measured:
     `docs/methods.md`). With seven plans, the updates of all trials and of the rest of the last plan's training are at
     most those of one and a half trainings. Fits and measurements come on top.

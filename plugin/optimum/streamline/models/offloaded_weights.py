@@ -7,7 +7,7 @@ weights just before it runs, and frees them afterwards.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ def in_memory(module: nn.Module) -> Iterator[None]:
     with ExitStack() as read:
         for part in module.modules():
             hook = _hook_of(part)
-            if hook is not None:
+            if hook is not None and hook.offload:
                 read.enter_context(_with_weights(part, hook, {name: hook.weights_map[name] for name in _on_disk(part)}))
         yield
 
@@ -131,7 +131,7 @@ def only_rows(module: nn.Module, start: int, stop: int) -> Iterator[None]:
         stop: The row after the last.
     """
     hook = _hook_of(module)
-    if hook is not None:
+    if hook is not None and hook.offload:
         rows = {name: _rows_on_disk(hook, name, slice(start, stop)) for name in _on_disk(module)}
         with _with_weights(module, hook, rows):
             yield
@@ -146,16 +146,22 @@ def only_rows(module: nn.Module, start: int, stop: int) -> Iterator[None]:
 
 
 @contextmanager
-def changing(module: nn.Module) -> Iterator[None]:
-    """Read the module's own weights inside the `with` block, so that they can be changed, and then write them to disk.
+def changing(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Read weights inside the `with` block, so that they can be changed, and then write them to disk.
 
     They are written to the model's folder on disk, not over the checkpoint. Nothing is done if they are in memory.
+
+    Args:
+        module: The module, which is not in a block of `in_memory`.
+        names: The names of the module's own parameters that change.
     """
     hook = _hook_of(module)
     if hook is None:
         yield
         return
-    values = {name: hook.weights_map[name].clone() for name in _on_disk(module)}
+    if not hook.offload:
+        raise ValueError("changing: the module is in memory for reading, so a change would be lost")
+    values = {name: hook.weights_map[name].clone() for name in names}
     with _with_weights(module, hook, values):
         yield
         for name in values:
@@ -231,9 +237,9 @@ def _with_weights(module: nn.Module, hook: AlignDevicesHook, values: dict[str, t
 
 
 def _hook_of(module: nn.Module) -> AlignDevicesHook | None:
-    """The hook that reads the module's own weights from disk; `None` if it has none there."""
+    """The hook that reads the module's own weights from disk; `None` if they are in memory for good."""
     hook = getattr(module, "_hf_hook", None)
-    return hook if isinstance(hook, AlignDevicesHook) and _on_disk(module) else None
+    return hook if isinstance(hook, AlignDevicesHook) and isinstance(hook.weights_map, PrefixedDataset) else None
 
 
 def _on_disk(module: nn.Module) -> list[str]:

@@ -105,7 +105,8 @@ def zero_output(layer: nn.Module, architecture: Architecture, sublayer: Sublayer
     """
     with torch.no_grad():
         for name in _writing_parameters(layer, architecture, sublayer):
-            with changing(layer.get_submodule(name.rpartition(".")[0])):
+            module, _, own = name.rpartition(".")
+            with changing(layer.get_submodule(module), [own]):
                 layer.get_parameter(name).zero_()
 
 

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from optimum.streamline.editing.plan import TRAINED
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing.losses import LOGITS
+from optimum.streamline.healing.settings import scope_of
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.models.linear_modules import meta_model
 from optimum.streamline.recipe.quantities import parse_layers, parse_remove, parse_size
@@ -18,7 +20,9 @@ from optimum.streamline.reporting.numbers import size
 from optimum.streamline.system.distributed import process_count
 from optimum.streamline.system.memory import free_memory, taken_memory
 
-FP32, BF16 = 4, 2  # bytes
+FP32 = 4  # bytes
+IN_BF16 = 0.65
+"""What the layers keep in mixed precision, as a share of what they keep in fp32 (measured on Llama)."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class HealingMemory:
     """The memory of a process that heals, in bytes, beside that of the program itself.
 
     Args:
-        weights: The model's weights, in fp32.
+        weights: The model's weights, in fp32, and in mixed precision their copies in bf16.
         original: Those of the original, if a training compares with it.
         gradients: The gradients of what is trained.
         moments: The two moments of AdamW.
@@ -60,7 +64,10 @@ def healing_memory(recipe: Recipe, config: PreTrainedConfig) -> HealingMemory:
     layers = decoder_layers(model, architecture_of(config))
     left = whole - removed * _numbers(layers) // len(layers)
     return max(
-        (_of_training(recipe, stage, model, whole, left, len(layers) - removed) for stage in recipe.resolved_trainings),
+        (
+            _of_training(recipe, number, model, whole, left, len(layers) - removed)
+            for number in range(len(recipe.resolved_trainings))
+        ),
         key=lambda memory: memory.total,
     )
 
@@ -79,9 +86,10 @@ def warning(recipe: Recipe, config: PreTrainedConfig) -> str:
         return ""
     needed = healing_memory(recipe, config).total
     advice = "lora, heal-optimizer adamw-8bit, heal-micro-batch 1 and gradient-checkpointing take less"
-    if recipe.max_memory is not None and needed + taken_memory() > parse_size(recipe.max_memory, "max-memory"):
+    limit = recipe.max_memory if recipe.device == "cpu" else None
+    if limit is not None and needed + taken_memory() > parse_size(limit, "max-memory"):
         raise StreamlineError(
-            f"max-memory {recipe.max_memory!r}: healing takes about {size(needed + taken_memory())} with the program; "
+            f"max-memory {limit!r}: healing takes about {size(needed + taken_memory())} with the program; "
             f"give so much, or heal none; {advice}"
         )
     if recipe.device == "cuda":
@@ -92,22 +100,22 @@ def warning(recipe: Recipe, config: PreTrainedConfig) -> str:
 
 
 def _of_training(
-    recipe: Recipe, stage: str, model: PreTrainedModel, whole: int, left: int, layers: int
+    recipe: Recipe, number: int, model: PreTrainedModel, whole: int, left: int, layers: int
 ) -> HealingMemory:
     """The memory of one training.
 
     Args:
         recipe: The recipe.
-        stage: One of `Recipe.resolved_trainings`.
+        number: The number of the training in `Recipe.resolved_trainings`.
         model: The original, on the meta device.
         whole: The number of its weights.
         left: The number of the pruned model's weights.
         layers: The number of its layers.
     """
-    config = model.config
+    config, stage = model.config, recipe.resolved_trainings[number]
     one_layer = _numbers(decoder_layers(model, architecture_of(config))[0])
     trained = left
-    if stage in ("hidden-mse", "local"):
+    if scope_of(recipe, number, recipe.resolved_replacement in TRAINED) != "model":
         trained = one_layer
     elif recipe.healing.lora:
         matrices = (each for each in decoder_layers(model, architecture_of(config)).parameters() if each.ndim > 1)
@@ -115,7 +123,7 @@ def _of_training(
         left += trained
     needs_original = stage in ("distill", "local", "hidden-mse")
     return HealingMemory(
-        weights=FP32 * (one_layer if stage == "hidden-mse" else left),
+        weights=FP32 * (one_layer if stage == "hidden-mse" else left) + _bf16_copies(recipe, left),
         original=FP32 * whole * needs_original,
         gradients=FP32 * trained,
         moments=2 * trained * (1 if recipe.healing.optimizer == "adamw-8bit" else FP32),
@@ -123,13 +131,19 @@ def _of_training(
     )
 
 
+def _bf16_copies(recipe: Recipe, weights: int) -> int:
+    """The bytes of the copies of the weights in bf16 that mixed precision keeps for the gradient."""
+    return 2 * weights if recipe.healing.dtype == "bf16" and not recipe.healing.gradient_checkpointing else 0
+
+
 def _activations(recipe: Recipe, stage: str, config: PreTrainedConfig, layers: int) -> int:
     """What `layers` layers keep of the windows that are computed at a time, and the logits."""
-    own = -(-recipe.heal_batch(stage) // process_count())
+    batch = min(recipe.heal_batch(stage), recipe.healing.tokens // recipe.length * recipe.healing.epochs)
+    own = -(-batch // process_count())
     tokens = min(own, recipe.healing.micro_batch or own) * recipe.length
     width = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * width
-    layer = (12 * width + 4 * inner) * (BF16 if recipe.healing.dtype == "bf16" else FP32)
+    layer = round((12 * width + 4 * inner) * FP32 * (IN_BF16 if recipe.healing.dtype == "bf16" else 1))
     kept = layers * width * FP32 + layer if recipe.healing.gradient_checkpointing else layers * layer
     if stage in ("hidden-mse", "local"):
         return int(tokens * kept)

@@ -329,6 +329,7 @@ def _workspace_key(prepared: Prepared, source: str, text: Windows) -> dict[str, 
         "calibration": prepared.chosen_on.fingerprint if prepared.chosen_on else "",
         "heal": text.fingerprint,
         "optimum-streamline": package_version(),
+        "files": "weights, and the best weights beside them",  # another form of checkpoints gets another text
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

@@ -7,7 +7,7 @@ An option has two keys: its name in its group (`healing: {tokens: 100}`), and th
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -79,6 +79,12 @@ def recipe_of_given(given: dict[str, Given]) -> Recipe:
     return Recipe().with_options(**{key: _checked(OPTIONS[key], each) for key, each in given.items()})
 
 
+def _hint(key: Any, keys: Iterable[str], known: str) -> str:
+    """What to write instead of an unknown key: a key that is spelt nearly like it, or else what is known."""
+    near = get_close_matches(str(key), keys, 1)
+    return f"did you mean {near[0]}?" if near else f"known are {known}"
+
+
 def _options_under(key: Any, value: Any, origin: str) -> Iterator[tuple[DefinedOption, Given]]:
     """The options that one key sets: one, or several of a group. `calibration` names a group, and the text in it."""
     group = GROUPS.get(key)
@@ -88,7 +94,9 @@ def _options_under(key: Any, value: Any, origin: str) -> Iterator[tuple[DefinedO
         names = {each.name: OPTIONS[each.key] for each in options_of(group)}
         for name, each in value.items():
             if name not in names:
-                raise StreamlineError(f"{origin}: {key}: unknown key {shown(name)}; known are {', '.join(names)}")
+                raise StreamlineError(
+                    f"{origin}: {key}: unknown key {shown(name)}; {_hint(name, names, ', '.join(names))}"
+                )
             yield names[name], Given(each, f"{key}.{name.replace('_', '-')}", origin)
     elif key in OPTIONS:
         yield OPTIONS[key], Given(value, key.replace("_", "-"), origin)
@@ -98,9 +106,8 @@ def _options_under(key: Any, value: Any, origin: str) -> Iterator[tuple[DefinedO
             f"{origin}: {key} is {shown(value)}: must be a mapping of options to values; known are {known}"
         )
     else:
-        near = get_close_matches(str(key), [*OPTIONS, *GROUPS], 1)
-        hint = f"did you mean {near[0]}?" if near else f"known are the groups {', '.join(GROUPS)}, and their options"
-        raise StreamlineError(f"{origin}: unknown key {shown(key)}; {hint}")
+        known = f"the groups {', '.join(GROUPS)}, and their options"
+        raise StreamlineError(f"{origin}: unknown key {shown(key)}; {_hint(key, [*OPTIONS, *GROUPS], known)}")
 
 
 def _checked(option: DefinedOption, given: Given) -> Any:

@@ -76,7 +76,7 @@ def stream_losses(model: PreTrainedModel, ids: torch.Tensor, streams: Sequence[t
     """The next-token cross-entropy on each window, for several outputs of the last layer.
 
     The final norm and the head run for one slice of the vocabulary after the other, and for few windows at a time. So
-    memory never holds all logits, and of a head on disk one slice.
+    memory never holds all logits (but with gradients, which need them), and of a head on disk one slice.
 
     Args:
         model: The model, of which only what follows the layers runs.

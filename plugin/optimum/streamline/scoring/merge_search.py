@@ -43,6 +43,7 @@ def candidate_losses(
         StreamlineError: no candidate has a finite loss.
     """
     shortened = shared_copy(model)
+    pair = decoder_layers(model, architecture_of(model.config))[first : first + 2]
     layers = decoder_layers(shortened, architecture_of(shortened.config))
     replace_pair(shortened, first, layers[first])
     layers = decoder_layers(shortened, architecture_of(shortened.config))
@@ -53,9 +54,10 @@ def candidate_losses(
             ids = batch.to(device_of(model))
             before = layer_inputs(shortened, ids, first)[first]
             streams: list[torch.Tensor] = []
-            for build in candidates:
-                layers[first] = build()
-                streams.append(run_layer(shortened, ids, first, before))
+            with in_memory(pair[0]), in_memory(pair[1]):
+                for build in candidates:
+                    layers[first] = build()
+                    streams.append(run_layer(shortened, ids, first, before))
             for number in range(first + 1, len(layers)):
                 with in_memory(layers[number]):
                     streams = [run_layer(shortened, ids, number, stream) for stream in streams]

@@ -46,14 +46,15 @@ def join_processes(device: str) -> None:
         device: `cpu` or `cuda`.
 
     Raises:
-        StreamlineError: the launcher was set to mixed precision, FSDP or DeepSpeed. Healing trains in fp32, with the
-            whole model in every process.
+        StreamlineError: the launcher was set to mixed precision, FSDP or DeepSpeed. The recipe decides the precision
+            of healing, and every process holds the whole model.
     """
     for name, wanted in _ONLY.items():
         value = os.environ.get(name, wanted)
         if value.lower() != wanted:
             raise StreamlineError(
-                f"{name} {value!r}: training is in fp32, each process with the whole model; launch with {wanted!r}"
+                f"{name} {value!r}: each process holds the whole model, and heal-dtype sets the precision; launch with "
+                f"{wanted!r}"
             )
     if process_count() > 1:
         _partial_state()(cpu=device == "cpu")
