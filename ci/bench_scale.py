@@ -25,8 +25,14 @@ PAGE, RESULTS = ROOT / "docs" / "scale.md", ROOT / "docs" / "scale.json"
 # Layers, hidden size, intermediate size, heads, key-value heads, vocabulary; the second is the shape of Llama 3.2 3B.
 SHAPES = {"0.6B": (24, 1536, 4096, 12, 4, 4096), "3B": (28, 3072, 8192, 24, 8, 128_256)}
 LIMITS = {"0.6B": "1GB", "3B": "1.5GB"}
-EDITS = {"named layers": ("--layers", "3,7,9-12"), "shortgpt": ("--method", "shortgpt", "--remove", 6)}
-TEXT = ("--calibration", "stdlib:calibration", "--samples", 8, "--length", 256)
+# A search by loss computes hundreds of times as much as a score, so it gets little text.
+TEXT, LITTLE = ("--samples", 8, "--length", 256), ("--samples", 4, "--length", 64)
+EDITS: dict[str, tuple[object, ...]] = {
+    "named layers": ("--layers", "3,7,9-12", *TEXT),
+    "shortgpt": ("--method", "shortgpt", "--remove", 6, *TEXT),
+    "come": ("--method", "come", "--remove", 2, *TEXT),
+    "sleb, two steps": ("--method", "sleb", "--remove", 2, *LITTLE),
+}
 
 
 def main() -> None:
@@ -38,11 +44,12 @@ def measure(size: str, folder: Path) -> dict[str, Any]:
     """Prune a checkpoint of one size in memory and on disk, after a run that puts it into the page cache."""
     checkpoint = make_checkpoint(folder / "in", SHAPES[size], "bfloat16")
     found: dict[str, Any] = {"bytes": sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")), "rows": {}}
-    run_measured(streamline("prune", "-m", checkpoint, folder / "warm", *EDITS["named layers"], *TEXT))
+    calibration = ("--calibration", "stdlib:calibration")
+    run_measured(streamline("prune", "-m", checkpoint, folder / "warm", *EDITS["named layers"], *calibration))
     for edit, words in EDITS.items():
         for where, limit in (("memory", ()), ("disk", ("--max-memory", LIMITS[size]))):
             out = folder / f"{edit} {where}"
-            seconds, peak = run_measured(streamline("prune", "-m", checkpoint, out, *words, *TEXT, *limit))
+            seconds, peak = run_measured(streamline("prune", "-m", checkpoint, out, *words, *calibration, *limit))
             found["rows"].setdefault(edit, {})[where] = {"seconds": seconds, "peak_bytes": peak}
         found["rows"][edit]["same"] = same_tensors(folder / f"{edit} memory", folder / f"{edit} disk")
         print(size, edit, found["rows"][edit], flush=True)

@@ -126,7 +126,6 @@ print(peak() - before)
         {},
         {"heal_micro_batch": 1, "gradient_checkpointing": True},
         {"heal": "lm", "heal_dtype": "bf16"},
-        {"heal": "lm", "lora": True},
         {"heal": "local"},
     ],
     ids=lambda fields: " ".join(map(str, fields.values())) or "distill",
