@@ -1,14 +1,14 @@
 """Compare all pruning methods on small trained models: perplexity ratio, parameters, seconds and peak memory.
 
     ci/bench methods                                  # measure every row that is missing, then write the page
-    ci/bench methods --part healed --only 'sleb*'     # measure some of the rows
+    ci/bench methods --part healed --only 'sleb*'     # measure some of the rows; `--model qwen3` too
     ci/bench methods --page                           # drop obsolete rows and write the page; measure nothing
 
-`docs/methods.json` keeps the measured rows. A row is measured again only with `--again`. Several runs may measure
-different parts at the same time. Methods calibrate on `stdlib:calibration`, healing uses other windows of it, and every
-row is evaluated on the same windows of `stdlib:eval`. The reference model was trained on none of these. A row calls the
-same functions as `optimum-cli streamline prune`. `methods_cases.py` defines the rows; `methods_page.py` writes the
-page.
+`docs/methods.json` keeps the measured rows. A row is measured again only with `--again`. Several runs may measure at
+the same time: each takes the next row that no other has begun. Methods calibrate on `stdlib:calibration`, healing uses
+other windows of it, and every row is evaluated on the same windows of `stdlib:eval`. No model was trained on any of
+these. A row calls the same functions as `optimum-cli streamline prune`. `methods_cases.py` defines the rows;
+`methods_page.py` writes the page.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ import fcntl
 import gc
 import json
 import math
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,9 +38,6 @@ from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer, r
 from optimum.streamline.editing.apply import apply_plan
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.evaluation.intervals import Samples, mean_interval
-from optimum.streamline.healing.losses import NextToken
-from optimum.streamline.healing.settings import model_settings
-from optimum.streamline.healing.trainable_parts import train_model
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import architecture_of
 from optimum.streamline.models.skipped_sublayers import drop_skipped_sublayers
@@ -63,7 +58,7 @@ def main() -> None:
     parser.add_argument("--model", choices=list(MODELS), action="append", help="measure this model only; repeatable")
     parser.add_argument(
         "--part",
-        choices=["unhealed", "sweep", "default", "healed", "seeds"],
+        choices=["unhealed", "healed", "default"],
         action="append",
         help="measure this part only; repeatable",
     )
@@ -98,16 +93,31 @@ def read_rows() -> dict[str, Row]:
 def measure_missing(wanted: Sequence[Case], again: bool) -> None:
     """Measure the cases that have no row, or with `again` all; each row is written as soon as it is measured."""
     for number, case in enumerate(wanted, start=1):
-        if case.key in read_rows() and not again:
-            continue
-        row = measure(case)
-        keep(row)
+        with begun(case) as mine:
+            if not mine or (case.key in read_rows() and not again):
+                continue
+            row = measure(case)
+            keep(row)
         print(
-            f"{number}/{len(wanted)} {case.model} {case.removed} {case.name} seed {case.seed}: ratio "
+            f"{number}/{len(wanted)} {case.model} {case.removed} {case.part} {case.name}: ratio "
             "{:.4f} ({:.4f} to {:.4f}),".format(*row.ratio),
             f"{row.seconds:.0f} s, {row.peak_mib:.0f} MiB",
             flush=True,
         )
+
+
+@contextmanager
+def begun(case: Case) -> Iterator[bool]:
+    """Hold the lock of a case, and say whether it is ours; another run that measures it holds the lock."""
+    file = LOCK.parent / "methods" / case.key.replace("/", " ")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 @contextmanager
@@ -133,7 +143,7 @@ def write_rows(rows: Iterable[Row]) -> None:
 
 def measure(case: Case) -> Row:
     """Measure one row: choose layers, edit and heal as the command does, then evaluate."""
-    torch.manual_seed(case.seed)
+    torch.manual_seed(0)
     dense = dense_losses(case.model)
     reset_peak()
     start = time.monotonic()
@@ -160,7 +170,6 @@ def measure(case: Case) -> Row:
         part=case.part,
         removed=case.removed,
         name=case.name,
-        seed=case.seed,
         layers=layers,
         perplexity=perplexity,
         ratio=ratio,
@@ -172,31 +181,14 @@ def measure(case: Case) -> Row:
 
 def make(case: Case) -> tuple[PreTrainedModel, str]:
     """The model of a case without its skipped sublayers, and the edit in words; for random draws the first one's."""
-    if case.dense:
-        return dense(case), ""
+    if not case.removed:
+        return load_stock(source_of(case.model), torch.float32), ""
     if case.random:
         return without(case.model, case.draws()[0]), ""
     prepared = prepare(source_of(case.model), make_recipe(case.fields, case.name), print_nothing)
     change(prepared, print_nothing)
     model = drop_skipped_sublayers(prepared.model, architecture_of(prepared.model.config))
     return model, prepared.plan.describe().rpartition(":")[0]
-
-
-def dense(case: Case) -> PreTrainedModel:
-    """The dense model, fine-tuned on the healing text if the case heals."""
-    source, recipe = source_of(case.model), make_recipe(case.fields, case.name)
-    model = load_stock(source, torch.float32)
-    if recipe.resolved_trainings:
-        text = read_windows(
-            recipe.healing.data,
-            load_tokenizer(source),
-            recipe.healing.tokens // LENGTH,
-            LENGTH,
-            case.seed,
-            model.config.vocab_size,
-        )
-        train_model(model, NextToken(), text, model_settings(recipe, model, "lm"))
-    return model
 
 
 def without(name: str, removed: tuple[int, ...]) -> PreTrainedModel:
@@ -207,12 +199,8 @@ def without(name: str, removed: tuple[int, ...]) -> PreTrainedModel:
 
 
 def source_of(name: str) -> ModelSource:
-    """The model's folder. A model of `.cache` is trained when it is first needed."""
-    folder = MODELS[name]
-    if not (folder / "config.json").is_file():
-        script = [sys.executable, "examples/train_reference_model.py", "train", str(folder), "--architecture", name]
-        subprocess.run(script, check=True)
-    return ModelSource(str(folder))
+    """The model's folder."""
+    return ModelSource(str(MODELS[name]))
 
 
 @cache

@@ -25,7 +25,7 @@ def test_no_figure_is_left_to_be_filled_in() -> None:
     rows = (ROOT / "docs" / "methods-rows.md").read_text(encoding="utf-8")
     for row in measured:
         figures = "{:.3f} ({:.3f} to {:.3f})".format(*row["ratio"])
-        assert f"| {row['model']} | {row['removed']} | {row['name']} | {row['seed']} |" in rows
+        assert f"| {row['model']} | {row['removed']} | {row['name']} | {row['part']} |" in rows
         assert figures in rows
     for text in (README, methods):
         assert not placeholders(text)

@@ -111,7 +111,7 @@ def default_lr(width: int) -> float:
     """The default peak learning rate for a replacement alone: 2e-4 x 4096 / width.
 
     LLM-Streamline (arXiv 2403.19135) uses 2e-4 at width 4096. Narrower layers need a rate that is higher in inverse
-    proportion (measured: `docs/methods.md`).
+    proportion (measured: `docs/methods-0.1.0.md`).
 
     Args:
         width: The hidden size of the model.
@@ -239,8 +239,8 @@ def model_settings(recipe: Recipe, model: PreTrainedModel, stage: str) -> HealSe
     With the next-token loss, the learning rate, the weight decay and the end of the cosine at a tenth of the peak are
     LayerChop's (arXiv 2305.14864). The betas, the clipping and the decay of matrices only are this program's own.
     Distillation starts from weights that are good already. So it has no weight decay, and its learning rate ends at
-    zero, which leaves less noise of single batches in the weights (measured: `docs/methods.md`). Adapters do not decay,
-    because their updates are small anyway.
+    zero, which leaves less noise of single batches in the weights (measured: `docs/methods-0.1.0.md`). Adapters do not
+    decay, because their updates are small anyway.
 
     Args:
         recipe: The recipe.
@@ -273,7 +273,7 @@ def distillation_weights(recipe: Recipe) -> tuple[float, float]:
 
     By default the KL divergence has the whole weight, so the cross-entropy has none: it helps in the first pass over a
     text, and harms in the fourth. CoMe's weight of the hidden-state error is not published; the default is this
-    program's own, for all methods (measured: `docs/methods.md`).
+    program's own, for all methods (measured: `docs/methods-0.1.0.md`).
 
     Args:
         recipe: The recipe.

@@ -46,7 +46,7 @@ CANDIDATES: dict[str, Method] = {
 HELD_OUT_TOKENS = 24_576
 """The number of tokens that plans are compared on.
 
-A quarter of it chose the worse of two plans whose perplexities differ by 2% (measured: `docs/methods.md`).
+A quarter of it chose the worse of two plans whose perplexities differ by 2% (measured: `docs/methods-0.1.0.md`).
 """
 
 
