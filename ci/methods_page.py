@@ -89,7 +89,7 @@ def rows_in_full(rows: Sequence[Row]) -> str:
 
 def plot(rows: Sequence[Row]) -> None:
     """Plot the distilled methods, a panel per model: the ratio before healing (hollow) and after it (filled)."""
-    names = [*reversed(DISTILLED), "auto"]
+    names = [name for name in ("auto", *reversed(DISTILLED)) if any(row.name == name for row in rows)]
     with matplotlib.rc_context({"svg.hashsalt": PLOT.name, "axes.spines.top": False, "axes.spines.right": False}):
         figure, panels = plt.subplots(1, len(MODELS), figsize=(10, 3.8), layout="constrained", sharex=True, sharey=True)
         for panel, model in zip(panels, MODELS, strict=True):
@@ -100,7 +100,7 @@ def plot(rows: Sequence[Row]) -> None:
                 panel.plot([low, high], [place, place], color=colour, linewidth=1)
                 face = colour if healed else "white"
                 panel.plot(min(row.ratio[0], LARGEST), place, "o", color=colour, markerfacecolor=face, markersize=5)
-            panel.set(title=TITLES[model], xscale="log", xlim=(0.99, LARGEST), yticks=range(len(names)))
+            panel.set(title=TITLES[model], xscale="log", xlim=(0.99, 1.04 * LARGEST), yticks=range(len(names)))
             panel.set_yticklabels(names)
             panel.set_xticks([1, 1.1, 1.25, 1.5, 2, 2.5], minor=False)
             panel.xaxis.set_major_formatter("{x:g}")
@@ -109,7 +109,7 @@ def plot(rows: Sequence[Row]) -> None:
         for removed in REMOVED:
             panels[-1].plot([], [], "o", color=COLOURS[removed], label=f"{removed} of {LAYERS} layers removed")
         panels[-1].plot([], [], "o", color="#555555", markerfacecolor="white", label="without healing")
-        figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=len(REMOVED) + 1)
+        figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=len(REMOVED) + 1)
         figure.supxlabel("perplexity over the dense model's", fontsize=9)
         figure.savefig(PLOT, metadata={"Date": None})
         plt.close(figure)
