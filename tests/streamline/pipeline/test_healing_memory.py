@@ -72,6 +72,17 @@ def test_too_little_memory_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert warning(make_recipe({**DISTIL, "heal": "none"}), tiny_model().config) == ""
 
 
+def test_the_memory_of_a_gpu_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, recipe = tiny_model().config, make_recipe({**DISTIL, "device": "cuda", "max_memory": "1MB"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert warning(recipe, config) == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**12, 10**12))
+    assert warning(recipe, config) == ""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**5, 10**12))
+    assert "100 kB are free" in warning(recipe, config)
+
+
 def test_more_memory_than_the_limit_is_refused(tmp_path: Path) -> None:
     source = ModelSource(str(make(tmp_path / "in")))
     wide = {**DISTIL, "heal_batch": 3000, "length": 64}  # so that the activations take most

@@ -92,10 +92,12 @@ def warning(recipe: Recipe, config: PreTrainedConfig) -> str:
             f"max-memory {limit!r}: healing takes about {size(needed + taken_memory())} with the program; "
             f"give so much, or heal none; {advice}"
         )
-    if recipe.device == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-    else:
+    if recipe.device == "cpu":
         free, needed = free_memory(), needed * process_count()
+    elif torch.cuda.is_available():
+        free = torch.cuda.mem_get_info()[0]
+    else:  # which loading the model refuses
+        return ""
     return f"healing takes about {size(needed)} of memory, and {size(free)} are free; {advice}" if needed > free else ""
 
 
