@@ -11,6 +11,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+from optimum.streamline.methods.auto import CANDIDATES
+
 MODELS = {
     "reference": Path("examples/reference_model"),
     "qwen3": Path("examples/qwen3_model"),
@@ -59,15 +61,7 @@ UNHEALED: dict[str, dict[str, Any]] = {
     "blockpruner --no-packed": {"method": "blockpruner", "packed": False},
 }
 # The methods that are also measured with distillation: those that `auto` compares.
-DISTILLED = (
-    "come-p",
-    "shifted",
-    "shifted + corrected",
-    "blockpruner",
-    "sleb + linear",
-    "shortgpt + linear",
-    "shortgpt iterative",
-)
+DISTILLED = tuple(CANDIDATES)
 AUTO: dict[str, Any] = {"method": "auto"}
 # The default method and healing, with the default of four passes: a quarter, a third and a half of the layers removed.
 FOUR_PASSES = {4: "25%", 5: "33%", 8: "50%"}
