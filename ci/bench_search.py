@@ -213,7 +213,7 @@ class _Judge:
         self._original = self._losses(dense)
 
     def ratio(self, model: PreTrainedModel) -> Interval:
-        """The perplexity of a model over that of the original, with its 95% interval."""
+        """The perplexity of a model over the original's, with its 95% interval."""
         counts = np.full(len(self._windows.ids), self._windows.ids.shape[1] - 1.0)
         return mean_interval(self._losses(model) - self._original, counts, 0).map(np.exp)
 

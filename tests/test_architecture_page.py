@@ -144,6 +144,13 @@ def test_every_room_has_a_front_door(name: str, folder: Path) -> None:
     assert len(files_of(folder)) <= MOST_FILES or folder.name in CROWDED
 
 
+@pytest.mark.parametrize(("name", "folder"), [(name, folder) for name, folder in rooms() if name not in PACKAGES])
+def test_the_tests_mirror_the_rooms(name: str, folder: Path) -> None:
+    package = next(each for each in PACKAGES if name.startswith(f"{each}."))
+    tests = ROOT / "tests" / package.rpartition("optimum.")[2].partition(".")[0]
+    assert any((tests / folder.relative_to(PACKAGES[package])).glob("test_*.py")), name
+
+
 def test_files_that_docstrings_name_are_there() -> None:
     names = {file.name for package in PACKAGES.values() for file in package.rglob("*.py")}
     for package in PACKAGES.values():

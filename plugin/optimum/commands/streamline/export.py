@@ -45,6 +45,7 @@ class ExportCommand(Command):
             parser, "dtype", choices="bf16 needs format onnx and device cuda.", default="fp32", shown_default="fp32"
         )
         add_option(parser, "device", default="cpu")
+        # Not the recipe's option: an export traces in parts, so its limit has a floor, and another help.
         parser.add_argument(
             "--max-memory",
             metavar="SIZE",

@@ -57,7 +57,7 @@ class Plan(plan.Plan):
             KL divergence from the original after it, nats per token. Only the whole chain makes trials.
         packs: Whether what is left is arranged in as few layers as possible.
         already_skipped: For a plan that packs or corrects, the attentions and MLPs that the original skips already.
-        recipe: The recipe that it was made by; `None` of a plan written by hand.
+        recipe: The recipe that it was made by; `None` for a plan that you wrote yourself.
         scores: The scores it was made from; `None` where nothing was measured.
         chosen_on: The text it was made on; `None` where none was read.
     """

@@ -104,7 +104,7 @@ class Streamliner:
         if not isinstance(model, PreTrainedModel):
             raise StreamlineError(
                 f"model: is a {type(model).__name__}; give a checkpoint's folder, a Hub id or a transformers model "
-                "(of an adapter's, what merge_and_unload() returns)"
+                "(merge a PEFT adapter first, by merge_and_unload())"
             )
         if tokenizer is None:
             raise StreamlineError(f"tokenizer is missing: {type(model).__name__} is in memory; give tokenizer= too")
@@ -170,7 +170,7 @@ class Streamliner:
         Pruning again starts from the original again.
 
         Args:
-            config: A config to plan by, or a plan: from `plan`, or by hand as `Plan(total=16, removed=(5, 6))`.
+            config: A config to plan by; or a plan, made by `plan` or by you, such as `Plan(total=16, removed=(5, 6))`.
 
         Returns:
             This object, so that steps can be chained.
@@ -246,8 +246,8 @@ class Streamliner:
 
         Args:
             repo_id: The repository, as `user/name`; it is made if need be.
-            private: Whether a new repository is private; left out, what the account has set.
-            token: The Hub token; left out, the one that `hf auth login` stored.
+            private: Whether a new repository is private. The default is the account's setting.
+            token: The Hub token. The default is the one that `hf auth login` stored.
             revision: The branch to commit to; `main` by default.
             commit_message: The commit's first line.
 

@@ -117,7 +117,7 @@ def fit_candidates(
     Only the layers from a candidate's first sublayer to the first MLP after its last are fitted for each candidate.
     Corrections of later MLPs are those of the model without any candidate.
 
-    It takes the time of `fit_corrections`, and for each candidate that of these layers and of one X^T X. The memory
+    It takes the time of `fit_corrections`, and for each candidate the time of these layers and of one X^T X. The memory
     of the CPU also holds one D for each candidate. On the reference model, a step of SLEB takes 2.4 times as long with
     corrections.
 

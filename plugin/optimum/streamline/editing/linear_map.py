@@ -165,7 +165,7 @@ class NormalEquations:
         return cls(*(torch.zeros(*size, dtype=torch.float64, device=device) for size in sizes))
 
     def add(self, read: torch.Tensor, missing: torch.Tensor) -> None:
-        """Add the rows of X and of Y, whose last axis is that of the columns."""
+        """Add rows to X and to Y; the last axis of each holds the columns."""
         rows = read.flatten(0, -2).double()
         self.gram += rows.T @ rows
         self.cross += rows.T @ missing.flatten(0, -2).double()

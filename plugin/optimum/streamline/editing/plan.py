@@ -31,7 +31,7 @@ class PlannedLayer:
             replacement of that kind. `patched`: kept, with a linear map folded in that stands for the layers removed
             after it. `merged`: made of several layers. `packed`: the attention of one layer and the MLP of a later one.
         originals: Numbers of the original layers that it stands for, 0-based; a kept layer stands for itself. A packed
-            layer has two: the layer of its attention, and that of its MLP.
+            layer has two: the layer of its attention, and the layer of its MLP.
         corrected: Whether its MLP is corrected for what is removed before it (replacement `corrected`).
         mapped: The sublayers into which a linear map is folded for what is removed after them (replacement `linear`),
             in a plan that packs. In one that does not, the layer is `patched`, and its last sublayer holds the map.

@@ -68,7 +68,7 @@ class AllLogits:
 class TopTokens:
     """The most probable tokens of each distribution. All other tokens count as one.
 
-    The divergence is that of the distributions over these tokens and the rest, which is never larger than the exact
+    The divergence is between distributions over these tokens and the rest, so it is never larger than the exact
     one. It tells nothing about the tokens of the rest.
 
     Args:
@@ -189,7 +189,7 @@ class Distillation:
         depths: `Plan.depths`: for each layer of the model, the index of the original hidden state to match.
         kl: a, the weight of the KL divergence, 0 to 1.
         hidden: b, the weight of the hidden-state error.
-        outputs: The function that gives the original's outputs: `outputs_of`, or that of a cache.
+        outputs: The function that gives the original's outputs: `outputs_of`, or a cache's.
     """
 
     teacher: PreTrainedModel

@@ -41,7 +41,7 @@ from .settings import distillation_weights
 DEFAULT_BYTES = 4 * 2**30
 """The size up to which all outputs are cached by default, in bytes."""
 CACHE_FOLDER = "original"
-"""The folder of the cache in that of the training checkpoints."""
+"""The folder of the cache, in the folder of the training checkpoints."""
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class Healer:
         workspace: The folder for checkpoints, one subfolder a training. If it holds checkpoints of the same model, text
             and recipe, finished trainings are not repeated, and an unfinished one is resumed.
         teacher: The original, if it is not `model` that is edited. By default `before_edit` copies `model`.
-        outputs: The function that gives the original's outputs for distillation, such as that of a cache.
+        outputs: The function that gives the original's outputs for distillation, such as a cache's.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class Healer:
         if not cut:
             raise StreamlineError(
                 f"heal {self._recipe.healing.trainings!r}: the plan leaves every layer as it was, and local trains "
-                "those that lost something; use heal distill"
+                "layers that lost something; use heal distill"
             )
         settings = local_settings(self._recipe, self._teacher, len(cut))
         self._announce("local", f"layers {layer_ranges(tuple(each.layer for each in cut))}", settings)

@@ -50,7 +50,7 @@ class Trials:
         text: The healing windows.
         notify: Gets one line for each round.
         workspace: The folder of the training checkpoints, in which the training of the plan that is chosen goes on.
-        outputs: The function that gives the original's outputs to all trainings, such as that of a cache.
+        outputs: The function that gives the original's outputs to all trainings, such as a cache's.
     """
 
     def __init__(

@@ -88,7 +88,7 @@ class Auto(Method):
         return self._plans(recipe, inputs, self.candidates(recipe, inputs.model.config))[0]
 
     def plans(self, recipe: Recipe, inputs: MethodInputs) -> tuple[Plan, ...]:
-        """The plans that trial trainings choose from, that of lowest held-out loss first; of equal plans, one.
+        """The plans that trial trainings choose from, the one of lowest held-out loss first. Equal plans count once.
 
         Raises:
             StreamlineError: as `plan`.

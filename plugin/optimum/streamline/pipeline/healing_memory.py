@@ -27,7 +27,7 @@ IN_BF16 = 0.65
 
 @dataclass(frozen=True)
 class HealingMemory:
-    """The memory of a process that heals, in bytes, beside that of the program itself.
+    """The memory of a process that heals, in bytes, without the program itself.
 
     Args:
         weights: The model's weights, in fp32, and in mixed precision their copies in bf16.

@@ -125,7 +125,7 @@ def verdict_html(verdict: Verdict) -> str:
 
 
 def report_line(report: Report) -> str:
-    """A report in one line: the verdict, and of each candidate what it costs and brings."""
+    """A report in one line: the verdict, and the cost and gain of each candidate."""
     candidates = [row for row in report.rows if row.role == "candidate"]
     found = [
         f"{row.label}: {row.layers} layers, {number(row.perplexity_ratio.value, 4)}x perplexity, "
