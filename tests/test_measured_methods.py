@@ -56,6 +56,14 @@ def test_distillation_helps_every_candidate(model: str, removed: int) -> None:
         assert after[name][2] < before[name][1], name
 
 
+@pytest.mark.parametrize("removed", [4, 8])
+def test_auto_is_level_with_the_best_healed_method(removed: int) -> None:
+    after = ratios("healed", "reference", removed)
+    auto, best = after.pop("auto"), min(after.values())
+    assert best[1] <= auto[0] <= best[2]
+    assert auto[1] <= best[0] <= auto[2]
+
+
 @pytest.mark.parametrize(("model", "removed"), SHARES)
 def test_come_p_heals_best_or_is_level_with_the_best(model: str, removed: int) -> None:
     after = ratios("healed", model, removed)
