@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum.streamline.models.architectures import architecture_of, decoder_layers, layer_output
+from optimum.streamline.models.offloaded_weights import run_layers
 from optimum.streamline.models.removed_sublayers import SublayerSet, whole_layer, without
 
 
@@ -32,6 +33,15 @@ def stream_after(model: PreTrainedModel, ids: torch.Tensor, layer: int) -> torch
     with layers[layer].register_forward_hook(keep), suppress(_StopForward):
         model.base_model(ids, use_cache=False)
     return seen[0]
+
+
+def final_stream(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """The output of the last layer `[batch, length, width]`, before the final norm."""
+    final: list[torch.Tensor] = []
+    last = decoder_layers(model, architecture_of(model.config))[-1]
+    with last.register_forward_hook(lambda _, args, output: final.append(layer_output(output))):
+        run_layers(model, ids)
+    return final[0]
 
 
 def embeddings(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from optimum.streamline.editing.residual_stream import final_stream
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.architectures import architecture_of, decoder_layers, layer_output
-from optimum.streamline.models.offloaded_weights import run_layers
 from optimum.streamline.models.removed_sublayers import without
 
 LOGITS = 1 << 25
@@ -248,7 +248,7 @@ def logits_in_parts(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[Logit
     if ids.numel() * vocabulary <= LOGITS:
         yield from (LogitPart(window, logits[None]) for window, logits in enumerate(logits_of(model, ids)))
         return
-    for window, stream in enumerate(_final_stream(model, ids)):
+    for window, stream in enumerate(final_stream(model, ids)):
         for tokens in torch.arange(ids.shape[1]).split(_tokens_at_once(vocabulary, ids.shape[1])):
             part = slice(int(tokens[0]), int(tokens[-1]) + 1)
             with without(model, frozenset(), model.config.num_hidden_layers, stream[None, part]):
@@ -258,15 +258,6 @@ def logits_in_parts(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[Logit
 def _tokens_at_once(vocabulary: int, length: int) -> int:
     """For how many tokens logits are computed at a time; no more than a window, whose positions the model knows."""
     return max(1, min(LOGITS // vocabulary, length))
-
-
-def _final_stream(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """The output of the last layer `[windows, length, width]`, before the final norm."""
-    final: list[torch.Tensor] = []
-    last = decoder_layers(model, architecture_of(model.config))[-1]
-    with last.register_forward_hook(lambda _, args, output: final.append(layer_output(output))):
-        run_layers(model, ids)
-    return final[0]
 
 
 def relative_error(states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -319,7 +310,7 @@ def logit_loss(
     vocabulary = model.config.get_text_config().vocab_size
     if ids.numel() * vocabulary <= LOGITS:
         return of_tokens(logits_of(model, ids).flatten(0, 1)[None], slice(None))
-    stream, at_once = _final_stream(model, ids), _tokens_at_once(vocabulary, ids.shape[1])
+    stream, at_once = final_stream(model, ids), _tokens_at_once(vocabulary, ids.shape[1])
 
     def of_part(stream: torch.Tensor, start: int) -> torch.Tensor:
         tokens = slice(start, start + stream.shape[1])

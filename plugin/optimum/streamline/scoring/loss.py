@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from optimum.streamline.editing.residual_stream import final_stream
 from optimum.streamline.errors import StreamlineError
-from optimum.streamline.models.architectures import architecture_of, decoder_layers, layer_output
-from optimum.streamline.models.offloaded_weights import only_rows, run_layers
+from optimum.streamline.models.architectures import architecture_of, decoder_layers
+from optimum.streamline.models.offloaded_weights import only_rows
 from optimum.streamline.models.removed_sublayers import without
 from optimum.streamline.text.windows import Windows
 
@@ -65,11 +66,7 @@ def window_losses(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     Returns:
         `[windows]`, float64, in nats.
     """
-    final: list[torch.Tensor] = []
-    last = decoder_layers(model, architecture_of(model.config))[-1]
-    with last.register_forward_hook(lambda _, args, output: final.append(layer_output(output))):
-        run_layers(model, ids)
-    return stream_losses(model, ids, final)[0]
+    return stream_losses(model, ids, [final_stream(model, ids)])[0]
 
 
 def stream_losses(model: PreTrainedModel, ids: torch.Tensor, streams: Sequence[torch.Tensor]) -> torch.Tensor:
