@@ -27,11 +27,13 @@ SHAPES = {"0.6B": (24, 1536, 4096, 12, 4, 4096), "3B": (28, 3072, 8192, 24, 8, 1
 LIMITS = {"0.6B": "1GB", "3B": "1.5GB"}
 # A search by loss computes hundreds of times as much as a score, so it gets little text.
 TEXT, LITTLE = ("--samples", 8, "--length", 256), ("--samples", 4, "--length", 64)
+LOCAL = ("--heal", "local", "--heal-data", "stdlib:calibration", "--heal-tokens", 256 * 16, "--heal-epochs", 1)
 EDITS: dict[str, tuple[object, ...]] = {
     "named layers": ("--layers", "3,7,9-12", *TEXT),
     "shortgpt": ("--method", "shortgpt", "--remove", 6, *TEXT),
     "come": ("--method", "come", "--remove", 2, *TEXT),
     "sleb, two steps": ("--method", "sleb", "--remove", 2, *LITTLE),
+    "named layers, healed by local": ("--layers", "3,7,9-12", *TEXT, *LOCAL),
 }
 
 

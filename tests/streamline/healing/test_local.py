@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from optimum.streamline.editing.apply import EditInputs, apply_plan
 from optimum.streamline.editing.plan import Merge, Plan, depths_of, merge_plan, packed_plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing import stages
-from optimum.streamline.healing.local import LayerError, cut_layers
+from optimum.streamline.healing.local import cut_layers, layer_errors
 from optimum.streamline.healing.losses import NextToken
 from optimum.streamline.healing.stages import Healer
 from optimum.streamline.methods.come import CoMe
@@ -25,6 +27,7 @@ from optimum.streamline.models.architectures import ARCHITECTURES, architecture_
 from optimum.streamline.models.skipped_sublayers import mark_skipped, skipped_sublayers_dropped
 from optimum.streamline.pipeline.prune import change, prepare
 from optimum.streamline.recipe.parsing import make_recipe
+from optimum.streamline.system import disk
 from optimum.streamline.text.windows import Windows, read_windows
 from reference import HEALED, REFERENCE
 from tiny import LAYERS, tiny_model, token_ids
@@ -54,21 +57,21 @@ def marked(skipped: dict[int, list[str]]) -> PreTrainedConfig:
 @pytest.mark.parametrize(
     ("plan", "cut"),
     [
-        (Plan(LAYERS, (1, 3)), [(0, (0, 1), 0), (1, (2, 3), 2)]),
-        (Plan(LAYERS, (2, 3, 4)), [(1, (1, 2, 3, 4), 1)]),
-        (Plan(LAYERS, (0, 1)), [(0, (0, 1, 2), 2)]),  # from the embeddings, by the attention of layer 2
-        (packed_plan(LAYERS, [(1, "mlp"), (2, "attention")]), [(1, (1, 2), 1)]),
-        (packed_plan(LAYERS, [(1, "attention"), (1, "mlp")]), [(0, (0, 1), 0)]),
-        (PACKED, [(0, (0, 1, 2, 3), 1)]),
-        (packed_plan(LAYERS, [(0, "mlp"), (1, "attention"), (2, "mlp")]), [(0, (0, 1), 0), (1, (2,), 2)]),
-        (THINNED, [(0, (0, 1), 1), (1, (2,), 2), (2, (3,), 3)]),
-        (merge_plan(LAYERS, [Merge(1, 0.5, 0.5)]), [(1, (1, 2), 1)]),
+        (Plan(LAYERS, (1, 3)), [(0, (0, 1)), (1, (2, 3))]),
+        (Plan(LAYERS, (2, 3, 4)), [(1, (1, 2, 3, 4))]),
+        (Plan(LAYERS, (0, 1)), [(0, (0, 1, 2))]),  # from the embeddings
+        (packed_plan(LAYERS, [(1, "mlp"), (2, "attention")]), [(1, (1, 2))]),
+        (packed_plan(LAYERS, [(1, "attention"), (1, "mlp")]), [(0, (0, 1))]),
+        (PACKED, [(0, (0, 1, 2, 3))]),
+        (packed_plan(LAYERS, [(0, "mlp"), (1, "attention"), (2, "mlp")]), [(0, (0, 1)), (1, (2,))]),
+        (THINNED, [(0, (0, 1)), (1, (2,)), (2, (3,))]),
+        (merge_plan(LAYERS, [Merge(1, 0.5, 0.5)]), [(1, (1, 2))]),
     ],
 )
 def test_a_layer_that_stands_for_more_than_it_has_is_trained(plan: Plan, cut: list[tuple[Any, ...]]) -> None:
     after = marked({index: ["mlp"] for index, layer in enumerate(plan.new_layers) if layer.kind == "thinned"})
     found = cut_layers(plan.new_layers, marked({}), after)
-    assert [(each.layer, each.block, each.attention) for each in found] == cut
+    assert [(each.layer, each.block) for each in found] == cut
     assert [each.block[-1] + 1 for each in found] == [plan.depths[each.layer] for each in found]
 
 
@@ -89,7 +92,7 @@ def test_a_plan_that_cuts_nothing_is_refused() -> None:
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
-def test_the_error_is_of_the_layer_in_its_place_given_the_originals_state(architecture: str) -> None:
+def test_the_error_is_of_the_layer_in_its_place_given_the_originals_state(architecture: str, tmp_path: Path) -> None:
     # Here the layer runs in the edited model, with its masks and positions, and only its input is put in.
     model = tiny_model(architecture)
     model, original = edited(model, PACKED if can_pack(model.config) else THINNED)
@@ -103,7 +106,8 @@ def test_the_error_is_of_the_layer_in_its_place_given_the_originals_state(archit
         original(IDS)
         [hook.remove() for hook in hooks]
         assert len(states) == LAYERS + 1
-    for cut in cut_layers(plan.new_layers, original.config, model.config):
+    found = cut_layers(plan.new_layers, original.config, model.config)
+    for cut, layer_error in zip(found, layer_errors(original, found, IDS, tmp_path), strict=True):
         given, wanted = states[cut.block[0]], states[depths_of(plan.new_layers, LAYERS)[cut.layer]]
         outputs: list[torch.Tensor] = []
         layer = decoder_layers(model, row)[cut.layer]
@@ -114,7 +118,7 @@ def test_the_error_is_of_the_layer_in_its_place_given_the_originals_state(archit
         with torch.no_grad():
             model(IDS)
             [hook.remove() for hook in hooks]
-            error = LayerError(original, cut).loss(model, IDS)
+            error = layer_error.loss(model, IDS)
         difference = (outputs[0] - wanted).double().flatten(0, 1).square().sum(1)
         expected = (difference / wanted.double().flatten(0, 1).square().sum(1)).mean()
         assert float(error) == pytest.approx(float(expected), rel=1e-4)
@@ -126,7 +130,7 @@ def first_of(output: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("plan", [PACKED, THINNED], ids=["packed", "thinned"])
-def test_each_cut_layer_is_trained_and_nothing_else(plan: Plan) -> None:
+def test_each_cut_layer_is_trained_and_nothing_else(plan: Plan, tmp_path: Path) -> None:
     model = tiny_model()
     healer = Healer(RECIPE, model, plan, WINDOWS, [].append)
     healer.before_edit(None)
@@ -138,8 +142,8 @@ def test_each_cut_layer_is_trained_and_nothing_else(plan: Plan) -> None:
         ("local", "layer", each.layer) for each in cut
     ]
     with torch.no_grad(), skipped_sublayers_dropped(model), skipped_sublayers_dropped(before):
-        for each, healed in zip(cut, healer.results, strict=True):
-            error = LayerError(original, each)
+        errors = layer_errors(original, cut, WINDOWS.ids, tmp_path)
+        for error, healed in zip(errors, healer.results, strict=True):
             assert healed.log.before == pytest.approx(float(error.loss(before, WINDOWS.ids[-1:])), rel=1e-5)
             assert healed.log.best == pytest.approx(float(error.loss(model, WINDOWS.ids[-1:])), rel=1e-5)
             assert healed.log.best < healed.log.before
@@ -149,6 +153,26 @@ def test_each_cut_layer_is_trained_and_nothing_else(plan: Plan) -> None:
         zeroed = name.endswith("proj.weight") and not old[name].any()
         assert torch.equal(value, old[name]) or (name.startswith(prefixes) and not zeroed), name
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_disk_without_room_for_the_states_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def healed() -> None:
+        model = tiny_model()
+        healer = Healer(RECIPE, model, THINNED, WINDOWS, [].append)
+        healer.before_edit(None)
+        apply_plan(model, THINNED, None)
+        healer.after_edit(THINNED.new_layers)
+
+    wanted = r"^heal local: the original's hidden states take 123 kB in .*No space left on device\); make room, or give"
+    with monkeypatch.context() as patch, pytest.raises(StreamlineError, match=wanted):
+        patch.setattr(disk.os, "posix_fallocate", full)
+        healed()
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(StreamlineError, match=wanted):
+        healed()
 
 
 def test_a_merged_layer_learns_the_output_of_both() -> None:

@@ -26,6 +26,7 @@ from optimum.streamline.healing.settings import HealSettings
 from optimum.streamline.healing.trainable_parts import train_model
 from optimum.streamline.healing.trials import Trials
 from optimum.streamline.recipe.parsing import make_recipe
+from optimum.streamline.system import disk
 from optimum.streamline.text.windows import Windows
 from reference import REFERENCE
 from tiny import LAYERS, tiny_model, token_ids
@@ -177,7 +178,7 @@ def test_by_default_all_outputs_are_kept_if_they_are_few_and_read_again(
     config, recipe = tiny_model().config, make_recipe({"method": "auto", "remove": 1})
     bytes_of_all = 24 * 16 * 4 * (config.vocab_size + config.num_hidden_layers * config.hidden_size) + 24
     free = SimpleNamespace(free=10**12)
-    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda folder: free)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: free)
 
     def form(workspace: Path | None = tmp_path / "not" / "there", trials: bool = False, **options: object) -> object:
         return cache_form(recipe.with_options(**options), TEXT, config, workspace, trials)
@@ -203,7 +204,7 @@ def test_by_default_all_outputs_are_kept_if_they_are_few_and_read_again(
 
 
 def test_too_small_a_disk_is_one_line_and_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(
         StreamlineError, match=r"^heal-cache: the outputs of the original take 0.0 GB in .*give heal-cache none, or"
     ):
@@ -276,7 +277,7 @@ def test_a_disk_that_fills_meanwhile_is_one_line(monkeypatch: pytest.MonkeyPatch
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(cache_module.os, "posix_fallocate", full)
+    monkeypatch.setattr(disk.os, "posix_fallocate", full)
     with pytest.raises(StreamlineError, match=r"cannot write the outputs of the original to .* \(No space left on dev"):
         OutputCache(tmp_path / "cache", TEXT, tiny_model().config, FULL, hidden=True)
     assert not (tmp_path / "cache" / "done.npy").exists()
@@ -286,5 +287,5 @@ def test_a_file_system_that_cannot_reserve_is_used(monkeypatch: pytest.MonkeyPat
     def unsupported(*_: int) -> None:
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
-    monkeypatch.setattr(cache_module.os, "posix_fallocate", unsupported)
+    monkeypatch.setattr(disk.os, "posix_fallocate", unsupported)
     OutputCache(tmp_path / "cache", TEXT, tiny_model().config, FULL, hidden=True)

@@ -48,6 +48,9 @@ def test_weights_are_counted() -> None:
     assert mixed.weights == 6 * left
     local = estimate(model, heal="local")
     assert (local.gradients, local.weights, local.original) == (4 * layer, 4 * left, 4 * whole)
+    on_disk = healing_memory(make_recipe({**DISTIL, "heal": "local"}), model.config, on_disk=True)
+    assert (on_disk.gradients, on_disk.weights, on_disk.original) == (4 * layer, 4 * layer, 0)
+    assert on_disk.activations == local.activations
     assert estimate(model, heal="local+distill") == found
     adapters = estimate(model, lora=True, lora_rank=1)
     assert adapters.gradients < found.gradients / 2

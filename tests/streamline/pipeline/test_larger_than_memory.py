@@ -257,6 +257,29 @@ def test_only_the_rows_of_a_batch_are_read_of_the_embeddings(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(each, marks=() if each in ("gpt2", "llama") else pytest.mark.slow) for each in sorted(ARCHITECTURES)],
+)
+def test_layers_are_trained_one_by_one_on_disk_as_in_memory(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make(tmp_path / "in", architecture, torch.bfloat16, num_hidden_layers=LAYERS)
+    before = {file.name: file.read_bytes() for file in source.iterdir()}
+    text = {"heal_data": "stdlib:calibration", "heal_tokens": 16 * 20, "heal_epochs": 1, "heal_lr": 1e-2}
+    healing = {**text, "heal": "local", "layers": "1,3", "dtype": "fp32"}
+    unhealed, _ = pruned(source, tmp_path / "unhealed", layers="1,3", dtype="fp32")
+    in_memory, recorded = pruned(source, tmp_path / "in_memory", **healing)
+    monkeypatch.setattr("optimum.streamline.pipeline.prune.stays_on_disk", lambda *_: True)
+    on_disk, record = pruned(source, tmp_path / "on_disk", **healing)
+    assert_equal(in_memory, on_disk)
+    assert not all(torch.equal(value, unhealed[name]) for name, value in on_disk.items())
+    assert record["healing"] == recorded["healing"]
+    assert [each["layer"] for each in record["healing"]] == [0, 1]
+    assert all(each["best"] < each["before"] for each in record["healing"])
+    assert {file.name: file.read_bytes() for file in source.iterdir()} == before
+
+
+@pytest.mark.parametrize(
     ("fields", "why"),
     [
         ({"method": "come-sp", "remove": 1}, r"trains \(heal distill\)"),
@@ -264,6 +287,7 @@ def test_only_the_rows_of_a_batch_are_read_of_the_embeddings(tmp_path: Path) -> 
         ({"method": "shortened-taylor", "remove": 1}, r"takes gradients \(method shortened-taylor\)"),
         ({"method": "sleb", "remove": 1, "replacement": "corrected"}, r"computes weights \(replacement corrected\)"),
         ({"method": "sleb", "remove": 1, "heal": "lm"}, r"trains \(heal lm\)"),
+        ({"method": "sleb", "remove": 1, "heal": "local+distill"}, r"trains \(heal local\+distill\)"),
         ({"method": "sleb", "remove": 1, "quantize": "bnb-nf4"}, "quantizes by bnb-nf4"),
     ],
 )

@@ -44,7 +44,7 @@ def dry_run(source: Any, recipe: Recipe, console: Console) -> int:
             console.print(plan.describe(), markup=False)
         _print_effect(prepared.model.config, plan, recipe.length, console)
     if recipe.resolved_trainings:
-        memory = healing_memory(recipe, prepared.model.config)
+        memory = healing_memory(recipe, prepared.model.config, prepared.on_disk is not None)
         parts = ", ".join(f"{name} {size(number)}" for name, number in asdict(memory).items() if number)
         console.print(f"memory of healing, about: {size(memory.total)} ({parts})", markup=False)
     return 0

@@ -8,22 +8,33 @@ h_k is the original's residual stream after k layers. The output of new layer n 
 gets h_0, the embeddings. An attention of layer i packed with the MLP of layer j gets h_i, and should give h_{j+1} if
 something of layer j + 1 stays, or else the first state after it at which something does. An attention or an MLP alone
 in layer i gets h_i, and should give h_{i+1} in the same way.
+
+The original runs once on the healing text. Its states before and after the layer that is trained are in two files, so
+only one layer need be in memory, with its gradients and moments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum.streamline.editing.packing import sublayers_left
 from optimum.streamline.editing.plan import PlannedLayer, depths_of
-from optimum.streamline.models.architectures import architecture_of, decoder_layers
+from optimum.streamline.editing.residual_stream import run_layer
+from optimum.streamline.editing.state_files import StateFile, carry, write_embeddings
+from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP, skipped_of
+from optimum.streamline.reporting.numbers import size
+from optimum.streamline.system.disk import free_bytes
 
-from .losses import BlockOutput
+from .losses import relative_error
 
 
 @dataclass(frozen=True)
@@ -34,12 +45,10 @@ class CutLayer:
         layer: Its number in the new model.
         block: Numbers of the original layers that it stands for. The first one's input is its input, and the last one's
             output is its target.
-        attention: Number of the original layer that its attention comes from; for an MLP alone, of its layer.
     """
 
     layer: int
     block: tuple[int, ...]
-    attention: int
 
 
 def cut_layers(
@@ -59,29 +68,74 @@ def cut_layers(
     computed = sublayers_left(total, skipped_of(original))
     depths = depths_of(new_layers, total)
     cut: list[CutLayer] = []
-    for index, (planned, start, end) in enumerate(zip(new_layers, (0, *depths), depths, strict=False)):
+    for index, (start, end) in enumerate(pairwise((0, *depths))):
         block = tuple(range(start, end))
         own = sum((index, kind) not in left_out for kind in (ATTENTION, MLP))
         if 0 < own < sum(layer in block for layer, _ in computed):
-            cut.append(CutLayer(index, block, planned.attention_originals[0]))
+            cut.append(CutLayer(index, block))
     return tuple(cut)
 
 
+@dataclass(frozen=True)
 class LayerError:
-    """The error of one layer of a model: a `HealingLoss` that runs the original and this layer, and nothing else.
+    """The error of one layer of a model: a `HealingLoss` that runs this layer, and nothing else.
 
     The layer gets the original's hidden state, and not the model's. So it does not learn to make up for errors of the
     layers before it; distillation of the whole model does that.
 
     Args:
-        teacher: The original.
-        cut: The layer.
+        layer: The number of the layer in the model.
+        inputs: The original's states that the layer gets, for each window of the text.
+        targets: The states that it should give.
     """
 
-    def __init__(self, teacher: PreTrainedModel, cut: CutLayer) -> None:
-        self._layer = cut.layer
-        self._block_output = BlockOutput(teacher.eval(), cut.block, normalised=True, attention=cut.attention)
+    layer: int
+    inputs: StateFile
+    targets: StateFile
 
     def loss(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         """The `relative_error` of the layer's output, given the original's state of token ids `[windows, length]`."""
-        return self._block_output.loss(decoder_layers(model, architecture_of(model.config))[self._layer], ids)
+        output = run_layer(model, ids, self.layer, self.inputs.read(ids))
+        return relative_error(output, self.targets.read(ids))
+
+
+def layer_errors(
+    original: PreTrainedModel, cut: Sequence[CutLayer], ids: torch.Tensor, folder: Path
+) -> Iterator[LayerError]:
+    """The errors of cut layers, one at a time. The next one overwrites the states of the one before.
+
+    Args:
+        original: The original, in memory or with its weights on disk.
+        cut: The layers, in order.
+        ids: Token ids of all windows that the errors will be asked for, `[windows, length]`.
+        folder: The folder for the two files of states, which exists.
+
+    Yields:
+        The error of each layer.
+
+    Raises:
+        StreamlineError: the files cannot be made.
+    """
+    original.eval()
+    inputs, targets = _files(folder, ids, original.config.hidden_size)
+    write_embeddings(original, inputs)
+    depth = 0
+    for each in cut:
+        first, after = each.block[0], each.block[-1] + 1
+        carry(original, inputs, inputs, range(depth, first))
+        carry(original, inputs, targets, range(first, after))
+        yield LayerError(each.layer, inputs, targets)
+        inputs, targets, depth = targets, inputs, after
+
+
+def _files(folder: Path, ids: torch.Tensor, width: int) -> tuple[StateFile, StateFile]:
+    needed, free = 2 * ids.numel() * width * torch.float32.itemsize, free_bytes(folder)
+    try:
+        if needed > free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return StateFile(folder / "one.npy", ids, width), StateFile(folder / "other.npy", ids, width)
+    except OSError as error:
+        raise StreamlineError(
+            f"heal local: the original's hidden states take {size(needed)} in {folder.parent}, where {size(free)} are "
+            f"free ({error.strerror}); make room, or give fewer heal-tokens"
+        ) from error

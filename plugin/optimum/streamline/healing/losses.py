@@ -342,16 +342,12 @@ class BlockOutput:
         block: Numbers of the block's layers, in rising order.
         normalised: Divide the squared error of each token by the squared norm of its target, so that a few tokens of
             very large norm do not dominate. This is not in the paper.
-        attention: Number of the layer of the block whose mask and positions the replacement gets; by default the first.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, block: tuple[int, ...], normalised: bool = False, attention: int | None = None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, block: tuple[int, ...], normalised: bool = False) -> None:
         layers = decoder_layers(model, architecture_of(model.config))
         self._model, self._normalised = model, normalised
         self._first, self._last = layers[block[0]], layers[block[-1]]
-        self._attention = layers[block[0] if attention is None else attention]
 
     def loss(self, student: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         """The loss of the replacement `student` on token ids `[windows, length]`.
@@ -364,22 +360,16 @@ class BlockOutput:
         return relative_error(output, target) if self._normalised else nn.functional.mse_loss(output, target)
 
     def _run(self, ids: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]:
-        # The arguments of the replacement, and the output of the block's last layer.
+        # The arguments of the block's first layer, and the output of its last layer.
         captured: dict[str, Any] = {}
-        with _captured(self._first, self._attention, self._last, captured), suppress(_StopForward):
+        with _captured(self._first, self._last, captured), suppress(_StopForward):
             self._model.base_model(ids, use_cache=False)
-        args, kwargs, hidden = captured["args"], captured["kwargs"], captured["input"]
-        if args:
-            return (hidden, *args[1:]), kwargs, captured["output"]
-        return args, {**kwargs, "hidden_states": hidden}, captured["output"]
+        return captured["args"], captured["kwargs"], captured["output"]
 
 
 @contextmanager
-def _captured(first: nn.Module, attention: nn.Module, last: nn.Module, captured: dict[str, Any]) -> Iterator[None]:
+def _captured(first: nn.Module, last: nn.Module, captured: dict[str, Any]) -> Iterator[None]:
     def before_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        captured["input"] = args[0] if args else kwargs["hidden_states"]
-
-    def before_attention(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         captured.update(args=args, kwargs=kwargs)
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -388,7 +378,6 @@ def _captured(first: nn.Module, attention: nn.Module, last: nn.Module, captured:
 
     hooks = [
         first.register_forward_pre_hook(before_first, with_kwargs=True),
-        attention.register_forward_pre_hook(before_attention, with_kwargs=True),
         last.register_forward_hook(after),
     ]
     try:

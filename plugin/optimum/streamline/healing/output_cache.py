@@ -6,8 +6,6 @@ run it on each window once. The cache holds all logits, or some tokens of each n
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.system.disk import free_bytes, reserve
 from optimum.streamline.system.distributed import from_main, is_main
 from optimum.streamline.text.windows import Windows
 
@@ -200,31 +199,12 @@ def _make_anew(folder: Path, arrays: dict[str, Array]) -> None:
         for name, array in sorted(arrays.items(), key=lambda each: each[0] == "done"):  # that one last
             file = folder / f"{name}.npy"
             np.lib.format.open_memmap(file, mode="w+", dtype=array.dtype, shape=array.shape)
-            with file.open("r+b") as opened:
-                _reserve(opened.fileno(), file.stat().st_size)
+            reserve(file)
     except OSError as error:
         raise StreamlineError(
             f"heal-cache: cannot write the outputs of the original to {folder.parent} ({error.strerror}); give "
             "heal-cache none"
         ) from error
-
-
-def _reserve(file: int, size: int) -> None:
-    """Reserve room on the disk. If another program filled it, a write to the map would end this one by a signal."""
-    if not hasattr(os, "posix_fallocate"):
-        return
-    try:
-        os.posix_fallocate(file, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # some file systems cannot reserve
-            raise
-
-
-def free_bytes(folder: Path) -> int:
-    """The free room on the disk of a folder that need not exist yet."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def _fits(file: Path, array: Array) -> bool:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
+from optimum.streamline.models.offloaded_weights import read_parameter
 from optimum.streamline.recipe.recipe import HealDtype, Optimizer, Recipe
 
 # The share of the healing windows that is not trained on, but used to choose the best weights.
@@ -143,12 +144,20 @@ def default_model_lr(model: PreTrainedModel, stage: str) -> float:
 
 def _weight_rms(model: PreTrainedModel) -> float:
     """The median over the matrices of the decoder layers of their root mean square, without matrices of zeros."""
-    parameters = decoder_layers(model, architecture_of(model.config)).parameters()
-    matrices = [each.detach() for each in parameters if each.ndim > 1 and each.is_floating_point()]
-    # Sums of many squares are inexact in fp32: one norm for each row, and the sum of these in fp64.
-    rows = [torch.linalg.vector_norm(each, dim=-1, dtype=torch.float32).double() for each in matrices]
-    squares = [float(norms.square().mean()) / each.shape[-1] for norms, each in zip(rows, matrices, strict=True)]
+    of_layers = {id(each) for each in decoder_layers(model, architecture_of(model.config)).parameters()}
+    squares = [
+        _mean_square(read_parameter(model, name))
+        for name, each in model.named_parameters()
+        if id(each) in of_layers and each.ndim > 1 and each.is_floating_point()
+    ]
     return math.sqrt(median(square for square in squares if square > 0))
+
+
+@torch.no_grad()
+def _mean_square(matrix: torch.Tensor) -> float:
+    # Sums of many squares are inexact in fp32: one norm for each row, and the sum of these in fp64.
+    rows = torch.linalg.vector_norm(matrix, dim=-1, dtype=torch.float32).double()
+    return float(rows.square().mean()) / matrix.shape[-1]
 
 
 def default_lora_lr(width: int, stage: str) -> float:

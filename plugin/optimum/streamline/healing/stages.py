@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
@@ -15,11 +15,12 @@ from optimum.streamline.editing.plan import TRAINED, Plan, PlannedLayer, depths_
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.methods.registry import METHODS
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
+from optimum.streamline.models.offloaded_weights import changing_whole, copy_on_disk
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.system.notify import Notify
 from optimum.streamline.text.windows import Windows
 
-from .local import LayerError, cut_layers
+from .local import LayerError, cut_layers, layer_errors
 from .losses import Distillation, HealingLoss, NextToken, Outputs, outputs_of
 from .settings import (
     HealLog,
@@ -107,7 +108,7 @@ class Healer:
             student: The layer of the replacement, which is trained in place; `None` if the plan has no such layer.
         """
         if {"local", "distill"} & set(self._recipe.resolved_trainings) and self._teacher is None:
-            self._teacher = copy.deepcopy(self._model).requires_grad_(False)
+            self._teacher = copy_on_disk(self._model).requires_grad_(False)
         if student is None or "hidden-mse" not in self._recipe.resolved_trainings:
             return
         settings = replacement_settings(self._recipe, self._model.config.hidden_size, "hidden-mse")
@@ -160,18 +161,25 @@ class Healer:
             )
         settings = local_settings(self._recipe, self._teacher, len(cut))
         self._announce("local", f"layers {layer_ranges(tuple(each.layer for each in cut))}", settings)
-        layers = decoder_layers(self._model, architecture_of(self._model.config))
-        for each in cut:
+        if self._workspace is not None:
+            self._workspace.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix="states-", dir=self._workspace) as folder:
+            for error in layer_errors(self._teacher, cut, self._text.ids, Path(folder)):
+                self._train_layer(error, settings)
+
+    def _train_layer(self, error: LayerError, settings: HealSettings) -> None:
+        layer = decoder_layers(self._model, architecture_of(self._model.config))[error.layer]
+        with changing_whole(layer):
             log = train_model(
                 self._model,
-                LayerError(self._teacher, each),
+                error,
                 self._text,
                 settings,
-                part=layers[each.layer],
-                title=f"training layer {each.layer}",
+                part=layer,
+                title=f"training layer {error.layer}",
                 workspace=self._checkpoint_folder(),
             )
-            self.results.append(HealingResult("local", "layer", self._windows((0, 1)), settings, log, each.layer))
+        self.results.append(HealingResult("local", "layer", self._windows((0, 1)), settings, log, error.layer))
 
     def _train(
         self, number: int, stage: str, new_layers: tuple[PlannedLayer, ...], share: tuple[int, int], stop_at: float

@@ -168,6 +168,30 @@ def changing(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
             _write(hook.weights_map, name, module.get_parameter(name))
 
 
+@contextmanager
+def changing_whole(module: nn.Module) -> Iterator[None]:
+    """Read all weights of a module and of its submodules inside the `with` block, and then write them (`changing`)."""
+    with ExitStack() as read:
+        for part in module.modules():
+            if names := _on_disk(part):
+                read.enter_context(changing(part, names))
+        yield
+
+
+def copy_on_disk(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model that shares its weights on disk. A change of one of the two is not seen by the other.
+
+    Args:
+        model: The model. If its weights are in memory, they are copied.
+    """
+    shared = {}
+    for weights in weights_on_disk(model):
+        own = copy.copy(weights)
+        own.index = {name: dict(place) for name, place in weights.index.items()}
+        shared[id(weights)] = own
+    return copy.deepcopy(model, shared)
+
+
 def leave_on_disk(model: PreTrainedModel, layer: nn.Module) -> None:
     """Write a new layer of an offloaded model to disk, and let it read its weights as the others do.
 

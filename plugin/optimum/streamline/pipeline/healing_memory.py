@@ -49,7 +49,7 @@ class HealingMemory:
         return sum(astuple(self))
 
 
-def healing_memory(recipe: Recipe, config: PreTrainedConfig) -> HealingMemory:
+def healing_memory(recipe: Recipe, config: PreTrainedConfig, on_disk: bool = False) -> HealingMemory:
     """Estimate the memory of the training of a recipe that takes most.
 
     A layer keeps about 12 x width + 4 x inner width numbers a token for the gradient (counted on Llama, Qwen3 and
@@ -58,6 +58,7 @@ def healing_memory(recipe: Recipe, config: PreTrainedConfig) -> HealingMemory:
     Args:
         recipe: A recipe with trainings.
         config: The original's config.
+        on_disk: Whether weights stay on disk, but for those of the layer that is trained.
     """
     model = meta_model(config)
     whole, removed = _numbers(model), _removed(recipe, config.num_hidden_layers)
@@ -65,26 +66,27 @@ def healing_memory(recipe: Recipe, config: PreTrainedConfig) -> HealingMemory:
     left = whole - removed * _numbers(layers) // len(layers)
     return max(
         (
-            _of_training(recipe, number, model, whole, left, len(layers) - removed)
+            _of_training(recipe, number, model, whole, left, len(layers) - removed, on_disk)
             for number in range(len(recipe.resolved_trainings))
         ),
         key=lambda memory: memory.total,
     )
 
 
-def warning(recipe: Recipe, config: PreTrainedConfig) -> str:
+def warning(recipe: Recipe, config: PreTrainedConfig, on_disk: bool = False) -> str:
     """A line for the user if healing seems to take more memory than there is; empty if there is enough.
 
     Args:
         recipe: The recipe.
         config: The original's config.
+        on_disk: As in `healing_memory`.
 
     Raises:
         StreamlineError: it takes more than the recipe's `max_memory`.
     """
     if not recipe.resolved_trainings:
         return ""
-    needed = healing_memory(recipe, config).total
+    needed = healing_memory(recipe, config, on_disk).total
     advice = "lora, heal-optimizer adamw-8bit, heal-micro-batch 1 and gradient-checkpointing take less"
     limit = recipe.max_memory if recipe.device == "cpu" else None
     if limit is not None and needed + taken_memory() > parse_size(limit, "max-memory"):
@@ -102,7 +104,7 @@ def warning(recipe: Recipe, config: PreTrainedConfig) -> str:
 
 
 def _of_training(
-    recipe: Recipe, number: int, model: PreTrainedModel, whole: int, left: int, layers: int
+    recipe: Recipe, number: int, model: PreTrainedModel, whole: int, left: int, layers: int, on_disk: bool
 ) -> HealingMemory:
     """The memory of one training.
 
@@ -113,6 +115,7 @@ def _of_training(
         whole: The number of its weights.
         left: The number of the pruned model's weights.
         layers: The number of its layers.
+        on_disk: Whether weights stay on disk, but for those of the layer that is trained.
     """
     config, stage = model.config, recipe.resolved_trainings[number]
     one_layer = _numbers(decoder_layers(model, architecture_of(config))[0])
@@ -123,9 +126,10 @@ def _of_training(
         matrices = (each for each in decoder_layers(model, architecture_of(config)).parameters() if each.ndim > 1)
         trained = recipe.healing.lora_rank * sum(sum(each.shape[-2:]) for each in matrices)
         left += trained
-    needs_original = stage in ("distill", "local", "hidden-mse")
+    needs_original = stage in ("distill", "local", "hidden-mse") and not on_disk
+    resident = one_layer if stage == "hidden-mse" or on_disk else left
     return HealingMemory(
-        weights=FP32 * (one_layer if stage == "hidden-mse" else left) + _bf16_copies(recipe, left),
+        weights=FP32 * resident + _bf16_copies(recipe, resident),
         original=FP32 * whole * needs_original,
         gradients=FP32 * trained,
         moments=2 * trained * (1 if recipe.healing.optimizer == "adamw-8bit" else FP32),

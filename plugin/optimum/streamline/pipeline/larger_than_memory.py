@@ -57,7 +57,7 @@ def stays_on_disk(source: ModelSource, recipe: Recipe, config: PreTrainedConfig,
         raise StreamlineError(
             f"max-memory {recipe.max_memory!r}: the recipe {needs_memory}, so the weights must be in memory, and take "
             f"{size(needed + taken_memory())} with the program; give so much, or take a method such as shortgpt or "
-            "come, with heal none, on device cpu"
+            "come, with heal none or local, on device cpu"
         )
     return not needs_memory
 
@@ -77,7 +77,7 @@ def why_in_memory(recipe: Recipe, config: PreTrainedConfig) -> str:
         return f"{reason} (method {recipe.resolved_method})"
     if recipe.resolved_replacement not in ("none", "linear"):
         return f"computes weights (replacement {recipe.resolved_replacement})"
-    if recipe.resolved_trainings:
+    if set(recipe.resolved_trainings) - {"local"}:
         return f"trains (heal {'+'.join(recipe.resolved_trainings)})"
     return ""
 

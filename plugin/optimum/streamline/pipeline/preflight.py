@@ -150,8 +150,7 @@ def check_recipe(source: ModelSource, recipe: Recipe) -> None:
     check_heal_cache(recipe, config.vocab_size)
     if recipe.max_memory is not None:
         # Both refuse a limit that is too low.
-        stays_on_disk(source, recipe, config, why_in_memory(recipe, config))
-        warning(recipe, config)
+        warning(recipe, config, stays_on_disk(source, recipe, config, why_in_memory(recipe, config)))
 
 
 def result_dtype(source: ModelSource, recipe: Recipe) -> torch.dtype:

@@ -102,7 +102,8 @@ def prepare(source: ModelSource, recipe: Recipe, notify: Notify, scored: Score |
     notify(chosen_on.line("calibration"))
     if heal_text is not None:
         notify(heal_text.line("healing"))
-    if line := warning(recipe, config):
+    stays = stays_on_disk(source, recipe, config, why_in_memory(recipe, config))
+    if line := warning(recipe, config, stays):
         notify(line)
     kept = quantizes_first(recipe) or quantization_name(config) is not None
     stored = None if kept else result_dtype(source, recipe)
@@ -113,7 +114,7 @@ def prepare(source: ModelSource, recipe: Recipe, notify: Notify, scored: Score |
         scores = scored(chosen_on.part(0, recipe.calibration.samples))
     scoring = time.monotonic() - begun
     on_disk = None
-    if stays_on_disk(source, recipe, config, why_in_memory(recipe, config)):
+    if stays:
         on_disk = TemporaryDirectory(prefix="streamline-")
         notify(ON_DISK)
         model = load_on_disk(source, Path(on_disk.name))
