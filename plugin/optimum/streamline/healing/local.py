@@ -31,7 +31,6 @@ from optimum.streamline.editing.residual_stream import run_layer
 from optimum.streamline.editing.state_files import StateFile, carry, write_embeddings
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP, skipped_of
-from optimum.streamline.reporting.numbers import size
 from optimum.streamline.system.disk import free_bytes
 
 from .losses import relative_error
@@ -136,6 +135,6 @@ def _files(folder: Path, ids: torch.Tensor, width: int) -> tuple[StateFile, Stat
         return StateFile(folder / "one.npy", ids, width), StateFile(folder / "other.npy", ids, width)
     except OSError as error:
         raise StreamlineError(
-            f"heal local: the original's hidden states take {size(needed)} in {folder.parent}, where {size(free)} are "
-            f"free ({error.strerror}); make room, or give fewer heal-tokens"
+            f"heal local: the original's hidden states take {needed / 1e9:.1f} GB in {folder.parent}, where "
+            f"{free / 1e9:.1f} GB are free ({error.strerror}); make room, or give fewer heal-tokens"
         ) from error
