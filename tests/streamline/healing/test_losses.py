@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from optimum.streamline.healing import losses
-from optimum.streamline.healing.losses import AllLogits, Distillation, NextToken, SampledTokens, TopTokens
+from optimum.streamline.healing.losses import AllLogits, Distillation, NextToken, SampledTokens, TopTokens, outputs_of
 from tiny import LAYERS, tiny_model, token_ids
 
 
@@ -90,7 +91,9 @@ def test_a_part_of_the_tokens_is_that_of_all_windows(kind: str) -> None:
 def test_a_loss_by_few_tokens_is_that_of_all(architecture: str, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, ids, results, seen = tiny_model(architecture), token_ids(2, 12), [], list[int]()
     depths = tuple(range(1, LAYERS + 1))
-    healing = NextToken() if loss == "next token" else Distillation(teacher, depths, kl=0.7, hidden=2.0)
+    healing = (
+        NextToken() if loss == "next token" else Distillation(partial(outputs_of, teacher), depths, kl=0.7, hidden=2.0)
+    )
     for at_once in (losses.LOGITS, 5 * teacher.config.vocab_size):
         monkeypatch.setattr(losses, "LOGITS", at_once)
         model = tiny_model(architecture, seed=3).requires_grad_(True)

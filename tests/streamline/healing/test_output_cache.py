@@ -7,6 +7,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,14 +21,16 @@ from optimum.streamline.editing.apply import apply_plan
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing import output_cache as cache_module
+from optimum.streamline.healing import stages
 from optimum.streamline.healing.losses import Distillation, outputs_of
-from optimum.streamline.healing.output_cache import CACHE_FOLDER, CacheForm, OutputCache, cache_form, original_outputs
+from optimum.streamline.healing.output_cache import CACHE_FOLDER, CacheForm, OutputCache, cache_form, output_cache
 from optimum.streamline.healing.settings import HealSettings
+from optimum.streamline.healing.stages import Healer
 from optimum.streamline.healing.trainable_parts import train_model
 from optimum.streamline.healing.trials import Trials
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.system import disk
-from optimum.streamline.text.windows import Windows
+from optimum.streamline.text.windows import BATCH, Windows
 from reference import REFERENCE
 from tiny import LAYERS, tiny_model, token_ids
 
@@ -147,11 +150,59 @@ def test_a_training_with_it_ends_with_the_same_weights(runs: tuple[PreTrainedMod
         counts.clear()
         model = tiny_model()
         apply_plan(model, plan, None)
-        goal = Distillation(original, plan.depths, 1.0, 10.0, outputs)
+        goal = Distillation(partial(outputs, original), plan.depths, 1.0, 10.0)
         train_model(model, goal, text, HealSettings(1e-3, epochs=3, batch=4))
         weights.append(model.state_dict())
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert sum(counts) == 21  # each window once: those of the training, and one that is held out
+
+
+def test_a_distillation_from_a_cache_keeps_no_copy_of_the_original(
+    monkeypatch: pytest.MonkeyPatch, runs: tuple[PreTrainedModel, list[int]], tmp_path: Path
+) -> None:
+    plan, copies, weights = Plan(LAYERS, (1, 3)), list[str](), []
+    copied = stages.copy_on_disk
+    monkeypatch.setattr(stages, "copy_on_disk", lambda model: copies.append("copied") or copied(model))
+
+    def healed(model: PreTrainedModel, cache: OutputCache | None, **fields: object) -> PreTrainedModel:
+        copies.clear()
+        recipe = make_recipe({"layers": "1,3", "heal": "distill", "heal_epochs": 2, **fields})
+        healer = Healer(recipe, model, plan, TEXT, lambda _: None, cache=cache)
+        healer.before_edit(None)
+        apply_plan(model, plan, None)
+        healer.after_edit(plan.new_layers)
+        return model
+
+    weights.append(healed(tiny_model(), None).state_dict())
+    assert copies == ["copied"]
+    model, counts = runs
+    cache = OutputCache(tmp_path, TEXT, model.config, FULL, hidden=True)
+    cache.outputs(model, TEXT.ids[3:6], [])  # an interrupted run has some
+    weights.append(healed(model, cache).state_dict())
+    assert copies == []
+    assert counts[:7] == [3, *[BATCH] * 5, 1]  # some, then the others, before the model is edited and trained
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5)
+    healed(tiny_model(), cache, heal_minutes=1.0)  # then the training may not reach all windows
+    assert copies == ["copied"]
+    healed(tiny_model(), cache, heal="local+distill")
+    assert copies == ["copied"]
+
+
+def test_the_original_runs_on_few_windows_at_once(
+    monkeypatch: pytest.MonkeyPatch, runs: tuple[PreTrainedModel, list[int]], tmp_path: Path
+) -> None:
+    model, counts = runs
+    cache = OutputCache(tmp_path, TEXT, model.config, FULL, hidden=True)
+    cache.outputs(model, TEXT.ids[:2], [])
+    monkeypatch.setattr(cache_module, "LOGITS", 3 * 16 * 128 + 1)  # of three windows
+    cache.complete(model)
+    assert counts == [2, *[3] * 7, 1]
+    cache.complete(model)
+    found, states = cache.outputs(None, TEXT.ids, [2])
+    expected, layers = outputs_of(model, TEXT.ids, [2])
+    torch.testing.assert_close(found.logits, expected.logits)
+    torch.testing.assert_close(states[2], layers[2])
 
 
 def test_one_cache_serves_all_trials(runs: tuple[PreTrainedModel, list[int]], tmp_path: Path) -> None:
@@ -161,8 +212,8 @@ def test_one_cache_serves_all_trials(runs: tuple[PreTrainedModel, list[int]], tm
     for form in ("none", "full"):
         counts.clear()
         recipe = make_recipe({"method": "auto", "remove": 1, "heal_batch": 2, "heal_cache": form})
-        with original_outputs(recipe, TEXT, model.config, None, trials=True) as outputs:
-            trials = Trials(recipe, model, TEXT.part(0, 2), TEXT, lambda _: None, tmp_path / form, outputs)
+        with output_cache(recipe, TEXT, model.config, None, trials=True) as cache:
+            trials = Trials(recipe, model, TEXT.part(0, 2), TEXT, lambda _: None, tmp_path / form, cache)
             found.append(trials.best(plans))
         ran.append(sum(counts))
     assert found[0] == found[1]

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import itertools
 import math
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -20,7 +21,7 @@ from behaviour import stock_model
 from optimum.streamline.editing.apply import EditInputs, apply_plan, build_replacement
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.healing import transformers_trainer
-from optimum.streamline.healing.losses import Distillation, NextToken
+from optimum.streamline.healing.losses import Distillation, NextToken, outputs_of
 from optimum.streamline.healing.settings import (
     HealSettings,
     default_lora_lr,
@@ -105,7 +106,7 @@ def test_distillation_is_its_three_parts(kl: float, hidden: float) -> None:
     model, original, plan = edited()
     expected = kl * literal_kl(original, model, HELD_OUT) + (1 - kl) * literal_cross_entropy(model, HELD_OUT)
     expected += hidden * literal_hidden(original, model, (2, 4, 5), HELD_OUT)
-    goal = Distillation(original, plan.depths, kl, hidden)
+    goal = Distillation(partial(outputs_of, original), plan.depths, kl, hidden)
     assert goal.loss(model, HELD_OUT).item() == pytest.approx(expected, rel=1e-5)
     log = train_model(model, goal, WINDOWS, ONE_PASS)
     assert log.before == pytest.approx(expected, rel=1e-5)
@@ -174,9 +175,9 @@ def test_dead_sublayers_stay_as_they_were_and_the_model_a_plain_one(architecture
     before, config, modules = copy.deepcopy(model.state_dict()), model.config.to_dict(), repr(model)
     numbers = [getattr(module, "layer_idx", None) for module in model.modules()]
     with torch.no_grad():
-        loss = float(Distillation(teacher, plan.depths, 0.5, 1.0).loss(model, HELD_OUT))
+        loss = float(Distillation(partial(outputs_of, teacher), plan.depths, 0.5, 1.0).loss(model, HELD_OUT))
     settings = HealSettings(lr=3e-3, epochs=1, lora_rank=rank, weight_decay=0.1)
-    log = train_model(model, Distillation(teacher, plan.depths, 0.5, 1.0), WINDOWS, settings)
+    log = train_model(model, Distillation(partial(outputs_of, teacher), plan.depths, 0.5, 1.0), WINDOWS, settings)
     assert log.before == pytest.approx(loss, rel=1e-5)
     assert log.best < log.before
     after = model.state_dict()
@@ -190,9 +191,9 @@ def test_dead_sublayers_stay_as_they_were_and_the_model_a_plain_one(architecture
     assert all(torch.equal(after[name], before[name]) for name in skipped)
     assert any(not torch.equal(after[name], before[name]) for name in before if name.startswith(f"{row.layers}.0."))
     with torch.no_grad():
-        assert float(Distillation(teacher, plan.depths, 0.5, 1.0).loss(model, HELD_OUT)) == pytest.approx(
-            log.best, rel=1e-4
-        )
+        assert float(
+            Distillation(partial(outputs_of, teacher), plan.depths, 0.5, 1.0).loss(model, HELD_OUT)
+        ) == pytest.approx(log.best, rel=1e-4)
 
 
 def test_adapters_change_linear_layers_by_a_low_rank() -> None:
@@ -210,20 +211,22 @@ def test_adapters_change_linear_layers_by_a_low_rank() -> None:
 def test_dropout_is_off() -> None:
     model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
     teacher = tiny_model("gpt2", seed=1, resid_pdrop=0.5).train()
-    text = Windows(token_ids(9, 16), "random")
-    goal = Distillation(teacher, Plan(LAYERS, ()).depths, 0.5, 1.0)
-    model.eval(), teacher.eval()
+    text, plan = Windows(token_ids(9, 16), "random"), Plan(LAYERS, ())
+    healer = Healer(make_recipe({"layers": "1", "heal": "distill"}), model, plan, text, [].append, teacher=teacher)
+    goal = healer._healing_loss("distill", plan.new_layers)
+    assert not teacher.training
+    model.eval()
     with torch.no_grad():
         expected = float(goal.loss(model, text.ids[:8]))
-    model.train(), teacher.train()
-    log = train_model(model, Distillation(teacher, goal.depths, 0.5, 1.0), text, ONE_PASS)
+    model.train()
+    log = train_model(model, goal, text, ONE_PASS)
     assert log.steps[0].loss == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_teacher_is_left_alone() -> None:
     model, original, plan = edited()
     before = copy.deepcopy(original.state_dict())
-    train_model(model, Distillation(original, plan.depths, 1.0, 1.0), WINDOWS, ONE_PASS)
+    train_model(model, Distillation(partial(outputs_of, original), plan.depths, 1.0, 1.0), WINDOWS, ONE_PASS)
     assert all(torch.equal(value, before[name]) for name, value in original.state_dict().items())
     assert all(parameter.grad is None for parameter in original.parameters())
 

@@ -46,6 +46,9 @@ def test_weights_are_counted() -> None:
     assert (alone.gradients, alone.weights) == (4 * layer, 4 * left)
     mixed = estimate(model, heal_dtype="bf16")
     assert mixed.weights == 6 * left
+    assert estimate(model, heal_cache="top-64", heal_hidden=0.0).original == 0
+    for needed in ({"heal_cache": "none"}, {"heal_minutes": 1.0}, {"method": "auto"}, {"heal": "local+distill"}):
+        assert estimate(model, **{"heal_cache": "full", **needed}).original == 4 * whole, needed
     local = estimate(model, heal="local")
     assert (local.gradients, local.weights, local.original) == (4 * layer, 4 * left, 4 * whole)
     on_disk = healing_memory(make_recipe({**DISTIL, "heal": "local"}), model.config, on_disk=True)
@@ -141,6 +144,7 @@ print(peak() - before)
         {"heal_micro_batch": 1, "gradient_checkpointing": True},
         {"heal": "lm", "heal_dtype": "bf16"},
         {"heal": "local"},
+        {"heal_cache": "top-64", "heal_hidden": 0.0},
     ],
     ids=lambda fields: " ".join(map(str, fields.values())) or "distill",
 )
@@ -150,7 +154,7 @@ def test_a_process_takes_what_is_estimated(fields: dict[str, Any], tmp_path: Pat
     source = make(tmp_path / "in", **shape, num_hidden_layers=LAYERS)
     recipe = {**DISTIL, "length": 256, "heal_tokens": 256 * 12, "heal_epochs": 1, "heal_batch": 4, **fields}
     if recipe["heal"] == "distill":
-        recipe["heal_cache"] = "none"
+        recipe.setdefault("heal_cache", "none")
     words = [sys.executable, "-c", MEASURED, str(source), json.dumps(recipe), str(tmp_path / "work")]
     found = int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
     expected = healing_memory(make_recipe(recipe), tiny_model(**shape).config).total

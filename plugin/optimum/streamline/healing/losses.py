@@ -150,8 +150,8 @@ def outputs_of(model: PreTrainedModel, ids: torch.Tensor, numbers: Sequence[int]
         return AllLogits(logits_of(model, ids)), states
 
 
-Outputs = Callable[[PreTrainedModel, torch.Tensor, Sequence[int]], tuple[Target, LayerOutputs]]
-"""A function as `outputs_of`."""
+Outputs = Callable[[torch.Tensor, Sequence[int]], tuple[Target, LayerOutputs]]
+"""A function as `outputs_of` for one model."""
 
 
 class HealingLoss(Protocol):
@@ -185,26 +185,21 @@ class Distillation:
     plain mean squared error. A few tokens with massive activations, such as the first of a window, would dominate that.
 
     Args:
-        teacher: The original. It runs in evaluation mode, without gradients.
+        outputs: The function that gives the original's outputs: `outputs_of`, or a cache's. Without gradients.
         depths: `Plan.depths`: for each layer of the model, the index of the original hidden state to match.
         kl: a, the weight of the KL divergence, 0 to 1.
         hidden: b, the weight of the hidden-state error.
-        outputs: The function that gives the original's outputs: `outputs_of`, or a cache's.
     """
 
-    teacher: PreTrainedModel
+    outputs: Outputs
     depths: tuple[int, ...]
     kl: float = 1.0
     hidden: float = 0.0
-    outputs: Outputs = outputs_of
-
-    def __post_init__(self) -> None:
-        self.teacher.eval()
 
     def loss(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         """The weighted sum of the three terms. A term whose weight is zero is not computed."""
         layers = range(len(self.depths)) if self.hidden else ()
-        target, targets = self.outputs(self.teacher, ids, [self.depths[k] - 1 for k in layers])
+        target, targets = self.outputs(ids, [self.depths[k] - 1 for k in layers])
         with layer_outputs(model, layers) as states:
             loss = logit_loss(model, ids, target, self.kl, 1 - self.kl)
         if self.hidden:

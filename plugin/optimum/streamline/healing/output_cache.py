@@ -1,7 +1,8 @@
 """The cache of the original's outputs on disk, which distillation reads in place of running the original again.
 
-The original gives the same outputs in every pass over the text and in every trial training. With a cache, the trainings
-run it on each window once. The cache holds all logits, or some tokens of each next-token distribution.
+The original gives the same outputs in every pass over the text and in every trial training. With a cache, it runs on
+each window once, and need not be in memory afterwards. The cache holds all logits, or some tokens of each next-token
+distribution.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from optimum.streamline.errors import StreamlineError
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.system.disk import free_bytes, reserve
 from optimum.streamline.system.distributed import from_main, is_main
-from optimum.streamline.text.windows import Windows
+from optimum.streamline.system.progress import progress_bar
+from optimum.streamline.text.windows import BATCH, Windows
 
 from .losses import (
+    LOGITS,
     AllLogits,
     LayerOutputs,
-    Outputs,
     SampledTokens,
     Target,
     TopTokens,
     layer_outputs,
     logits_of,
-    outputs_of,
 )
 from .settings import distillation_weights
 
@@ -112,23 +113,26 @@ class OutputCache:
     def __init__(
         self, folder: Path, text: Windows, config: PreTrainedConfig, form: CacheForm, hidden: bool, seed: int = 0
     ) -> None:
-        self._form, self._hidden, self._seed = form, hidden, seed
+        self._form, self._hidden, self._seed, self._ids = form, hidden, seed, text.ids
         self._places = {row.numpy().tobytes(): place for place, row in enumerate(text.ids)}
         arrays = form.arrays(text, config, hidden)
         _make_files(folder, arrays)
         self._arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in arrays}
 
-    def outputs(self, model: PreTrainedModel, ids: torch.Tensor, numbers: Sequence[int]) -> tuple[Target, LayerOutputs]:
+    def outputs(
+        self, model: PreTrainedModel | None, ids: torch.Tensor, numbers: Sequence[int]
+    ) -> tuple[Target, LayerOutputs]:
         """As `outputs_of`, on windows of the text. The model runs on those that the cache lacks.
 
         Args:
-            model: The original, in evaluation mode.
+            model: The original, in evaluation mode; `None` after `complete`.
             ids: Token ids `[windows, length]`, each row a window of the text.
             numbers: The layers whose outputs are asked for; none if the cache does not keep them.
         """
         places = [self._places[row.numpy().tobytes()] for row in ids.cpu()]
         missing = [row for row, place in enumerate(places) if not self._arrays["done"][place]]
         if missing:
+            assert model is not None, "`complete` has run"
             self._fill(model, ids[missing], [places[row] for row in missing])
 
         def read(name: str, *of: Any) -> torch.Tensor:
@@ -140,6 +144,20 @@ class OutputCache:
         if self._form.kind == "top":
             return TopTokens(read("tokens").long(), read("log_probabilities")), states
         return SampledTokens(read("tokens").long(), read("entropy")), states
+
+    def complete(self, model: PreTrainedModel) -> None:
+        """Run the model on all windows that the cache lacks, so that it is not needed any more.
+
+        Args:
+            model: The original, in evaluation mode.
+        """
+        at_once = min(BATCH, max(1, LOGITS // (self._ids.shape[1] * model.config.vocab_size)))
+        missing = torch.from_numpy(np.flatnonzero(~self._arrays["done"]))
+        with progress_bar("running the original", len(missing)) as bar:
+            for places in missing.split(at_once):
+                if len(places):
+                    self._fill(model, self._ids[places].to(model.device), places.tolist())
+                    bar.advance(len(places))
 
     @torch.no_grad()
     def _fill(self, model: PreTrainedModel, ids: torch.Tensor, places: Sequence[int]) -> None:
@@ -216,10 +234,10 @@ def _fits(file: Path, array: Array) -> bool:
 
 
 @contextmanager
-def original_outputs(
+def output_cache(
     recipe: Recipe, text: Windows, config: PreTrainedConfig, workspace: Path | None, trials: bool
-) -> Iterator[Outputs]:
-    """Provide the function that gives a run's distillations the original's outputs, inside the `with` block.
+) -> Iterator[OutputCache | None]:
+    """Provide the cache of a run's distillations inside the `with` block.
 
     Args:
         recipe: The recipe.
@@ -230,24 +248,24 @@ def original_outputs(
         trials: Whether plans are compared by trial trainings, which read the text again.
 
     Yields:
-        `OutputCache.outputs`, or `outputs_of` if the recipe distils without a cache (`cache_form`).
+        The cache; `None` if the recipe distils without one (`cache_form`).
 
     Raises:
         StreamlineError: the disk has too little room, or a file cannot be made.
     """
     form = cache_form(recipe, text, config, workspace, trials)
     if form is None:
-        yield outputs_of
+        yield None
         return
     hidden = distillation_weights(recipe)[1] > 0
     with nullcontext(workspace) if workspace else TemporaryDirectory() as folder:
-        yield OutputCache(Path(folder) / CACHE_FOLDER, text, config, form, hidden, recipe.seed).outputs
+        yield OutputCache(Path(folder) / CACHE_FOLDER, text, config, form, hidden, recipe.seed)
 
 
 def cache_form(
     recipe: Recipe, text: Windows, config: PreTrainedConfig, workspace: Path | None, trials: bool
 ) -> CacheForm | None:
-    """What the distillations of a recipe cache; `None` for nothing. The arguments are those of `original_outputs`.
+    """What the distillations of a recipe cache; `None` for nothing. The arguments are those of `output_cache`.
 
     By default all outputs are cached if there is a folder for training checkpoints, the text is read more than once,
     the outputs take at most `DEFAULT_BYTES`, and the disk has twice their room.

@@ -15,6 +15,7 @@ from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.models.offloaded_weights import read_parameter
 from optimum.streamline.recipe.recipe import HealDtype, Optimizer, Recipe
+from optimum.streamline.system.distributed import process_count
 
 # The share of the healing windows that is not trained on, but used to choose the best weights.
 HELD_OUT_SHARE = 0.05
@@ -170,6 +171,20 @@ def default_lora_lr(width: int, stage: str) -> float:
         stage: One of `recipe.resolved_trainings`.
     """
     return 9e-4 * math.sqrt(4096 / width) if stage == "distill" else 9e-4
+
+
+def needs_original(recipe: Recipe, cached: bool) -> bool:
+    """Whether trainings after the edit need the original itself, and not only outputs that it gave before.
+
+    Args:
+        recipe: The recipe.
+        cached: Whether the outputs of the original are cached for distillation.
+    """
+    if "local" in recipe.resolved_trainings:
+        return True
+    # With a limit of time, the training may not reach all windows. Several processes fill the cache together.
+    complete = cached and recipe.healing.minutes is None and process_count() == 1
+    return "distill" in recipe.resolved_trainings and not complete
 
 
 def scope_of(recipe: Recipe, number: int, trained: bool) -> Scope:

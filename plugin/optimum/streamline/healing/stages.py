@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +23,7 @@ from optimum.streamline.text.windows import Windows
 
 from .local import LayerError, cut_layers, layer_errors
 from .losses import Distillation, HealingLoss, NextToken, Outputs, outputs_of
+from .output_cache import OutputCache
 from .settings import (
     HealLog,
     HealSettings,
@@ -29,6 +31,7 @@ from .settings import (
     distillation_weights,
     local_settings,
     model_settings,
+    needs_original,
     replacement_settings,
     scope_of,
 )
@@ -81,8 +84,9 @@ class Healer:
         notify: A function that is told of each training before it starts, in one line.
         workspace: The folder for checkpoints, one subfolder a training. If it holds checkpoints of the same model, text
             and recipe, finished trainings are not repeated, and an unfinished one is resumed.
-        teacher: The original, if it is not `model` that is edited. By default `before_edit` copies `model`.
-        outputs: The function that gives the original's outputs for distillation, such as a cache's.
+        teacher: The original, if it is not `model` that is edited. By default `before_edit` copies `model` if the
+            original is needed after the edit.
+        cache: The cache of the original's outputs for distillation, if there is one.
     """
 
     def __init__(
@@ -94,21 +98,24 @@ class Healer:
         notify: Notify,
         workspace: Path | None = None,
         teacher: PreTrainedModel | None = None,
-        outputs: Outputs = outputs_of,
+        cache: OutputCache | None = None,
     ) -> None:
         self._recipe, self._model, self._plan, self._text = recipe, model, plan, text
         self._notify, self._workspace = notify, workspace
-        self._teacher, self._outputs = teacher, outputs
+        self._teacher, self._cache = teacher and teacher.eval(), cache
+        self._settings = dict[str, HealSettings]()
         self.results: list[HealingResult] = []
 
     def before_edit(self, student: nn.Module | None) -> None:
-        """Run stage `hidden-mse`, if the recipe has it, and keep a copy of the original if a stage needs it.
+        """Run stage `hidden-mse`, if the recipe has it, and keep what later stages need of the original.
+
+        That is a copy, or its outputs, if they are cached and nothing but distillation by one process needs it.
 
         Args:
             student: The layer of the replacement, which is trained in place; `None` if the plan has no such layer.
         """
-        if {"local", "distill"} & set(self._recipe.resolved_trainings) and self._teacher is None:
-            self._teacher = copy_on_disk(self._model).requires_grad_(False)
+        if self._teacher is None:
+            self._keep_original()
         if student is None or "hidden-mse" not in self._recipe.resolved_trainings:
             return
         settings = replacement_settings(self._recipe, self._model.config.hidden_size, "hidden-mse")
@@ -123,6 +130,21 @@ class Healer:
             workspace=self._checkpoint_folder(),
         )
         self._note("hidden-mse", "replacement", settings, log)
+
+    def _keep_original(self) -> None:
+        trainings = set(self._recipe.resolved_trainings)
+        for stage in trainings & {"lm", "distill"}:
+            self._settings_of(stage)  # the rate follows the original's weights
+        if needs_original(self._recipe, self._cache is not None):
+            self._teacher = copy_on_disk(self._model).requires_grad_(False).eval()
+        elif "distill" in trainings and self._cache is not None:
+            self._cache.complete(self._model.eval())
+
+    def _settings_of(self, stage: str) -> HealSettings:
+        """The settings for training the whole model, by the weights of the original."""
+        if stage not in self._settings:
+            self._settings[stage] = model_settings(self._recipe, self._teacher or self._model, stage)
+        return self._settings[stage]
 
     @property
     def after_merge(self) -> Callable[[tuple[PlannedLayer, ...]], None] | None:
@@ -190,7 +212,7 @@ class Healer:
         if replacement_only:
             settings = replacement_settings(recipe, self._model.config.hidden_size, stage)
         else:
-            settings = model_settings(recipe, self._teacher or self._model, stage)
+            settings = self._settings_of(stage)
         if settings.minutes is not None:  # divided like the windows, so that the limit holds for all merges together
             settings = replace(settings, minutes=settings.minutes / share[1])
         self._announce(stage, f"the {scope}", settings, share)
@@ -215,9 +237,14 @@ class Healer:
     def _healing_loss(self, stage: str, new_layers: tuple[PlannedLayer, ...]) -> HealingLoss:
         if stage == "lm":
             return NextToken()
-        assert self._teacher is not None, "before_edit keeps the original"
         kl, hidden = distillation_weights(self._recipe)
-        return Distillation(self._teacher, depths_of(new_layers, self._plan.total), kl, hidden, self._outputs)
+        return Distillation(self._original_outputs(), depths_of(new_layers, self._plan.total), kl, hidden)
+
+    def _original_outputs(self) -> Outputs:
+        if self._cache is not None:
+            return partial(self._cache.outputs, self._teacher)
+        assert self._teacher is not None, "before_edit keeps the original"
+        return partial(outputs_of, self._teacher)
 
     def _replacement(self, new_layers: tuple[PlannedLayer, ...]) -> nn.Module:
         [index] = [index for index, planned in enumerate(new_layers) if planned.kind in TRAINED]

@@ -26,7 +26,8 @@ from optimum.streamline.system.distributed import from_main, is_main
 from optimum.streamline.system.notify import Notify, silent
 from optimum.streamline.text.windows import BATCH, Windows
 
-from .losses import NotFiniteError, Outputs, outputs_of, window_divergences
+from .losses import NotFiniteError, window_divergences
+from .output_cache import OutputCache
 from .stages import Healer
 from .trainer import split_windows
 from .training_checkpoints import plan_folder
@@ -50,7 +51,7 @@ class Trials:
         text: The healing windows.
         notify: Gets one line for each round.
         workspace: The folder of the training checkpoints, in which the training of the plan that is chosen goes on.
-        outputs: The function that gives the original's outputs to all trainings, such as a cache's.
+        cache: The cache of the original's outputs for all trainings, if there is one.
     """
 
     def __init__(
@@ -61,10 +62,10 @@ class Trials:
         text: Windows,
         notify: Notify,
         workspace: Path,
-        outputs: Outputs = outputs_of,
+        cache: OutputCache | None = None,
     ) -> None:
         self._recipe, self._model, self._calibration, self._text = recipe, model, calibration, text
-        self._notify, self._workspace, self._outputs = notify, workspace, outputs
+        self._notify, self._workspace, self._cache = notify, workspace, cache
 
     def best(self, plans: Sequence[Plan]) -> Plan:
         """The plan that heals best (`successive_halving`), with the results in `Plan.trials`.
@@ -99,7 +100,7 @@ class Trials:
         recipe, student = self._recipe, copy.deepcopy(self._model)
         replacement = build_replacement(student, plan, self._calibration, recipe.seed)
         changed = METHODS[recipe.resolved_method].apply(student, plan, EditInputs(self._calibration, replacement))
-        healer = Healer(recipe, student, plan, self._text, silent, folder, self._model, self._outputs)
+        healer = Healer(recipe, student, plan, self._text, silent, folder, self._model, self._cache)
         held_out = split_windows(self._text)[1]
         try:
             healer.after_edit(changed.new_layers, stop_at=share)

@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from optimum.streamline.editing.plan import TRAINED
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing.losses import LOGITS
-from optimum.streamline.healing.settings import scope_of
+from optimum.streamline.healing.settings import needs_original, scope_of
+from optimum.streamline.methods.auto import makes_trials
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.models.linear_modules import meta_model
 from optimum.streamline.recipe.quantities import parse_layers, parse_remove, parse_size
@@ -126,11 +127,12 @@ def _of_training(
         matrices = (each for each in decoder_layers(model, architecture_of(config)).parameters() if each.ndim > 1)
         trained = recipe.healing.lora_rank * sum(sum(each.shape[-2:]) for each in matrices)
         left += trained
-    needs_original = stage in ("distill", "local", "hidden-mse") and not on_disk
+    # By default there may be a cache, but only if the disk has room for it.
+    with_original = stage == "hidden-mse" or needs_original(recipe, recipe.healing.cache not in (None, "none"))
     resident = one_layer if stage == "hidden-mse" or on_disk else left
     return HealingMemory(
         weights=FP32 * resident + _bf16_copies(recipe, resident),
-        original=FP32 * whole * needs_original,
+        original=FP32 * whole * ((with_original or makes_trials(recipe)) and not on_disk),
         gradients=FP32 * trained,
         moments=2 * trained * (1 if recipe.healing.optimizer == "adamw-8bit" else FP32),
         activations=_activations(recipe, stage, config, 1 if stage in ("hidden-mse", "local") else layers),

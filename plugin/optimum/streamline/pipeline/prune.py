@@ -18,8 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer, read_config, source_notes
 from optimum.streamline.editing.apply import Change, EditInputs, build_replacement
 from optimum.streamline.editing.plan import Plan
-from optimum.streamline.healing.losses import Outputs, outputs_of
-from optimum.streamline.healing.output_cache import original_outputs
+from optimum.streamline.healing.output_cache import OutputCache, output_cache
 from optimum.streamline.healing.self_text import sample_text, self_text_folder
 from optimum.streamline.healing.stages import Healer, HealingResult
 from optimum.streamline.healing.training_checkpoints import healing_workspace, open_workspace, plan_folder
@@ -265,9 +264,9 @@ def change(prepared: Prepared, notify: Notify, workspace: Path | None = None) ->
             if any(plan_folder(workspace, each).exists() for each in (prepared.plan, *prepared.candidates)):
                 notify(f"continuing from the training checkpoints in {workspace}")
     start = time.monotonic()
-    with _original_outputs(prepared, workspace) as outputs:
-        prepared.plan = _best_after_trials(prepared, notify, workspace, outputs)
-        changed, healed = _edit_and_heal(prepared, notify, workspace, outputs)
+    with _output_cache(prepared, workspace) as cache:
+        prepared.plan = _best_after_trials(prepared, notify, workspace, cache)
+        changed, healed = _edit_and_heal(prepared, notify, workspace, cache)
     if prepared.heal_text is not None:
         prepared.seconds["heal"] = time.monotonic() - start
     return PruningRecord(
@@ -284,15 +283,15 @@ def change(prepared: Prepared, notify: Notify, workspace: Path | None = None) ->
     )
 
 
-def _original_outputs(prepared: Prepared, workspace: Path | None) -> AbstractContextManager[Outputs]:
+def _output_cache(prepared: Prepared, workspace: Path | None) -> AbstractContextManager[OutputCache | None]:
     if not isinstance(prepared.heal_text, Windows):
-        return nullcontext(outputs_of)
+        return nullcontext()
     trials = bool(prepared.candidates)
-    return original_outputs(prepared.recipe, prepared.heal_text, prepared.model.config, workspace, trials)
+    return output_cache(prepared.recipe, prepared.heal_text, prepared.model.config, workspace, trials)
 
 
 def _edit_and_heal(
-    prepared: Prepared, notify: Notify, workspace: Path | None, outputs: Outputs
+    prepared: Prepared, notify: Notify, workspace: Path | None, cache: OutputCache | None
 ) -> tuple[Change, tuple[HealingResult, ...]]:
     """Edit the prepared model by its plan, with the trainings before, during and after the edit."""
     recipe, plan = prepared.recipe, prepared.plan
@@ -301,7 +300,7 @@ def _edit_and_heal(
     healer: Healer | None = None
     if isinstance(prepared.heal_text, Windows):
         folder = workspace and plan_folder(workspace, plan)
-        healer = Healer(recipe, model, plan, prepared.heal_text, notify, folder, outputs=outputs)
+        healer = Healer(recipe, model, plan, prepared.heal_text, notify, folder, cache=cache)
         healer.before_edit(replacement.layer if replacement else None)
     edit_inputs = EditInputs(prepared.calibration, replacement, healer.after_merge if healer else None)
     changed = method_of(recipe, model.config).apply(model, plan, edit_inputs)
@@ -311,13 +310,13 @@ def _edit_and_heal(
     return changed, tuple(healer.results)
 
 
-def _best_after_trials(prepared: Prepared, notify: Notify, workspace: Path | None, outputs: Outputs) -> Plan:
+def _best_after_trials(prepared: Prepared, notify: Notify, workspace: Path | None, cache: OutputCache | None) -> Plan:
     """The plan of the prepared model, chosen by trial trainings if there are several."""
     text, calibration = prepared.heal_text, prepared.calibration
     if not prepared.candidates or not isinstance(text, Windows) or calibration is None:
         return prepared.plan
     with nullcontext(workspace) if workspace else TemporaryDirectory() as folder:
-        trials = Trials(prepared.recipe, prepared.model, calibration, text, notify, Path(folder), outputs)
+        trials = Trials(prepared.recipe, prepared.model, calibration, text, notify, Path(folder), cache)
         best = trials.best(prepared.candidates)
     notify(best.describe())
     return best
