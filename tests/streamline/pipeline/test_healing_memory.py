@@ -145,6 +145,7 @@ print(peak() - before)
         {"heal": "lm", "heal_dtype": "bf16"},
         {"heal": "local"},
         {"heal_cache": "top-64", "heal_hidden": 0.0},
+        {"lora": True, "max_memory": "4GB"},  # so that freed memory is given back
     ],
     ids=lambda fields: " ".join(map(str, fields.values())) or "distill",
 )

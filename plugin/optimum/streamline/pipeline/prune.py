@@ -35,6 +35,7 @@ from optimum.streamline.system.atomic_output import locked_output_by_main, stage
 from optimum.streamline.system.distributed import from_main, is_main, join_processes
 from optimum.streamline.system.environment import package_version
 from optimum.streamline.system.library_logs import LOG_FILE, captured_logs
+from optimum.streamline.system.memory import give_back_freed_tensors
 from optimum.streamline.system.notify import Notify, silent
 from optimum.streamline.text.overlap import check_disjoint
 from optimum.streamline.text.prompts import Prompts
@@ -89,6 +90,8 @@ def prepare(source: ModelSource, recipe: Recipe, notify: Notify, scored: Score |
         StreamlineError: the recipe, the model or a text cannot be used.
     """
     check_recipe(source, recipe)
+    if recipe.max_memory is not None:  # else not, because it takes time (measured: docs/reference/healing.md)
+        give_back_freed_tensors()
     notify(f"loading {source.model}")
     start = time.monotonic()
     config = read_config(source)
