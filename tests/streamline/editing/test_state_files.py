@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from optimum.streamline.editing import residual_stream
-from optimum.streamline.editing.state_files import StateFile, carry, write_embeddings
+from optimum.streamline.editing.state_files import carry, write_embeddings
 from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, decoder_layers
+from optimum.streamline.text.window_file import WindowFile
 from tiny import LAYERS, tiny_model, token_ids
 
 IDS = token_ids(20, 16)  # more windows than are computed at once
@@ -20,7 +21,7 @@ IDS = token_ids(20, 16)  # more windows than are computed at once
 def test_the_states_at_each_depth_are_the_models(architecture: str, tmp_path: Path) -> None:
     model = tiny_model(architecture)
     width = model.config.hidden_size
-    states = StateFile(tmp_path / "states.npy", IDS, width)
+    states = WindowFile(tmp_path / "states.npy", IDS, width)
     write_embeddings(model, states)
     assert torch.equal(states.read(IDS[3:5]), residual_stream.embeddings(model, IDS[3:5]))
     for depth in range(LAYERS):
@@ -35,7 +36,7 @@ def test_several_layers_go_from_one_file_to_another_and_each_runs_on_all_windows
     tmp_path: Path,
 ) -> None:
     model, order = tiny_model(), list[int]()
-    source, target = (StateFile(tmp_path / name, IDS, model.config.hidden_size) for name in ("one.npy", "two.npy"))
+    source, target = (WindowFile(tmp_path / name, IDS, model.config.hidden_size) for name in ("one.npy", "two.npy"))
     write_embeddings(model, source)
     before = source.read(IDS)
 

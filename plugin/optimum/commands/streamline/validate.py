@@ -55,7 +55,7 @@ class ValidateCommand(Command):
             help="Multiple-choice questions, for accuracy and stability: one JSON object a line, such as\n"
             '{"question": "The capital of France is", "options": [" Paris", " London"], "answer": 0}',
         )
-        add_options(parser, "evaluation", "budget", "length", "dtype", "device", "seed")
+        add_options(parser, "evaluation", "budget", "length", "dtype", "device", "max_memory", "seed")
 
     @staticmethod
     def execute(args: Namespace, console: Console) -> int:

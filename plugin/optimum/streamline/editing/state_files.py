@@ -3,57 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.models.offloaded_weights import device_of, in_memory
-from optimum.streamline.system.disk import reserve
+from optimum.streamline.text.window_file import WindowFile
 from optimum.streamline.text.windows import BATCH
 
 from .residual_stream import embeddings, run_layer
 
 
-class StateFile:
-    """States `[windows, length, width]` in fp32, one of each window of a text. Only what is asked for is in memory.
-
-    Args:
-        file: The file. It is made anew.
-        ids: Token ids of the windows, `[windows, length]`.
-        width: The width of the states.
-
-    Raises:
-        OSError: the file cannot be made, or the disk has too little room for it.
-    """
-
-    def __init__(self, file: Path, ids: torch.Tensor, width: int) -> None:
-        self.ids, self._file = ids, file
-        self._places = {row.cpu().numpy().tobytes(): place for place, row in enumerate(ids)}
-        np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=(*ids.shape, width))
-        reserve(file)
-
-    def read(self, ids: torch.Tensor) -> torch.Tensor:
-        """The states `[batch, length, width]` of some windows of the text, on the device of their ids."""
-        return torch.from_numpy(self._open("r")[self._rows(ids)]).to(ids.device)
-
-    def write(self, ids: torch.Tensor, states: torch.Tensor) -> None:
-        """Write the states `[batch, length, width]` of some windows of the text."""
-        self._open("r+")[self._rows(ids)] = states.float().cpu().numpy()
-
-    def _open(self, mode: str) -> np.ndarray:
-        # Mapped anew each time: pages that were used once would count as memory of the process until it is unmapped.
-        opened: np.ndarray = np.load(self._file, mmap_mode=mode)  # type: ignore[arg-type]
-        return opened
-
-    def _rows(self, ids: torch.Tensor) -> list[int]:
-        return [self._places[row.tobytes()] for row in ids.cpu().numpy()]
-
-
 @torch.no_grad()
-def write_embeddings(model: PreTrainedModel, states: StateFile) -> None:
+def write_embeddings(model: PreTrainedModel, states: WindowFile) -> None:
     """Write the input of layer 0 of every window.
 
     Args:
@@ -65,7 +28,7 @@ def write_embeddings(model: PreTrainedModel, states: StateFile) -> None:
 
 
 @torch.no_grad()
-def carry(model: PreTrainedModel, source: StateFile, target: StateFile, layers: range) -> None:
+def carry(model: PreTrainedModel, source: WindowFile, target: WindowFile, layers: range) -> None:
     """Run layers on the states of every window. Each layer runs on all windows before the next one is read.
 
     Args:
@@ -81,6 +44,6 @@ def carry(model: PreTrainedModel, source: StateFile, target: StateFile, layers: 
         source = target
 
 
-def _batches(model: PreTrainedModel, states: StateFile) -> Iterator[torch.Tensor]:
+def _batches(model: PreTrainedModel, states: WindowFile) -> Iterator[torch.Tensor]:
     device = device_of(model)
     return (ids.to(device) for ids in states.ids.split(BATCH))

@@ -9,6 +9,7 @@ __all__ = [
     "intervals",
     "latency",
     "multiple_choice",
+    "one_at_a_time",
     "results",
     "theoretical_cost",
     "timing_processes",

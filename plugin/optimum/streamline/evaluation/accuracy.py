@@ -1,7 +1,7 @@
 """Accuracy of models on the same tokens: log-loss, KL(original || model), and agreement of the most likely tokens.
 
 All models read a window before the next one, so that the original's logits are computed once, and memory does not grow
-with the number of windows.
+with the number of windows. Models that are not in memory together are compared by `one_at_a_time.py`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def measure_accuracy(runners: Sequence[Runner], labels: Sequence[str], windows: 
         StreamlineError: the vocabularies differ in size, a token is outside them, or logits of the original are not
             finite.
     """
-    _check_vocabularies(runners, labels, int(windows.ids.max()))
+    check_vocabularies([vocabulary_size(runner) for runner in runners], labels, windows)
     sums = np.zeros((len(runners), 3, len(windows.ids)))
     with progress_bar("measuring accuracy", len(windows.ids)) as bar:
         for index, window in enumerate(windows.ids):
@@ -82,13 +82,35 @@ def measure_accuracy(runners: Sequence[Runner], labels: Sequence[str], windows: 
             for number, runner in enumerate(runners):
                 logits = runner.prefill(ids)[0] if number else reference
                 sums[number, :, index] = compare(reference[0], logits[0], ids[0])
-            if not np.isfinite(sums[0, :, index]).all():
-                raise StreamlineError(
-                    f"{labels[0]}: its logits are not finite, and cannot be compared with; use dtype 'fp32'"
-                )
+            check_finite(sums[0, :, index], labels[0])
             bar.advance()
+    return [accuracy_of(each, windows) for each in sums]
+
+
+def check_finite(sums: Samples, label: str) -> None:
+    """Refuse an original whose logits on a window are not finite.
+
+    Args:
+        sums: What `compare` gives for the original and itself.
+        label: Its name.
+
+    Raises:
+        StreamlineError: a sum is not finite.
+    """
+    if not np.isfinite(sums).all():
+        raise StreamlineError(f"{label}: its logits are not finite, and cannot be compared with; use dtype 'fp32'")
+
+
+def accuracy_of(sums: Samples, windows: Windows) -> Accuracy:
+    """The accuracy of a model.
+
+    Args:
+        sums: What `compare` gives on each window, `[3, windows]`.
+        windows: The evaluation text.
+    """
+    loss, kl, agreement = sums
     tokens = np.full(len(windows.ids), windows.ids.shape[1] - 1, np.float64)
-    return [Accuracy(loss, kl, agreement, tokens, windows.documents) for loss, kl, agreement in sums]
+    return Accuracy(loss, kl, agreement, tokens, windows.documents)
 
 
 def compare(original: Logits, candidate: Logits, ids: TokenIds) -> tuple[float, float, float]:
@@ -120,14 +142,28 @@ def compare(original: Logits, candidate: Logits, ids: TokenIds) -> tuple[float, 
     return total[0].item(), total[1].item(), total[2].item()
 
 
-def _check_vocabularies(runners: Sequence[Runner], labels: Sequence[str], largest: int) -> None:
-    probe = np.zeros((1, 1), np.int64)
-    sizes = [runner.prefill(probe)[0].shape[-1] for runner in runners]
-    for label, size in zip(labels, sizes, strict=True):
+def vocabulary_size(runner: Runner) -> int:
+    """The number of tokens for which a runner gives logits."""
+    logits, _ = runner.prefill(np.zeros((1, 1), np.int64))
+    return int(logits.shape[-1])
+
+
+def check_vocabularies(sizes: Sequence[int], labels: Sequence[str], windows: Windows) -> None:
+    """Refuse models that cannot be compared on a text.
+
+    Args:
+        sizes: The `vocabulary_size` of the first models, the original first.
+        labels: The names of all models.
+        windows: The evaluation text.
+
+    Raises:
+        StreamlineError: the vocabularies differ in size, or a token of the text is outside them.
+    """
+    for label, size in zip(labels, sizes, strict=False):
         if size != sizes[0]:
             raise StreamlineError(
                 f"{label}: has a vocabulary of {size} tokens, but {labels[0]} has {sizes[0]}; compare models with the "
                 "same vocabulary"
             )
-    if largest >= sizes[0]:
+    if (largest := int(windows.ids.max())) >= sizes[0]:
         raise StreamlineError(f"eval-data: token {largest} is outside {labels[0]}'s vocabulary of {sizes[0]}")

@@ -180,8 +180,22 @@ def answer_questions(runners: Sequence[Runner], labels: Sequence[str], questions
     with progress_bar("asking questions", len(questions.items)) as bar:
         for item in questions.items:
             for runner, found in zip(runners, losses, strict=True):
-                found.append(np.array([option_loss(runner, item.prompt, option) for option in item.options]))
+                found.append(option_losses(runner, item))
             bar.advance()
+    return answers_of(losses, labels, questions)
+
+
+def answers_of(losses: Sequence[Sequence[Samples]], labels: Sequence[str], questions: Questions) -> list[Answers]:
+    """The answers of models.
+
+    Args:
+        losses: For each model, `option_losses` of every question.
+        labels: The names of the models.
+        questions: The questions.
+
+    Raises:
+        StreamlineError: as `answer_questions`.
+    """
     right = np.array([item.answer for item in questions.items], np.int64)
     answers = [Answers(tuple(found), right) for found in losses]
     broken = np.flatnonzero(~np.isfinite(answers[0].spread))
@@ -191,6 +205,11 @@ def answer_questions(runners: Sequence[Runner], labels: Sequence[str], questions
             f"{labels[0]}: its perplexity is not finite on {questions.file}, line {line}; use dtype 'fp32'"
         )
     return answers
+
+
+def option_losses(runner: Runner, question: Question) -> Samples:
+    """The `option_loss` of each option of a question, `[options]`."""
+    return np.array([option_loss(runner, question.prompt, option) for option in question.options])
 
 
 def option_loss(runner: Runner, prompt: Sequence[int], option: Sequence[int]) -> float:

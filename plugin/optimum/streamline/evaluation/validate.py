@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from .accuracy import Accuracy, measure_accuracy
 from .intervals import RESAMPLES, grouped
 from .latency import Timing, median_time, speedup
 from .multiple_choice import Answers, Questions, answer_questions
+from .one_at_a_time import NOTE, fit_together, measure_one_at_a_time
 from .results import Measurement, Report, Role
 from .theoretical_cost import Cost, cost_of, disk_bytes, stored_weight_bytes
 from .timing_processes import Job, WorkerResult, time_alternating
@@ -185,13 +187,15 @@ def measure(
     prompt_length: int = 256,
     decode_tokens: int = 32,
     rounds: int = 10,
+    max_memory: int | None = None,
     log: Path | None = None,
     notify: Notify = print,
 ) -> Measurements:
     """Measure all models in this run.
 
     Accuracy is compared with the first model. Speed and size are compared with the original in the same runtime, if it
-    is among the models, and otherwise with the first model. `Measurement.baseline` names it.
+    is among the models, and otherwise with the first model. `Measurement.baseline` names it. Models that do not fit
+    into memory together are measured and timed one after another; the settings say so.
 
     Args:
         compared_models: The models, the original first. A float export of the original also gets the role `original`.
@@ -204,6 +208,7 @@ def measure(
             settings record both numbers.
         decode_tokens: The tokens decoded one by one after the prompt; reduced likewise.
         rounds: The number of timed rounds. In each, every model runs the prompt and the decoded tokens once.
+        max_memory: The memory in bytes to make do with on a CPU; by default what is free.
         log: A file to append the output of the timing processes' libraries to.
         notify: A function that is told, in one line each, what a user should know about the comparison.
 
@@ -231,11 +236,19 @@ def measure(
     dtypes, costs = zip(*computed, strict=True)
     files = [model_hashes(compared.source) for compared in compared_models]
     changed = [tuple(changed_files(compared.source) or ()) for compared in compared_models]
-    runtimes, accuracies, answers = _judged(compared_models, windows, questions, dtype, device)
+    sizes = [disk_bytes(compared.source.folder) for compared in compared_models]
+    in_memory = [_bytes_in_memory(*each) for each in zip(compared_models, configs, costs, sizes, strict=True)]
+    together = fit_together(in_memory, device, max_memory)
+    if not together:
+        notify(NOTE)
+    runtimes, accuracies, answers = _judged(compared_models, windows, questions, dtype, device, together)
     tokens = windows.ids.flatten()[None, : prompt.length + prompt.decoded].numpy()
     jobs = [Job(each.label, str(each.source.folder), dtype, device, each.trust_remote_code) for each in compared_models]
-    timed = time_alternating(jobs, tokens, prompt.length, rounds, WARMUP_ROUNDS, log)
-    sizes = [disk_bytes(compared.source.folder) for compared in compared_models]
+    timed = [
+        result
+        for each in ([jobs] if together else [[job] for job in jobs])
+        for result in time_alternating(each, tokens, prompt.length, rounds, WARMUP_ROUNDS, log)
+    ]
     _refuse_other_files(compared_models, files)
     columns = (compared_models, dtypes, costs, sizes, runtimes, files, changed, accuracies, answers, timed)
     raw = [RawMeasurement(*each) for each in zip(*columns, strict=True)]
@@ -250,6 +263,7 @@ def measure(
         "warmup_rounds": WARMUP_ROUNDS,
         "resamples": RESAMPLES,
         "resampled": "documents" if grouped(windows.documents) else "windows",
+        **({} if together else {"in_memory": "one at a time"}),
     }
     return Measurements(rows, tuple(accuracies), settings, _asked(questions, raw[0].answers))
 
@@ -302,6 +316,13 @@ def _computed(compared: ComparedModel, config: PreTrainedConfig, dtype: str) -> 
     return artifact.precision, replace(cost_of(config, artifact.dtype), weight_bytes=artifact.weight_bytes)
 
 
+def _bytes_in_memory(compared: ComparedModel, config: PreTrainedConfig, cost: Cost, on_disk: int) -> int:
+    """The bytes that a model's weights take in memory. A float checkpoint is converted to the type it computes in."""
+    if is_artifact(compared.source.folder) or quantization_name(config) is not None:
+        return on_disk
+    return cost.parameters * cost.element_bytes
+
+
 def _clip(length: int, decoded: int, room: int) -> TimedTokens:
     """Reduce both numbers so that they fit into `room` tokens: at most half for decoding, the rest for the prompt."""
     decoded = min(decoded, room // 2)
@@ -309,14 +330,22 @@ def _clip(length: int, decoded: int, room: int) -> TimedTokens:
 
 
 def _judged(
-    compared_models: Sequence[ComparedModel], windows: Windows, questions: Questions | None, dtype: str, device: str
+    compared_models: Sequence[ComparedModel],
+    windows: Windows,
+    questions: Questions | None,
+    dtype: str,
+    device: str,
+    together: bool,
 ) -> tuple[list[str], list[Accuracy], list[Answers] | list[None]]:
-    runners = [
-        open_runner(str(each.source.folder), dtype, device, trust_remote_code=each.trust_remote_code)
+    openers = [
+        partial(open_runner, str(each.source.folder), dtype, device, trust_remote_code=each.trust_remote_code)
         for each in compared_models
     ]
-    runtimes = [runner.runtime for runner in runners]
     labels = [compared.label for compared in compared_models]
+    if not together:
+        return measure_one_at_a_time(openers, labels, windows, questions)
+    runners = [open_model() for open_model in openers]
+    runtimes = [runner.runtime for runner in runners]
     accuracies = measure_accuracy(runners, labels, windows)
     answers = [None] * len(runners) if questions is None else answer_questions(runners, labels, questions)
     # The models are timed next, in other processes, which need the memory.

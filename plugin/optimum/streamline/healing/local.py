@@ -28,10 +28,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from optimum.streamline.editing.packing import sublayers_left
 from optimum.streamline.editing.plan import PlannedLayer, depths_of
 from optimum.streamline.editing.residual_stream import run_layer
-from optimum.streamline.editing.state_files import StateFile, carry, write_embeddings
+from optimum.streamline.editing.state_files import carry, write_embeddings
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP, skipped_of
 from optimum.streamline.system.disk import free_bytes
+from optimum.streamline.text.window_file import WindowFile
 
 from .losses import relative_error
 
@@ -89,8 +90,8 @@ class LayerError:
     """
 
     layer: int
-    inputs: StateFile
-    targets: StateFile
+    inputs: WindowFile
+    targets: WindowFile
 
     def loss(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         """The `relative_error` of the layer's output, given the original's state of token ids `[windows, length]`."""
@@ -127,12 +128,12 @@ def layer_errors(
         inputs, targets, depth = targets, inputs, after
 
 
-def _files(folder: Path, ids: torch.Tensor, width: int) -> tuple[StateFile, StateFile]:
+def _files(folder: Path, ids: torch.Tensor, width: int) -> tuple[WindowFile, WindowFile]:
     needed, free = 2 * ids.numel() * width * torch.float32.itemsize, free_bytes(folder)
     try:
         if needed > free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return StateFile(folder / "one.npy", ids, width), StateFile(folder / "other.npy", ids, width)
+        return WindowFile(folder / "one.npy", ids, width), WindowFile(folder / "other.npy", ids, width)
     except OSError as error:
         raise StreamlineError(
             f"heal local: the original's hidden states take {needed / 1e9:.1f} GB in {folder.parent}, where "

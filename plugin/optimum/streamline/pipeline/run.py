@@ -239,7 +239,7 @@ class _Steps:
         self._notify(windows.line("evaluation"))
         self._notify("validating against the original")
         start = time.monotonic()
-        log = self._out / LOG_FILE
+        log, limit = self._out / LOG_FILE, self._recipe.max_memory
         with captured_logs(log, self._verbose):
             report = validate(
                 compared_models,
@@ -249,6 +249,7 @@ class _Steps:
                 dtype=self._recipe.dtype or "fp32",
                 device=self._recipe.device,
                 seed=self._recipe.seed,
+                max_memory=None if limit is None else parse_size(limit, "max-memory"),
                 log=None if self._verbose else log,
                 notify=self._notify,
             )

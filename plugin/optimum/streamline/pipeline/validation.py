@@ -10,6 +10,7 @@ from optimum.streamline.evaluation.contamination import refuse_seen_text
 from optimum.streamline.evaluation.multiple_choice import read_questions
 from optimum.streamline.evaluation.results import Report
 from optimum.streamline.evaluation.validate import ComparedModel, validate
+from optimum.streamline.recipe.quantities import parse_size
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.system.notify import Notify
 
@@ -28,7 +29,7 @@ def validate_models(
 
     Args:
         compared_models: The models to measure, the original first.
-        recipe: Its evaluation text, budget, dtype, device and seed are used.
+        recipe: Its evaluation text, budget, dtype, device, `max_memory` and seed are used.
         questions: A file of multiple-choice questions, one JSON object a line.
         rounds: Timed rounds, each one prefill and one decode of every model in turn.
         notify: Gets one line for each note on a model, and one line on the evaluation text.
@@ -56,6 +57,7 @@ def validate_models(
         dtype=recipe.dtype or "fp32",
         device=recipe.device,
         seed=recipe.seed,
+        max_memory=None if recipe.max_memory is None else parse_size(recipe.max_memory, "max-memory"),
         notify=notify,
         rounds=rounds,
     )
