@@ -138,6 +138,19 @@ def test_only_windows_that_are_missing_are_computed(runs: tuple[PreTrainedModel,
     assert counts == [2, 1, 2]
 
 
+def test_other_text_is_computed_and_not_kept(runs: tuple[PreTrainedModel, list[int]], tmp_path: Path) -> None:
+    model, counts = runs
+    cache = OutputCache(tmp_path, TEXT, model.config, FULL, hidden=True)
+    ids = torch.cat([TEXT.ids[:1], token_ids(2, 16, seed=9)])
+    found, states = cache.outputs(model, ids, [1])
+    expected, layers = outputs_of(copy.deepcopy(model), ids, [1])
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(states[1], layers[1])
+    cache.outputs(model, ids, [])
+    assert counts == [3, 3]
+    assert not np.load(tmp_path / "done.npy").any()
+
+
 def test_any_seed_draws(tmp_path: Path) -> None:
     cache = OutputCache(tmp_path, TEXT, tiny_model().config, CacheForm("sample", 3), hidden=False, seed=2**63 - 1)
     assert cache.outputs(tiny_model(), TEXT.ids[:1], [])[0].tokens.shape == (1, 16, 3)
@@ -166,7 +179,7 @@ def test_a_distillation_from_a_cache_keeps_no_copy_of_the_original(
 
     def healed(model: PreTrainedModel, cache: OutputCache | None, **fields: object) -> PreTrainedModel:
         copies.clear()
-        recipe = make_recipe({"layers": "1,3", "heal": "distill", "heal_epochs": 2, **fields})
+        recipe = make_recipe({"layers": "1,3", "heal": "distill", "heal_epochs": 2, "heal_replace": 0.0, **fields})
         healer = Healer(recipe, model, plan, TEXT, lambda _: None, cache=cache)
         healer.before_edit(None)
         apply_plan(model, plan, None)
@@ -186,6 +199,8 @@ def test_a_distillation_from_a_cache_keeps_no_copy_of_the_original(
     healed(tiny_model(), cache, heal_minutes=1.0)  # then the training may not reach all windows
     assert copies == ["copied"]
     healed(tiny_model(), cache, heal="local+distill")
+    assert copies == ["copied"]
+    healed(tiny_model(), cache, heal_replace=0.5)
     assert copies == ["copied"]
 
 
@@ -234,6 +249,9 @@ def test_by_default_all_outputs_are_kept_if_they_are_few_and_read_again(
     def form(workspace: Path | None = tmp_path / "not" / "there", trials: bool = False, **options: object) -> object:
         return cache_form(recipe.with_options(**options), TEXT, config, workspace, trials)
 
+    assert form(trials=True) == FULL
+    assert form() is None  # later passes read other tokens
+    recipe = recipe.with_options(heal_replace=0.0)
     assert form() == FULL
     assert form(heal_epochs=1, trials=True) == FULL
     assert form(heal_epochs=1) is None
@@ -305,7 +323,7 @@ def test_a_command_heals_by_what_it_keeps(
         "--heal-epochs",
         "2",
     )
-    words += ("--calibration", "stdlib", "--samples", "1", "--length", "32")
+    words += ("--calibration", "stdlib", "--samples", "1", "--length", "32", "--heal-replace", "0")
     losses, kinds = {}, {}
     for form in (None, "none", "top-64", "sample-50"):
         used.clear()

@@ -10,6 +10,7 @@ import math
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from behaviour import stock_model
 from optimum.streamline.editing.apply import EditInputs, apply_plan, build_replacement
 from optimum.streamline.editing.plan import Plan
-from optimum.streamline.healing import transformers_trainer
+from optimum.streamline.healing import stages, transformers_trainer
 from optimum.streamline.healing.losses import Distillation, NextToken, outputs_of
 from optimum.streamline.healing.settings import (
     HealSettings,
@@ -39,7 +40,7 @@ from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, decoder_layers
 from optimum.streamline.pipeline.prune import prepare, prune
 from optimum.streamline.recipe.parsing import make_recipe
-from optimum.streamline.recipe.recipe import Healing, Recipe
+from optimum.streamline.recipe.recipe import REPLACED, Healing, Recipe
 from optimum.streamline.scoring.similarity import measure_scores
 from optimum.streamline.text.windows import Windows
 from reference import REFERENCE
@@ -221,6 +222,37 @@ def test_dropout_is_off() -> None:
     model.train()
     log = train_model(model, goal, text, ONE_PASS)
     assert log.steps[0].loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_only_later_passes_of_distillation_replace_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = dict[str, Any]()
+    monkeypatch.setattr(stages, "train_model", lambda *_, title, versions=None, **__: given.update({title: versions}))
+    monkeypatch.setattr(Healer, "_note", lambda *_: None)
+    plan, versions = Plan(LAYERS, (1,)), torch.zeros(1)
+    for trainings in ("lm", "distill"):
+        recipe = make_recipe({"layers": "1", "heal": trainings})
+        healer = Healer(recipe, tiny_model(), plan, WINDOWS, [].append, teacher=tiny_model(), versions=versions)
+        healer.after_edit(plan.new_layers)
+        assert (given["training the model"] is versions) == (trainings == "distill")
+
+
+@pytest.mark.parametrize(
+    ("fields", "share"),
+    [
+        ({"heal": "distill"}, REPLACED),
+        ({"heal": "distill", "heal_replace": 0.1}, 0.1),
+        ({"heal": "distill", "heal_epochs": 1}, 0.0),
+        ({"heal": "distill", "heal_epochs": 1, "heal_replace": 0.1}, 0.0),
+        ({"heal": "distill", "heal_cache": "full"}, 0.0),
+        ({"heal": "distill", "heal_cache": "full", "heal_replace": 0.1}, 0.1),
+        ({"heal": "distill", "heal_cache": "none"}, REPLACED),
+        ({"heal": "lm"}, 0.0),
+    ],
+)
+def test_the_share_of_replaced_tokens_follows_the_recipe(fields: dict[str, Any], share: float) -> None:
+    recipe = make_recipe({"layers": "1", **fields})
+    assert recipe.resolved_replace == share
+    assert model_settings(recipe, tiny_model(), recipe.resolved_trainings[0]).replaced == share
 
 
 def test_the_teacher_is_left_alone() -> None:

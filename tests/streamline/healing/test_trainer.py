@@ -17,12 +17,31 @@ from optimum.streamline.healing import transformers_trainer
 from optimum.streamline.healing.losses import NotFiniteError
 from optimum.streamline.healing.settings import HealSettings, heal_windows
 from optimum.streamline.healing.trainable_parts import train_replacement
-from optimum.streamline.healing.trainer import split_windows
+from optimum.streamline.healing.trainer import split_windows, train
 from optimum.streamline.models.architectures import ARCHITECTURES, decoder_layers
 from optimum.streamline.text.windows import Windows
 from tiny import LAYERS, tiny_model, token_ids
 
 WINDOWS = Windows(token_ids(64, 24), "random")
+
+
+def test_passes_after_the_first_read_versions_of_the_text() -> None:
+    ids, weight, read = torch.arange(80).view(20, 4), torch.nn.Parameter(torch.ones(1)), list[torch.Tensor]()
+
+    def loss(batch: torch.Tensor) -> torch.Tensor:
+        read.append(batch)
+        return weight.square().sum()
+
+    versions = torch.stack([ids + 1000, ids + 2000])
+    settings = HealSettings(lr=1e-3, epochs=3, batch=4)
+    train([weight], loss, Windows(ids, "counting"), settings, title="", versions=versions)
+    seen = torch.cat([batch for batch in read if weight.requires_grad and not torch.equal(batch, ids[-1:])])
+    assert len(seen) == 3 * 19 // 4 * 4
+    passes = [seen[:19], seen[19:38], seen[38:]]
+    for number, windows in enumerate(passes):
+        assert set((windows[:, 0] - 1000 * number).tolist()) <= set(range(0, 76, 4))
+        assert len(set(windows[:, 0].tolist())) == len(windows)
+    assert any(torch.equal(batch, ids[-1:]) for batch in read)  # held out, as it was given
 
 
 def output_of(model: PreTrainedModel, layer: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:

@@ -352,8 +352,8 @@ def test_two_processes_train_as_one(launcher: str, words: list[str], alone: Path
     assert [folder.name for folder in out.parent.iterdir()] == ["out"]
     for ours, theirs in zip(healing(out), healing(alone), strict=True):
         losses = [[step["loss"] for step in healed["steps"]] for healed in (ours, theirs)]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-        assert ours["best"] == pytest.approx(theirs["best"], rel=1e-4)
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+        assert ours["best"] == pytest.approx(theirs["best"], rel=1e-3)
         assert ours["settings"] == theirs["settings"]
 
 

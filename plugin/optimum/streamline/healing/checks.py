@@ -147,11 +147,16 @@ def _check_local(recipe: Recipe, trained: bool) -> None:
 
 
 def _check_distillation(recipe: Recipe) -> None:
-    for field in ("heal_kl", "heal_hidden", "heal_cache"):
+    for field in ("heal_kl", "heal_hidden", "heal_cache", "heal_replace"):
         if recipe.option(field) is not None and "distill" not in recipe.resolved_trainings:
             raise StreamlineError(
                 f"{field.replace('_', '-')} {recipe.option(field)}: has no effect without heal distill; use it"
             )
+    if recipe.healing.replace and recipe.healing.epochs == 1:
+        raise StreamlineError(
+            f"heal-replace {recipe.healing.replace}: has no effect with heal-epochs 1, because only passes after the "
+            "first replace tokens; give more epochs, or leave it out"
+        )
     if recipe.pruning.method in ("come-sp", "come-mp") and "distill" not in recipe.resolved_trainings:
         raise StreamlineError(
             f"heal {recipe.healing.trainings!r}: method {recipe.pruning.method} heals by distillation; "

@@ -35,6 +35,7 @@ from .losses import (
     TopTokens,
     layer_outputs,
     logits_of,
+    outputs_of,
 )
 from .settings import distillation_weights
 
@@ -122,14 +123,18 @@ class OutputCache:
     def outputs(
         self, model: PreTrainedModel | None, ids: torch.Tensor, numbers: Sequence[int]
     ) -> tuple[Target, LayerOutputs]:
-        """As `outputs_of`, on windows of the text. The model runs on those that the cache lacks.
+        """As `outputs_of`. The model runs on windows of the text that the cache lacks, and on other windows.
 
         Args:
             model: The original, in evaluation mode; `None` after `complete`.
-            ids: Token ids `[windows, length]`, each row a window of the text.
+            ids: Token ids `[windows, length]`.
             numbers: The layers whose outputs are asked for; none if the cache does not keep them.
         """
-        places = [self._places[row.numpy().tobytes()] for row in ids.cpu()]
+        found = [self._places.get(row.numpy().tobytes()) for row in ids.cpu()]
+        places = [place for place in found if place is not None]
+        if len(places) < len(found):  # another text, such as one with replaced tokens
+            assert model is not None, "the original is kept for other text"
+            return outputs_of(model, ids, numbers)
         missing = [row for row, place in enumerate(places) if not self._arrays["done"][place]]
         if missing:
             assert model is not None, "`complete` has run"
@@ -275,7 +280,8 @@ def cache_form(
         return None
     if recipe.healing.cache is not None:
         return CacheForm.parse(recipe.healing.cache)
-    if workspace is None or not kl or not (recipe.healing.epochs > 1 or trials):
+    read_again = trials or (recipe.healing.epochs > 1 and not recipe.resolved_replace)
+    if workspace is None or not kl or not read_again:
         return None
     form = CacheForm("full")
     size = sum(array.size for array in form.arrays(text, config, hidden > 0).values())

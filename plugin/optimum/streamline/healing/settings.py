@@ -48,6 +48,7 @@ class HealSettings:
         weight_decay: The weight decay of AdamW.
         decay_vectors: Whether biases and norms decay too, and not only matrices.
         clip: The largest gradient norm; a larger gradient is scaled down.
+        replaced: The share of tokens that passes after the first replace by others (`text/replaced_tokens.py`).
         lora_rank: Train LoRA adapters of this rank instead of the weights, on every linear module but the output head.
         seed: The seed of the order of the windows, and of the adapters.
     """
@@ -66,6 +67,7 @@ class HealSettings:
     weight_decay: float = 1e-3
     decay_vectors: bool = True
     clip: float = 5.0
+    replaced: float = 0.0
     lora_rank: int | None = None
     seed: int = 0
 
@@ -182,8 +184,9 @@ def needs_original(recipe: Recipe, cached: bool) -> bool:
     """
     if "local" in recipe.resolved_trainings:
         return True
-    # With a limit of time, the training may not reach all windows. Several processes fill the cache together.
-    complete = cached and recipe.healing.minutes is None and process_count() == 1
+    # With a limit of time, the training may not reach all windows. Several processes fill the cache together. Windows
+    # with replaced tokens are not cached.
+    complete = cached and recipe.healing.minutes is None and process_count() == 1 and not recipe.resolved_replace
     return "distill" in recipe.resolved_trainings and not complete
 
 
@@ -282,6 +285,7 @@ def model_settings(recipe: Recipe, model: PreTrainedModel, stage: str) -> HealSe
         optimizer=recipe.healing.optimizer,
         gradient_checkpointing=recipe.healing.gradient_checkpointing,
         minutes=recipe.healing.minutes,
+        replaced=recipe.resolved_replace if distils else 0.0,
         min_lr_share=0.0 if distils else 0.1,
         betas=(0.9, 0.999) if distils else (0.9, 0.95),
         weight_decay=0.0 if distils or lora else 0.1,

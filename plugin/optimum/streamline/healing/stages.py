@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -87,6 +88,7 @@ class Healer:
         teacher: The original, if it is not `model` that is edited. By default `before_edit` copies `model` if the
             original is needed after the edit.
         cache: The cache of the original's outputs for distillation, if there is one.
+        versions: What `distill` reads in passes after the first, in place of `text` (`trainer.train`).
     """
 
     def __init__(
@@ -99,10 +101,11 @@ class Healer:
         workspace: Path | None = None,
         teacher: PreTrainedModel | None = None,
         cache: OutputCache | None = None,
+        versions: torch.Tensor | None = None,
     ) -> None:
         self._recipe, self._model, self._plan, self._text = recipe, model, plan, text
         self._notify, self._workspace = notify, workspace
-        self._teacher, self._cache = teacher and teacher.eval(), cache
+        self._teacher, self._cache, self._versions = teacher and teacher.eval(), cache, versions
         self._settings = dict[str, HealSettings]()
         self.results: list[HealingResult] = []
 
@@ -226,6 +229,7 @@ class Healer:
             share=share,
             workspace=self._checkpoint_folder(),
             stop_at=stop_at,
+            versions=self._versions if stage == "distill" else None,
         )
         self._note(stage, scope, settings, log, share)
 

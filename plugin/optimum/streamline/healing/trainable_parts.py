@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -74,6 +75,7 @@ def train_model(
     share: tuple[int, int] = (0, 1),
     workspace: Path | None = None,
     stop_at: float = 1.0,
+    versions: torch.Tensor | None = None,
 ) -> HealLog:
     """Train a model or one of its submodules, in place, to minimise `healing_loss`.
 
@@ -90,6 +92,7 @@ def train_model(
         share: See `trainer.train`.
         workspace: See `trainer.train`.
         stop_at: See `trainer.train`.
+        versions: See `trainer.train`.
 
     Returns:
         The log of the training.
@@ -112,7 +115,15 @@ def train_model(
             parameters = stack.enter_context(adapters(model, settings.lora_rank, settings.seed))
         loss = partial(healing_loss.loss, model)
         return train(
-            parameters, loss, windows, settings, title=title, share=share, workspace=workspace, stop_at=stop_at
+            parameters,
+            loss,
+            windows,
+            settings,
+            title=title,
+            share=share,
+            workspace=workspace,
+            stop_at=stop_at,
+            versions=versions,
         )
 
 

@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ def train(
     share: tuple[int, int] = (0, 1),
     workspace: Path | None = None,
     stop_at: float = 1.0,
+    versions: torch.Tensor | None = None,
 ) -> HealLog:
     """Train `parameters`, in place, to minimise `loss`, and keep the weights with the lowest held-out loss.
 
@@ -56,6 +58,8 @@ def train(
             training ends with the same weights, bit for bit, as an uninterrupted one.
         stop_at: Stop when this share of the training is done, 0 to 1, and leave the last weights instead of the best. A
             later call with the same `workspace` goes on.
+        versions: Token ids `[settings.epochs - 1, windows, length]`: what each pass after the first reads in place of
+            the windows.
 
     Returns:
         The log of the training.
@@ -69,6 +73,10 @@ def train(
     training, held_out = split_windows(windows, share)
     batch = _batch(settings.batch, len(training) * settings.epochs)
     order = _order(len(training), settings, batch)
+    read = training[order]
+    if versions is not None:
+        later = [split_windows(replace(windows, ids=each), share)[0] for each in versions]
+        read = torch.stack([training, *later])[torch.arange(len(order)) // len(training), order]
     with _checkpoints(workspace) as (folder, last):
         trained = TrainedWeights(parameters, loss, settings.dtype, folder)
         progress = TrainingProgress(
@@ -78,7 +86,7 @@ def train(
             trained.load_state_dict(load_file(last / "model.safetensors"))
             rows = _log_rows(last)
         else:
-            rows = run_training(trained, progress, training[order], batch, settings, folder, last, title)
+            rows = run_training(trained, progress, read, batch, settings, folder, last, title)
         if stop_at == 1:
             best = best_row(rows)["step"]
             trained.restore(best)

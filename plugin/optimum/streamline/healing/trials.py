@@ -52,6 +52,7 @@ class Trials:
         notify: Gets one line for each round.
         workspace: The folder of the training checkpoints, in which the training of the plan that is chosen goes on.
         cache: The cache of the original's outputs for all trainings, if there is one.
+        versions: As in `Healer`.
     """
 
     def __init__(
@@ -63,9 +64,10 @@ class Trials:
         notify: Notify,
         workspace: Path,
         cache: OutputCache | None = None,
+        versions: torch.Tensor | None = None,
     ) -> None:
         self._recipe, self._model, self._calibration, self._text = recipe, model, calibration, text
-        self._notify, self._workspace, self._cache = notify, workspace, cache
+        self._notify, self._workspace, self._cache, self._versions = notify, workspace, cache, versions
 
     def best(self, plans: Sequence[Plan]) -> Plan:
         """The plan that heals best (`successive_halving`), with the results in `Plan.trials`.
@@ -100,7 +102,7 @@ class Trials:
         recipe, student = self._recipe, copy.deepcopy(self._model)
         replacement = build_replacement(student, plan, self._calibration, recipe.seed)
         changed = METHODS[recipe.resolved_method].apply(student, plan, EditInputs(self._calibration, replacement))
-        healer = Healer(recipe, student, plan, self._text, silent, folder, self._model, self._cache)
+        healer = Healer(recipe, student, plan, self._text, silent, folder, self._model, self._cache, self._versions)
         held_out = split_windows(self._text)[1]
         try:
             healer.after_edit(changed.new_layers, stop_at=share)

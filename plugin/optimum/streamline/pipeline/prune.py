@@ -39,6 +39,7 @@ from optimum.streamline.system.memory import give_back_freed_tensors
 from optimum.streamline.system.notify import Notify, silent
 from optimum.streamline.text.overlap import check_disjoint
 from optimum.streamline.text.prompts import Prompts
+from optimum.streamline.text.replaced_tokens import versions_of
 from optimum.streamline.text.windows import Windows, seen_text
 
 from .healing_memory import warning
@@ -47,6 +48,9 @@ from .planning import Prepared, choose_plans, load_original, named_plan, quantiz
 from .preflight import check_recipe, checked_config, result_dtype
 from .texts import calibration_text, inputs_of, text_of_choice, text_of_healing
 from .write_checkpoint import write_checkpoint
+
+VERSIONS_FILE = "versions.safetensors"
+"""The healing text with other tokens, in the folder of the training checkpoints."""
 
 Score = Callable[[Windows], Scores]
 """A function that scores the layers on the calibration windows."""
@@ -268,8 +272,9 @@ def change(prepared: Prepared, notify: Notify, workspace: Path | None = None) ->
                 notify(f"continuing from the training checkpoints in {workspace}")
     start = time.monotonic()
     with _output_cache(prepared, workspace) as cache:
-        prepared.plan = _best_after_trials(prepared, notify, workspace, cache)
-        changed, healed = _edit_and_heal(prepared, notify, workspace, cache)
+        versions = _versions(prepared, workspace)
+        prepared.plan = _best_after_trials(prepared, notify, workspace, cache, versions)
+        changed, healed = _edit_and_heal(prepared, notify, workspace, cache, versions)
     if prepared.heal_text is not None:
         prepared.seconds["heal"] = time.monotonic() - start
     return PruningRecord(
@@ -293,8 +298,21 @@ def _output_cache(prepared: Prepared, workspace: Path | None) -> AbstractContext
     return output_cache(prepared.recipe, prepared.heal_text, prepared.model.config, workspace, trials)
 
 
+def _versions(prepared: Prepared, workspace: Path | None) -> torch.Tensor | None:
+    """The healing text with other tokens, for the passes of `distill` after the first; `None` if tokens stay."""
+    recipe, text = prepared.recipe, prepared.heal_text
+    if not isinstance(text, Windows) or not recipe.resolved_replace:
+        return None
+    file = workspace and workspace / VERSIONS_FILE
+    return versions_of(prepared.model, text.ids, recipe.healing.epochs - 1, recipe.resolved_replace, recipe.seed, file)
+
+
 def _edit_and_heal(
-    prepared: Prepared, notify: Notify, workspace: Path | None, cache: OutputCache | None
+    prepared: Prepared,
+    notify: Notify,
+    workspace: Path | None,
+    cache: OutputCache | None,
+    versions: torch.Tensor | None,
 ) -> tuple[Change, tuple[HealingResult, ...]]:
     """Edit the prepared model by its plan, with the trainings before, during and after the edit."""
     recipe, plan = prepared.recipe, prepared.plan
@@ -303,7 +321,7 @@ def _edit_and_heal(
     healer: Healer | None = None
     if isinstance(prepared.heal_text, Windows):
         folder = workspace and plan_folder(workspace, plan)
-        healer = Healer(recipe, model, plan, prepared.heal_text, notify, folder, cache=cache)
+        healer = Healer(recipe, model, plan, prepared.heal_text, notify, folder, cache=cache, versions=versions)
         healer.before_edit(replacement.layer if replacement else None)
     edit_inputs = EditInputs(prepared.calibration, replacement, healer.after_merge if healer else None)
     changed = method_of(recipe, model.config).apply(model, plan, edit_inputs)
@@ -313,13 +331,19 @@ def _edit_and_heal(
     return changed, tuple(healer.results)
 
 
-def _best_after_trials(prepared: Prepared, notify: Notify, workspace: Path | None, cache: OutputCache | None) -> Plan:
+def _best_after_trials(
+    prepared: Prepared,
+    notify: Notify,
+    workspace: Path | None,
+    cache: OutputCache | None,
+    versions: torch.Tensor | None,
+) -> Plan:
     """The plan of the prepared model, chosen by trial trainings if there are several."""
     text, calibration = prepared.heal_text, prepared.calibration
     if not prepared.candidates or not isinstance(text, Windows) or calibration is None:
         return prepared.plan
     with nullcontext(workspace) if workspace else TemporaryDirectory() as folder:
-        trials = Trials(prepared.recipe, prepared.model, calibration, text, notify, Path(folder), cache)
+        trials = Trials(prepared.recipe, prepared.model, calibration, text, notify, Path(folder), cache, versions)
         best = trials.best(prepared.candidates)
     notify(best.describe())
     return best

@@ -24,6 +24,8 @@ CHOOSING_TEXT = "hub:Salesforce/wikitext,wikitext-103-raw-v1,train"
 JUDGING_TEXT = "hub:Salesforce/wikitext,wikitext-103-raw-v1,test"
 _HUGE = 10**9
 _CACHES = r"none|full|(top|sample)-[1-9][0-9]{0,5}"
+REPLACED = 0.4
+"""The default share of tokens that later passes of `distill` replace (measured: `docs/methods.md`)."""
 _TRAININGS = r"none|(hidden-mse|local|lm|distill)(\+(lm|distill))*"
 
 # The healing in the paper of each method. For `auto`, the healing that was measured to be best.
@@ -230,6 +232,17 @@ class Healing(CheckedOptions):
         Ge(0),
         Le(1),
     ] = None
+    replace: Annotated[
+        float | None,
+        Option(
+            "In distill, share of the tokens that passes after the first replace by others, which the original draws. "
+            "So the model cannot learn the text by heart.",
+            key="heal_replace",
+            default=f"{REPLACED}; but 0 with `heal_cache`, which holds the outputs on the text itself",
+        ),
+        Ge(0),
+        Le(1),
+    ] = None
     hidden: Annotated[
         float | None,
         Option("In distill, weight of the error of the hidden states of each layer.", key="heal_hidden", default="10"),
@@ -375,6 +388,15 @@ class Recipe(CheckedOptions):
         return self.pruning.replacement or _PAPERS_REPLACEMENT.get(self.pruning.method or "", "none")
 
     @property
+    def resolved_replace(self) -> float:
+        """The share of the tokens that later passes of `distill` replace; 0 if there are no such passes."""
+        if "distill" not in self.resolved_trainings or self.healing.epochs == 1:
+            return 0.0
+        if self.healing.replace is not None:
+            return self.healing.replace
+        return REPLACED if self.healing.cache in (None, "none") else 0.0
+
+    @property
     def resolved_method(self) -> str:
         """The method; if it is left out, the one that follows from the layers and the replacement."""
         if self.pruning.method is not None:
@@ -476,7 +498,12 @@ class Recipe(CheckedOptions):
             fields["heal_batch"] = self.healing.batch or 4
         for key in ("max_memory", "gradient_checkpointing"):  # they give the same result
             del fields[key]
-        for key in ("heal_micro_batch", "heal_dtype", "heal_optimizer"):  # younger than fingerprints of 0.1.0
+        for key in (
+            "heal_micro_batch",
+            "heal_dtype",
+            "heal_optimizer",
+            "heal_replace",
+        ):  # younger than fingerprints of 0.1.0
             if fields[key] == OPTIONS[key].default:
                 del fields[key]
         if self.healing.cache in (None, "none", "full"):  # with all logits, or without any, the training is the same

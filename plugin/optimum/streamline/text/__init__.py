@@ -4,4 +4,14 @@ Read documents from a SPEC (see `sources.py`), draw windows of tokens from them,
 overlap between two texts.
 """
 
-__all__ = ["files", "overlap", "prompts", "sampling", "sources", "tokenizer_checks", "window_file", "windows"]
+__all__ = [
+    "files",
+    "overlap",
+    "prompts",
+    "replaced_tokens",
+    "sampling",
+    "sources",
+    "tokenizer_checks",
+    "window_file",
+    "windows",
+]
