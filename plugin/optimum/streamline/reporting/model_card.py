@@ -183,7 +183,9 @@ def _trained_on(healed: HealingResult, record: PruningRecord) -> str:
     times = "once" if healed.settings.epochs == 1 else f"up to {healed.settings.epochs} times"
     within = f" within {healed.settings.minutes:g} minutes" if healed.settings.minutes else ""
     share = healed.settings.replaced
-    replaced = f", after the first time with {share:.0%} of the tokens replaced by draws of the original" if share else ""
+    replaced = (
+        f", after the first time with {share:.0%} of the tokens replaced by draws of the original" if share else ""
+    )
     return f"on {healed.windows} of {_data(record, 'heal')}, each {times}{within}{replaced}"
 
 
