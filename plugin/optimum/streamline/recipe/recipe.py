@@ -24,7 +24,7 @@ CHOOSING_TEXT = "hub:Salesforce/wikitext,wikitext-103-raw-v1,train"
 JUDGING_TEXT = "hub:Salesforce/wikitext,wikitext-103-raw-v1,test"
 _HUGE = 10**9
 _CACHES = r"none|full|(top|sample)-[1-9][0-9]{0,5}"
-REPLACED = 0.4
+REPLACED = 0.2
 """The default share of tokens that later passes of `distill` replace (measured: `docs/methods.md`)."""
 _TRAININGS = r"none|(hidden-mse|local|lm|distill)(\+(lm|distill))*"
 
