@@ -56,20 +56,21 @@ def test_distillation_helps_every_candidate(model: str, removed: int) -> None:
         assert after[name][2] < before[name][1], name
 
 
-@pytest.mark.parametrize("removed", [4, 8])
-def test_auto_is_level_with_the_best_healed_method(removed: int) -> None:
-    after = ratios("healed", "reference", removed)
+@pytest.mark.parametrize(("model", "removed"), SHARES)
+def test_auto_is_level_with_the_best_healed_method_or_better(model: str, removed: int) -> None:
+    after = ratios("healed", model, removed)
     auto, best = after.pop("auto"), min(after.values())
-    assert best[1] <= auto[0] <= best[2]
-    assert auto[1] <= best[0] <= auto[2]
+    assert auto[0] <= best[2]
+    assert auto[1] <= best[0]
 
 
 @pytest.mark.parametrize(("model", "removed"), SHARES)
 def test_come_p_heals_best_or_is_level_with_the_best(model: str, removed: int) -> None:
     after = ratios("healed", model, removed)
+    after.pop("auto")  # which may choose it, from more windows
     best = min(after.values())
     assert after["come-p"][0] <= best[2]
     assert after["come-p"][1] <= best[0]
     if removed == 8 and model != "qwen3":
-        others = [ratio for name, ratio in after.items() if name not in ("come-p", "auto")]
+        others = [ratio for name, ratio in after.items() if name != "come-p"]
         assert after["come-p"][2] < min(ratio for ratio, _, _ in others)
