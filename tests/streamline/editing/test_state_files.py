@@ -32,6 +32,17 @@ def test_the_states_at_each_depth_are_the_models(architecture: str, tmp_path: Pa
     assert states.read(IDS[[7, 0]]).shape == (2, 16, width)
 
 
+def test_a_window_that_comes_twice_goes_through_each_layer_once(tmp_path: Path) -> None:
+    model, ids = tiny_model(), IDS.clone()
+    ids[17] = ids[0]  # in another batch
+    states = WindowFile(tmp_path / "states.npy", ids, model.config.hidden_size)
+    write_embeddings(model, states)
+    carry(model, states, states, range(3))
+    with torch.no_grad():
+        expected = residual_stream.stream_after(model, ids, 2)
+    torch.testing.assert_close(states.read(ids), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_several_layers_go_from_one_file_to_another_and_each_runs_on_all_windows_before_the_next(
     tmp_path: Path,
 ) -> None:

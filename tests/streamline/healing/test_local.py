@@ -155,6 +155,19 @@ def test_each_cut_layer_is_trained_and_nothing_else(plan: Plan, tmp_path: Path) 
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
+def test_states_that_a_killed_run_left_are_overwritten_and_gone_in_the_end(tmp_path: Path) -> None:
+    left = tmp_path / "states-0"
+    left.mkdir()
+    (left / "one.npy").write_bytes(b"half written")
+    model = tiny_model()
+    healer = Healer(RECIPE, model, THINNED, WINDOWS, [].append, tmp_path)
+    healer.before_edit(None)
+    apply_plan(model, THINNED, None)
+    healer.after_edit(THINNED.new_layers)
+    assert len(healer.results) == 3
+    assert not left.exists()
+
+
 def test_a_disk_without_room_for_the_states_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -244,6 +257,8 @@ def test_a_command_trains_layers_then_the_model_and_says_so(tmp_path: Path) -> N
         "Of this model's layers, 4, 7 were trained one by one on 30 of 32 windows of 32 tokens of `stdlib:train`, "
         f"each up to 2 times: held-out hidden-state error, their mean, {before:.4g} before, {after:.4g} after.\n"
     ) in card
+    assert "each up to 2 times, after the first time with 20% of the tokens replaced by draws of the original: " in card
+    assert [each["settings"]["replaced"] for each in trained] == [0, 0, 0.2]
     assert AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 13
 
 

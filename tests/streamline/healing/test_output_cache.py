@@ -174,8 +174,8 @@ def test_a_distillation_from_a_cache_keeps_no_copy_of_the_original(
     monkeypatch: pytest.MonkeyPatch, runs: tuple[PreTrainedModel, list[int]], tmp_path: Path
 ) -> None:
     plan, copies, weights = Plan(LAYERS, (1, 3)), list[str](), []
-    copied = stages.copy_on_disk
-    monkeypatch.setattr(stages, "copy_on_disk", lambda model: copies.append("copied") or copied(model))
+    copied = stages.copy_sharing_disk
+    monkeypatch.setattr(stages, "copy_sharing_disk", lambda model: copies.append("copied") or copied(model))
 
     def healed(model: PreTrainedModel, cache: OutputCache | None, **fields: object) -> PreTrainedModel:
         copies.clear()

@@ -253,6 +253,8 @@ def test_the_share_of_replaced_tokens_follows_the_recipe(fields: dict[str, Any],
     recipe = make_recipe({"layers": "1", **fields})
     assert recipe.resolved_replace == share
     assert model_settings(recipe, tiny_model(), recipe.resolved_trainings[0]).replaced == share
+    assert replacement_settings(recipe, 64, recipe.resolved_trainings[0]).replaced == share
+    assert replacement_settings(recipe, 64, "hidden-mse").replaced == 0
 
 
 def test_the_teacher_is_left_alone() -> None:

@@ -352,6 +352,7 @@ def test_two_processes_train_as_one(launcher: str, words: list[str], alone: Path
     assert [folder.name for folder in out.parent.iterdir()] == ["out"]
     for ours, theirs in zip(healing(out), healing(alone), strict=True):
         losses = [[step["loss"] for step in healed["steps"]] for healed in (ours, theirs)]
+        # Sums in another order can draw another token for a version of the text; its loss differs in the fourth digit.
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)
         assert ours["best"] == pytest.approx(theirs["best"], rel=1e-3)
         assert ours["settings"] == theirs["settings"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from cases import edit_weights, make
 from console import Outcome, optimum_cli
@@ -22,6 +23,7 @@ from optimum.streamline.editing.linear_map import fold
 from optimum.streamline.editing.merging import copy_layer, replace_pair
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.healing import stages
 from optimum.streamline.methods.registry import METHODS
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models import offloaded_weights
@@ -270,7 +272,16 @@ def test_layers_are_trained_one_by_one_on_disk_as_in_memory(
     unhealed, _ = pruned(source, tmp_path / "unhealed", layers="1,3", dtype="fp32")
     in_memory, recorded = pruned(source, tmp_path / "in_memory", **healing)
     monkeypatch.setattr("optimum.streamline.pipeline.prune.stays_on_disk", lambda *_: True)
+    train, read = stages.train_model, list[list[int]]()
+
+    def watched(model: PreTrainedModel, *args: Any, **rest: Any) -> Any:
+        layers = decoder_layers(model, architecture_of(model.config))
+        read.append([index for index, layer in enumerate(layers) if not any(p.is_meta for p in layer.parameters())])
+        return train(model, *args, **rest)
+
+    monkeypatch.setattr(stages, "train_model", watched)
     on_disk, record = pruned(source, tmp_path / "on_disk", **healing)
+    assert read == [[0], [1]]  # the layer that is trained, and no other
     assert_equal(in_memory, on_disk)
     assert not all(torch.equal(value, unhealed[name]) for name, value in on_disk.items())
     assert record["healing"] == recorded["healing"]
@@ -287,6 +298,7 @@ def test_layers_are_trained_one_by_one_on_disk_as_in_memory(
         ({"method": "shortened-taylor", "remove": 1}, r"takes gradients \(method shortened-taylor\)"),
         ({"method": "sleb", "remove": 1, "replacement": "corrected"}, r"computes weights \(replacement corrected\)"),
         ({"method": "sleb", "remove": 1, "heal": "lm"}, r"trains \(heal lm\)"),
+        ({"layers": "1", "heal": "local", "heal_data": "self"}, r"lets the original sample text \(heal-data self\)"),
         ({"method": "sleb", "remove": 1, "heal": "local+distill"}, r"trains \(heal local\+distill\)"),
         ({"method": "sleb", "remove": 1, "quantize": "bnb-nf4"}, "quantizes by bnb-nf4"),
     ],

@@ -16,7 +16,16 @@ from optimum.streamline.healing.checks import check_healing
 from optimum.streamline.methods.registry import method_of
 from optimum.streamline.recipe.parsing import make_recipe, read_recipe, write_recipe
 from optimum.streamline.recipe.quantities import parse_layers, parse_remove, parse_size
-from optimum.streamline.recipe.recipe import CHOOSING_TEXT, JUDGING_TEXT, OPTIONS, Budget, Healing, Pruning, Recipe
+from optimum.streamline.recipe.recipe import (
+    CHOOSING_TEXT,
+    JUDGING_TEXT,
+    OPTIONS,
+    REPLACED,
+    Budget,
+    Healing,
+    Pruning,
+    Recipe,
+)
 
 
 @pytest.mark.parametrize(("value", "number"), [(1_000_000, 10**6), ("1.5GB", 1_500_000_000), ("2 mb", 2_000_000)])
@@ -329,6 +338,17 @@ def test_the_fingerprint_is_that_of_version_0_1() -> None:
     assert now["shortgpt"] == of_then["shortgpt"]
     assert unpacked["blockpruner"] == of_then["blockpruner"] != now["blockpruner"]
     assert len({now["auto"], unpacked["auto"], of_then["auto"]}) == 3  # it has more candidates now
+
+
+def test_replaced_tokens_are_in_the_fingerprint_whoever_asked_for_them() -> None:
+    def fingerprint(**fields: object) -> str:
+        return make_recipe({"layers": "1,3", "heal": "distill", **fields}).fingerprint
+
+    assert fingerprint() == fingerprint(heal_replace=REPLACED) == fingerprint(heal_cache="none")
+    assert fingerprint(heal_cache="full") == fingerprint(heal_replace=0.0) != fingerprint()
+    assert fingerprint(heal_cache="full", heal_replace=REPLACED) == fingerprint()
+    assert fingerprint(heal_epochs=1) == fingerprint(heal_epochs=1, heal_replace=0.0)
+    assert len({fingerprint(heal_replace=share) for share in (0.0, 0.1, 0.3)}) == 3
 
 
 def test_small_updates_are_the_default_of_distillation_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from optimum.streamline.errors import StreamlineError
+from optimum.streamline.text import replaced_tokens
 from optimum.streamline.text.replaced_tokens import versions_of
 from tiny import VOCABULARY, tiny_model, token_ids
 
@@ -64,6 +66,24 @@ def test_one_seed_gives_the_same_in_any_batch(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(versions_of(model, IDS, 2, 0.5, seed=2**63 - 1), versions)
     assert model.runs == [1] * 10
     assert not torch.equal(versions_of(model, IDS, 2, 0.5, seed=3), versions)
+
+
+def test_logits_that_are_not_finite_are_one_line() -> None:
+    model = tiny_model()
+    model.lm_head.weight.data[5] = torch.nan
+    with pytest.raises(StreamlineError, match="^model: its logits are not finite on the healing text; check"):
+        versions_of(model, IDS, 1, 0.5, seed=0)
+
+
+def test_every_process_gets_the_versions_of_the_main_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = list[torch.Tensor]()
+    monkeypatch.setattr(replaced_tokens, "from_main", lambda value: sent.append(value) or value)
+    main = versions_of(sure_model(), IDS, 2, 0.5, seed=0)
+    received, other = iter(sent), sure_model()
+    monkeypatch.setattr(replaced_tokens, "is_main", lambda: False)
+    monkeypatch.setattr(replaced_tokens, "from_main", lambda _: next(received))
+    assert torch.equal(versions_of(other, IDS, 2, 0.5, seed=0), main)
+    assert other.runs == []
 
 
 def test_a_file_keeps_them(tmp_path: Path) -> None:

@@ -55,7 +55,13 @@ class ValidateCommand(Command):
             help="Multiple-choice questions, for accuracy and stability: one JSON object a line, such as\n"
             '{"question": "The capital of France is", "options": [" Paris", " London"], "answer": 0}',
         )
-        add_options(parser, "evaluation", "budget", "length", "dtype", "device", "max_memory", "seed")
+        parser.add_argument(
+            "--max-memory",
+            metavar="SIZE",
+            help="Memory of the CPU to make do with, in bytes or such as 8GB. Models that do not fit into it together "
+            "are measured one at a time. (default: the memory that is free)",
+        )
+        add_options(parser, "evaluation", "budget", "length", "dtype", "device", "seed")
 
     @staticmethod
     def execute(args: Namespace, console: Console) -> int:

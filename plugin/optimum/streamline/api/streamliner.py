@@ -59,7 +59,7 @@ class Streamliner:
     """Prunes, heals, saves, exports and validates one causal language model, in one call or step by step.
 
     `from_pretrained` makes one. The original is never changed: `prune` and `heal` work on a copy, which is `model` from
-    then on. Both are held in fp32 in memory, and distillation holds a third.
+    then on. Both are held in fp32 in memory, and distillation holds a third, unless `heal_cache` keeps what it gave.
 
     >>> streamliner = Streamliner.from_pretrained("examples/reference_model")
     >>> streamliner.prune(StreamlineConfig(layers="5-8"))
@@ -337,12 +337,13 @@ class Streamliner:
         one, is written to a temporary folder first, unless it was saved.
 
         Args:
-            config: Its `eval_data`, `eval_samples`, `length`, `seed`, `dtype`, `device`, `budget` and `judge` are used.
+            config: Its `eval_data`, `eval_samples`, `length`, `seed`, `dtype`, `device`, `max_memory`, `budget` and
+                `judge` are used.
             candidates: Folders of checkpoints and exports, and Hub ids, also as `name@revision`; left out, the pruned
                 model.
             save_directory: A folder for `report.json`, `report.md` and `report.html`.
             questions: A file of multiple-choice questions, one JSON object a line, to measure accuracy and stability.
-            rounds: Timed rounds of every model in turn, at least 2.
+            rounds: Timed rounds of every model, at least 2; in turn if all fit into memory together.
             overwrite: Whether an earlier report there may be replaced.
 
         Returns:

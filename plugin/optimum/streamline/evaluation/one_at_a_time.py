@@ -5,7 +5,9 @@ The original's logits are in a file meanwhile. The results are those of models t
 
 from __future__ import annotations
 
+import errno
 import gc
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +30,8 @@ from .multiple_choice import Answers, Questions, answers_of, option_losses
 
 LOADING = 1.2
 """The memory of models that run on a prompt, as a multiple of their weights."""
+PROGRAM = 500_000_000
+"""The memory of a process that times a model, without the model, in bytes."""
 NOTE = "the models do not fit into memory together: each is measured and timed alone"
 """What the user is told."""
 
@@ -40,11 +44,20 @@ def fit_together(weights: Sequence[int], device: str, max_memory: int | None) ->
         device: `cpu` or `cuda`.
         max_memory: The limit on a CPU, in bytes, with what the program takes; by default what is free.
     """
-    if device != "cpu":
-        free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
-    else:
+    needed = LOADING * sum(weights)
+    if device == "cpu":
+        needed += PROGRAM * len(weights)  # each is timed in a process of its own
         free = free_memory() if max_memory is None else max_memory - taken_memory()
-    return len(weights) == 1 or LOADING * sum(weights) <= free
+    else:
+        _empty_cuda_cache()
+        free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+    return len(weights) == 1 or needed <= free
+
+
+def _empty_cuda_cache() -> None:
+    """Give back the memory of the GPU that torch keeps for later."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @dataclass
@@ -92,6 +105,7 @@ def measure_one_at_a_time(
             measured.losses.append([option_losses(runner, item) for item in questions.items] if questions else [])
             del runner
             gc.collect()
+            _empty_cuda_cache()
     accuracies = [accuracy_of(sums, windows) for sums in measured.sums]
     if questions is None:
         return measured.runtimes, accuracies, [None] * len(models)
@@ -100,16 +114,16 @@ def measure_one_at_a_time(
 
 def _logit_file(folder: Path, windows: Windows, vocabulary: int) -> WindowFile:
     needed, free = windows.ids.numel() * vocabulary * torch.float32.itemsize, free_bytes(folder)
-    refusal = StreamlineError(
-        f"eval-samples {len(windows.ids)}: the models do not fit into memory together, and the original's logits take "
-        f"{needed / 1e9:.1f} GB in {folder.parent}, where {free / 1e9:.1f} GB are free; give fewer, or a smaller dtype"
-    )
-    if needed > free:
-        raise refusal
     try:
+        if needed > free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return WindowFile(folder / "logits.npy", windows.ids, vocabulary)
     except OSError as error:
-        raise refusal from error
+        raise StreamlineError(
+            f"eval-samples {len(windows.ids)}: the models do not fit into memory together, and the original's logits "
+            f"take {needed / 1e9:.1f} GB in {folder.parent}, where {free / 1e9:.1f} GB are free ({error.strerror}); "
+            "give fewer, or make room"
+        ) from error
 
 
 def _sums(runner: Runner, label: str, reference: WindowFile, windows: Windows, is_original: bool) -> Samples:
@@ -121,7 +135,7 @@ def _sums(runner: Runner, label: str, reference: WindowFile, windows: Windows, i
             if is_original:
                 reference.write(ids, torch.from_numpy(logits))
             sums[:, index] = compare(reference.read(ids)[0].numpy(), logits[0], ids[0].numpy())
+            if is_original:
+                check_finite(sums[:, index], label)
             bar.advance()
-    if is_original:
-        check_finite(sums, label)
     return sums

@@ -1,4 +1,4 @@
-"""Timing models in worker processes: one process for each model (`timing_worker.py`), which run rounds in turn.
+"""Timing models in worker processes: one for each model (`timing_worker.py`), which run rounds in turn.
 
 Workers of multiprocessing start with the memory or the main module of the parent, which would count in the peak memory.
 """

@@ -32,6 +32,7 @@ from optimum.streamline.editing.state_files import carry, write_embeddings
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP, skipped_of
 from optimum.streamline.system.disk import free_bytes
+from optimum.streamline.system.distributed import process_count
 from optimum.streamline.text.window_file import WindowFile
 
 from .losses import relative_error
@@ -129,7 +130,8 @@ def layer_errors(
 
 
 def _files(folder: Path, ids: torch.Tensor, width: int) -> tuple[WindowFile, WindowFile]:
-    needed, free = 2 * ids.numel() * width * torch.float32.itemsize, free_bytes(folder)
+    # Each process has its own two files.
+    needed, free = process_count() * 2 * ids.numel() * width * torch.float32.itemsize, free_bytes(folder)
     try:
         if needed > free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,7 +1,7 @@
 """The cache of the original's outputs on disk, which distillation reads in place of running the original again.
 
-The original gives the same outputs in every pass over the text and in every trial training. With a cache, it runs on
-each window once, and need not be in memory afterwards. The cache holds all logits, or some tokens of each next-token
+The original gives the same outputs in every trial training, and in every pass that reads the text as it was given. With
+a cache, it runs on each window once. The cache holds all logits, or some tokens of each next-token
 distribution.
 """
 

@@ -231,6 +231,7 @@ def replacement_settings(recipe: Recipe, width: int, stage: str) -> HealSettings
         dtype=recipe.healing.dtype,
         optimizer=recipe.healing.optimizer,
         minutes=recipe.healing.minutes,
+        replaced=recipe.resolved_replace if stage == "distill" else 0.0,
         betas=(0.9, 0.999) if stage == "hidden-mse" else (0.9, 0.95),
         seed=recipe.seed,
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +19,9 @@ from optimum.streamline.editing.plan import TRAINED, Plan, PlannedLayer, depths_
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.methods.registry import METHODS
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
-from optimum.streamline.models.offloaded_weights import changing_whole, copy_on_disk
+from optimum.streamline.models.offloaded_weights import changing_whole, copy_sharing_disk
 from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.system.distributed import process_rank
 from optimum.streamline.system.notify import Notify
 from optimum.streamline.text.windows import Windows
 
@@ -139,7 +142,7 @@ class Healer:
         for stage in trainings & {"lm", "distill"}:
             self._settings_of(stage)  # the rate follows the original's weights
         if needs_original(self._recipe, self._cache is not None):
-            self._teacher = copy_on_disk(self._model).requires_grad_(False).eval()
+            self._teacher = copy_sharing_disk(self._model).requires_grad_(False).eval()
         elif "distill" in trainings and self._cache is not None:
             self._cache.complete(self._model.eval())
 
@@ -186,11 +189,21 @@ class Healer:
             )
         settings = local_settings(self._recipe, self._teacher, len(cut))
         self._announce("local", f"layers {layer_ranges(tuple(each.layer for each in cut))}", settings)
-        if self._workspace is not None:
-            self._workspace.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix="states-", dir=self._workspace) as folder:
-            for error in layer_errors(self._teacher, cut, self._text.ids, Path(folder)):
+        with self._folder_of_states() as folder:
+            for error in layer_errors(self._teacher, cut, self._text.ids, folder):
                 self._train_layer(error, settings)
+
+    @contextmanager
+    def _folder_of_states(self) -> Iterator[Path]:
+        """An empty folder for this process, which is gone after the `with` block; after a kill it is used again."""
+        with nullcontext(self._workspace) if self._workspace else TemporaryDirectory() as parent:
+            folder = Path(parent) / f"states-{process_rank()}"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _train_layer(self, error: LayerError, settings: HealSettings) -> None:
         layer = decoder_layers(self._model, architecture_of(self._model.config))[error.layer]

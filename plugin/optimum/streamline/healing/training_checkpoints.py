@@ -55,6 +55,11 @@ def plan_folder(workspace: Path, plan: Plan) -> Path:
     return workspace / hashlib.sha256(repr(alone).encode()).hexdigest()[:12]
 
 
+def is_begun(workspace: Path, plan: Plan) -> bool:
+    """Whether the checkpoint folder holds a complete checkpoint of a training of a plan."""
+    return any(plan_folder(workspace, plan).rglob(COMPLETE_FILE))
+
+
 def open_workspace(workspace: Path, key: dict[str, str]) -> bool:
     """Prepare the checkpoint folder: keep it if it was made for `key`, otherwise delete it and make an empty one.
 

@@ -178,7 +178,7 @@ def changing_whole(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def copy_on_disk(model: PreTrainedModel) -> PreTrainedModel:
+def copy_sharing_disk(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of a model that shares its weights on disk. A change of one of the two is not seen by the other.
 
     Args:

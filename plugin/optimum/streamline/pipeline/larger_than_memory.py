@@ -22,6 +22,7 @@ from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.reporting.numbers import size
 from optimum.streamline.system.distributed import process_count
 from optimum.streamline.system.memory import free_memory, give_back_freed_tensors, taken_memory
+from optimum.streamline.text.sources import is_self
 
 IN_MEMORY = 1.2
 """The memory that a model takes while its layers are scored, as a multiple of its weights."""
@@ -77,6 +78,8 @@ def why_in_memory(recipe: Recipe, config: PreTrainedConfig) -> str:
         return f"{reason} (method {recipe.resolved_method})"
     if recipe.resolved_replacement not in ("none", "linear"):
         return f"computes weights (replacement {recipe.resolved_replacement})"
+    if recipe.resolved_trainings and is_self(recipe.healing.data):
+        return f"lets the original sample text (heal-data {recipe.healing.data})"
     if set(recipe.resolved_trainings) - {"local"}:
         return f"trains (heal {'+'.join(recipe.resolved_trainings)})"
     return ""

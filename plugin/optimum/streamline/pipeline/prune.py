@@ -21,7 +21,12 @@ from optimum.streamline.editing.plan import Plan
 from optimum.streamline.healing.output_cache import OutputCache, output_cache
 from optimum.streamline.healing.self_text import sample_text, self_text_folder
 from optimum.streamline.healing.stages import Healer, HealingResult
-from optimum.streamline.healing.training_checkpoints import healing_workspace, open_workspace, plan_folder
+from optimum.streamline.healing.training_checkpoints import (
+    healing_workspace,
+    is_begun,
+    open_workspace,
+    plan_folder,
+)
 from optimum.streamline.healing.trials import Trials
 from optimum.streamline.methods.auto import makes_trials
 from optimum.streamline.methods.registry import method_of
@@ -268,7 +273,7 @@ def change(prepared: Prepared, notify: Notify, workspace: Path | None = None) ->
         data["heal"] = seen_text(prepared.heal_text)
         if workspace is not None:
             open_workspace(workspace, _workspace_key(prepared, source, prepared.heal_text))
-            if any(plan_folder(workspace, each).exists() for each in (prepared.plan, *prepared.candidates)):
+            if any(is_begun(workspace, each) for each in (prepared.plan, *prepared.candidates)):
                 notify(f"continuing from the training checkpoints in {workspace}")
     start = time.monotonic()
     with _output_cache(prepared, workspace) as cache:

@@ -277,7 +277,10 @@ class _Steps:
         same_files = measured == {compared.label: model_hashes(compared.source) for compared in compared_models}
         same_recipe = _without_judging(report.recipe or {}) == _without_judging(dataclasses.asdict(self._recipe))
         same_machine = report.machine == describe_machine(self._recipe.device)
-        if same_files and same_recipe and same_machine and report.data == windows.describe():
+        # Models that were measured one at a time for a limit of memory may have room without it.
+        limit = (report.recipe or {}).get("max_memory")
+        same_room = "in_memory" not in report.settings or limit == self._recipe.max_memory
+        if same_files and same_recipe and same_machine and same_room and report.data == windows.describe():
             return report
         self._notify(f"{file} describes other files, text, settings, machine or versions; measuring again")
         return None

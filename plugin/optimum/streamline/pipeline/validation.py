@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from optimum.streamline.checkpoints.loading import check_checkpoint, load_tokenizer, source_notes
+from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation.contamination import refuse_seen_text
 from optimum.streamline.evaluation.multiple_choice import read_questions
 from optimum.streamline.evaluation.results import Report
@@ -31,13 +32,19 @@ def validate_models(
         compared_models: The models to measure, the original first.
         recipe: Its evaluation text, budget, dtype, device, `max_memory` and seed are used.
         questions: A file of multiple-choice questions, one JSON object a line.
-        rounds: Timed rounds, each one prefill and one decode of every model in turn.
+        rounds: Timed rounds, each one prefill and one decode of every model, in turn if all fit into memory together.
         notify: Gets one line for each note on a model, and one line on the evaluation text.
 
     Raises:
         StreamlineError: a model, the text or the questions cannot be used, or a candidate was made with this text.
         WorkerError: a process that timed a model died.
     """
+    limit = None if recipe.max_memory is None else parse_size(recipe.max_memory, "max-memory")
+    if limit is not None and recipe.device != "cpu":
+        raise StreamlineError(
+            f"max-memory {recipe.max_memory!r}: limits the memory of the CPU, and the models run on {recipe.device}; "
+            "leave it out"
+        )
     configs = [check_checkpoint(compared.source, of_export=True) for compared in compared_models]
     for compared, config in zip(compared_models, configs, strict=True):
         for line in source_notes(compared.source, config):
@@ -57,7 +64,7 @@ def validate_models(
         dtype=recipe.dtype or "fp32",
         device=recipe.device,
         seed=recipe.seed,
-        max_memory=None if recipe.max_memory is None else parse_size(recipe.max_memory, "max-memory"),
+        max_memory=limit,
         notify=notify,
         rounds=rounds,
     )

@@ -238,7 +238,7 @@ class Healing(CheckedOptions):
             "In distill, share of the tokens that passes after the first replace by others, which the original draws. "
             "So the model cannot learn the text by heart.",
             key="heal_replace",
-            default=f"{REPLACED}; but 0 with `heal_cache`, which holds the outputs on the text itself",
+            default=f"{REPLACED}; but 0 if `heal_cache` keeps outputs, because they are those on the text itself",
         ),
         Ge(0),
         Le(1),
@@ -498,14 +498,12 @@ class Recipe(CheckedOptions):
             fields["heal_batch"] = self.healing.batch or 4
         for key in ("max_memory", "gradient_checkpointing"):  # they give the same result
             del fields[key]
-        for key in (
-            "heal_micro_batch",
-            "heal_dtype",
-            "heal_optimizer",
-            "heal_replace",
-        ):  # younger than fingerprints of 0.1.0
+        for key in ("heal_micro_batch", "heal_dtype", "heal_optimizer"):  # younger than fingerprints of 0.1.0
             if fields[key] == OPTIONS[key].default:
                 del fields[key]
+        del fields["heal_replace"]
+        if self.resolved_replace:
+            fields["heal_replace"] = self.resolved_replace
         if self.healing.cache in (None, "none", "full"):  # with all logits, or without any, the training is the same
             del fields["heal_cache"]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

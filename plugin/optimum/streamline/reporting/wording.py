@@ -72,14 +72,17 @@ def table_rows(report: Report) -> list[TableRow]:
 def note(report: Report) -> str:
     """How the figures of the table were measured, and what the brackets mean."""
     data, settings = report.data, report.settings
-    alone = "in_memory" in settings
-    turns = "were timed one after another on the same machine" if alone else "took turns on the same machine"
+    pairs = (
+        "Ratios and their intervals are paired: both models read the same text, and took turns on the same machine."
+        if "in_memory" not in settings
+        else "Ratios of accuracy and their intervals are paired: both models read the same text. The models did not "
+        "fit into memory together and were timed one after another, so ratios of times are not paired."
+    )
     return (
         f"Accuracy was measured on {data['windows']} windows of {data['length']} tokens of {data['spec']}"
         f"{_drawn(data)}. Times are for one sequence: a prompt of {settings['prompt_length']} tokens, then "
         f"{settings['decode_tokens']} tokens one by one, in {settings['rounds']} rounds. Brackets hold 95% bootstrap "
-        f"intervals, over {settings.get('resampled', 'windows')} for accuracy and over rounds for times. Ratios and "
-        f"their intervals are paired: both models read the same text, and {turns}."
+        f"intervals, over {settings.get('resampled', 'windows')} for accuracy and over rounds for times. {pairs}"
     )
 
 

@@ -31,10 +31,15 @@ def process_count() -> int:
     return max(int(os.environ.get(name, "1")) for name in _COUNTS)
 
 
+def process_rank() -> int:
+    """The rank of this process, from 0; 0 without a launcher."""
+    # Ignore a rank without a process count: a scheduler may have set it for another purpose.
+    return 0 if process_count() == 1 else max(int(os.environ.get(name, "0")) for name in _RANKS)
+
+
 def is_main() -> bool:
     """Whether this process is the main one, which alone prints and writes files."""
-    # Ignore a rank without a process count: a scheduler may have set it for another purpose.
-    return process_count() == 1 or max(int(os.environ.get(name, "0")) for name in _RANKS) == 0
+    return process_rank() == 0
 
 
 def join_processes(device: str) -> None:

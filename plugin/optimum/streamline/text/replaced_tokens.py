@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from optimum.streamline.errors import StreamlineError
 from optimum.streamline.system.distributed import from_main, is_main
 from optimum.streamline.system.progress import progress_bar
 
@@ -38,6 +39,9 @@ def versions_of(
 
     Returns:
         Token ids `[count, windows, length]`, on the CPU.
+
+    Raises:
+        StreamlineError: logits of the model are not finite.
     """
     if file is not None and from_main(file.exists()):
         return load_file(file)["versions"].long()
@@ -61,7 +65,10 @@ def _draw(
     model: PreTrainedModel, ids: torch.Tensor, places: torch.Tensor, count: int, share: float, seed: int
 ) -> torch.Tensor:
     """The versions `[count, windows, length]` of some windows, which are number `places` of the text."""
-    probabilities = model(ids.to(model.device), use_cache=False).logits[:, :-1].float().softmax(-1)
+    logits = model(ids.to(model.device), use_cache=False).logits[:, :-1].float()
+    if not bool(logits.isfinite().all()):
+        raise StreamlineError("model: its logits are not finite on the healing text; check its weights")
+    probabilities = logits.softmax(-1)
     versions = ids.cpu().repeat(count, 1, 1)
     for window, place in enumerate(places.tolist()):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + place) % 2**63)

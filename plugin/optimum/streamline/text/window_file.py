@@ -18,14 +18,18 @@ class WindowFile:
         ids: Token ids of the windows, `[windows, length]`.
         width: The numbers of a token.
 
+    Attributes:
+        ids: Token ids of the windows, each window once: text can repeat itself.
+
     Raises:
         OSError: the file cannot be made, or the disk has too little room for it.
     """
 
     def __init__(self, file: Path, ids: torch.Tensor, width: int) -> None:
-        self.ids, self._file = ids, file
-        self._places = {row.cpu().numpy().tobytes(): place for place, row in enumerate(ids)}
-        np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=(*ids.shape, width))
+        rows = {row.cpu().numpy().tobytes(): row for row in ids}
+        self.ids, self._file = torch.stack(list(rows.values())), file
+        self._places = {row: place for place, row in enumerate(rows)}
+        np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=(*self.ids.shape, width))
         reserve(file)
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
