@@ -210,7 +210,7 @@ def test_the_original_runs_on_few_windows_at_once(
     model, counts = runs
     cache = OutputCache(tmp_path, TEXT, model.config, FULL, hidden=True)
     cache.outputs(model, TEXT.ids[:2], [])
-    monkeypatch.setattr(cache_module, "LOGITS", 3 * 16 * 128 + 1)  # of three windows
+    monkeypatch.setattr("optimum.streamline.text.windows.LOGITS", 3 * 16 * 128 + 1)  # of three windows
     cache.complete(model)
     assert counts == [2, *[3] * 7, 1]
     cache.complete(model)

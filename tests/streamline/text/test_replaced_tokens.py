@@ -61,7 +61,7 @@ def test_tokens_are_drawn_by_their_probability() -> None:
 def test_one_seed_gives_the_same_in_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model = sure_model()
     versions = versions_of(model, IDS, 2, 0.5, seed=2**63 - 1)
-    monkeypatch.setattr("optimum.streamline.text.replaced_tokens._LOGITS", 1)
+    monkeypatch.setattr("optimum.streamline.text.windows.LOGITS", 1)
     model.runs.clear()
     assert torch.equal(versions_of(model, IDS, 2, 0.5, seed=2**63 - 1), versions)
     assert model.runs == [1] * 10

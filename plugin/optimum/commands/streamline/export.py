@@ -103,7 +103,7 @@ class ExportCommand(Command):
         from optimum.exporters.streamline import check_export, export_checkpoint
         from optimum.streamline.checkpoints.loading import read_config, source_notes
         from optimum.streamline.errors import StreamlineError
-        from optimum.streamline.recipe.quantities import parse_size
+        from optimum.streamline.recipe.quantities import memory_limit
         from optimum.streamline.system.atomic_output import check_output
 
         from .inputs import excluded_modules, model_source, note_bare_layers
@@ -124,7 +124,7 @@ class ExportCommand(Command):
         source = model_source(args, args.model)
         options = source.options() | {
             "verbose": args.verbose,
-            "max_memory": None if args.max_memory is None else parse_size(args.max_memory, "max-memory"),
+            "max_memory": memory_limit(args.max_memory),
             "quantize": args.quantize,
             "quantize_exclude": excluded_modules(args),
             "windows": _calibration(args, console),

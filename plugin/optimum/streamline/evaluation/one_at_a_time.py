@@ -5,11 +5,8 @@ The original's logits are in a file meanwhile. The results are those of models t
 
 from __future__ import annotations
 
-import errno
 import gc
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,7 +15,7 @@ import torch
 
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.runtime.runner import Runner
-from optimum.streamline.system.disk import free_bytes
+from optimum.streamline.system.disk import check_room, free_bytes
 from optimum.streamline.system.memory import free_memory, taken_memory
 from optimum.streamline.system.progress import progress_bar
 from optimum.streamline.text.window_file import WindowFile
@@ -60,21 +57,6 @@ def _empty_cuda_cache() -> None:
         torch.cuda.empty_cache()
 
 
-@dataclass
-class Measured:
-    """What is known of the models that have been measured, in order.
-
-    Args:
-        runtimes: The name of each model's runtime.
-        sums: What `accuracy.compare` gives on each window, `[3, windows]`.
-        losses: The `option_losses` of every question; empty without questions.
-    """
-
-    runtimes: list[str] = field(default_factory=list)
-    sums: list[Samples] = field(default_factory=list)
-    losses: list[list[Samples]] = field(default_factory=list)
-
-
 def measure_one_at_a_time(
     models: Sequence[Callable[[], Runner]], labels: Sequence[str], windows: Windows, questions: Questions | None
 ) -> tuple[list[str], list[Accuracy], list[Answers] | list[None]]:
@@ -92,7 +74,8 @@ def measure_one_at_a_time(
     Raises:
         StreamlineError: a model cannot be opened or compared, or the disk has no room for the original's logits.
     """
-    measured, sizes, reference = Measured(), list[int](), None
+    runtimes, sizes, sums, losses = list[str](), list[int](), list[Samples](), list[list[Samples]]()
+    reference: WindowFile | None = None
     with TemporaryDirectory(prefix="streamline-") as folder:
         for open_model, label in zip(models, labels, strict=True):
             runner = open_model()
@@ -100,23 +83,20 @@ def measure_one_at_a_time(
             check_vocabularies(sizes, labels, windows)
             if reference is None:
                 reference = _logit_file(Path(folder), windows, sizes[0])
-            measured.runtimes.append(runner.runtime)
-            measured.sums.append(_sums(runner, label, reference, windows, is_original=len(sizes) == 1))
-            measured.losses.append([option_losses(runner, item) for item in questions.items] if questions else [])
+            runtimes.append(runner.runtime)
+            sums.append(_sums(runner, label, reference, windows, is_original=len(sizes) == 1))
+            losses.append([option_losses(runner, item) for item in questions.items] if questions else [])
             del runner
             gc.collect()
             _empty_cuda_cache()
-    accuracies = [accuracy_of(sums, windows) for sums in measured.sums]
-    if questions is None:
-        return measured.runtimes, accuracies, [None] * len(models)
-    return measured.runtimes, accuracies, answers_of(measured.losses, labels, questions)
+    accuracies = [accuracy_of(each, windows) for each in sums]
+    return runtimes, accuracies, answers_of(losses, labels, questions) if questions else [None] * len(models)
 
 
 def _logit_file(folder: Path, windows: Windows, vocabulary: int) -> WindowFile:
     needed, free = windows.ids.numel() * vocabulary * torch.float32.itemsize, free_bytes(folder)
     try:
-        if needed > free:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        check_room(folder, needed)
         return WindowFile(folder / "logits.npy", windows.ids, vocabulary)
     except OSError as error:
         raise StreamlineError(

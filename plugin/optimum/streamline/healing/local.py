@@ -15,8 +15,6 @@ only one layer need be in memory, with its gradients and moments.
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -31,7 +29,7 @@ from optimum.streamline.editing.residual_stream import run_layer
 from optimum.streamline.editing.state_files import carry, write_embeddings
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP, skipped_of
-from optimum.streamline.system.disk import free_bytes
+from optimum.streamline.system.disk import check_room, free_bytes
 from optimum.streamline.system.distributed import process_count
 from optimum.streamline.text.window_file import WindowFile
 
@@ -133,8 +131,7 @@ def _files(folder: Path, ids: torch.Tensor, width: int) -> tuple[WindowFile, Win
     # Each process has its own two files.
     needed, free = process_count() * 2 * ids.numel() * width * torch.float32.itemsize, free_bytes(folder)
     try:
-        if needed > free:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        check_room(folder, needed)
         return WindowFile(folder / "one.npy", ids, width), WindowFile(folder / "other.npy", ids, width)
     except OSError as error:
         raise StreamlineError(

@@ -16,9 +16,8 @@ from optimum.streamline.editing.residual_stream import final_stream
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.architectures import architecture_of, decoder_layers, layer_output
 from optimum.streamline.models.removed_sublayers import without
+from optimum.streamline.text.windows import LOGITS
 
-LOGITS = 1 << 25
-"""The most logits of the trained model in memory at a time, but for a single token: 134 MB in fp32."""
 IGNORED = -100
 """In the place of a token that no token follows."""
 

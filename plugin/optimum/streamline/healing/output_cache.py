@@ -1,8 +1,7 @@
 """The cache of the original's outputs on disk, which distillation reads in place of running the original again.
 
 The original gives the same outputs in every trial training, and in every pass that reads the text as it was given. With
-a cache, it runs on each window once. The cache holds all logits, or some tokens of each next-token
-distribution.
+a cache, it runs on each window once. The cache holds all logits, or some tokens of each next-token distribution.
 """
 
 from __future__ import annotations
@@ -24,10 +23,9 @@ from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.system.disk import free_bytes, reserve
 from optimum.streamline.system.distributed import from_main, is_main
 from optimum.streamline.system.progress import progress_bar
-from optimum.streamline.text.windows import BATCH, Windows
+from optimum.streamline.text.windows import Windows, logit_batch, window_generator
 
 from .losses import (
-    LOGITS,
     AllLogits,
     LayerOutputs,
     SampledTokens,
@@ -156,7 +154,7 @@ class OutputCache:
         Args:
             model: The original, in evaluation mode.
         """
-        at_once = min(BATCH, max(1, LOGITS // (self._ids.shape[1] * model.config.vocab_size)))
+        at_once = logit_batch(self._ids.shape[1], model.config.vocab_size)
         missing = torch.from_numpy(np.flatnonzero(~self._arrays["done"]))
         with progress_bar("running the original", len(missing)) as bar:
             for places in missing.split(at_once):
@@ -187,7 +185,7 @@ class OutputCache:
             return {"tokens": top.indices, "log_probabilities": top.values}
         probabilities, drawn = log_probabilities.exp(), list[torch.Tensor]()
         for place, rows in zip(places, probabilities, strict=True):  # the draws of a window are the same in any batch
-            generator = torch.Generator(rows.device).manual_seed((self._seed * 1_000_003 + place) % 2**63)
+            generator = window_generator(self._seed, place, rows.device)
             drawn.append(torch.multinomial(rows, self._form.tokens, replacement=True, generator=generator))
         return {"tokens": torch.stack(drawn), "entropy": -(probabilities * log_probabilities).sum(-1)}
 

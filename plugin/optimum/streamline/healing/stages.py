@@ -138,12 +138,10 @@ class Healer:
         self._note("hidden-mse", "replacement", settings, log)
 
     def _keep_original(self) -> None:
-        trainings = set(self._recipe.resolved_trainings)
-        for stage in trainings & {"lm", "distill"}:
-            self._settings_of(stage)  # the rate follows the original's weights
         if needs_original(self._recipe, self._cache is not None):
             self._teacher = copy_sharing_disk(self._model).requires_grad_(False).eval()
-        elif "distill" in trainings and self._cache is not None:
+        elif "distill" in self._recipe.resolved_trainings and self._cache is not None:
+            self._settings_of("distill")  # its rate follows the original's weights
             self._cache.complete(self._model.eval())
 
     def _settings_of(self, stage: str) -> HealSettings:

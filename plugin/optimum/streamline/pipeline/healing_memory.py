@@ -10,16 +10,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum.streamline.editing.plan import TRAINED
 from optimum.streamline.errors import StreamlineError
-from optimum.streamline.healing.losses import LOGITS
 from optimum.streamline.healing.settings import needs_original, scope_of
 from optimum.streamline.methods.auto import makes_trials
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.models.linear_modules import meta_model
-from optimum.streamline.recipe.quantities import parse_layers, parse_remove, parse_size
+from optimum.streamline.recipe.quantities import memory_limit, parse_layers, parse_remove
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.reporting.numbers import size
 from optimum.streamline.system.distributed import process_count
 from optimum.streamline.system.memory import free_memory, taken_memory
+from optimum.streamline.text.windows import LOGITS
 
 FP32 = 4  # bytes
 IN_BF16 = 0.65
@@ -89,10 +89,10 @@ def warning(recipe: Recipe, config: PreTrainedConfig, on_disk: bool = False) -> 
         return ""
     needed = healing_memory(recipe, config, on_disk).total
     advice = "lora, heal-optimizer adamw-8bit, heal-micro-batch 1 and gradient-checkpointing take less"
-    limit = recipe.max_memory if recipe.device == "cpu" else None
-    if limit is not None and needed + taken_memory() > parse_size(limit, "max-memory"):
+    limit = memory_limit(recipe.max_memory) if recipe.device == "cpu" else None
+    if limit is not None and needed + taken_memory() > limit:
         raise StreamlineError(
-            f"max-memory {limit!r}: healing takes about {size(needed + taken_memory())} with the program; "
+            f"max-memory {recipe.max_memory!r}: healing takes about {size(needed + taken_memory())} with the program; "
             f"give so much, or heal none; {advice}"
         )
     if recipe.device == "cpu":

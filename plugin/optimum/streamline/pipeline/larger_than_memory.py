@@ -17,7 +17,7 @@ from optimum.streamline.model_files.weight_files import find_weights
 from optimum.streamline.models.offloaded_weights import read_in_fp32, read_only_used_embeddings
 from optimum.streamline.models.quantization_config import quantization_name
 from optimum.streamline.quantization.quantizers import QUANTIZERS
-from optimum.streamline.recipe.quantities import parse_size
+from optimum.streamline.recipe.quantities import memory_limit
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.reporting.numbers import size
 from optimum.streamline.system.distributed import process_count
@@ -42,7 +42,7 @@ def stays_on_disk(source: ModelSource, recipe: Recipe, config: PreTrainedConfig,
     Raises:
         StreamlineError: `max_memory` is no size, or too little for weights that must be in memory.
     """
-    limit = None if recipe.max_memory is None else parse_size(recipe.max_memory, "max-memory")
+    limit = memory_limit(recipe.max_memory)
     if isinstance(source, ModelInMemory):
         return False
     if recipe.device != "cpu":

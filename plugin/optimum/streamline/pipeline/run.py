@@ -32,7 +32,7 @@ from optimum.streamline.models.linear_modules import linear_modules_of, meta_mod
 from optimum.streamline.models.module_patterns import select_modules
 from optimum.streamline.models.quantization_config import float_config, quantization_name
 from optimum.streamline.quantization.quantizers import NONE, QUANTIZERS
-from optimum.streamline.recipe.quantities import parse_size
+from optimum.streamline.recipe.quantities import memory_limit
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.reporting.files import write_report
 from optimum.streamline.scoring.similarity import Scores
@@ -199,10 +199,10 @@ class _Steps:
     def _export(
         self, checkpoint: str, folder: Path, quantizer: str, exclude: list[str], windows: Windows | None
     ) -> Artifact:
-        limit, bounded = self._recipe.max_memory, dict[str, Any]()
+        limit, bounded = memory_limit(self._recipe.max_memory), dict[str, Any]()
         config = read_config(self._source.with_model(checkpoint))
         if limit is not None and self._recipe.export.format == "onnx" and quantization_name(config) is None:
-            bounded["max_memory"] = parse_size(limit, "max-memory")
+            bounded["max_memory"] = limit
         return export(
             checkpoint,
             folder,
@@ -239,7 +239,7 @@ class _Steps:
         self._notify(windows.line("evaluation"))
         self._notify("validating against the original")
         start = time.monotonic()
-        log, limit = self._out / LOG_FILE, self._recipe.max_memory
+        log = self._out / LOG_FILE
         with captured_logs(log, self._verbose):
             report = validate(
                 compared_models,
@@ -249,7 +249,7 @@ class _Steps:
                 dtype=self._recipe.dtype or "fp32",
                 device=self._recipe.device,
                 seed=self._recipe.seed,
-                max_memory=None if limit is None else parse_size(limit, "max-memory"),
+                max_memory=memory_limit(self._recipe.max_memory),
                 log=None if self._verbose else log,
                 notify=self._notify,
             )

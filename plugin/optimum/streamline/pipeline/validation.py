@@ -11,7 +11,7 @@ from optimum.streamline.evaluation.contamination import refuse_seen_text
 from optimum.streamline.evaluation.multiple_choice import read_questions
 from optimum.streamline.evaluation.results import Report
 from optimum.streamline.evaluation.validate import ComparedModel, validate
-from optimum.streamline.recipe.quantities import parse_size
+from optimum.streamline.recipe.quantities import memory_limit
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.system.notify import Notify
 
@@ -39,7 +39,7 @@ def validate_models(
         StreamlineError: a model, the text or the questions cannot be used, or a candidate was made with this text.
         WorkerError: a process that timed a model died.
     """
-    limit = None if recipe.max_memory is None else parse_size(recipe.max_memory, "max-memory")
+    limit = memory_limit(recipe.max_memory)
     if limit is not None and recipe.device != "cpu":
         raise StreamlineError(
             f"max-memory {recipe.max_memory!r}: limits the memory of the CPU, and the models run on {recipe.device}; "

@@ -61,6 +61,18 @@ def parse_remove(value: int | str, total: int) -> int:
     return count
 
 
+def memory_limit(max_memory: int | str | None) -> int | None:
+    """The bytes of memory to make do with; `None` for what is free.
+
+    Args:
+        max_memory: The option `max_memory`.
+
+    Raises:
+        StreamlineError: it is not a size above zero.
+    """
+    return None if max_memory is None else parse_size(max_memory, "max-memory")
+
+
 def parse_size(value: int | str, name: str) -> int:
     """The number of bytes in a size.
 

@@ -15,12 +15,10 @@ from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.models.offloaded_weights import only_rows
 from optimum.streamline.models.removed_sublayers import without
-from optimum.streamline.text.windows import Windows
+from optimum.streamline.text.windows import LOGITS, Windows
 
 VOCABULARY_SLICE = 16_384
 """How many tokens of the vocabulary have logits at a time. In fp32, this much of a head of width 4096 takes 268 MB."""
-LOGITS = 1 << 25
-"""The most logits in memory at a time, but for a single longer window: 134 MB in fp32."""
 
 
 def mean_losses(total: torch.Tensor, windows: Windows, candidate: str) -> list[float]:

@@ -15,6 +15,20 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def check_room(folder: Path, needed: int) -> None:
+    """Refuse what the disk of a folder has no room for.
+
+    Args:
+        folder: The folder.
+        needed: The bytes that are needed.
+
+    Raises:
+        OSError: less is free.
+    """
+    if needed > free_bytes(folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def reserve(file: Path) -> None:
     """Reserve the room of a file that has its size already.
 

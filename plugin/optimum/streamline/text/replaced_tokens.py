@@ -2,6 +2,8 @@
 
 A small text that a training reads several times is learned by heart. Each version is new to the training, and the
 original's outputs on it are as good a lesson as those on the text itself.
+
+Scheduled sampling (Bengio et al., arXiv 1506.03099) replaces tokens by draws too, but of the model that is trained.
 """
 
 from __future__ import annotations
@@ -16,9 +18,7 @@ from optimum.streamline.errors import StreamlineError
 from optimum.streamline.system.distributed import from_main, is_main
 from optimum.streamline.system.progress import progress_bar
 
-from .windows import BATCH
-
-_LOGITS = 1 << 25
+from .windows import logit_batch, window_generator
 
 
 def versions_of(
@@ -47,7 +47,7 @@ def versions_of(
         return load_file(file)["versions"].long()
     versions = ids.cpu().repeat(count, 1, 1)
     vocabulary = model.config.get_text_config().vocab_size
-    at_once = min(BATCH, max(1, _LOGITS // (ids.shape[1] * vocabulary)))
+    at_once = logit_batch(ids.shape[1], vocabulary)
     with progress_bar("drawing tokens", len(ids)) as bar:
         for places in torch.arange(len(ids)).split(at_once):
             drawn = _draw(model, ids[places], places, count, share, seed) if is_main() else versions[:, places]
@@ -71,7 +71,7 @@ def _draw(
     probabilities = logits.softmax(-1)
     versions = ids.cpu().repeat(count, 1, 1)
     for window, place in enumerate(places.tolist()):
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + place) % 2**63)
+        generator = window_generator(seed, place)
         drawn = torch.multinomial(probabilities[window].cpu(), count, replacement=True, generator=generator).T
         replaced = torch.rand(drawn.shape, generator=generator) < share
         versions[:, window, 1:] = torch.where(replaced, drawn, versions[:, window, 1:])

@@ -21,11 +21,33 @@ from .tokenizer_checks import check_tokenizer, check_vocabulary
 
 BATCH = 4
 """The number of windows that a model computes at once."""
-
+LOGITS = 1 << 25
+"""The most logits in memory at a time, but for a single token or window: 134 MB in fp32."""
 
 # How much of an endless text is read: at least this many characters, and at least this many times the characters that
 # the windows take.
 MIN_CHARACTERS, OVERSAMPLING = 16_000_000, 8
+
+
+def logit_batch(length: int, vocabulary: int) -> int:
+    """The number of windows whose logits a model computes at once: at most `BATCH`, and `LOGITS` logits.
+
+    Args:
+        length: The tokens of a window.
+        vocabulary: The logits of a token.
+    """
+    return min(BATCH, max(1, LOGITS // (length * vocabulary)))
+
+
+def window_generator(seed: int, place: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator for the draws of one window, so that they are the same in any batch.
+
+    Args:
+        seed: The seed of the recipe.
+        place: The number of the window in its text.
+        device: The device of the draws.
+    """
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + place) % 2**63)
 
 
 class TooShortError(StreamlineError):
