@@ -65,6 +65,21 @@ def test_auto_is_level_with_the_best_healed_method_or_better(model: str, removed
 
 
 @pytest.mark.parametrize(("model", "removed"), SHARES)
+def test_auto_is_level_with_the_best_method_before_healing_or_better(model: str, removed: int) -> None:
+    before = ratios("unhealed", model, removed)
+    auto, best = before["auto"], before["shifted + corrected"]
+    assert auto[0] <= best[2]
+    assert auto[1] <= best[0]
+
+
+def test_the_default_costs_at_most_2_percent_at_a_third_and_5_at_a_half() -> None:
+    most = {4: 1.01, 5: 1.02, 8: 1.05}
+    for removed, highest in most.items():
+        [found] = ratios("default", "reference", removed).values()
+        assert found[0] <= highest
+
+
+@pytest.mark.parametrize(("model", "removed"), SHARES)
 def test_come_p_heals_best_or_is_level_with_the_best(model: str, removed: int) -> None:
     after = ratios("healed", model, removed)
     after.pop("auto")  # which may choose it, from more windows

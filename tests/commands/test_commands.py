@@ -382,13 +382,28 @@ def test_the_root_is_no_output(cli: Cli) -> None:
         )
 
 
-@pytest.mark.parametrize(("name", "value"), [("ACCELERATE_MIXED_PRECISION", "bf16"), ("ACCELERATE_USE_FSDP", "true")])
-def test_a_launcher_that_wants_other_arithmetic_is_refused(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        (
+            {"ACCELERATE_MIXED_PRECISION": "bf16"},
+            "ACCELERATE_MIXED_PRECISION 'bf16': must be 'no', because heal-dtype sets the precision",
+        ),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true"},
+            "ACCELERATE_USE_DEEPSPEED 'true': must be 'false', because healing shares weights among processes by FSDP",
+        ),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP_VERSION '1': must be '2'"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP_VERSION '1': must be '2'"),
+    ],
+)
+def test_a_launcher_that_wants_what_healing_does_not_do_is_refused(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], line: str
 ) -> None:
-    monkeypatch.setenv(name, value)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     outcome = cli("prune", "-m", REFERENCE, "--method", "shortgpt", "--remove", 2, *QUICK, tmp_path / "out")
-    assert_refused(outcome, f"{name} {value!r}: each process holds the whole model")
+    assert_refused(outcome, line)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -120,6 +120,9 @@ class Healer:
         Args:
             student: The layer of the replacement, which is trained in place; `None` if the plan has no such layer.
         """
+        for stage in self._recipe.resolved_trainings:
+            if stage in ("lm", "distill"):  # now, because `model` is still the original, and its copy may be no floats
+                self._settings[stage] = model_settings(self._recipe, self._model, stage)
         if self._teacher is None:
             self._keep_original()
         if student is None or "hidden-mse" not in self._recipe.resolved_trainings:
@@ -141,14 +144,11 @@ class Healer:
         if needs_original(self._recipe, self._cache is not None):
             self._teacher = copy_sharing_disk(self._model).requires_grad_(False).eval()
         elif "distill" in self._recipe.resolved_trainings and self._cache is not None:
-            self._settings_of("distill")  # its rate follows the original's weights
             self._cache.complete(self._model.eval())
 
     def _settings_of(self, stage: str) -> HealSettings:
         """The settings for training the whole model, by the weights of the original."""
-        if stage not in self._settings:
-            self._settings[stage] = model_settings(self._recipe, self._teacher or self._model, stage)
-        return self._settings[stage]
+        return self._settings.get(stage) or model_settings(self._recipe, self._teacher or self._model, stage)
 
     @property
     def after_merge(self) -> Callable[[tuple[PlannedLayer, ...]], None] | None:

@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
+from optimum.streamline.models.sharded_weights import sharded_copy, write_back
 from optimum.streamline.models.skipped_sublayers import skipped_sublayers_dropped
+from optimum.streamline.system.distributed import Sharding, sharding
 from optimum.streamline.text.windows import Windows
 
 from .lora import adapters
@@ -104,7 +106,10 @@ def train_model(
     with ExitStack() as stack:
         stack.enter_context(skipped_sublayers_dropped(model))
         stack.enter_context(_gradients_as_before(model))
-        if settings.gradient_checkpointing:
+        shards = sharding() if part is None else None
+        if shards is not None:
+            model = stack.enter_context(_sharded(model, shards))
+        if settings.gradient_checkpointing or (shards is not None and shards.checkpoints):
             stack.enter_context(_layers_computed_again(model))
         model.requires_grad_(False)
         if settings.lora_rank is None:
@@ -125,6 +130,14 @@ def train_model(
             stop_at=stop_at,
             versions=versions,
         )
+
+
+@contextmanager
+def _sharded(model: PreTrainedModel, settings: Sharding) -> Iterator[PreTrainedModel]:
+    """A copy of a model whose weights the processes share; after the `with` block `model` has its weights."""
+    shared = sharded_copy(model, settings)
+    yield shared
+    write_back(shared, model)
 
 
 @contextmanager

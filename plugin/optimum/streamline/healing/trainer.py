@@ -15,7 +15,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from optimum.streamline.errors import StreamlineError
@@ -83,7 +82,7 @@ def train(
             trained, held_out, settings, updates=len(order) // batch, saves=workspace is not None, stop_at=stop_at
         )
         if last is not None and _is_done(last, progress):
-            trained.load_state_dict(load_file(last / "model.safetensors"))
+            trained.load(last / f"model{trained.suffix}.safetensors")
             rows = _log_rows(last)
         else:
             rows = run_training(trained, progress, read, batch, settings, folder, last, title)
@@ -180,8 +179,9 @@ def _keep_result_only(workspace: Path) -> None:
     for checkpoint in workspace.glob("checkpoint-*"):
         if checkpoint != last:
             shutil.rmtree(checkpoint)
-    for state in (last / "optimizer.pt", last / "scheduler.pt", *last.glob("rng_state*.pth")):
-        state.unlink(missing_ok=True)
+    for pattern in ("optimizer*.pt", "scheduler*.pt", "rng_state*.pth"):
+        for state in last.glob(pattern):
+            state.unlink()
 
 
 def _log_rows(checkpoint: Path) -> list[dict[str, Any]]:

@@ -23,8 +23,9 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from optimum.streamline.errors import require_extra
+from optimum.streamline.models.sharded_weights import is_shared, load_own_state, own_part, own_state
 from optimum.streamline.recipe.recipe import HealDtype
-from optimum.streamline.system.distributed import is_main, process_count
+from optimum.streamline.system.distributed import is_main, process_count, process_rank, wait_for_all
 from optimum.streamline.system.progress import Bar, progress_bar
 
 from .losses import Loss, NotFiniteError
@@ -43,13 +44,17 @@ class TrainedWeights(nn.Module):
         parameters: The parameters.
         loss: The loss of a batch.
         dtype: The number type of the arithmetic, as in `HealSettings`.
-        folder: The folder of the files. Of several processes, the main one writes and reads them.
+        folder: The folder of the files. Of several processes, the main one writes and reads them; or each those of its
+            own parts, if the parameters are shared.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], loss: Loss, dtype: HealDtype, folder: Path) -> None:
         super().__init__()
+        # The Trainer leaves the placement of shared parameters, and the reduction of their gradients, to torch.
+        self.is_distributed_loading_by_transformers = self.shared = any(map(is_shared, parameters))
         for parameter in parameters:
-            parameter.data = parameter.data.contiguous()  # safetensors saves only contiguous tensors
+            if not self.shared:
+                parameter.data = parameter.data.contiguous()  # safetensors saves only contiguous tensors
         self.weights = nn.ParameterList(parameters)
         self._loss, self._dtype, self._folder = loss, dtype, folder
 
@@ -60,30 +65,45 @@ class TrainedWeights(nn.Module):
 
     def keep(self, step: int) -> None:
         """Write the weights after update `step`, the best so far. Earlier files stay until `forget_others`."""
-        if is_main():
-            self._folder.mkdir(parents=True, exist_ok=True)
-            file = self._file(step)
-            save_file(self.state_dict(), file.with_suffix(".part"))
-            file.with_suffix(".part").rename(file)
+        self.save(self._file(step))
 
     def forget_others(self, step: int) -> None:
         """Delete the files of all updates but `step`."""
-        if is_main():
-            for file in self._folder.glob("best-*"):
+        if is_main() or self.shared:
+            for file in self._folder.glob(f"best-*{self.suffix}.safetensors"):
                 if file != self._file(step):
                     file.unlink()
 
-    @torch.no_grad()
     def restore(self, step: int) -> None:
         """Go back to the weights that were kept after update `step`."""
-        if is_main():
-            self.load_state_dict(load_file(self._file(step)))
-        if process_count() > 1:
-            for parameter in self.weights:
-                broadcast(parameter)
+        if is_main() or self.shared:
+            self.load(self._file(step))
+        if process_count() > 1 and not self.shared:
+            with torch.no_grad():
+                for parameter in self.weights:
+                    broadcast(parameter)
+
+    def save(self, file: Path) -> None:
+        """Write the weights, or this process's parts of them. If they are not shared, only the main process writes."""
+        if is_main() or self.shared:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: own_part(value) for name, value in self.state_dict().items()}, file.with_suffix(".part"))
+            file.with_suffix(".part").rename(file)
+
+    @torch.no_grad()
+    def load(self, file: Path) -> None:
+        """Read what `save` wrote."""
+        found = load_file(file)
+        for name, value in self.state_dict().items():
+            own_part(value).copy_(found[name])
+
+    @property
+    def suffix(self) -> str:
+        """What the names of this process's files end in."""
+        return f"-{process_rank()}" if self.shared else ""
 
     def _file(self, step: int) -> Path:
-        return self._folder / f"best-{step}.safetensors"
+        return self._folder / f"best-{step}{self.suffix}.safetensors"
 
     @property
     def device(self) -> torch.device:
@@ -118,6 +138,35 @@ class _Trainer(Trainer):
             self.accelerator.reduce(loss.detach().clone(), "mean"), self.optimizer, self.state.global_step
         )
         return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        assert output_dir is not None
+        self.progress.trained.save(self._file(output_dir, "model", "safetensors"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.progress.trained.load(self._file(resume_from_checkpoint, "model", "safetensors"))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.progress.trained.shared:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        torch.save(own_state(self.optimizer), self._file(output_dir, "optimizer", "pt"))
+        torch.save(self.lr_scheduler.state_dict(), self._file(output_dir, "scheduler", "pt"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.progress.trained.shared:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        load_own_state(self.optimizer, torch.load(self._file(checkpoint, "optimizer", "pt"), weights_only=True))
+        self.lr_scheduler.load_state_dict(torch.load(self._file(checkpoint, "scheduler", "pt"), weights_only=True))
+
+    def _file(self, folder: str, name: str, ending: str) -> Path:
+        """A file of a checkpoint. If the weights are shared, each process has its own."""
+        return Path(folder) / f"{name}{self.progress.trained.suffix}.{ending}"
 
 
 class TrainingProgress(TrainerCallback):
@@ -206,6 +255,7 @@ class TrainingProgress(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark a checkpoint as complete. From now on the best weights before it are not needed."""
+        wait_for_all()  # each process may write files of it
         if is_main():
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE_FILE).touch()
         self.trained.forget_others(best_row(state.log_history)["step"])
@@ -228,12 +278,12 @@ class TrainingProgress(TrainerCallback):
         Raises:
             NotFiniteError: it is not finite. All processes raise it together.
         """
-        processes = process_count()
-        rank = torch.distributed.get_rank() if processes > 1 else 0
+        processes, at_once = process_count(), self.settings.micro_batch or self.settings.batch
         total = torch.zeros((), dtype=torch.float64, device=self.trained.device)
-        for rows in self._held_out[rank::processes].split(self.settings.micro_batch or self.settings.batch):
-            if len(rows):  # with more processes than windows, some processes have none
-                total += self.trained(rows.to(self.trained.device)).double() * len(rows)
+        for rows in self._held_out.split(at_once * processes):
+            own = rows[process_rank() :: processes]
+            # With too few windows, some processes have none. Shared weights need all processes to run the model.
+            total += self.trained((own if len(own) else rows[:1]).to(self.trained.device)).double() * len(own)
         if processes > 1:
             torch.distributed.all_reduce(total)
         held_out = float(total) / len(self._held_out)

@@ -14,5 +14,6 @@ __all__ = [
     "quantization_config",
     "quantized_weights",
     "removed_sublayers",
+    "sharded_weights",
     "skipped_sublayers",
 ]

@@ -224,6 +224,28 @@ def copy_in_memory(module: nn.Module, shared: Iterable[object] = ()) -> nn.Modul
     return remove_hook_from_module(copied, recurse=True)  # type: ignore[no-any-return]
 
 
+def write_parameter(model: PreTrainedModel, names: Sequence[str], value: torch.Tensor) -> None:
+    """Write the new value of a parameter of an offloaded model to disk.
+
+    Args:
+        model: The model.
+        names: The parameter's name, and those of parameters that are tied to it.
+        value: The value, on the CPU.
+    """
+    path, _, own = names[0].rpartition(".")
+    place = _write(_weights_map_of(model.get_submodule(path)), own, value)
+    for name in names[1:]:
+        path, _, own = name.rpartition(".")
+        tied = _weights_map_of(model.get_submodule(path))
+        tied.dataset.index[f"{tied.prefix}{own}"] = dict(place)
+
+
+def _weights_map_of(module: nn.Module) -> PrefixedDataset:
+    hook = _hook_of(module)
+    assert hook is not None, "the weights of the model are on disk"
+    return hook.weights_map
+
+
 def read_as(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Let an offloaded model read its weights in another type from now on, and cast its stored buffers to it."""
     [weights] = weights_on_disk(model)
@@ -238,11 +260,13 @@ def read_as(model: PreTrainedModel, dtype: torch.dtype) -> None:
                 part._buffers[name] = buffer.to(dtype)
 
 
-def _write(weights: PrefixedDataset, name: str, value: torch.Tensor) -> None:
-    """Write a weight to a new file, which is where it is read from now on."""
+def _write(weights: PrefixedDataset, name: str, value: torch.Tensor) -> dict[str, Any]:
+    """Write a weight to a new file, which is where it is read from now on. Returns what is known of that place."""
     index, new = weights.dataset.index, f"weight{len(weights.dataset.index)}-{uuid4().hex}"
     offload_weight(value.detach().contiguous(), new, weights.dataset.save_folder, index)
-    index[f"{weights.prefix}{name}"] = index.pop(new)
+    place: dict[str, Any] = index.pop(new)
+    index[f"{weights.prefix}{name}"] = place
+    return place
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from optimum.streamline.models.linear_modules import meta_model
 from optimum.streamline.recipe.quantities import memory_limit, parse_layers, parse_remove
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.reporting.numbers import size
-from optimum.streamline.system.distributed import process_count
+from optimum.streamline.system.distributed import process_count, sharding
 from optimum.streamline.system.memory import free_memory, taken_memory
 from optimum.streamline.text.windows import LOGITS
 
@@ -59,18 +59,38 @@ def healing_memory(recipe: Recipe, config: PreTrainedConfig, on_disk: bool = Fal
     Args:
         recipe: A recipe with trainings.
         config: The original's config.
-        on_disk: Whether weights stay on disk, but for those of the layer that is trained.
+        on_disk: Whether weights stay on disk, but for those of the layer that is trained, or that processes share.
     """
+    shares = sharding() is not None and "local" not in recipe.resolved_trainings
     model = meta_model(config)
     whole, removed = _numbers(model), _removed(recipe, config.num_hidden_layers)
     layers = decoder_layers(model, architecture_of(config))
     left = whole - removed * _numbers(layers) // len(layers)
-    return max(
+    most = max(
         (
-            _of_training(recipe, number, model, whole, left, len(layers) - removed, on_disk)
+            _of_training(recipe, number, model, whole, left, len(layers) - removed, on_disk and not shares)
             for number in range(len(recipe.resolved_trainings))
         ),
         key=lambda memory: memory.total,
+    )
+    return _shared(most, whole - _numbers(layers), _numbers(layers[0])) if shares else most
+
+
+def _shared(memory: HealingMemory, outside: int, layer: int) -> HealingMemory:
+    """The memory of one of the processes that share the weights.
+
+    Args:
+        memory: That of a process which holds all of them.
+        outside: The number of weights outside the decoder layers, which are whole while the model runs.
+        layer: The number of weights of a layer, of which two are whole at a time.
+    """
+    processes, gathered = process_count(), FP32 * (outside + 2 * layer)
+    return HealingMemory(
+        weights=memory.weights // processes + gathered,
+        original=memory.original // processes + gathered * bool(memory.original),
+        gradients=memory.gradients // processes,
+        moments=memory.moments // processes,
+        activations=memory.activations,
     )
 
 

@@ -20,18 +20,20 @@ from optimum.streamline.quantization.quantizers import QUANTIZERS
 from optimum.streamline.recipe.quantities import memory_limit
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.reporting.numbers import size
-from optimum.streamline.system.distributed import process_count
+from optimum.streamline.system.distributed import process_count, sharding
 from optimum.streamline.system.memory import free_memory, give_back_freed_tensors, taken_memory
 from optimum.streamline.text.sources import is_self
 
 IN_MEMORY = 1.2
 """The memory that a model takes while its layers are scored, as a multiple of its weights."""
 ON_DISK = "the weights do not fit into memory in fp32: they stay on disk, and each is read when it is needed"
-"""What the user is told."""
+"""What the user is told if one process runs out of memory."""
+SHARED = "the processes share the weights: they stay on disk until each process takes its part of every tensor"
+"""What the user is told if processes share the weights in training."""
 
 
 def stays_on_disk(source: ModelSource, recipe: Recipe, config: PreTrainedConfig, needs_memory: str = "") -> bool:
-    """Whether the weights of the original stay on disk, because in fp32 they do not fit into memory.
+    """Whether the weights of the original stay on disk: in fp32 they do not fit into memory, or processes share them.
 
     Args:
         source: The original.
@@ -40,9 +42,17 @@ def stays_on_disk(source: ModelSource, recipe: Recipe, config: PreTrainedConfig,
         needs_memory: Why the weights must be in memory, as `why_in_memory` says; empty if they need not.
 
     Raises:
-        StreamlineError: `max_memory` is no size, or too little for weights that must be in memory.
+        StreamlineError: `max_memory` is no size, or too little for weights that must be in memory; or the processes are
+            to share the weights in training, and the recipe needs all of them in each.
     """
     limit = memory_limit(recipe.max_memory)
+    if sharding() is not None:
+        if needs_memory:
+            raise StreamlineError(
+                f"ACCELERATE_USE_FSDP 'true': the recipe {needs_memory}, for which each process must hold all weights; "
+                "launch without it, or take a method such as shortgpt or come with heal lm or distill"
+            )
+        return True
     if isinstance(source, ModelInMemory):
         return False
     if recipe.device != "cpu":
@@ -81,8 +91,24 @@ def why_in_memory(recipe: Recipe, config: PreTrainedConfig) -> str:
     if recipe.resolved_trainings and is_self(recipe.healing.data):
         return f"lets the original sample text (heal-data {recipe.healing.data})"
     if set(recipe.resolved_trainings) - {"local"}:
-        return f"trains (heal {'+'.join(recipe.resolved_trainings)})"
+        return "" if sharding() is not None and _can_share(recipe) else f"trains ({_trainings(recipe)})"
     return ""
+
+
+def _can_share(recipe: Recipe) -> bool:
+    """Whether processes can share the weights that a recipe trains: in one training of the model, after the edit."""
+    alone = len(recipe.resolved_trainings) == 1 and not METHODS[recipe.resolved_method].stepwise
+    return alone and not recipe.healing.lora and recipe.healing.cache in (None, "none")
+
+
+def _trainings(recipe: Recipe) -> str:
+    lora, cache = recipe.healing.lora, recipe.healing.cache
+    return f"heal {'+'.join(recipe.resolved_trainings)}{', lora' * lora}{f', heal-cache {cache}' * bool(cache)}"
+
+
+def why_on_disk() -> str:
+    """A line for the user on why the weights stay on disk."""
+    return ON_DISK if sharding() is None else SHARED
 
 
 def load_on_disk(source: ModelSource, folder: Path) -> PreTrainedModel:

@@ -33,11 +33,12 @@ from optimum.streamline.methods.registry import method_of
 from optimum.streamline.model_files.source import ModelSource, fingerprint
 from optimum.streamline.models.bare_layers import NEEDS_LOAD, bare_layers
 from optimum.streamline.models.quantization_config import quantization_name
+from optimum.streamline.models.sharded_weights import sharded_copy
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.reporting.record import PruningRecord
 from optimum.streamline.scoring.similarity import Scores, measure_scores
 from optimum.streamline.system.atomic_output import locked_output_by_main, staged_by_main
-from optimum.streamline.system.distributed import from_main, is_main, join_processes
+from optimum.streamline.system.distributed import from_main, is_main, join_processes, process_count, sharding
 from optimum.streamline.system.environment import package_version
 from optimum.streamline.system.library_logs import LOG_FILE, captured_logs
 from optimum.streamline.system.memory import give_back_freed_tensors
@@ -48,7 +49,7 @@ from optimum.streamline.text.replaced_tokens import versions_of
 from optimum.streamline.text.windows import Windows, seen_text
 
 from .healing_memory import warning
-from .larger_than_memory import ON_DISK, load_on_disk, stays_on_disk, why_in_memory
+from .larger_than_memory import load_on_disk, stays_on_disk, why_in_memory, why_on_disk
 from .planning import Prepared, choose_plans, load_original, named_plan, quantizes_first
 from .preflight import check_recipe, checked_config, result_dtype
 from .texts import calibration_text, inputs_of, text_of_choice, text_of_healing
@@ -78,7 +79,7 @@ def score(source: ModelSource, recipe: Recipe, notify: Notify) -> tuple[Scores, 
     with TemporaryDirectory(prefix="streamline-") as scratch:
         name = quantization_name(config)
         if stays_on_disk(source, recipe, config, f"scores quantized weights ({name})" if name else ""):
-            notify(ON_DISK)
+            notify(why_on_disk())
             model = load_on_disk(source, Path(scratch))
         else:
             model = load_stock(source, torch.float32, recipe.device)
@@ -127,7 +128,7 @@ def prepare(source: ModelSource, recipe: Recipe, notify: Notify, scored: Score |
     on_disk = None
     if stays:
         on_disk = TemporaryDirectory(prefix="streamline-")
-        notify(ON_DISK)
+        notify(why_on_disk())
         model = load_on_disk(source, Path(on_disk.name))
     else:
         model = load_original(source, recipe, config)
@@ -277,9 +278,10 @@ def change(prepared: Prepared, notify: Notify, workspace: Path | None = None) ->
                 notify(f"continuing from the training checkpoints in {workspace}")
     start = time.monotonic()
     with _output_cache(prepared, workspace) as cache:
-        versions = _versions(prepared, workspace)
+        original = _sharded_original(prepared)
+        versions = _versions(prepared, workspace, original)
         prepared.plan = _best_after_trials(prepared, notify, workspace, cache, versions)
-        changed, healed = _edit_and_heal(prepared, notify, workspace, cache, versions)
+        changed, healed = _edit_and_heal(prepared, notify, workspace, cache, versions, original)
     if prepared.heal_text is not None:
         prepared.seconds["heal"] = time.monotonic() - start
     return PruningRecord(
@@ -297,19 +299,28 @@ def change(prepared: Prepared, notify: Notify, workspace: Path | None = None) ->
 
 
 def _output_cache(prepared: Prepared, workspace: Path | None) -> AbstractContextManager[OutputCache | None]:
-    if not isinstance(prepared.heal_text, Windows):
+    if not isinstance(prepared.heal_text, Windows) or sharding() is not None:
         return nullcontext()
     trials = bool(prepared.candidates)
     return output_cache(prepared.recipe, prepared.heal_text, prepared.model.config, workspace, trials)
 
 
-def _versions(prepared: Prepared, workspace: Path | None) -> torch.Tensor | None:
+def _sharded_original(prepared: Prepared) -> PreTrainedModel | None:
+    """The original that the processes share, if training shares the weights and compares with the original."""
+    settings = sharding()
+    if settings is None or "distill" not in prepared.recipe.resolved_trainings:
+        return None
+    return sharded_copy(prepared.model.eval(), settings).requires_grad_(False)
+
+
+def _versions(prepared: Prepared, workspace: Path | None, original: PreTrainedModel | None) -> torch.Tensor | None:
     """The healing text with other tokens, for the passes of `distill` after the first; `None` if tokens stay."""
     recipe, text = prepared.recipe, prepared.heal_text
     if not isinstance(text, Windows) or not recipe.resolved_replace:
         return None
     file = workspace and workspace / VERSIONS_FILE
-    return versions_of(prepared.model, text.ids, recipe.healing.epochs - 1, recipe.resolved_replace, recipe.seed, file)
+    model = prepared.model if original is None else original
+    return versions_of(model, text.ids, recipe.healing.epochs - 1, recipe.resolved_replace, recipe.seed, file)
 
 
 def _edit_and_heal(
@@ -318,6 +329,7 @@ def _edit_and_heal(
     workspace: Path | None,
     cache: OutputCache | None,
     versions: torch.Tensor | None,
+    original: PreTrainedModel | None,
 ) -> tuple[Change, tuple[HealingResult, ...]]:
     """Edit the prepared model by its plan, with the trainings before, during and after the edit."""
     recipe, plan = prepared.recipe, prepared.plan
@@ -326,7 +338,7 @@ def _edit_and_heal(
     healer: Healer | None = None
     if isinstance(prepared.heal_text, Windows):
         folder = workspace and plan_folder(workspace, plan)
-        healer = Healer(recipe, model, plan, prepared.heal_text, notify, folder, cache=cache, versions=versions)
+        healer = Healer(recipe, model, plan, prepared.heal_text, notify, folder, original, cache, versions)
         healer.before_edit(replacement.layer if replacement else None)
     edit_inputs = EditInputs(prepared.calibration, replacement, healer.after_merge if healer else None)
     changed = method_of(recipe, model.config).apply(model, plan, edit_inputs)
@@ -362,6 +374,7 @@ def _workspace_key(prepared: Prepared, source: str, text: Windows) -> dict[str, 
         "heal": text.fingerprint,
         "optimum-streamline": package_version(),
         "files": "weights, and the best weights beside them",  # another form of checkpoints gets another text
+        "sharded": "" if sharding() is None else f"{process_count()} processes",  # each has files of its parts
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

@@ -1,3 +1,3 @@
-"""Quantized checkpoints: the quantizers (bitsandbytes, torchao), quantizing on load, and dequantizing."""
+"""Quantized checkpoints, and compact copies: the quantizers (bitsandbytes, torchao), quantizing and dequantizing."""
 
-__all__ = ["dequantize", "loading", "quantizers"]
+__all__ = ["compact_copy", "dequantize", "loading", "quantizers"]

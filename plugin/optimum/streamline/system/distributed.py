@@ -7,6 +7,7 @@ processes. Their ranks are read from the environment, because asking `PartialSta
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from optimum.streamline.errors import StreamlineError
@@ -20,10 +21,34 @@ _RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 # Settings of `accelerate launch` that healing does not support, and the only value it accepts for each. Without this
 # check the transformers `Trainer` would apply them without a message.
 _ONLY = {
-    "ACCELERATE_MIXED_PRECISION": "no",
-    "ACCELERATE_USE_FSDP": "false",
-    "ACCELERATE_USE_DEEPSPEED": "false",
+    "ACCELERATE_MIXED_PRECISION": ("no", "heal-dtype sets the precision"),
+    "ACCELERATE_USE_DEEPSPEED": (
+        "false",
+        "healing shares weights among processes by FSDP only; launch with ACCELERATE_USE_FSDP 'true' and FSDP_VERSION "
+        "'2', or give accelerate a configuration of FSDP",
+    ),
 }
+_SHARDS = "ACCELERATE_USE_FSDP"
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the weights of a model in training are shared among the processes, by accelerate's settings for FSDP2.
+
+    Args:
+        device: Where the weights are, `cpu` or `cuda`.
+        frees_layers: Whether each layer is freed after its forward pass, and gathered again for the backward pass.
+        offloads: Whether parts that are not in use are in the memory of the CPU.
+        checkpoints: Whether layers are computed again for the gradient.
+    """
+
+    device: str
+    frees_layers: bool
+    offloads: bool
+    checkpoints: bool
+
+
+_found: list[Sharding] = []
 
 
 def process_count() -> int:
@@ -51,18 +76,42 @@ def join_processes(device: str) -> None:
         device: `cpu` or `cuda`.
 
     Raises:
-        StreamlineError: the launcher was set to mixed precision, FSDP or DeepSpeed. The recipe decides the precision
-            of healing, and every process holds the whole model.
+        StreamlineError: the launcher was set to mixed precision, to DeepSpeed or to the first version of FSDP.
     """
-    for name, wanted in _ONLY.items():
+    for name, (wanted, why) in _ONLY.items():
         value = os.environ.get(name, wanted)
         if value.lower() != wanted:
-            raise StreamlineError(
-                f"{name} {value!r}: each process holds the whole model, and heal-dtype sets the precision; launch with "
-                f"{wanted!r}"
-            )
+            raise StreamlineError(f"{name} {value!r}: must be {wanted!r}, because {why}")
+    _take_sharding(device)
     if process_count() > 1:
         _partial_state()(cpu=device == "cpu")
+
+
+def sharding() -> Sharding | None:
+    """How training shares the weights among the processes; `None` if each process holds all. After `join_processes`."""
+    return _found[-1] if _found and process_count() > 1 else None
+
+
+def _take_sharding(device: str) -> None:
+    """Take the setting that asks for FSDP out of the environment.
+
+    The models are sharded by `models/sharded_weights.py`. With the setting, the Trainer would share the wrong module,
+    and transformers would load no weights in all processes but the first.
+    """
+    if os.environ.get(_SHARDS, "false").lower() != "true":
+        return
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise StreamlineError(
+            f"FSDP_VERSION {version!r}: must be '2'; set fsdp_version 2 in accelerate's configuration"
+        )
+    from accelerate import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    found = FullyShardedDataParallelPlugin()
+    del os.environ[_SHARDS]
+    offloads = isinstance(found.cpu_offload, CPUOffloadPolicy)
+    _found.append(Sharding(device, bool(found.reshard_after_forward), offloads, found.activation_checkpointing))
 
 
 def wait_for_all() -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.models.sharded_weights import is_sharded
 from optimum.streamline.system.distributed import from_main, is_main
 from optimum.streamline.system.progress import progress_bar
 
@@ -27,7 +28,8 @@ def versions_of(
     """Make versions of windows. In each, every token but the first of a window is replaced with probability `share`.
 
     The new token is drawn from the model's distribution after the tokens before it, in the text as it was given. The
-    model runs once on each window. In a distributed run the main process draws, and every process gets the versions.
+    model runs once on each window. In a distributed run every process gets what the main process draws; of a model that
+    they share, all must call this.
 
     Args:
         model: The model, in evaluation mode.
@@ -50,7 +52,8 @@ def versions_of(
     at_once = logit_batch(ids.shape[1], vocabulary)
     with progress_bar("drawing tokens", len(ids)) as bar:
         for places in torch.arange(len(ids)).split(at_once):
-            drawn = _draw(model, ids[places], places, count, share, seed) if is_main() else versions[:, places]
+            draws = is_main() or is_sharded(model)
+            drawn = _draw(model, ids[places], places, count, share, seed) if draws else versions[:, places]
             versions[:, places] = from_main(drawn)  # few windows at a time: a long wait for the main process would fail
             bar.advance(len(places))
     if file is not None and is_main():
