@@ -18,7 +18,8 @@ from console import Outcome, optimum_cli
 from optimum.streamline.methods import auto
 from optimum.streamline.methods.protected_ends import ProtectedEndsMethod
 from optimum.streamline.methods.registry import BUILT_IN
-from optimum.streamline.recipe.recipe import CHOOSING_TEXT, JUDGING_TEXT
+from optimum.streamline.recipe.healing import CHOOSING_TEXT
+from optimum.streamline.recipe.recipe import JUDGING_TEXT
 from optimum.streamline.reporting.model_card import CITATIONS
 from reference import HEALED, LIBRARY, REFERENCE
 from tiny import tiny_model

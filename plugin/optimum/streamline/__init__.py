@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from optimum.streamline.api import Artifact, Plan, Report, Scores, StreamlineConfig, Streamliner, Verdict
     from optimum.streamline.checkpoints.loading import load
     from optimum.streamline.errors import StreamlineError
+    from optimum.streamline.recipe.healing import Healing
     from optimum.streamline.recipe.recipe import (
         Budget,
         Calibration,
         Evaluation,
         Export,
-        Healing,
         Pruning,
         Quantization,
         Recipe,
@@ -52,7 +52,7 @@ _HOMES = {
     "Calibration": "recipe.recipe",
     "Evaluation": "recipe.recipe",
     "Export": "recipe.recipe",
-    "Healing": "recipe.recipe",
+    "Healing": "recipe.healing",
     "Plan": "api",
     "Pruning": "recipe.recipe",
     "Quantization": "recipe.recipe",

@@ -39,8 +39,9 @@ from optimum.streamline.methods.registry import method_of
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, decoder_layers
 from optimum.streamline.pipeline.prune import prepare, prune
+from optimum.streamline.recipe.healing import REPLACED, Healing
 from optimum.streamline.recipe.parsing import make_recipe
-from optimum.streamline.recipe.recipe import REPLACED, Healing, Recipe
+from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.scoring.similarity import measure_scores
 from optimum.streamline.text.windows import Windows
 from reference import REFERENCE

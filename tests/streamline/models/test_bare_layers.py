@@ -23,8 +23,9 @@ from optimum.streamline.models.bare_layers import bare_layers, save_bare
 from optimum.streamline.models.skipped_sublayers import ATTENTION, mark_skipped, zero_output
 from optimum.streamline.pipeline.preflight import check_recipe
 from optimum.streamline.pipeline.prune import prune
+from optimum.streamline.recipe.healing import Healing
 from optimum.streamline.recipe.parsing import make_recipe
-from optimum.streamline.recipe.recipe import Budget, Calibration, Healing, Pruning, Recipe
+from optimum.streamline.recipe.recipe import Budget, Calibration, Pruning, Recipe
 from optimum.streamline.text.windows import Windows
 from reference import LIBRARY, REFERENCE
 from tiny import LAYERS, tiny_model, token_ids

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, decoder_layers
 from optimum.streamline.pipeline.larger_than_memory import load_on_disk
-from optimum.streamline.quantization.compact_copy import Form, compact_copy
+from optimum.streamline.quantization.compact_copy import compact_copy
 from reference import REFERENCE
 from tiny import tiny_model, token_ids
 
-FORMS: tuple[Form, ...] = ("bf16", "int8", "nf4")
+FORMS = ("bf16", "int8", "nf4")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -36,7 +36,7 @@ def test_a_model_on_disk_gives_the_same_copy_as_one_in_memory(architecture: str,
 
 @pytest.mark.parametrize(("form", "bytes_each", "error"), [("bf16", 2, 0.01), ("int8", 1, 0.05), ("nf4", 0.52, 0.25)])
 def test_a_trained_model_takes_less_memory_and_computes_nearly_the_same(
-    form: Form, bytes_each: float, error: float
+    form: str, bytes_each: float, error: float
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32).eval()
     copied = compact_copy(model, form, "cpu")

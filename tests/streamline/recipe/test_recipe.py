@@ -14,18 +14,10 @@ from transformers import LlamaConfig
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing.checks import check_healing
 from optimum.streamline.methods.registry import method_of
+from optimum.streamline.recipe.healing import CHOOSING_TEXT, REPLACED, Healing
 from optimum.streamline.recipe.parsing import make_recipe, read_recipe, write_recipe
 from optimum.streamline.recipe.quantities import parse_layers, parse_remove, parse_size
-from optimum.streamline.recipe.recipe import (
-    CHOOSING_TEXT,
-    JUDGING_TEXT,
-    OPTIONS,
-    REPLACED,
-    Budget,
-    Healing,
-    Pruning,
-    Recipe,
-)
+from optimum.streamline.recipe.recipe import JUDGING_TEXT, OPTIONS, Budget, Pruning, Recipe
 
 
 @pytest.mark.parametrize(("value", "number"), [(1_000_000, 10**6), ("1.5GB", 1_500_000_000), ("2 mb", 2_000_000)])

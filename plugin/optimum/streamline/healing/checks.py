@@ -7,6 +7,7 @@ import shutil
 
 from optimum.streamline.editing.plan import TRAINED
 from optimum.streamline.errors import StreamlineError, require_extra
+from optimum.streamline.methods.auto import makes_trials
 from optimum.streamline.methods.registry import METHODS
 from optimum.streamline.recipe.quantities import parse_remove
 from optimum.streamline.recipe.recipe import Recipe
@@ -41,6 +42,7 @@ def check_healing(recipe: Recipe) -> None:
     """
     _check_what_is_trained(recipe)
     _check_distillation(recipe)
+    _check_forms(recipe)
     if recipe.resolved_trainings and recipe.healing.optimizer == "adamw-8bit":
         _check_optimizer(recipe)
     if (data := recipe.healing.data).startswith((f"{SELF}+", f"{SELF},")):
@@ -64,6 +66,23 @@ def check_healing(recipe: Recipe) -> None:
             )
     if "lora_rank" in fields and not recipe.healing.lora:
         raise StreamlineError(f"lora-rank {recipe.healing.lora_rank}: has no effect without lora; add lora")
+
+
+def _check_forms(recipe: Recipe) -> None:
+    """Refuse a compact form of weights where there is none, or where fp32 is needed."""
+    original, base = recipe.healing.original, recipe.healing.lora_base
+    if base != "fp32" and not recipe.healing.lora:
+        raise StreamlineError(f"lora-base {base!r}: has no effect without lora; add lora")
+    if original != "fp32" and "distill" not in recipe.resolved_trainings:
+        raise StreamlineError(f"heal-original {original!r}: has no effect without heal distill; use it")
+    if original != "fp32" and ("local" in recipe.resolved_trainings or makes_trials(recipe)):
+        what = "heal local" if "local" in recipe.resolved_trainings else f"method {recipe.resolved_method}"
+        raise StreamlineError(
+            f"heal-original {original!r}: {what} compares with the original in fp32; leave heal-original out, or use "
+            "heal distill with a method other than auto"
+        )
+    if {original, base} & {"int8", "nf4"}:
+        require_extra("bitsandbytes.nn", "bitsandbytes")
 
 
 def _check_optimizer(recipe: Recipe) -> None:

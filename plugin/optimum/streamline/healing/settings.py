@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.models.offloaded_weights import read_parameter
-from optimum.streamline.recipe.recipe import HealDtype, Optimizer, Recipe
+from optimum.streamline.recipe.healing import Form, HealDtype, Optimizer
+from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.system.distributed import process_count
 
 # The share of the healing windows that is not trained on, but used to choose the best weights.
@@ -50,6 +51,7 @@ class HealSettings:
         clip: The largest gradient norm; a larger gradient is scaled down.
         replaced: The share of tokens that passes after the first replace by others (`text/replaced_tokens.py`).
         lora_rank: Train LoRA adapters of this rank instead of the weights, on every linear module but the output head.
+        lora_base: The form of the weights under the adapters (`recipe.healing.Healing`).
         seed: The seed of the order of the windows, and of the adapters.
     """
 
@@ -69,6 +71,7 @@ class HealSettings:
     clip: float = 5.0
     replaced: float = 0.0
     lora_rank: int | None = None
+    lora_base: Form = "fp32"
     seed: int = 0
 
 
@@ -293,6 +296,7 @@ def model_settings(recipe: Recipe, model: PreTrainedModel, stage: str) -> HealSe
         decay_vectors=False,
         clip=1.0,
         lora_rank=recipe.healing.lora_rank if lora else None,
+        lora_base=recipe.healing.lora_base,
         seed=recipe.seed,
     )
 

@@ -241,6 +241,7 @@ class Healer:
             workspace=self._checkpoint_folder(),
             stop_at=stop_at,
             versions=self._versions if stage == "distill" else None,
+            device=recipe.device,
         )
         self._note(stage, scope, settings, log, share)
 

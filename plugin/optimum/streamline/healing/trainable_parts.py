@@ -19,6 +19,7 @@ from optimum.streamline.editing.plan import Plan
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.models.sharded_weights import sharded_copy, write_back
 from optimum.streamline.models.skipped_sublayers import skipped_sublayers_dropped
+from optimum.streamline.quantization.compact_copy import compact_copy
 from optimum.streamline.system.distributed import Sharding, sharding
 from optimum.streamline.text.windows import Windows
 
@@ -78,6 +79,7 @@ def train_model(
     workspace: Path | None = None,
     stop_at: float = 1.0,
     versions: torch.Tensor | None = None,
+    device: str = "cpu",
 ) -> HealLog:
     """Train a model or one of its submodules, in place, to minimise `healing_loss`.
 
@@ -95,6 +97,7 @@ def train_model(
         workspace: See `trainer.train`.
         stop_at: See `trainer.train`.
         versions: See `trainer.train`.
+        device: The device of a compact copy under adapters, `cpu` or `cuda`.
 
     Returns:
         The log of the training.
@@ -117,7 +120,10 @@ def train_model(
             for parameter in parameters:
                 parameter.requires_grad_(True)
         else:
-            parameters = stack.enter_context(adapters(model, settings.lora_rank, settings.seed))
+            onto = None
+            if settings.lora_base != "fp32":
+                onto, model = model, compact_copy(model, settings.lora_base, device)
+            parameters = stack.enter_context(adapters(model, settings.lora_rank, settings.seed, onto))
         loss = partial(healing_loss.loss, model)
         return train(
             parameters,

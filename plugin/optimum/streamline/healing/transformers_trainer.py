@@ -24,7 +24,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from optimum.streamline.errors import require_extra
 from optimum.streamline.models.sharded_weights import is_shared, load_own_state, own_part, own_state
-from optimum.streamline.recipe.recipe import HealDtype
+from optimum.streamline.recipe.healing import HealDtype
 from optimum.streamline.system.distributed import is_main, process_count, process_rank, wait_for_all
 from optimum.streamline.system.progress import Bar, progress_bar
 

@@ -55,14 +55,17 @@ def stays_on_disk(source: ModelSource, recipe: Recipe, config: PreTrainedConfig,
         return True
     if isinstance(source, ModelInMemory):
         return False
-    if recipe.device != "cpu":
+    if recipe.device != "cpu" and not _trains_adapters_on_copies(recipe):
         needs_memory = f"computes on {recipe.device}"
     elif process_count() > 1:  # each would read the weights, and find another amount of free memory
         needs_memory = "shares its work among processes"
     tensors, quantized = list(find_weights(source.folder).tensors()), quantization_name(config) is not None
     weights = sum(each.bytes if quantized else math.prod(each.shape) * torch.float32.itemsize for each in tensors)
     needed = math.ceil(IN_MEMORY * weights)
-    if needed <= (free_memory() if limit is None else limit - taken_memory()):
+    free = free_memory() if limit is None else limit - taken_memory()
+    if recipe.device != "cpu":
+        free = min(free, torch.cuda.mem_get_info()[0])
+    if needed <= free:
         return False
     if needs_memory and limit is not None:
         raise StreamlineError(
@@ -91,14 +94,25 @@ def why_in_memory(recipe: Recipe, config: PreTrainedConfig) -> str:
     if recipe.resolved_trainings and is_self(recipe.healing.data):
         return f"lets the original sample text (heal-data {recipe.healing.data})"
     if set(recipe.resolved_trainings) - {"local"}:
-        return "" if sharding() is not None and _can_share(recipe) else f"trains ({_trainings(recipe)})"
+        can = _trains_adapters_on_copies(recipe) if sharding() is None else _can_share(recipe)
+        return "" if can else f"trains ({_trainings(recipe)})"
     return ""
 
 
 def _can_share(recipe: Recipe) -> bool:
     """Whether processes can share the weights that a recipe trains: in one training of the model, after the edit."""
-    alone = len(recipe.resolved_trainings) == 1 and not METHODS[recipe.resolved_method].stepwise
-    return alone and not recipe.healing.lora and recipe.healing.cache in (None, "none")
+    return _trains_once(recipe) and not recipe.healing.lora and recipe.healing.cache in (None, "none")
+
+
+def _trains_adapters_on_copies(recipe: Recipe) -> bool:
+    """Whether only compact copies are in memory when a recipe trains: of the edited model, and of the original."""
+    healing = recipe.healing
+    compact = healing.lora_base != "fp32" and (healing.original != "fp32" or recipe.resolved_trainings == ("lm",))
+    return _trains_once(recipe) and healing.lora and compact
+
+
+def _trains_once(recipe: Recipe) -> bool:
+    return len(recipe.resolved_trainings) == 1 and not METHODS[recipe.resolved_method].stepwise
 
 
 def _trainings(recipe: Recipe) -> str:

@@ -34,6 +34,7 @@ from optimum.streamline.model_files.source import ModelSource, fingerprint
 from optimum.streamline.models.bare_layers import NEEDS_LOAD, bare_layers
 from optimum.streamline.models.quantization_config import quantization_name
 from optimum.streamline.models.sharded_weights import sharded_copy
+from optimum.streamline.quantization.compact_copy import compact_copy
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.reporting.record import PruningRecord
 from optimum.streamline.scoring.similarity import Scores, measure_scores
@@ -278,7 +279,7 @@ def change(prepared: Prepared, notify: Notify, workspace: Path | None = None) ->
                 notify(f"continuing from the training checkpoints in {workspace}")
     start = time.monotonic()
     with _output_cache(prepared, workspace) as cache:
-        original = _sharded_original(prepared)
+        original = _original_apart(prepared)
         versions = _versions(prepared, workspace, original)
         prepared.plan = _best_after_trials(prepared, notify, workspace, cache, versions)
         changed, healed = _edit_and_heal(prepared, notify, workspace, cache, versions, original)
@@ -305,12 +306,16 @@ def _output_cache(prepared: Prepared, workspace: Path | None) -> AbstractContext
     return output_cache(prepared.recipe, prepared.heal_text, prepared.model.config, workspace, trials)
 
 
-def _sharded_original(prepared: Prepared) -> PreTrainedModel | None:
-    """The original that the processes share, if training shares the weights and compares with the original."""
-    settings = sharding()
-    if settings is None or "distill" not in prepared.recipe.resolved_trainings:
+def _original_apart(prepared: Prepared) -> PreTrainedModel | None:
+    """The original for distillation, if it is kept in another way than the model that is edited: shared, or compact."""
+    recipe, settings = prepared.recipe, sharding()
+    if "distill" not in recipe.resolved_trainings:
         return None
-    return sharded_copy(prepared.model.eval(), settings).requires_grad_(False)
+    if settings is not None:
+        return sharded_copy(prepared.model.eval(), settings).requires_grad_(False)
+    if recipe.healing.original != "fp32":
+        return compact_copy(prepared.model, recipe.healing.original, recipe.device)
+    return None
 
 
 def _versions(prepared: Prepared, workspace: Path | None, original: PreTrainedModel | None) -> torch.Tensor | None:

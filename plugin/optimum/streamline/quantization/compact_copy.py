@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -15,11 +15,8 @@ from optimum.streamline.models.architectures import architecture_of, decoder_lay
 from optimum.streamline.models.offloaded_weights import copy_in_memory, weights_on_disk
 from optimum.streamline.models.quantized_weights import disable_cpu_kernel
 
-Form = Literal["bf16", "int8", "nf4"]
-"""The weights of the linear modules of the layers: in bf16, or by bitsandbytes in 8 bits or in 4-bit NormalFloat."""
 
-
-def compact_copy(model: PreTrainedModel, form: Form, device: str) -> PreTrainedModel:
+def compact_copy(model: PreTrainedModel, form: str, device: str) -> PreTrainedModel:
     """A copy of a model that computes in bf16. Besides the copy, one layer of the model is in memory at a time.
 
     Weights that are not in linear modules of the decoder layers are in bf16: embeddings, norms, biases, the output head
@@ -27,7 +24,7 @@ def compact_copy(model: PreTrainedModel, form: Form, device: str) -> PreTrainedM
 
     Args:
         model: The model, in memory or with its weights on disk; it is unchanged.
-        form: The form of the weights of linear modules.
+        form: The weights of linear modules: `bf16`, or by bitsandbytes `int8`, or `nf4` for 4-bit NormalFloat.
         device: `cpu` or `cuda`.
 
     Raises:
@@ -45,10 +42,11 @@ def compact_copy(model: PreTrainedModel, form: Form, device: str) -> PreTrainedM
     copied.tie_weights()
     disable_cpu_kernel(copied)  # it cannot compute every size, and rounds more
     nn.Module.to(copied, device)  # that of transformers refuses modules of bitsandbytes
-    return copied.requires_grad_(False).eval()
+    copied.requires_grad_(False).eval()
+    return copied
 
 
-def _compact(layer: nn.Module, form: Form, device: str) -> nn.Module:
+def _compact(layer: nn.Module, form: str, device: str) -> nn.Module:
     _cast(layer)
     if form != "bf16":
         for name, module in list(layer.named_modules()):
@@ -64,7 +62,7 @@ def _cast(module: nn.Module) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def _quantized(module: nn.Linear | Conv1D, form: Form) -> nn.Module:
+def _quantized(module: nn.Linear | Conv1D, form: str) -> nn.Module:
     """A linear module of bitsandbytes with the same weights, which are quantized once it is moved to a device."""
     bnb = require_extra("bitsandbytes.nn", "bitsandbytes")
     weight = module.weight.data.T.contiguous() if isinstance(module, Conv1D) else module.weight.data

@@ -2,4 +2,4 @@
 a `Recipe` here.
 """
 
-__all__ = ["options", "parsing", "quantities", "recipe", "value_checks", "yaml12"]
+__all__ = ["healing", "options", "parsing", "quantities", "recipe", "value_checks", "yaml12"]

@@ -18,6 +18,9 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from optimum.streamline.errors import StreamlineError, shown
 
+HUGE = 10**9
+"""The largest value of counts that have no limit of their own."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Option:

@@ -17,30 +17,22 @@ from annotated_types import Ge, Gt, Le, Lt
 from optimum.streamline.quantization.quantizers import NONE, QUANTIZERS
 from optimum.streamline.system.distributed import process_count
 
-from .options import CheckedOptions, DefinedOption, Option, documented, groups_of, options_of
+from .healing import CHOOSING_TEXT, REPLACED, Healing
+from .options import HUGE, CheckedOptions, DefinedOption, Option, documented, groups_of, options_of
 
-# The default texts: general text, large enough for scoring, healing and evaluation. The splits share no article.
-CHOOSING_TEXT = "hub:Salesforce/wikitext,wikitext-103-raw-v1,train"
+# General text, as `CHOOSING_TEXT`. The splits share no article.
 JUDGING_TEXT = "hub:Salesforce/wikitext,wikitext-103-raw-v1,test"
-_HUGE = 10**9
-_CACHES = r"none|full|(top|sample)-[1-9][0-9]{0,5}"
-REPLACED = 0.2
-"""The default share of tokens that later passes of `distill` replace (measured: `docs/methods.md`)."""
-_TRAININGS = r"none|(hidden-mse|local|lm|distill)(\+(lm|distill))*"
 
 # The healing in the paper of each method. For `auto`, the healing that was measured to be best.
 _PAPERS_HEALING = {"auto": "distill", "layerchop": "lm", "come-sp": "distill", "come-mp": "distill"}
 
 Replacement = Literal["none", "layer", "mlp", "ffn", "swiglu", "linear", "corrected"]
 Pattern = Literal["max-gap", "input", "output", "middle", "both"]
-Scope = Literal["replacement", "model"]
 Dtype = Literal["fp32", "fp16", "bf16"]
 Device = Literal["cpu", "cuda"]
 Format = Literal["none", "onnx"]
 Steps = Literal["prune,quantize", "quantize,prune"]
 Judge = Literal["bound", "point"]
-HealDtype = Literal["fp32", "bf16"]
-Optimizer = Literal["adamw", "adamw-8bit"]
 # The replacement in the paper of each method. The papers of the other methods have none.
 _PAPERS_REPLACEMENT: dict[str, Replacement] = {"llm-streamline": "layer"}
 # The default method for each replacement. Trained replacements get `llm-streamline`, whose paper proposes them. Linear
@@ -113,167 +105,11 @@ class Pruning(CheckedOptions):
 
 @documented
 @dataclass(frozen=True)
-class Healing(CheckedOptions):
-    """Training that repairs the pruned model."""
-
-    trainings: Annotated[
-        str | None,
-        Option(
-            "Trainings in order, joined by +, or none. hidden-mse trains the replacement to give the output of the "
-            "block that it replaces; local trains each layer that lost a neighbour to give its output in the original; "
-            "either must come first. lm trains with next-token cross-entropy. distill trains the model to give the "
-            "logits and hidden states of the original.",
-            key="heal",
-            default="hidden-mse with a trained replacement; distill for auto, come-sp and come-mp; lm for layerchop; "
-            "else none",
-            pattern=_TRAININGS,
-            form="must be none, or one or more of hidden-mse or local (first), lm and distill, joined by +",
-        ),
-    ] = None
-    scope: Annotated[
-        Scope | None,
-        Option(
-            "What lm and distill train.",
-            key="heal_scope",
-            default="model; but replacement for lm as the first training with a trained replacement, unless it is the "
-            "only training and `lora` is set",
-        ),
-    ] = None
-    data: Annotated[
-        str,
-        Option(
-            "Healing text, to train on. Also self[:PROMPTS], text that the original samples: from the first tokens of "
-            "passages of the calibration text, or from the prompts in a file, which has one prompt in a line or is a "
-            "table.",
-            key="heal_data",
-            metavar="SPEC",
-        ),
-    ] = CHOOSING_TEXT
-    tokens: Annotated[
-        int,
-        Option("Number of different tokens to train on. Epochs do not count.", key="heal_tokens"),
-        Gt(0),
-        Le(_HUGE * 1000),
-    ] = 200_000
-    minutes: Annotated[
-        float | None,
-        Option(
-            "Time limit of each training, in minutes. The trainings of come-mp, one after each merge, share one limit, "
-            "and so do the layers of local. The trial trainings of auto come on top, up to half of it.",
-            key="heal_minutes",
-            default="no limit",
-        ),
-        Gt(0),
-    ] = None
-    lr: Annotated[
-        float | None,
-        Option(
-            "Peak learning rate.",
-            key="heal_lr",
-            default="depends on the training, on the size of the weights, and on the hidden size",
-        ),
-        Gt(0),
-    ] = None
-    epochs: Annotated[int, Option("Number of passes over the training tokens.", key="heal_epochs"), Gt(0)] = 4
-    batch: Annotated[
-        int | None,
-        Option(
-            "Number of windows in one update, over all processes. Must be a multiple of the number of processes.",
-            key="heal_batch",
-            default="2 for distill, else 4; more if there are more processes",
-        ),
-        Gt(0),
-        Le(_HUGE),
-    ] = None
-    micro_batch: Annotated[
-        int | None,
-        Option(
-            "Most windows that a process computes at a time in a training. Fewer take less memory. The gradients of an "
-            "update are added up.",
-            key="heal_micro_batch",
-            default="all windows of an update",
-        ),
-        Gt(0),
-        Le(_HUGE),
-    ] = None
-    gradient_checkpointing: Annotated[
-        bool,
-        Option(
-            "In lm and distill, keep only the input of each layer for the gradient, and compute the layer again. This "
-            "takes less memory and more time, and gives the same weights."
-        ),
-    ] = False
-    dtype: Annotated[
-        HealDtype,
-        Option(
-            "Number type of the arithmetic in trainings. bf16 is mixed precision: matrix products in bf16, weights, "
-            "losses and updates in fp32.",
-            key="heal_dtype",
-        ),
-    ] = "fp32"
-    optimizer: Annotated[
-        Optimizer,
-        Option(
-            "Optimizer of trainings. adamw-8bit keeps the moments of AdamW in 8 bits; it needs torchao.",
-            key="heal_optimizer",
-        ),
-    ] = "adamw"
-    normalised: Annotated[
-        bool, Option("In hidden-mse, divide the error of each token by its squared norm.", key="heal_normalised")
-    ] = False
-    kl: Annotated[
-        float | None,
-        Option(
-            "In distill, weight of the KL divergence to the logits of the original, from 0 to 1. Next-token "
-            "cross-entropy has the rest of the weight.",
-            key="heal_kl",
-            default="1",
-        ),
-        Ge(0),
-        Le(1),
-    ] = None
-    replace: Annotated[
-        float | None,
-        Option(
-            "In distill, share of the tokens that passes after the first replace by others, which the original draws. "
-            "So the model cannot learn the text by heart.",
-            key="heal_replace",
-            default=f"{REPLACED}; but 0 if `heal_cache` keeps outputs, because they are those on the text itself",
-        ),
-        Ge(0),
-        Le(1),
-    ] = None
-    hidden: Annotated[
-        float | None,
-        Option("In distill, weight of the error of the hidden states of each layer.", key="heal_hidden", default="10"),
-        Ge(0),
-    ] = None
-    cache: Annotated[
-        str | None,
-        Option(
-            "What distill keeps on disk of the outputs of the original while it trains, so that the original runs on "
-            "each window once: none, full (all logits), top-K (the K most probable tokens, and all others as one), or "
-            "sample-K (K tokens drawn by their probability). Hidden states are kept with all but none.",
-            key="heal_cache",
-            default="full if that takes at most 4 GiB and the text is read more than once, else none",
-            pattern=_CACHES,
-            form="must be none, full, top-K or sample-K, such as top-64",
-        ),
-    ] = None
-    lora: Annotated[
-        bool,
-        Option("In lm and distill, train low-rank adapters instead of the weights. They are merged before saving."),
-    ] = False
-    lora_rank: Annotated[int, Option("Rank of the low-rank adapters."), Gt(0), Le(_HUGE)] = 16
-
-
-@documented
-@dataclass(frozen=True)
 class Calibration(CheckedOptions):
     """Text on which layers are scored and chosen. Method auto reads more of it, to compare plans."""
 
     data: Annotated[str, Option("Calibration text.", key="calibration", metavar="SPEC")] = CHOOSING_TEXT
-    samples: Annotated[int, Option("Number of windows of calibration text."), Gt(0), Le(_HUGE)] = 128
+    samples: Annotated[int, Option("Number of windows of calibration text."), Gt(0), Le(HUGE)] = 128
 
 
 @documented
@@ -317,7 +153,7 @@ class Evaluation(CheckedOptions):
     """How the candidate is compared with the original."""
 
     data: Annotated[str, Option("Evaluation text.", key="eval_data", metavar="SPEC")] = JUDGING_TEXT
-    samples: Annotated[int, Option("Number of windows of evaluation text.", key="eval_samples"), Gt(1), Le(_HUGE)] = 64
+    samples: Annotated[int, Option("Number of windows of evaluation text.", key="eval_samples"), Gt(1), Le(HUGE)] = 64
     judge: Annotated[
         Judge,
         Option("How limits are judged: bound requires the whole 95% interval within the limit, point only the value."),
@@ -361,7 +197,7 @@ class Recipe(CheckedOptions):
     export: Export = field(default_factory=Export)
     evaluation: Evaluation = field(default_factory=Evaluation)
     budget: Budget = field(default_factory=Budget)
-    length: Annotated[int, Option("Tokens in one window of text."), Gt(7), Le(_HUGE)] = 512
+    length: Annotated[int, Option("Tokens in one window of text."), Gt(7), Le(HUGE)] = 512
     dtype: Annotated[
         Dtype | None,
         Option(
@@ -498,7 +334,13 @@ class Recipe(CheckedOptions):
             fields["heal_batch"] = self.healing.batch or 4
         for key in ("max_memory", "gradient_checkpointing"):  # they give the same result
             del fields[key]
-        for key in ("heal_micro_batch", "heal_dtype", "heal_optimizer"):  # younger than fingerprints of 0.1.0
+        for key in (
+            "heal_micro_batch",
+            "heal_dtype",
+            "heal_optimizer",
+            "heal_original",
+            "lora_base",
+        ):  # younger than 0.1.0
             if fields[key] == OPTIONS[key].default:
                 del fields[key]
         del fields["heal_replace"]
