@@ -44,8 +44,14 @@ def test_weights_are_counted() -> None:
     assert estimate(model, heal_optimizer="adamw-8bit").moments == 2 * left
     alone = estimate(model, method="llm-streamline", replacement="layer", heal="lm")
     assert (alone.gradients, alone.weights) == (4 * layer, 4 * left)
-    mixed = estimate(model, heal_dtype="bf16")
-    assert mixed.weights == 6 * left
+    mixed: dict[str, Any] = {"heal_dtype": "bf16"}
+    assert estimate(model, **mixed).weights == 6 * left
+    mixed["gradient_checkpointing"] = True
+    assert estimate(model, **mixed).weights == 4 * left
+    # The second window of an update finds gradients, and makes copies of all weights again.
+    assert estimate(model, **mixed, heal_micro_batch=1).weights == 6 * left
+    adapted = estimate(model, **mixed, heal_micro_batch=1, lora=True)
+    assert adapted.weights == 4 * left + 6 * adapted.gradients // 4
     assert estimate(model, heal_cache="top-64", heal_hidden=0.0).original == 0
     for needed in ({"heal_cache": "none"}, {"heal_minutes": 1.0}, {"method": "auto"}, {"heal": "local+distill"}):
         assert estimate(model, **{"heal_cache": "full", **needed}).original == 4 * whole, needed

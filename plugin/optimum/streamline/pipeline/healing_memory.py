@@ -151,7 +151,7 @@ def _of_training(
     with_original = stage == "hidden-mse" or needs_original(recipe, recipe.healing.cache not in (None, "none"))
     resident = one_layer if stage == "hidden-mse" or on_disk else left
     return HealingMemory(
-        weights=FP32 * resident + _bf16_copies(recipe, resident),
+        weights=FP32 * resident + _bf16_copies(recipe, stage, resident, trained),
         original=FP32 * whole * ((with_original or makes_trials(recipe)) and not on_disk),
         gradients=FP32 * trained,
         moments=2 * trained * (1 if recipe.healing.optimizer == "adamw-8bit" else FP32),
@@ -159,16 +159,28 @@ def _of_training(
     )
 
 
-def _bf16_copies(recipe: Recipe, weights: int) -> int:
-    """The bytes of the copies of the weights in bf16 that mixed precision keeps for the gradient."""
-    return 2 * weights if recipe.healing.dtype == "bf16" and not recipe.healing.gradient_checkpointing else 0
+def _bf16_copies(recipe: Recipe, stage: str, weights: int, trained: int) -> int:
+    """The bytes of the copies of the weights in bf16 that mixed precision holds beside the gradients."""
+    if recipe.healing.dtype != "bf16":
+        return 0
+    if not recipe.healing.gradient_checkpointing:
+        return 2 * weights
+    # A forward pass holds the copies of all trained weights until its end. Only that of the first windows of an update
+    # finds no gradients, which are larger.
+    own, at_once = _windows_of_update(recipe, stage)
+    return 2 * trained if at_once < own else 0
+
+
+def _windows_of_update(recipe: Recipe, stage: str) -> tuple[int, int]:
+    """The windows of an update that a process computes, and how many of them at a time."""
+    batch = min(recipe.heal_batch(stage), recipe.healing.tokens // recipe.length * recipe.healing.epochs)
+    own = -(-batch // process_count())
+    return own, min(own, recipe.healing.micro_batch or own)
 
 
 def _activations(recipe: Recipe, stage: str, config: PreTrainedConfig, layers: int) -> int:
     """What `layers` layers keep of the windows that are computed at a time, and the logits."""
-    batch = min(recipe.heal_batch(stage), recipe.healing.tokens // recipe.length * recipe.healing.epochs)
-    own = -(-batch // process_count())
-    tokens = min(own, recipe.healing.micro_batch or own) * recipe.length
+    tokens = _windows_of_update(recipe, stage)[1] * recipe.length
     width = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * width
     layer = round((12 * width + 4 * inner) * FP32 * (IN_BF16 if recipe.healing.dtype == "bf16" else 1))
