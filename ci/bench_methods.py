@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--model", choices=list(MODELS), action="append", help="measure this model only; repeatable")
     parser.add_argument(
         "--part",
-        choices=["unhealed", "healed", "default"],
+        choices=["unhealed", "healed", "default", "settings"],
         action="append",
         help="measure this part only; repeatable",
     )

@@ -35,6 +35,21 @@ DISTILL: dict[str, Any] = {
     "heal_epochs": 1,
 }
 
+# Settings of the healing that take less memory, each of them with CoMe-P.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "bf16, AdamW in 8 bits, micro-batches of 1": {
+        "heal_dtype": "bf16",
+        "heal_optimizer": "adamw-8bit",
+        "heal_micro_batch": 1,
+    },
+    "cached outputs, top-64": {"heal_cache": "top-64"},
+    "original in bf16": {"heal_original": "bf16"},
+    "original in int8": {"heal_original": "int8"},
+    "original in nf4": {"heal_original": "nf4"},
+    "LoRA": {"lora": True},
+    "LoRA on nf4": {"lora": True, "lora_base": "nf4"},
+    "LoRA on nf4, original in nf4": {"lora": True, "lora_base": "nf4", "heal_original": "nf4"},
+}
 # Every method, without healing.
 UNHEALED: dict[str, dict[str, Any]] = {
     "shortgpt": {"method": "shortgpt"},
@@ -66,7 +81,7 @@ AUTO: dict[str, Any] = {"method": "auto"}
 # The default method and healing, with the default of four passes: a quarter, a third and a half of the layers removed.
 FOUR_PASSES = {4: "25%", 5: "33%", 8: "50%"}
 
-Part = Literal["unhealed", "healed", "default"]
+Part = Literal["unhealed", "healed", "default", "settings"]
 
 
 @dataclass(frozen=True)
@@ -146,6 +161,7 @@ def cases() -> Iterator[Case]:
     """All rows. The last are those of `auto`, which take longest."""
     for model in MODELS:
         yield from unhealed_cases(model)
+    yield from settings_cases()
     for removed in REMOVED:
         for model in MODELS:
             for name in DISTILLED:
@@ -156,6 +172,12 @@ def cases() -> Iterator[Case]:
         yield Case(model, "unhealed", removed, "auto", AUTO)
     for removed, share in FOUR_PASSES.items():
         yield Case("reference", "default", removed, f"auto, {share}, 4 passes", {**AUTO, **DISTILL, "heal_epochs": 4})
+
+
+def settings_cases() -> Iterator[Case]:
+    """The rows of settings that take less memory: the reference model without a quarter of its layers."""
+    for name, fields in SETTINGS.items():
+        yield Case("reference", "settings", REMOVED[0], name, {**UNHEALED["come-p"], **DISTILL, **fields})
 
 
 def unhealed_cases(model: str) -> Iterator[Case]:

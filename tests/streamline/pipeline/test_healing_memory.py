@@ -66,6 +66,23 @@ def test_weights_are_counted() -> None:
     assert adapters.weights == 4 * left + adapters.gradients
 
 
+def test_compact_copies_are_counted() -> None:
+    model = tiny_model()
+    whole, layer = numbers(model), numbers(model.model.layers[0])
+    left, matrices = (
+        whole - 2 * layer,
+        sum(each.numel() for each in model.model.layers[0].parameters() if each.ndim == 2),
+    )
+    for form, of_matrix in (("bf16", 2), ("int8", 1), ("nf4", 0.57)):
+        found = estimate(model, heal_original=form, heal_cache="full")
+        assert found.original == round(of_matrix * LAYERS * matrices + 2 * (whole - LAYERS * matrices))
+        recipe = make_recipe({**DISTIL, "heal": "lm", "lora": True, "lora_base": form})
+        of_base = round(of_matrix * (LAYERS - 2) * matrices + 2 * (left - (LAYERS - 2) * matrices))
+        in_memory, on_disk = (healing_memory(recipe, model.config, on_disk) for on_disk in (False, True))
+        assert in_memory.weights == 4 * left + in_memory.gradients + of_base
+        assert on_disk.weights == on_disk.gradients + of_base
+
+
 def test_what_takes_less_is_estimated_to_take_less() -> None:
     usual = estimate(heal_batch=4).activations
     for fields in ({"heal_micro_batch": 1}, {"gradient_checkpointing": True}, {"heal_dtype": "bf16"}, {"length": 16}):
@@ -152,6 +169,8 @@ print(peak() - before)
         {"heal": "local"},
         {"heal_cache": "top-64", "heal_hidden": 0.0},
         {"lora": True, "max_memory": "4GB"},  # so that freed memory is given back
+        {"lora": True, "lora_base": "nf4", "heal_original": "int8", "max_memory": "4GB"},
+        {"heal_original": "bf16"},
     ],
     ids=lambda fields: " ".join(map(str, fields.values())) or "distill",
 )

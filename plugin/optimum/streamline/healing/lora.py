@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,8 +20,8 @@ def adapters(
 ) -> Iterator[list[nn.Parameter]]:
     """Add LoRA adapters (arXiv 2106.09685) inside the `with` block, and merge them into the weights at its end.
 
-    Every linear module but the output head becomes W + 2 B A. The experts of a mixture share one tensor, which is not a
-    linear module, and get no adapter.
+    Every linear module but the output head becomes W + 2 B A, and so does each expert in stacked weights of experts that
+    peft knows.
 
     Args:
         model: The model; it has plain weights again after the block.
@@ -58,12 +59,19 @@ def adapters(
 def _merge(adapted: nn.Module, onto: PreTrainedModel) -> None:
     """Add the adapters of a compact copy to the weights of the model that it was made from."""
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
 
-    for name, module in adapted.named_modules():
-        if isinstance(module, LoraLayer):
-            target = onto.get_submodule(name)
-            [adapter] = module.lora_A
-            change = module.scaling[adapter] * module.lora_B[adapter].weight @ module.lora_A[adapter].weight
-            with changing(target, ["weight"]):
-                weight = target.get_parameter("weight")
-                weight.add_((change.T if isinstance(target, Conv1D) else change).to(weight))
+    layers: list[tuple[str, Any]] = [each for each in adapted.named_modules() if isinstance(each[1], LoraLayer)]
+    for name, module in layers:
+        [adapter] = module.lora_A
+        own = "weight"
+        if isinstance(module, ParamWrapper):  # of the stacked weights of experts, which wrap each other
+            own, parameter = module.parameter_name, module.get_param()
+            parameter.data = parameter.new_empty(0, dtype=torch.float32)  # in its type the change would be rounded
+        target = onto.get_submodule(name.replace(".base_layer", ""))
+        change = module.get_delta_weight(adapter)
+        if isinstance(target, Conv1D) and not isinstance(module.get_base_layer(), Conv1D):
+            change = change.T
+        with changing(target, [own]):
+            weight = target.get_parameter(own)
+            weight.add_(change.to(weight))

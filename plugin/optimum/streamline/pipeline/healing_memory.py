@@ -22,6 +22,8 @@ from optimum.streamline.system.memory import free_memory, taken_memory
 from optimum.streamline.text.windows import LOGITS
 
 FP32 = 4  # bytes
+COMPACT: dict[str, float] = {"bf16": 2, "int8": 1, "nf4": 0.57}
+"""The bytes of a weight in a matrix of a compact copy; in 4 bits, 64 weights share a scale in fp32."""
 IN_BF16 = 0.65
 """What the layers keep in mixed precision, as a share of what they keep in fp32 (measured on Llama)."""
 
@@ -147,16 +149,41 @@ def _of_training(
         matrices = (each for each in decoder_layers(model, architecture_of(config)).parameters() if each.ndim > 1)
         trained = recipe.healing.lora_rank * sum(sum(each.shape[-2:]) for each in matrices)
         left += trained
-    # By default there may be a cache, but only if the disk has room for it.
-    with_original = stage == "hidden-mse" or needs_original(recipe, recipe.healing.cache not in (None, "none"))
-    resident = one_layer if stage == "hidden-mse" or on_disk else left
+    base = recipe.healing.lora_base
+    resident = one_layer if stage == "hidden-mse" or (on_disk and base == "fp32") else left
+    weights = FP32 * resident + _bf16_copies(recipe, stage, resident, trained)
+    if base != "fp32":  # the weights themselves stay, in memory or on disk
+        weights = FP32 * (trained if on_disk else left) + _copy(base, model, (layers, left - trained))
     return HealingMemory(
-        weights=FP32 * resident + _bf16_copies(recipe, stage, resident, trained),
-        original=FP32 * whole * ((with_original or makes_trials(recipe)) and not on_disk),
+        weights=weights,
+        original=_original(recipe, stage, model, whole, on_disk),
         gradients=FP32 * trained,
         moments=2 * trained * (1 if recipe.healing.optimizer == "adamw-8bit" else FP32),
         activations=_activations(recipe, stage, config, 1 if stage in ("hidden-mse", "local") else layers),
     )
+
+
+def _original(recipe: Recipe, stage: str, model: PreTrainedModel, whole: int, on_disk: bool) -> int:
+    """The bytes of the original's weights that are kept beside those of the model that is trained."""
+    if stage == "distill" and recipe.healing.original != "fp32":
+        return _copy(recipe.healing.original, model, (model.config.num_hidden_layers, whole))
+    # By default there may be a cache, but only if the disk has room for it.
+    needed = stage == "hidden-mse" or needs_original(recipe, recipe.healing.cache not in (None, "none"))
+    return FP32 * whole * ((needed or makes_trials(recipe)) and not on_disk)
+
+
+def _copy(form: str, model: PreTrainedModel, size: tuple[int, int]) -> int:
+    """The bytes of a compact copy.
+
+    Args:
+        form: Its form.
+        model: The original, on the meta device.
+        size: The number of layers, and of all weights.
+    """
+    layers, weights = size
+    all_layers = decoder_layers(model, architecture_of(model.config))
+    matrices = sum(each.numel() for each in all_layers.parameters() if each.ndim == 2) * layers // len(all_layers)
+    return round(COMPACT[form] * matrices + COMPACT["bf16"] * (weights - matrices))
 
 
 def _bf16_copies(recipe: Recipe, stage: str, weights: int, trained: int) -> int:
