@@ -15,11 +15,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from behaviour import logits, stock_model
+from cases import make
 from console import optimum_cli
 from optimum.streamline.checkpoints.loading import load, load_stock, load_tokenizer
 from optimum.streamline.editing.apply import Replacement, apply_plan, build_replacement, with_skips
 from optimum.streamline.editing.correction import (
     STRENGTH,
+    Corrections,
     add_corrections,
     fit_candidates,
     fit_corrections,
@@ -32,8 +34,10 @@ from optimum.streamline.methods.registry import METHODS, method_of
 from optimum.streamline.methods.shifted import pairs_of
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, decoder_layers
+from optimum.streamline.models.kept_tensor import KeptTensor
 from optimum.streamline.models.removed_sublayers import SublayerSet, whole_layer
 from optimum.streamline.models.skipped_sublayers import skipped_of
+from optimum.streamline.pipeline.larger_than_memory import load_on_disk
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.scoring.ablation import corrected_losses, cross_fitted_losses, removal_losses
 from optimum.streamline.scoring.similarity import measure_scores
@@ -106,7 +110,7 @@ def test_a_correction_is_the_least_squares_solution(architecture: str) -> None:
     expected = best_correction(pruned, 1, original, 3)
     replacement = build_replacement(original, ONE_GAP, TEXT)
     assert list(replacement.corrections) == [3]
-    torch.testing.assert_close(replacement.corrections[3].double(), expected, atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(replacement.corrections[3].read().double(), expected, atol=2e-4, rtol=1e-3)
 
     corrected = copy.deepcopy(original)
     apply_plan(corrected, ONE_GAP, replacement)
@@ -124,9 +128,9 @@ def test_the_second_gap_is_fitted_to_the_original_behind_the_first_correction(ar
     assert list(fitted) == [1, 4]
     apply_plan(pruned, replace(TWO_GAPS, replacement="none"), None)
     naive = best_correction(pruned, 2, original, 4)
-    add_corrections(pruned, {0: best_correction(pruned, 0, original, 1)})
+    add_corrections(pruned, {0: KeptTensor(pruned, best_correction(pruned, 0, original, 1))})
     expected = best_correction(pruned, 2, original, 4)
-    torch.testing.assert_close(fitted[4].double(), expected, atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(fitted[4].read().double(), expected, atol=2e-4, rtol=1e-3)
     assert (naive - expected).abs().max() > 1e-2
 
 
@@ -160,7 +164,7 @@ def test_a_packed_layer_keeps_its_corrected_mlp() -> None:
     assert [layer.originals for layer in plan.new_layers] == [(0,), (1, 3), (4,)]
     replacement = build_replacement(corrected, plan, TEXT)
     apply_plan(corrected, plan, replacement)
-    expected = weight_of(original, 3) + replacement.corrections[3]
+    expected = weight_of(original, 3) + replacement.corrections[3].read()
     torch.testing.assert_close(weight_of(corrected, 1), expected)
 
 
@@ -188,10 +192,10 @@ def test_on_the_reference_model_the_original_is_nearer_on_unseen_text() -> None:
 
 def test_endless_strength_is_plain_removal() -> None:
     fitted = fit_corrections(tiny_model(), frozenset(TWO_GAPS.sublayers_removed), TEXT, strength=1e12)
-    assert all(correction.abs().max() < 1e-9 for correction in fitted.values())
+    assert all(correction.read().abs().max() < 1e-9 for correction in fitted.values())
 
 
-def literally(model: PreTrainedModel, removed: SublayerSet, corrections: dict[int, torch.Tensor]) -> float:
+def literally(model: PreTrainedModel, removed: SublayerSet, corrections: Corrections) -> float:
     """The loss on `FEW` of a model that is edited for good."""
     edited = copy.deepcopy(model)
     add_corrections(edited, corrections)
@@ -215,11 +219,33 @@ def test_candidates_are_tried_with_the_corrections_they_would_have(removed: Subl
         expected = {layer: all_of_it[layer] if layer <= own else fitted.before[layer] for layer in found}
         assert set(found) == set(all_of_it)
         for layer, correction in found.items():
-            torch.testing.assert_close(correction, expected[layer], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(correction.read(), expected[layer].read(), atol=1e-5, rtol=1e-4)
         assert tried == pytest.approx(literally(model, removed | candidate, expected), abs=1e-5)
     [again] = corrected_losses(model, FEW, [removed | candidates[0]], FEW)
     whole = fit_corrections(model, removed | candidates[0], FEW)
     assert again == pytest.approx(literally(model, removed | candidates[0], whole), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(each, marks=() if each in ("gpt2", "llama") else pytest.mark.slow) for each in sorted(FIELDS)],
+)
+def test_corrections_and_losses_on_disk_are_the_same_to_the_bit(architecture: str, tmp_path: Path) -> None:
+    source = make(tmp_path / "in", architecture, torch.bfloat16, num_hidden_layers=LAYERS, **FIELDS[architecture])
+    found = []
+    for model in (
+        load_stock(ModelSource(str(source)), torch.float32),
+        load_on_disk(ModelSource(str(source)), tmp_path),
+    ):
+        candidates, removed = pairs_of(model.config, whole_layer(1), range(LAYERS)), whole_layer(1)
+        fitted = fit_candidates(model, TEXT, candidates, removed)
+        losses = removal_losses(model, TEXT, candidates, removed, fitted)
+        found.append(([fitted.before, *fitted.candidates], losses, cross_fitted_losses(model, TEXT, candidates[:1])))
+    (one, *losses), (other, *losses_on_disk) = found
+    assert losses == losses_on_disk
+    assert [list(each) for each in one] == [list(each) for each in other]
+    values = [[each.read() for corrections in some for each in corrections.values()] for some in (one, other)]
+    assert all(torch.equal(*pair) for pair in zip(*values, strict=True))
 
 
 def test_each_half_of_the_text_judges_what_was_fitted_on_the_other() -> None:

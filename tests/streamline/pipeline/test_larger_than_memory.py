@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from optimum.streamline import StreamlineConfig, Streamliner
 from optimum.streamline.checkpoints.loading import load_stock, read_config
 from optimum.streamline.checkpoints.saving import save_weights
 from optimum.streamline.editing.apply import apply_plan
+from optimum.streamline.editing.correction import fit_candidates
 from optimum.streamline.editing.linear_map import fold
 from optimum.streamline.editing.merging import copy_layer, replace_pair
 from optimum.streamline.editing.plan import Plan
@@ -28,12 +30,15 @@ from optimum.streamline.methods.registry import METHODS
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models import offloaded_weights
 from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, decoder_layers
+from optimum.streamline.models.removed_sublayers import whole_layer
 from optimum.streamline.models.skipped_sublayers import MLP, zero_output
 from optimum.streamline.pipeline import larger_than_memory
 from optimum.streamline.pipeline.larger_than_memory import load_on_disk, stays_on_disk, why_in_memory
 from optimum.streamline.pipeline.prune import prune, score
 from optimum.streamline.recipe.parsing import make_recipe
+from optimum.streamline.scoring.ablation import removal_losses
 from optimum.streamline.system.notify import silent
+from optimum.streamline.text.windows import Windows
 from reference import REFERENCE
 from tiny import LAYERS, tiny_model, token_ids
 
@@ -44,7 +49,9 @@ FAST = {"gemma2", "gpt2", "llama", "mixtral"}
 CHANGES: dict[str, dict[str, Any]] = {
     "merge": {"method": "come", "remove": 1},
     "map": {"method": "shortgpt", "replacement": "linear", "remove": 2},
+    "correction": {"layers": "1,3", "replacement": "corrected"},
 }
+TOKENS = Windows(token_ids(6, 8), "random")
 LITTLE = {"max_memory": "1MB"}  # less than any process takes
 
 
@@ -116,18 +123,21 @@ def test_every_architecture_is_pruned_on_disk_as_in_memory(architecture: str, tm
         pytest.param({"method": "average", "heal": "none"}, marks=pytest.mark.slow),
         {"method": "sleb", "replacement": "linear"},
         pytest.param({"method": "shifted", "replacement": "linear"}, marks=pytest.mark.slow),
+        {"method": "sleb", "replacement": "corrected", "remove": 2},
+        pytest.param({"method": "shifted", "replacement": "corrected"}, marks=pytest.mark.slow),
+        pytest.param({"method": "blockpruner", "replacement": "corrected"}, marks=pytest.mark.slow),
     ],
     ids=lambda fields: " ".join(map(str, fields.values())),
 )
 def test_every_method_that_removes_layers_chooses_the_same_on_disk(fields: dict[str, Any], tmp_path: Path) -> None:
-    both_ways(make(tmp_path / "in"), tmp_path, **fields, remove=3)
+    both_ways(make(tmp_path / "in"), tmp_path, **{"remove": 3, **fields})
 
 
 @pytest.mark.parametrize(
     "architecture",
     [pytest.param(each, marks=() if each == "gpt2" else pytest.mark.slow) for each in sorted(ARCHITECTURES)],
 )
-@pytest.mark.parametrize("edit", ["merge", "map"])
+@pytest.mark.parametrize("edit", list(CHANGES))
 def test_weights_that_change_are_written_to_disk(architecture: str, edit: str, tmp_path: Path) -> None:
     source = make(tmp_path / "in", architecture, torch.bfloat16, num_hidden_layers=LAYERS)
     recipe = make_recipe({**TEXT, **CHANGES[edit]})
@@ -217,7 +227,19 @@ def test_a_model_on_disk_is_written_in_several_files(tmp_path: Path, monkeypatch
     assert len(set(index["weight_map"].values())) > 2
 
 
-def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
+def forward(model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        model(TOKENS.ids)
+
+
+def search_with_corrections(model: PreTrainedModel) -> None:
+    candidates = [whole_layer(layer) for layer in (0, 3, 5)]
+    fitted = fit_candidates(model, TOKENS, candidates, whole_layer(1))
+    removal_losses(model, TOKENS, candidates, whole_layer(1), fitted)
+
+
+@pytest.mark.parametrize("work", [forward, search_with_corrections])
+def test_one_layer_is_in_memory_at_a_time(work: Callable[[PreTrainedModel], None], tmp_path: Path) -> None:
     model = loaded(make(tmp_path / "in"), tmp_path / "scratch")
     layers = decoder_layers(model, architecture_of(model.config))
     seen: list[tuple[int, ...]] = []
@@ -228,11 +250,12 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module._old_forward = noting(module, module._old_forward, note)
-    with torch.no_grad():
-        model(token_ids(2, 8))
+    work(model)
     assert [max(len(each) for each in seen), {number for each in seen for number in each}] == [1, set(range(8))]
     assert offloaded_weights.is_offloaded(model)
     assert all(parameter.is_meta for parameter in model.parameters())
+    gc.collect()
+    assert not list((tmp_path / "scratch").iterdir())  # states and corrections are deleted once they are used
 
 
 def noting(module: nn.Module, forward: Callable[..., Any], note: Callable[..., None]) -> Callable[..., Any]:
@@ -296,7 +319,10 @@ def test_layers_are_trained_one_by_one_on_disk_as_in_memory(
         ({"method": "come-sp", "remove": 1}, r"trains \(heal distill\)"),
         ({"method": "auto", "remove": 1, "heal": "none"}, r"tries merges, linear maps and corrections \(method auto\)"),
         ({"method": "shortened-taylor", "remove": 1}, r"takes gradients \(method shortened-taylor\)"),
-        ({"method": "sleb", "remove": 1, "replacement": "corrected"}, r"computes weights \(replacement corrected\)"),
+        (
+            {"method": "llm-streamline", "remove": 1, "replacement": "layer", "heal": "none"},
+            r"puts in a new layer \(replacement layer\)",
+        ),
         ({"method": "sleb", "remove": 1, "heal": "lm"}, r"trains \(heal lm\)"),
         ({"layers": "1", "heal": "local", "heal_data": "self"}, r"lets the original sample text \(heal-data self\)"),
         ({"method": "sleb", "remove": 1, "heal": "local+distill"}, r"trains \(heal local\+distill\)"),

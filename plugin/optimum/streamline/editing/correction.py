@@ -26,6 +26,8 @@ from optimum.streamline.models.architectures import (
     residual_scale,
     submodule,
 )
+from optimum.streamline.models.kept_tensor import KeptTensor
+from optimum.streamline.models.offloaded_weights import changing, device_of, in_memory
 from optimum.streamline.models.removed_sublayers import SublayerSet
 from optimum.streamline.models.skipped_sublayers import MLP, skipped_of
 from optimum.streamline.system.progress import progress_bar
@@ -43,7 +45,7 @@ from .residual_stream import embeddings, run_layer
 # tokens of each window out of the fit, or dividing each row by the norm of its target, changes 1.139 to 1.140.
 STRENGTH = 0.3
 
-Corrections: TypeAlias = Mapping[int, torch.Tensor]
+Corrections: TypeAlias = Mapping[int, KeptTensor]
 """What is added to the weight of an MLP's output projection, `[inner, width]` in fp32, by the number of its layer."""
 
 
@@ -82,8 +84,9 @@ def fit_corrections(
     last. X and y come from the model whose earlier gaps are corrected already, while h comes from the original. So each
     correction also reduces the errors that earlier ones leave.
 
-    It takes about the time of three forward passes. Memory holds one matrix X^T X in float64 at a time, and the hidden
-    states of all windows at about four depths.
+    It takes about the time of three forward passes. Memory holds one matrix X^T X in float64 twice while it is solved.
+    The hidden states of all windows at about four depths are in memory, or on disk if the weights are there; then each
+    layer is read for all windows at a time.
 
     Args:
         model: The original, in fp32 and in evaluation mode; it is unchanged.
@@ -118,8 +121,8 @@ def fit_candidates(
     Corrections of later MLPs are those of the model without any candidate.
 
     It takes the time of `fit_corrections`, and for each candidate the time of these layers and of one X^T X. The memory
-    of the CPU also holds one D for each candidate. On the reference model, a step of SLEB takes 2.4 times as long with
-    corrections.
+    of the CPU also holds one D for each candidate, or the disk if the weights are there. On the reference model, a step
+    of SLEB takes 2.4 times as long with corrections.
 
     Args:
         model: The original, in fp32 and in evaluation mode; it is unchanged.
@@ -185,16 +188,26 @@ def check_something_follows(plan: Plan) -> None:
         )
 
 
+def of_layer(corrections: Corrections, layer: int) -> Corrections:
+    """The correction of one layer, or nothing if it has none."""
+    return {layer: corrections[layer]} if layer in corrections else {}
+
+
 @contextmanager
 def corrected(model: PreTrainedModel, corrections: Corrections) -> Iterator[None]:
-    """Add corrections to the weights of `model` inside the `with` block, and restore the weights afterwards."""
+    """Add corrections to the weights of `model` inside the `with` block, and restore the weights afterwards.
+
+    Args:
+        model: The model. Those of its layers that are corrected are in memory (`offloaded_weights.in_memory`).
+        corrections: The corrections.
+    """
     originals: list[tuple[nn.Module, nn.Parameter]] = []
     try:
         for layer, correction in corrections.items():
             projection = _projection(model, layer)
             weight = projection.get_parameter("weight")
             originals.append((projection, weight))
-            projection.weight = nn.Parameter(weight + _laid_out(projection, correction), requires_grad=False)
+            projection.weight = nn.Parameter(weight + _laid_out(projection, correction.read()), requires_grad=False)
         yield
     finally:
         for projection, weight in originals:
@@ -206,7 +219,8 @@ def add_corrections(model: PreTrainedModel, corrections: Corrections) -> None:
     """Add corrections to the weights of `model`, in place."""
     for layer, correction in corrections.items():
         projection = _projection(model, layer)
-        projection.get_parameter("weight").add_(_laid_out(projection, correction))
+        with changing(projection, ["weight"]):
+            projection.get_parameter("weight").add_(_laid_out(projection, correction.read()))
 
 
 def _projection(model: PreTrainedModel, layer: int) -> nn.Module:
@@ -232,7 +246,7 @@ class _Walk:
         strength: As in `fit_corrections`.
         original: The same way through the original; `None` for the original itself.
         to_fit: The layers whose MLPs are corrected.
-        inputs: The input of each layer on each batch `[windows, length, width]`, for the layers that are in memory.
+        inputs: The input of each layer on each batch `[windows, length, width]`, for the layers that are still needed.
         corrections: The corrections so far.
     """
 
@@ -242,26 +256,29 @@ class _Walk:
     strength: float
     original: _Walk | None
     to_fit: Sequence[int]
-    inputs: dict[int, list[torch.Tensor]]
-    corrections: dict[int, torch.Tensor] = field(default_factory=dict)
+    inputs: dict[int, list[KeptTensor]]
+    corrections: dict[int, KeptTensor] = field(default_factory=dict)
 
     @classmethod
     def through(cls, model: PreTrainedModel, windows: Windows, removed: SublayerSet, strength: float) -> _Walk:
         """A walk from the embeddings on."""
-        batches = [batch.to(model.device) for batch in windows.ids.split(BATCH)]
+        batches = [batch.to(device_of(model)) for batch in windows.ids.split(BATCH)]
         skipped = skipped_of(model.config)
-        embedded = [embeddings(model, ids) for ids in batches]
+        embedded = [KeptTensor(model, embeddings(model, ids)) for ids in batches]
         original = cls(model, batches, skipped, strength, None, (), {0: embedded})
         to_fit = mlps_after_gaps(model.config.num_hidden_layers, removed, skipped)
         return cls(model, batches, removed | skipped, strength, original, to_fit, {0: embedded})
 
-    def input_of(self, layer: int) -> list[torch.Tensor]:
+    def input_of(self, layer: int) -> list[KeptTensor]:
         """The input of a layer; for the number of layers, the output of the last."""
         for index in range(max(self.inputs), layer):
             if index in self.to_fit:
                 self._fit(index)
             entering = zip(self.batches, self.inputs[index], strict=True)
-            self.inputs[index + 1] = [self._after(index, ids, hidden) for ids, hidden in entering]
+            with in_memory(self._layer(index)):
+                self.inputs[index + 1] = [
+                    KeptTensor(self.model, self._after(index, ids, hidden.read())) for ids, hidden in entering
+                ]
         return self.inputs[layer]
 
     def move_to(self, layer: int) -> None:
@@ -296,26 +313,28 @@ class _Walk:
 
     def _fit(self, layer: int) -> None:
         assert self.original is not None, "the original is not corrected"
-        projection = _projection(self.model, layer)
-        equations = NormalEquations.of_sizes(*_sizes(projection), self.model.device)
+        projection, targets = _projection(self.model, layer), self.original.input_of(layer + 1)
+        equations = NormalEquations.of_sizes(*_sizes(projection), device_of(self.model))
         scale, read = residual_scale(self.model.config), list[torch.Tensor]()
-        with projection.register_forward_pre_hook(lambda _, args: read.append(args[0])):
-            for ids, hidden, target in zip(
-                self.batches, self.inputs[layer], self.original.input_of(layer + 1), strict=True
-            ):
-                missing = target - self._after(layer, ids, hidden)
+        reading = projection.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+        with in_memory(self._layer(layer)), reading:
+            for ids, hidden, target in zip(self.batches, self.inputs[layer], targets, strict=True):
+                missing = target.read() - self._after(layer, ids, hidden.read())
                 equations.add(read.pop() * scale, missing)
         fault = (
             f"replacement 'corrected': the MLP of layer {layer} computes only zeros or numbers that are not finite; "
             "use replacement none"
         )
-        self.corrections[layer] = equations.solve(self.strength, fault).float().cpu()  # a search holds many
+        found = equations.solve(self.strength, fault).float().cpu()  # a search holds many
+        self.corrections[layer] = KeptTensor(self.model, found)
 
     def _after(self, layer: int, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """The output of a layer on a batch, given its input."""
-        correction = {layer: self.corrections[layer]} if layer in self.corrections else {}
-        with corrected(self.model, correction):
+        with corrected(self.model, of_layer(self.corrections, layer)):
             return run_layer(self.model, ids, layer, hidden, self.removed)
+
+    def _layer(self, index: int) -> nn.Module:
+        return decoder_layers(self.model, architecture_of(self.model.config))[index]
 
 
 def _sizes(projection: nn.Module) -> tuple[int, int]:

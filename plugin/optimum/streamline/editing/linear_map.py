@@ -173,6 +173,8 @@ class NormalEquations:
     def solve(self, strength: float, fault: str) -> torch.Tensor:
         """argmin_D |X D - Y|^2 + lambda |D|^2, where lambda is `strength` times the mean diagonal entry of X^T X.
 
+        lambda is added to `gram` in place, because a second matrix of its size may be larger than a layer.
+
         Returns:
             D `[read, written]`, in float64.
 
@@ -182,8 +184,8 @@ class NormalEquations:
         size = float(self.gram.diagonal().mean())
         if not 0 < size < float("inf") or not bool(self.cross.isfinite().all()):
             raise StreamlineError(fault)
-        identity = torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
-        return torch.linalg.solve(self.gram + strength * size * identity, self.cross)  # type: ignore[no-any-return]
+        self.gram.diagonal().add_(strength * size)
+        return torch.linalg.solve(self.gram, self.cross)  # type: ignore[no-any-return]
 
 
 def _original_stream(model: PreTrainedModel, ids: torch.Tensor, last: SublayerKey) -> torch.Tensor:

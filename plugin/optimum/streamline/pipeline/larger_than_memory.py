@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum.streamline.checkpoints.loading import load_stock, only_dtype
 from optimum.streamline.checkpoints.model_in_memory import ModelInMemory
+from optimum.streamline.editing.plan import TRAINED
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.methods.registry import METHODS
 from optimum.streamline.model_files.source import ModelSource
@@ -89,8 +90,8 @@ def why_in_memory(recipe: Recipe, config: PreTrainedConfig) -> str:
         return f"quantizes by {recipe.quantization.quantizer}"
     if reason := METHODS[recipe.resolved_method].needs_memory(recipe, config):
         return f"{reason} (method {recipe.resolved_method})"
-    if recipe.resolved_replacement not in ("none", "linear"):
-        return f"computes weights (replacement {recipe.resolved_replacement})"
+    if recipe.resolved_replacement in TRAINED:
+        return f"puts in a new layer (replacement {recipe.resolved_replacement})"
     if recipe.resolved_trainings and is_self(recipe.healing.data):
         return f"lets the original sample text (heal-data {recipe.healing.data})"
     if set(recipe.resolved_trainings) - {"local"}:

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 import torch
 from transformers import PreTrainedModel
 
-from optimum.streamline.editing.correction import CandidateCorrections, corrected, fit_corrections
+from optimum.streamline.editing.correction import CandidateCorrections, corrected, fit_corrections, of_layer
 from optimum.streamline.editing.residual_stream import embeddings, run_layer
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.models.offloaded_weights import device_of, in_memory, is_offloaded
@@ -151,7 +151,6 @@ def _side_by_side(
 
     The losses are the same to the bit.
     """
-    assert not any((corrections.before, *corrections.candidates)), "corrections need weights in memory"
     starts = [min(layer for layer, _ in candidate) for candidate in candidates]
     common, streams = embeddings(model, ids), dict[int, torch.Tensor]()
     for number, layer in enumerate(list(decoder_layers(model, architecture_of(model.config)))):
@@ -159,9 +158,11 @@ def _side_by_side(
             for place, candidate in enumerate(candidates):
                 if starts[place] <= number:
                     entering = streams.get(place, common)
-                    streams[place] = run_layer(model, ids, number, entering, removed | candidate)
+                    with corrected(model, of_layer(corrections.candidates[place], number)):
+                        streams[place] = run_layer(model, ids, number, entering, removed | candidate)
             if number < max(starts):
-                common = run_layer(model, ids, number, common, removed)
+                with corrected(model, of_layer(corrections.before, number)):
+                    common = run_layer(model, ids, number, common, removed)
     return stream_losses(model, ids, [streams[place] for place in range(len(candidates))])
 
 
