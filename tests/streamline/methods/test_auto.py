@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from cases import make
+from optimum.streamline.checkpoints.loading import load_stock
 from optimum.streamline.editing.apply import EditInputs, build_replacement
 from optimum.streamline.editing.plan import Plan, packed_plan
 from optimum.streamline.errors import StreamlineError
@@ -21,6 +24,7 @@ from optimum.streamline.methods.auto import Auto, makes_trials
 from optimum.streamline.methods.base import Method, MethodInputs, Recipe
 from optimum.streamline.methods.registry import METHODS
 from optimum.streamline.model_files.source import ModelSource
+from optimum.streamline.pipeline.larger_than_memory import load_on_disk
 from optimum.streamline.pipeline.prune import prepare, prune
 from optimum.streamline.pipeline.texts import read_texts
 from optimum.streamline.recipe.parsing import make_recipe
@@ -29,7 +33,7 @@ from optimum.streamline.reporting.record import PruningRecord
 from optimum.streamline.scoring.similarity import measure_scores
 from optimum.streamline.text.windows import Windows, read_windows
 from reference import REFERENCE, VOCABULARY
-from tiny import tiny_model, token_ids
+from tiny import LAYERS, tiny_model, token_ids
 
 CALIBRATION, HELD_OUT = Windows(token_ids(3, 12, seed=5), "random"), Windows(token_ids(8, 12, seed=6), "random")
 SWAPS, COMPARED = HELD_OUT.part(0, 3), HELD_OUT.part(3, 8)
@@ -171,6 +175,20 @@ def test_the_text_that_plans_are_compared_on_is_text_that_was_chosen_on() -> Non
     assert torch.equal(prepared.chosen_on.ids, both.ids)
     assert torch.equal(prepared.calibration.ids, both.ids[:3])
     assert torch.equal(read_texts(source, recipe).chosen_on["calibration"].ids, both.ids)
+
+
+def test_with_the_weights_on_disk_it_makes_and_compares_the_same_plans(tmp_path: Path) -> None:
+    source = ModelSource(str(make(tmp_path / "in", num_hidden_layers=LAYERS)))
+    scratch = tmp_path / "scratch"
+    models = (load_stock(source, torch.float32), load_on_disk(source, scratch))
+    recipe = make_recipe({"method": "auto", **FIELDS, "remove": 1})
+    plans = [Auto().plan(recipe, inputs_of(model)) for model in models]
+    assert plans[0] == plans[1]
+    assert [name for name, loss in plans[1].tried if loss is not None] == ALL
+    assert all(parameter.is_meta for parameter in models[1].parameters())
+    gc.collect()
+    # What a plan changed is deleted once it is tried, and so is what was kept in files meanwhile.
+    assert not [each for each in scratch.iterdir() if each.is_dir() or each.name.startswith("kept")]
 
 
 def test_a_large_calibration_text_asks_for_no_more_than_it_takes_to_compare() -> None:

@@ -89,7 +89,8 @@ def both_ways(source: Path | str, folder: Path, **fields: Any) -> dict[str, Any]
     on_disk, record = pruned(source, folder / "on_disk", **fields, **LITTLE)
     assert_equal(in_memory, on_disk)
     assert record["scores"] == recorded["scores"]
-    assert [record[key] for key in ("plan", "layers", "data")] == [recorded[key] for key in ("plan", "layers", "data")]
+    for key in ("plan", "layers", "data", "tried"):
+        assert record.get(key) == recorded.get(key)
     configs = (folder / each / "config.json" for each in ("in_memory", "on_disk"))
     assert len({each.read_text() for each in configs}) == 1
     return record
@@ -125,6 +126,8 @@ def test_every_architecture_is_pruned_on_disk_as_in_memory(architecture: str, tm
         pytest.param({"method": "shifted", "replacement": "linear"}, marks=pytest.mark.slow),
         {"method": "sleb", "replacement": "corrected", "remove": 2},
         pytest.param({"method": "shifted", "replacement": "corrected"}, marks=pytest.mark.slow),
+        pytest.param({"method": "blockpruner", "packed": False}, marks=pytest.mark.slow),
+        pytest.param({"method": "auto", "heal": "none"}, marks=pytest.mark.slow),
         pytest.param({"method": "blockpruner", "replacement": "corrected"}, marks=pytest.mark.slow),
     ],
     ids=lambda fields: " ".join(map(str, fields.values())),
@@ -317,7 +320,7 @@ def test_layers_are_trained_one_by_one_on_disk_as_in_memory(
     ("fields", "why"),
     [
         ({"method": "come-sp", "remove": 1}, r"trains \(heal distill\)"),
-        ({"method": "auto", "remove": 1, "heal": "none"}, r"tries merges, linear maps and corrections \(method auto\)"),
+        ({"method": "auto", "remove": 1}, r"trains \(heal distill\)"),
         ({"method": "shortened-taylor", "remove": 1}, r"takes gradients \(method shortened-taylor\)"),
         (
             {"method": "llm-streamline", "remove": 1, "replacement": "layer", "heal": "none"},

@@ -5,7 +5,6 @@ No single method is best on every model and at every share of layers (measured: 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from optimum.streamline.editing.apply import Change, EditInputs, build_replaceme
 from optimum.streamline.editing.plan import FITTED, Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.architectures import can_pack
+from optimum.streamline.models.offloaded_weights import copy_sharing_disk, device_of
 from optimum.streamline.models.skipped_sublayers import skipped_of
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.scoring.loss import cross_entropy_sum, mean_losses
@@ -61,7 +61,8 @@ class Auto(Method):
     does where it leaves out `heal`, trial trainings choose among the plans (`healing.trials`). If it heals in another
     way, candidates with a replacement are left out, because the loss before healing overrates what is fitted.
 
-    This method is the program's own, and from no paper. Memory holds the model twice while plans are tried.
+    This method is the program's own, and from no paper. Memory holds the model twice while plans are tried. If the
+    weights are on disk, those that a plan changes are written there too.
     """
 
     needs_float = "tries merges, linear maps and corrections"
@@ -71,6 +72,10 @@ class Auto(Method):
     def may_pack(self, recipe: Recipe, config: PreTrainedConfig) -> bool:
         """Whether the model can be packed: its candidate `shifted` packs."""
         return can_pack(config)
+
+    def needs_memory(self, recipe: Recipe, config: PreTrainedConfig) -> str:
+        """Nothing to make and compare the plans, because no candidate needs the weights in memory."""
+        return ""
 
     def held_out(self, recipe: Recipe) -> int:
         """Windows to judge swaps on, and as many to compare plans on as hold `HELD_OUT_TOKENS` tokens.
@@ -136,11 +141,11 @@ class Auto(Method):
         return [name for name in useful if _possible(recipe, name, config)]
 
     def _loss_sum(self, plan: Plan, inputs: MethodInputs, windows: Windows) -> torch.Tensor:
-        model = copy.deepcopy(inputs.model)
+        model = copy_sharing_disk(inputs.model)
         replacement = build_replacement(model, plan, inputs.calibration)
         self.apply(model, plan, EditInputs(inputs.calibration, replacement))
         with torch.inference_mode():
-            sums = [cross_entropy_sum(model, ids.to(model.device)).cpu() for ids in windows.ids.split(BATCH)]
+            sums = [cross_entropy_sum(model, ids.to(device_of(model))).cpu() for ids in windows.ids.split(BATCH)]
         return torch.stack(sums).sum()
 
 

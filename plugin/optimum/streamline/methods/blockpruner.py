@@ -62,6 +62,10 @@ class BlockPruner(Method):
         """It zeroes nothing if it packs."""
         return "" if self.may_pack(recipe, config) else self.needs_float
 
+    def needs_memory(self, recipe: Recipe, config: PreTrainedConfig) -> str:
+        """Nothing: what it zeroes is read for that, and written to disk."""
+        return ""
+
     def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
         """Remove sublayers greedily: until there are `remove` fewer layers, or as many weights if they are not packed.
 

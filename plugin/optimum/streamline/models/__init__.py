@@ -7,6 +7,7 @@ __all__ = [
     "architectures",
     "bare_layers",
     "channels",
+    "kept_tensor",
     "layer_list",
     "linear_modules",
     "module_patterns",

@@ -7,9 +7,12 @@ weights just before it runs, and frees them afterwards.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import Any
 from unittest.mock import patch
 from uuid import uuid4
@@ -183,11 +186,16 @@ def copy_sharing_disk(model: PreTrainedModel) -> PreTrainedModel:
 
     Args:
         model: The model. If its weights are in memory, they are copied.
+
+    Returns:
+        The copy. Weights of it that change are in a folder of its own, which is deleted with it.
     """
     shared = {}
     for weights in weights_on_disk(model):
         own = copy.copy(weights)
         own.index = {name: dict(place) for name, place in weights.index.items()}
+        own.save_folder = mkdtemp(dir=weights.save_folder)
+        weakref.finalize(own, rmtree, own.save_folder, ignore_errors=True)
         shared[id(weights)] = own
     return copy.deepcopy(model, shared)
 
