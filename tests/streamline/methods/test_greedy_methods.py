@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from cases import make
+from optimum.streamline.checkpoints.loading import load_stock
 from optimum.streamline.editing.apply import apply_plan
 from optimum.streamline.editing.plan import Plan, PlannedLayer, packed_plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.methods.base import MethodInputs
 from optimum.streamline.methods.blockpruner import MAX_UNPAIRED, sublayer_sizes
 from optimum.streamline.methods.registry import METHODS, method_of
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import ARCHITECTURES, decoder_layers
+from optimum.streamline.pipeline.larger_than_memory import load_on_disk
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.scoring.ablation import corrected_losses, cross_fitted_losses, removal_losses
 from optimum.streamline.scoring.race import MIN_WINDOWS
@@ -26,6 +31,7 @@ from tiny import LAYERS, tiny_model, token_ids
 
 IDS = token_ids(MIN_WINDOWS, 12, seed=1)  # so few that no removal leaves a race early
 SOME = ["llama", "qwen3", "gpt2", "gemma2", "opt", "qwen3_moe"]
+FAST = {"llama", "gpt_neox", "qwen3_moe"}  # one residual sum after another, one of three terms, and experts
 FLAT = Scores(tuple((0.5,) * (LAYERS + 1) for _ in range(LAYERS + 1)))
 
 
@@ -93,6 +99,19 @@ def test_taylor_importance_is_the_formula(architecture: str) -> None:
             if name.startswith(f"{prefix}.{layer}.") and name.rpartition(".")[2] != "bias"
         )
         assert got[layer] == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(each, marks=() if each in FAST else pytest.mark.slow) for each in sorted(ARCHITECTURES)],
+)
+def test_taylor_importance_on_disk_is_the_same_to_the_bit(architecture: str, tmp_path: Path) -> None:
+    source = ModelSource(str(make(tmp_path / "in", architecture, torch.bfloat16, num_hidden_layers=LAYERS)))
+    text = Windows(token_ids(6, 12), "random")  # two batches
+    models = (load_stock(source, torch.float32), load_on_disk(source, tmp_path))
+    whole, on_disk = (taylor_importance(model, text) for model in models)
+    assert whole == on_disk
+    assert all(parameter.is_meta for parameter in models[1].parameters())
 
 
 def test_shortened_taylor_takes_the_lowest_that_are_not_protected() -> None:

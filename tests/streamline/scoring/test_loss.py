@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from cases import make
@@ -21,7 +22,7 @@ from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP
 from optimum.streamline.pipeline.larger_than_memory import load_on_disk
 from optimum.streamline.scoring import ablation, loss
 from optimum.streamline.scoring.ablation import removal_window_losses
-from optimum.streamline.scoring.loss import window_losses
+from optimum.streamline.scoring.loss import stream_gradient, window_losses
 from optimum.streamline.scoring.merge_search import candidate_losses
 from optimum.streamline.text.windows import Windows
 from tiny import LAYERS, tiny_model, token_ids
@@ -67,16 +68,19 @@ def test_losses_are_those_of_whole_logits(architecture: str) -> None:
 
 
 @pytest.mark.usefixtures("slices")
-def test_gradients_are_those_of_whole_logits() -> None:
-    model = tiny_model()
-    weight = model.get_parameter("model.layers.1.mlp.up_proj.weight").requires_grad_(True)
-    found = []
-    for losses in (window_losses, of_whole_logits):
-        weight.grad = None
-        losses(model, IDS).sum().backward()
-        assert weight.grad is not None
-        found.append(weight.grad)
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_the_gradient_of_the_last_state_is_that_of_whole_logits(architecture: str) -> None:
+    model, seen = tiny_model(architecture).requires_grad_(False), list[torch.Tensor]()
+    last = decoder_layers(model, architecture_of(model.config))[-1]
+
+    def leave(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        seen.append(output.requires_grad_(True))
+        return output
+
+    with last.register_forward_hook(leave):
+        of_whole_logits(model, IDS).sum().backward()
+    [stream] = seen
+    torch.testing.assert_close(stream_gradient(model, IDS, stream.detach()), stream.grad, rtol=1e-4, atol=1e-5)
 
 
 def both(source: Path, scratch: Path) -> list[PreTrainedModel]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from transformers import PreTrainedConfig
+
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.scoring.taylor import taylor_importance
@@ -25,6 +27,10 @@ class ShortenedTaylor(ProtectedEndsMethod):
 
     needs_float = "takes gradients"
     default_protect = "4,2"
+
+    def needs_memory(self, recipe: Recipe, config: PreTrainedConfig) -> str:
+        """Nothing: the gradient goes back one layer at a time."""
+        return ""
 
     def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
         """Remove the layers of lowest Taylor importance."""
