@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -274,6 +275,16 @@ def noting(module: nn.Module, forward: Callable[..., Any], note: Callable[..., N
         return forward(*args, **kwargs)
 
     return noted
+
+
+def test_a_copied_layer_gives_its_memory_back_at_once(tmp_path: Path) -> None:
+    model = loaded(make(tmp_path / "in"), tmp_path / "scratch")
+    gc.disable()
+    try:
+        copied = weakref.ref(copy_layer(model, 1))
+        assert copied() is None
+    finally:
+        gc.enable()
 
 
 def test_only_the_rows_of_a_batch_are_read_of_the_embeddings(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ No single method is best on every model and at every share of layers (measured: 
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -112,6 +113,7 @@ class Auto(Method):
                 plan = replace(with_skips(made, inputs.model.config), chosen_by=name)
                 losses.append(self._loss_sum(plan, inputs, compared_on))
                 plans.append(plan)
+                gc.collect()  # reference cycles hold the model that was compared
             except StreamlineError as error:  # a fault that only the weights show, such as an MLP that outputs zeros
                 refusals[name] = error
         if not plans:

@@ -229,7 +229,11 @@ def copy_in_memory(module: nn.Module, shared: Iterable[object] = ()) -> nn.Modul
     """
     with in_memory(module):
         copied = copy.deepcopy(module, {id(each): each for each in (*shared, *weights_on_disk(module))})
-    return remove_hook_from_module(copied, recurse=True)  # type: ignore[no-any-return]
+    hooked = [part for part in copied.modules() if hasattr(part, "_hf_hook")]
+    remove_hook_from_module(copied, recurse=True)
+    for part in hooked:  # accelerate leaves a reference cycle, which would hold the weights until they are collected
+        del part.__dict__["forward"]
+    return copied
 
 
 def write_parameter(model: PreTrainedModel, names: Sequence[str], value: torch.Tensor) -> None:
