@@ -16,7 +16,7 @@ from reference import REFERENCE
 WITH_WARMUP = """
 import importlib.util, sys
 from pathlib import Path
-name = "optimum.streamline.recipe.recipe"
+name = "optimum.streamline.recipe.healing"
 spec = importlib.util.find_spec(name)
 lines = Path(spec.origin).read_text(encoding="utf-8").splitlines()
 option = '    warmup: Annotated[int, Option("Updates until the peak.", key="heal_warmup"), Ge(0)] = 7'

@@ -20,7 +20,8 @@ def adapters(
 ) -> Iterator[list[nn.Parameter]]:
     """Add LoRA adapters (arXiv 2106.09685) inside the `with` block, and merge them into the weights at its end.
 
-    Every linear module but the output head becomes W + 2 B A, and so does each expert where peft knows the stacked weights.
+    Every linear module but the output head becomes W + 2 B A, and so does each expert in stacked weights, if peft knows
+    them.
 
     Args:
         model: The model; it has plain weights again after the block.
