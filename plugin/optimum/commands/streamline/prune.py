@@ -28,7 +28,7 @@ class PruneCommand(Command):
         add_output_flags(parser)
         add_plan_flags(parser)
         groups = ("pruning", "healing", "calibration", "quantization")
-        add_options(parser, *groups, "length", "dtype", "device", "max_memory", "seed")
+        add_options(parser, *groups, "length", "dtype", "compute_dtype", "device", "max_memory", "seed")
 
     @staticmethod
     def execute(args: Namespace, console: Console) -> int:

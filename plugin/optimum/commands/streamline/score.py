@@ -29,7 +29,7 @@ class ScoreCommand(Command):
         add_model_flags(parser)
         parser.add_argument("output", type=Path, nargs="?", help="Folder for scores.json and the plot.")
         add_overwrite_flag(parser)
-        add_options(parser, "calibration", "length", "device", "max_memory", "seed")
+        add_options(parser, "calibration", "length", "compute_dtype", "device", "max_memory", "seed")
 
     @staticmethod
     def execute(args: Namespace, console: Console) -> int:

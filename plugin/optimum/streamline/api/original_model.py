@@ -108,6 +108,10 @@ class Original:
         Raises:
             StreamlineError: naming the field, the value and what would be right.
         """
+        if recipe.compute_dtype != "fp32":
+            raise StreamlineError(
+                f"compute-dtype {recipe.compute_dtype!r}: the steps compute in fp32; use `optimum-cli streamline`"
+            )
         if recipe.max_memory is not None:
             raise StreamlineError(
                 f"max-memory {recipe.max_memory!r}: the steps keep the weights in memory; use `optimum-cli streamline`"

@@ -61,10 +61,11 @@ def stays_on_disk(source: ModelSource, recipe: Recipe, config: PreTrainedConfig,
     elif process_count() > 1:  # each would read the weights, and find another amount of free memory
         needs_memory = "shares its work among processes"
     tensors, quantized = list(find_weights(source.folder).tensors()), quantization_name(config) is not None
-    weights = sum(each.bytes if quantized else math.prod(each.shape) * torch.float32.itemsize for each in tensors)
+    itemsize = computing_dtype(source, recipe).itemsize
+    weights = sum(each.bytes if quantized else math.prod(each.shape) * itemsize for each in tensors)
     needed = math.ceil(IN_MEMORY * weights)
     free = free_memory() if limit is None else limit - taken_memory()
-    if recipe.device != "cpu":
+    if recipe.device != "cpu" and torch.cuda.is_available():
         free = min(free, torch.cuda.mem_get_info()[0])
     if needed <= free:
         return False
@@ -75,6 +76,11 @@ def stays_on_disk(source: ModelSource, recipe: Recipe, config: PreTrainedConfig,
             "come, with heal none or local, on device cpu"
         )
     return not needs_memory
+
+
+def computing_dtype(source: ModelSource, recipe: Recipe) -> torch.dtype:
+    """The type in which an original with float weights is loaded: fp32, or with `compute_dtype: stored` its own."""
+    return torch.float32 if recipe.compute_dtype == "fp32" else only_dtype(source)
 
 
 def why_in_memory(recipe: Recipe, config: PreTrainedConfig) -> str:
@@ -126,12 +132,13 @@ def why_on_disk() -> str:
     return ON_DISK if sharding() is None else SHARED
 
 
-def load_on_disk(source: ModelSource, folder: Path) -> PreTrainedModel:
-    """Load a model whose weights stay on disk: each module reads its own in fp32 just before it runs, on the CPU.
+def load_on_disk(source: ModelSource, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a model whose weights stay on disk: each module reads its own just before it runs, on the CPU.
 
     Args:
         source: The model.
         folder: A folder for weights that are converted or changed. It must exist as long as the model.
+        dtype: The type in which weights are read, `computing_dtype`.
 
     Raises:
         StreamlineError: a weight is missing, truncated, not finite or of the wrong shape.
@@ -139,6 +146,7 @@ def load_on_disk(source: ModelSource, folder: Path) -> PreTrainedModel:
     give_back_freed_tensors()
     # Each weight is read once on the way. In its own type it takes no more memory than on disk.
     model = load_stock(source, only_dtype(source), "cpu", folder)
-    read_in_fp32(model)
+    if dtype == torch.float32:
+        read_in_fp32(model)
     read_only_used_embeddings(model)
     return model

@@ -30,6 +30,7 @@ from optimum.streamline.scoring.similarity import Scores
 from optimum.streamline.text.prompts import Prompts
 from optimum.streamline.text.windows import Windows
 
+from .larger_than_memory import computing_dtype
 from .preflight import refuse_unpacking
 
 
@@ -80,7 +81,8 @@ def quantizes_first(recipe: Recipe) -> bool:
 def load_original(source: ModelSource, recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
     """Load the original into memory for pruning, and quantize it if the recipe quantizes first.
 
-    Float weights of any stored type are loaded in fp32, because scores are differences of nearly equal numbers.
+    Float weights of any stored type are loaded in fp32, because scores are differences of nearly equal numbers, unless
+    the recipe asks for their own type.
 
     Raises:
         StreamlineError: the weights cannot be read, or they are quantized and could not be saved in their format again.
@@ -88,7 +90,7 @@ def load_original(source: ModelSource, recipe: Recipe, config: PreTrainedConfig)
     if quantizes_first(recipe):
         in_float = check_quantizable(config, recipe.quantization.quantizer, recipe.excluded)
         return load_quantizing(source, recipe.quantization.quantizer, in_float, recipe.device)
-    model = load_stock(source, torch.float32, recipe.device)
+    model = load_stock(source, computing_dtype(source, recipe), recipe.device)
     refuse_unpacking(model)
     return model
 

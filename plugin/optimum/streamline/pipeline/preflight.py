@@ -67,7 +67,12 @@ def check_quantization(recipe: Recipe, config: PreTrainedConfig) -> None:
         _check_graph_quantization(recipe)
         select_modules(linear_modules_of(meta_model(float_config(config))), recipe.excluded)
     if name is not None or recipe.quantize_first:
-        _check_removal_alone(recipe, config, name or quantizer)
+        _check_removal_alone(
+            recipe,
+            config,
+            f"needs float weights, and here they are quantized ({name or quantizer})",
+            "prune the float model, then quantize it (steps 'prune,quantize')",
+        )
     if quantizer in QUANTIZERS and recipe.resolved_replacement in get_args(BareKind):
         raise StreamlineError(
             f"replacement {recipe.resolved_replacement!r}: makes bare layers, which quantize "
@@ -117,10 +122,15 @@ def _check_graph_quantization(recipe: Recipe) -> None:
         )
 
 
-def _check_removal_alone(recipe: Recipe, config: PreTrainedConfig, quantization: str) -> None:
-    """Refuse everything but the removal of layers, whole or packed: the rest needs float weights."""
-    instead = "prune the float model, then quantize it (steps 'prune,quantize')"
-    refused = f"needs float weights, and here they are quantized ({quantization})"
+def _check_removal_alone(recipe: Recipe, config: PreTrainedConfig, refused: str, instead: str) -> None:
+    """Refuse everything but the removal of layers, whole or packed: the rest computes weights.
+
+    Args:
+        recipe: The recipe.
+        config: The original's config.
+        refused: What anything else needs and does not have, for the message.
+        instead: What to do instead.
+    """
     if refusal := METHODS[recipe.resolved_method].quantized_refusal(recipe, config):
         able = [name for name, each in METHODS.items() if not each.quantized_refusal(recipe, config)]
         raise StreamlineError(
@@ -145,6 +155,9 @@ def check_recipe(source: ModelSource, recipe: Recipe) -> None:
         result_dtype(source, recipe)  # refuses a type that a checkpoint cannot store
     method_of(recipe, config)
     check_quantization(recipe, config)
+    if recipe.compute_dtype != "fp32":
+        asked = f"needs fp32, and compute-dtype is {recipe.compute_dtype!r}"
+        _check_removal_alone(recipe, config, asked, "leave compute-dtype out")
     check_healing(recipe)
     check_heal_windows(recipe, config.num_hidden_layers)
     check_heal_cache(recipe, config.vocab_size)

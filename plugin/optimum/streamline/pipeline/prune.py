@@ -50,7 +50,7 @@ from optimum.streamline.text.replaced_tokens import versions_of
 from optimum.streamline.text.windows import Windows, seen_text
 
 from .healing_memory import warning
-from .larger_than_memory import load_on_disk, stays_on_disk, why_in_memory, why_on_disk
+from .larger_than_memory import computing_dtype, load_on_disk, stays_on_disk, why_in_memory, why_on_disk
 from .planning import Prepared, choose_plans, load_original, named_plan, quantizes_first
 from .preflight import check_recipe, checked_config, result_dtype
 from .texts import calibration_text, inputs_of, text_of_choice, text_of_healing
@@ -81,9 +81,9 @@ def score(source: ModelSource, recipe: Recipe, notify: Notify) -> tuple[Scores, 
         name = quantization_name(config)
         if stays_on_disk(source, recipe, config, f"scores quantized weights ({name})" if name else ""):
             notify(why_on_disk())
-            model = load_on_disk(source, Path(scratch))
+            model = load_on_disk(source, Path(scratch), computing_dtype(source, recipe))
         else:
-            model = load_stock(source, torch.float32, recipe.device)
+            model = load_stock(source, computing_dtype(source, recipe), recipe.device)
         return measure_scores(model, windows), windows
 
 
@@ -130,7 +130,7 @@ def prepare(source: ModelSource, recipe: Recipe, notify: Notify, scored: Score |
     if stays:
         on_disk = TemporaryDirectory(prefix="streamline-")
         notify(why_on_disk())
-        model = load_on_disk(source, Path(on_disk.name))
+        model = load_on_disk(source, Path(on_disk.name), computing_dtype(source, recipe))
     else:
         model = load_original(source, recipe, config)
     loaded = time.monotonic()

@@ -29,10 +29,13 @@ _PAPERS_HEALING = {"auto": "distill", "layerchop": "lm", "come-sp": "distill", "
 Replacement = Literal["none", "layer", "mlp", "ffn", "swiglu", "linear", "corrected"]
 Pattern = Literal["max-gap", "input", "output", "middle", "both"]
 Dtype = Literal["fp32", "fp16", "bf16"]
+ComputeDtype = Literal["fp32", "stored"]
 Device = Literal["cpu", "cuda"]
 Format = Literal["none", "onnx"]
 Steps = Literal["prune,quantize", "quantize,prune"]
 Judge = Literal["bound", "point"]
+# Options that 0.1.0 did not have. With their defaults a recipe has the fingerprint that it had then.
+_YOUNGER = ("heal_micro_batch", "heal_dtype", "heal_optimizer", "heal_original", "lora_base", "compute_dtype")
 # The replacement in the paper of each method. The papers of the other methods have none.
 _PAPERS_REPLACEMENT: dict[str, Replacement] = {"llm-streamline": "layer"}
 # The default method for each replacement. Trained replacements get `llm-streamline`, whose paper proposes them. Linear
@@ -205,6 +208,14 @@ class Recipe(CheckedOptions):
             default="the original's for a checkpoint, fp32 for an export and for `validate`",
         ),
     ] = None
+    compute_dtype: Annotated[
+        ComputeDtype,
+        Option(
+            "Number type in which the original computes while its layers are scored and chosen: fp32, or the one in "
+            "which its weights are stored, which takes less memory. stored is for removing layers only. Sums over "
+            "windows are in fp64 in any case."
+        ),
+    ] = "fp32"
     device: Annotated[Device, Option("Device on which the model runs.")] = "cpu"
     max_memory: Annotated[
         int | str | None,
@@ -334,13 +345,7 @@ class Recipe(CheckedOptions):
             fields["heal_batch"] = self.healing.batch or 4
         for key in ("max_memory", "gradient_checkpointing"):  # they give the same result
             del fields[key]
-        for key in (
-            "heal_micro_batch",
-            "heal_dtype",
-            "heal_optimizer",
-            "heal_original",
-            "lora_base",
-        ):  # younger than 0.1.0
+        for key in _YOUNGER:
             if fields[key] == OPTIONS[key].default:
                 del fields[key]
         del fields["heal_replace"]
