@@ -37,6 +37,7 @@ TEXT = "stdlib:calibration"
 # One window is held out; three updates are enough, because the first one makes the moments.
 FEW_UPDATES: dict[str, Any] = {"layers": "3,5", "length": 256, "heal_tokens": 256 * 7, "heal_epochs": 1}
 USUAL: dict[str, Any] = {"method": "shortgpt", "remove": "25%", "length": 2048}
+NF4 = {"lora_base": "nf4", "heal_original": "nf4"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "adamw": {"heal": "distill"},
     "adamw-8bit": {"heal": "distill", "heal_optimizer": "adamw-8bit"},
@@ -49,7 +50,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": True,
         "heal_micro_batch": 1,
     },
+    "original in nf4": {"heal": "distill", "heal_original": "nf4"},
     "lora": {"heal": "distill", "lora": True},
+    "lora on nf4": {"heal": "distill", "lora": True, **NF4, "heal_micro_batch": 1, "max_memory": "3GB"},
     "local": {"heal": "local", "max_memory": "2GB"},
 }
 # The windows of the other rows are short. In this row activations take half, and not all logits are computed at once.

@@ -37,7 +37,7 @@ def pruned(source: Path, out: Path, **fields: Any) -> tuple[dict[str, torch.Tens
     return load_file(out / "model.safetensors"), json.loads((out / "streamline.json").read_text())
 
 
-@pytest.mark.parametrize("method", ["shortgpt", "sleb", "shifted"])
+@pytest.mark.parametrize("method", ["shortgpt", "sleb"])
 def test_layers_are_chosen_in_the_stored_type(
     source: Path, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
