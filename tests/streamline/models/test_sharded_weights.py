@@ -155,6 +155,15 @@ def test_two_processes_that_share_the_weights_train_as_one(
         assert float((value - weights[1][name]).norm()) <= 10 * tolerance * float(weights[1][name].norm()), name
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_that_share_the_weights_train_as_a_cpu(words: list[str], alone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, _, err = run("-m optimum.commands.optimum_cli", *words, "--device", "cuda", out)
+    assert (code, err) == (0, "")
+    assert healing(out)["best"] == pytest.approx(healing(alone)["best"], rel=0.02)
+
+
 @pytest.mark.slow
 def test_processes_that_share_the_weights_go_on_after_a_kill(words: list[str], tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "killed" / "out"

@@ -51,3 +51,17 @@ def test_a_trained_model_takes_less_memory_and_computes_nearly_the_same(
     ]
     taken = sum(each.numel() * each.element_size() for each in matrices[1])
     assert taken <= bytes_each * sum(each.numel() for each in matrices[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_a_copy_of_weights_on_disk_computes_on_a_gpu(form: str, tmp_path: Path) -> None:
+    on_disk = load_on_disk(ModelSource(str(REFERENCE)), tmp_path)
+    ids = token_ids(4, 64) % on_disk.config.vocab_size
+    copied = compact_copy(on_disk, form, "cuda")
+    assert {each.device.type for each in copied.parameters()} == {"cuda"}
+    with torch.no_grad():
+        expected = on_disk(ids, use_cache=False).logits.log_softmax(-1)
+        found = copied(ids.cuda(), use_cache=False).logits.float().cpu().log_softmax(-1)
+    divergence = torch.nn.functional.kl_div(found, expected, log_target=True, reduction="none").sum(-1).mean()
+    assert 0 < float(divergence) < 0.25
