@@ -65,7 +65,7 @@ def test_auto_is_level_with_the_best_healed_method_or_better(model: str, removed
 
 
 @pytest.mark.parametrize(("model", "removed"), SHARES)
-def test_auto_is_level_with_the_best_method_before_healing_or_better(model: str, removed: int) -> None:
+def test_auto_is_level_with_the_best_packed_method_before_healing(model: str, removed: int) -> None:
     before = ratios("unhealed", model, removed)
     auto, best = before["auto"], before["shifted + corrected"]
     assert auto[0] <= best[2]

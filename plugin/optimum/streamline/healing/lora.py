@@ -24,9 +24,9 @@ def adapters(
     them.
 
     Args:
-        model: The model; it has plain weights again after the block.
-        onto: If `model` is a compact copy, the model that it was made from, into whose weights the adapters are merged.
-            So the rounding of the copy does not stay (QLoRA, arXiv 2305.14314, merges into the rounded weights).
+        model: The model. Without `onto` it has plain weights again after the block.
+        onto: If `model` is a compact copy (QLoRA, arXiv 2305.14314), the model that it was made from. The adapters are
+            merged into its weights. What they learned to undo the rounding of the copy is then a small error.
         rank: The rank of B A.
         seed: The seed of the random initial A. The initial B is zero.
 

@@ -20,7 +20,7 @@ from optimum.streamline.models.architectures import architecture_of, decoder_lay
 from optimum.streamline.models.sharded_weights import sharded_copy, write_back
 from optimum.streamline.models.skipped_sublayers import skipped_sublayers_dropped
 from optimum.streamline.quantization.compact_copy import compact_copy
-from optimum.streamline.system.distributed import Sharding, sharding
+from optimum.streamline.system.distributed import sharding
 from optimum.streamline.text.windows import Windows
 
 from .lora import adapters
@@ -97,7 +97,8 @@ def train_model(
         workspace: See `trainer.train`.
         stop_at: See `trainer.train`.
         versions: See `trainer.train`.
-        device: The device of a compact copy under adapters, `cpu` or `cuda`.
+        device: The device of a copy that is trained in place of the model, `cpu` or `cuda`: of shared weights, or a
+            compact one under adapters.
 
     Returns:
         The log of the training.
@@ -111,7 +112,7 @@ def train_model(
         stack.enter_context(_gradients_as_before(model))
         shards = sharding() if part is None else None
         if shards is not None:
-            model = stack.enter_context(_sharded(model, shards))
+            model = stack.enter_context(_sharded(model, settings, device, shards.frees_layers))
         if settings.gradient_checkpointing or (shards is not None and shards.checkpoints):
             stack.enter_context(_layers_computed_again(model))
         model.requires_grad_(False)
@@ -139,9 +140,11 @@ def train_model(
 
 
 @contextmanager
-def _sharded(model: PreTrainedModel, settings: Sharding) -> Iterator[PreTrainedModel]:
+def _sharded(
+    model: PreTrainedModel, settings: HealSettings, device: str, frees_layers: bool
+) -> Iterator[PreTrainedModel]:
     """A copy of a model whose weights the processes share; after the `with` block `model` has its weights."""
-    shared = sharded_copy(model, settings)
+    shared = sharded_copy(model, device, settings.torch_dtype, frees_layers)
     yield shared
     write_back(shared, model)
 

@@ -60,7 +60,8 @@ class TrainedWeights(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """The loss of a batch."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._dtype == "bf16"):
+        # Shared weights are gathered in bf16 then. Autocast would keep a copy of each until the end of the pass.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._dtype == "bf16" and not self.shared):
             return self._loss(ids)
 
     def keep(self, step: int) -> None:
@@ -278,7 +279,8 @@ class TrainingProgress(TrainerCallback):
         Raises:
             NotFiniteError: it is not finite. All processes raise it together.
         """
-        processes, at_once = process_count(), self.settings.micro_batch or self.settings.batch
+        processes = process_count()
+        at_once = self.settings.micro_batch or max(1, self.settings.batch // processes)
         total = torch.zeros((), dtype=torch.float64, device=self.trained.device)
         for rows in self._held_out.split(at_once * processes):
             own = rows[process_rank() :: processes]

@@ -220,6 +220,14 @@ def leave_on_disk(model: PreTrainedModel, layer: nn.Module) -> None:
             add_hook_to_module(part, AlignDevicesHook(device, offload=True, weights_map=own_weights))
 
 
+def forget_disk(module: nn.Module) -> None:
+    """Stop reading weights from disk, in place, because all of the module's weights are in memory now."""
+    for part in module.modules():
+        if (hook := _hook_of(part)) is not None:
+            hook.offload = False  # so that it puts nothing back
+    remove_hook_from_module(module, recurse=True)
+
+
 def copy_in_memory(module: nn.Module, shared: Iterable[object] = ()) -> nn.Module:
     """A copy of a module with its weights in memory, also if those of the module are on disk.
 

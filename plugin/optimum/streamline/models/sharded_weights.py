@@ -12,28 +12,29 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from optimum.streamline.system.distributed import Sharding, is_main, process_count
+from optimum.streamline.system.distributed import is_main, process_count
 
 from .architectures import architecture_of, decoder_layers
 from .offloaded_weights import copy_in_memory, copy_sharing_disk, write_parameter
 
 
-def sharded_copy(model: PreTrainedModel, sharding: Sharding) -> PreTrainedModel:
+def sharded_copy(model: PreTrainedModel, device: str, dtype: torch.dtype, frees_layers: bool = True) -> PreTrainedModel:
     """A copy of a model of whose tensors this process holds a part. All processes must call this, and run the copy.
 
     Each decoder layer is whole only while it runs. Embeddings, last norm and head are whole while the model runs.
 
     Args:
         model: The model, with its weights on disk; it is unchanged.
-        sharding: accelerate's settings.
+        device: Where the parts are, `cpu` or `cuda`. They are in fp32.
+        dtype: The type of the whole tensors, in which the copy computes. Gradients are summed in fp32.
+        frees_layers: Whether a layer is freed after its forward pass. If not, it stays whole until its backward pass.
     """
-    options: dict[str, Any] = {"mesh": _mesh(sharding.device), "reshard_after_forward": sharding.frees_layers}
-    if sharding.offloads:
-        options["offload_policy"] = CPUOffloadPolicy()
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    options: dict[str, Any] = {"mesh": _mesh(device), "reshard_after_forward": frees_layers, "mp_policy": precision}
     copied = copy_sharing_disk(model)
     layers = decoder_layers(copied, architecture_of(copied.config))
     for number, layer in enumerate(layers):

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from optimum.streamline.checkpoints.loading import load_stock, only_dtype
+from optimum.streamline.checkpoints.loading import check_device, load_stock, only_dtype
 from optimum.streamline.checkpoints.model_in_memory import ModelInMemory
 from optimum.streamline.editing.plan import TRAINED
 from optimum.streamline.errors import StreamlineError
+from optimum.streamline.methods.auto import makes_trials
 from optimum.streamline.methods.registry import METHODS
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.model_files.weight_files import find_weights
@@ -31,10 +32,15 @@ ON_DISK = "the weights do not fit into memory in fp32: they stay on disk, and ea
 """What the user is told if one process runs out of memory."""
 SHARED = "the processes share the weights: they stay on disk until each process takes its part of every tensor"
 """What the user is told if processes share the weights in training."""
+COPIES = "the weights stay on disk, and each is read when it is needed: the training holds copies in fewer bits only"
+"""What the user is told if adapters are trained on a compact copy."""
 
 
 def stays_on_disk(source: ModelSource, recipe: Recipe, config: PreTrainedConfig, needs_memory: str = "") -> bool:
-    """Whether the weights of the original stay on disk: in fp32 they do not fit into memory, or processes share them.
+    """Whether the weights of the original stay on disk.
+
+    They do if they do not fit into memory in fp32, if processes share them in training, and if only copies of them are
+    needed in memory.
 
     Args:
         source: The original.
@@ -48,15 +54,20 @@ def stays_on_disk(source: ModelSource, recipe: Recipe, config: PreTrainedConfig,
     """
     limit = memory_limit(recipe.max_memory)
     if sharding() is not None:
+        check_device(recipe.device)
         if needs_memory:
             raise StreamlineError(
                 f"ACCELERATE_USE_FSDP 'true': the recipe {needs_memory}, for which each process must hold all weights; "
-                "launch without it, or take a method such as shortgpt or come with heal lm or distill"
+                "launch without it, or share the weights in one training of all of them: heal lm or distill, with a "
+                "method such as shortgpt or come"
             )
         return True
     if isinstance(source, ModelInMemory):
         return False
-    if recipe.device != "cpu" and not _trains_adapters_on_copies(recipe):
+    if _trains_adapters_on_copies(recipe) and not needs_memory and process_count() == 1:
+        check_device(recipe.device)
+        return True
+    if recipe.device != "cpu":
         needs_memory = f"computes on {recipe.device}"
     elif process_count() > 1:  # each would read the weights, and find another amount of free memory
         needs_memory = "shares its work among processes"
@@ -65,8 +76,6 @@ def stays_on_disk(source: ModelSource, recipe: Recipe, config: PreTrainedConfig,
     weights = sum(each.bytes if quantized else math.prod(each.shape) * itemsize for each in tensors)
     needed = math.ceil(IN_MEMORY * weights)
     free = free_memory() if limit is None else limit - taken_memory()
-    if recipe.device != "cpu" and torch.cuda.is_available():
-        free = min(free, torch.cuda.mem_get_info()[0])
     if needed <= free:
         return False
     if needs_memory and limit is not None:
@@ -103,12 +112,16 @@ def why_in_memory(recipe: Recipe, config: PreTrainedConfig) -> str:
     if set(recipe.resolved_trainings) - {"local"}:
         can = _trains_adapters_on_copies(recipe) if sharding() is None else _can_share(recipe)
         return "" if can else f"trains ({_trainings(recipe)})"
+    if recipe.resolved_trainings and sharding() is not None and recipe.device != "cpu":
+        return f"trains layers on {recipe.device} (heal local)"
     return ""
 
 
 def _can_share(recipe: Recipe) -> bool:
     """Whether processes can share the weights that a recipe trains: in one training of the model, after the edit."""
-    return _trains_once(recipe) and not recipe.healing.lora and recipe.healing.cache in (None, "none")
+    healing = recipe.healing
+    kept = healing.original == "fp32" and healing.cache in (None, "none")
+    return _trains_once(recipe) and not healing.lora and kept and not makes_trials(recipe)
 
 
 def _trains_adapters_on_copies(recipe: Recipe) -> bool:
@@ -123,13 +136,19 @@ def _trains_once(recipe: Recipe) -> bool:
 
 
 def _trainings(recipe: Recipe) -> str:
-    lora, cache = recipe.healing.lora, recipe.healing.cache
-    return f"heal {'+'.join(recipe.resolved_trainings)}{', lora' * lora}{f', heal-cache {cache}' * bool(cache)}"
+    healing = recipe.healing
+    words = [f"heal {'+'.join(recipe.resolved_trainings)}", *["lora"] * healing.lora]
+    words += [f"heal-cache {healing.cache}"] * (healing.cache is not None)
+    words += [f"heal-original {healing.original}"] * (healing.original != "fp32")
+    words += [f"method {recipe.resolved_method}"] * makes_trials(recipe)
+    return ", ".join(words)
 
 
-def why_on_disk() -> str:
+def why_on_disk(recipe: Recipe) -> str:
     """A line for the user on why the weights stay on disk."""
-    return ON_DISK if sharding() is None else SHARED
+    if sharding() is not None:
+        return SHARED
+    return COPIES if _trains_adapters_on_copies(recipe) else ON_DISK
 
 
 def load_on_disk(source: ModelSource, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -20,6 +20,7 @@ from optimum.streamline.editing.apply import Change, EditInputs, build_replaceme
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.healing.output_cache import OutputCache, output_cache
 from optimum.streamline.healing.self_text import sample_text, self_text_folder
+from optimum.streamline.healing.settings import needs_original
 from optimum.streamline.healing.stages import Healer, HealingResult
 from optimum.streamline.healing.training_checkpoints import (
     healing_workspace,
@@ -80,7 +81,7 @@ def score(source: ModelSource, recipe: Recipe, notify: Notify) -> tuple[Scores, 
     with TemporaryDirectory(prefix="streamline-") as scratch:
         name = quantization_name(config)
         if stays_on_disk(source, recipe, config, f"scores quantized weights ({name})" if name else ""):
-            notify(why_on_disk())
+            notify(why_on_disk(recipe))
             model = load_on_disk(source, Path(scratch), computing_dtype(source, recipe))
         else:
             model = load_stock(source, computing_dtype(source, recipe), recipe.device)
@@ -129,7 +130,7 @@ def prepare(source: ModelSource, recipe: Recipe, notify: Notify, scored: Score |
     on_disk = None
     if stays:
         on_disk = TemporaryDirectory(prefix="streamline-")
-        notify(why_on_disk())
+        notify(why_on_disk(recipe))
         model = load_on_disk(source, Path(on_disk.name), computing_dtype(source, recipe))
     else:
         model = load_original(source, recipe, config)
@@ -279,7 +280,7 @@ def change(prepared: Prepared, notify: Notify, workspace: Path | None = None) ->
                 notify(f"continuing from the training checkpoints in {workspace}")
     start = time.monotonic()
     with _output_cache(prepared, workspace) as cache:
-        original = _original_apart(prepared)
+        original = _original_apart(prepared, cache)
         versions = _versions(prepared, workspace, original)
         prepared.plan = _best_after_trials(prepared, notify, workspace, cache, versions)
         changed, healed = _edit_and_heal(prepared, notify, workspace, cache, versions, original)
@@ -306,15 +307,20 @@ def _output_cache(prepared: Prepared, workspace: Path | None) -> AbstractContext
     return output_cache(prepared.recipe, prepared.heal_text, prepared.model.config, workspace, trials)
 
 
-def _original_apart(prepared: Prepared) -> PreTrainedModel | None:
+def _original_apart(prepared: Prepared, cache: OutputCache | None) -> PreTrainedModel | None:
     """The original for distillation, if it is kept in another way than the model that is edited: shared, or compact."""
-    recipe, settings = prepared.recipe, sharding()
+    recipe = prepared.recipe
     if "distill" not in recipe.resolved_trainings:
         return None
-    if settings is not None:
-        return sharded_copy(prepared.model.eval(), settings).requires_grad_(False)
-    if recipe.healing.original != "fp32":
-        return compact_copy(prepared.model, recipe.healing.original, recipe.device)
+    if sharding() is not None:
+        dtype = torch.bfloat16 if recipe.healing.dtype == "bf16" else torch.float32
+        return sharded_copy(prepared.model.eval(), recipe.device, dtype).requires_grad_(False)
+    if recipe.healing.original == "fp32":
+        return None
+    original = compact_copy(prepared.model, recipe.healing.original, recipe.device)
+    if cache is None or needs_original(recipe, cached=True):
+        return original
+    cache.complete(original)
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import cast
 
 import torch
@@ -12,54 +13,58 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum.streamline.errors import require_extra
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
-from optimum.streamline.models.offloaded_weights import copy_in_memory, weights_on_disk
+from optimum.streamline.models.offloaded_weights import copy_in_memory, forget_disk, read_parameter, weights_on_disk
 from optimum.streamline.models.quantized_weights import disable_cpu_kernel
+
+OUTLIERS = 6.0
+"""Inputs of at least this size are multiplied in fp16 (LLM.int8, arXiv 2208.07339, section 3.2)."""
 
 
 def compact_copy(model: PreTrainedModel, form: str, device: str) -> PreTrainedModel:
-    """A copy of a model that computes in bf16. Besides the copy, one layer of the model is in memory at a time.
+    """A copy of a model that computes in bf16, but for the products of `int8`. It has no gradients of its own.
 
     Weights that are not in linear modules of the decoder layers are in bf16: embeddings, norms, biases, the output head
-    and the stacked weights of experts.
+    and the stacked weights of experts. Besides the copy, one tensor, or a layer twice, is in memory in fp32.
 
     Args:
         model: The model, in memory or with its weights on disk; it is unchanged.
-        form: The weights of linear modules: `bf16`, or by bitsandbytes `int8`, or `nf4` for 4-bit NormalFloat.
+        form: The weights of linear modules: `bf16`, or by bitsandbytes `int8`, with products of 8-bit integers but for
+            outliers (LLM.int8, arXiv 2208.07339), or `nf4`, 4-bit NormalFloat (arXiv 2305.14314).
         device: `cpu` or `cuda`.
 
     Raises:
         StreamlineError: bitsandbytes is not installed, and the form needs it.
     """
     layers = list(decoder_layers(model, architecture_of(model.config)))
-    whole = [each for layer in layers for each in layer.modules()]
-    rest = copy.deepcopy(model, {id(each): each for each in (*whole, *weights_on_disk(model))})
-    compact = [_compact(copy_in_memory(layer), form, device) for layer in layers]
-    own = decoder_layers(rest, architecture_of(model.config))
-    for number, layer in enumerate(compact):
-        own[number] = layer
-    copied = cast(PreTrainedModel, copy_in_memory(rest, [each for layer in compact for each in layer.modules()]))
-    _cast(copied)
+    outside = {id(each) for each in model.parameters()} - {id(each) for part in layers for each in part.parameters()}
+    shared = [*weights_on_disk(model), *(module for layer in layers for module in layer.modules())]
+    shared += [each for each in model.parameters() if id(each) in outside]
+    copied = copy.deepcopy(model, {id(each): each for each in shared})
+    own = decoder_layers(copied, architecture_of(model.config))
+    for number, layer in enumerate(layers):
+        own[number] = _compact(copy_in_memory(layer), form, device)
+    for name, parameter in model.named_parameters():
+        if id(parameter) in outside:
+            path, _, last = name.rpartition(".")
+            value = read_parameter(model, name).to(device, torch.bfloat16)
+            setattr(copied.get_submodule(path), last, nn.Parameter(value, requires_grad=False))
+    forget_disk(copied)
     copied.tie_weights()
+    nn.Module.to(copied, device)  # the buffers; the method of transformers refuses modules of bitsandbytes
     disable_cpu_kernel(copied)  # it cannot compute every size, and rounds more
-    nn.Module.to(copied, device)  # that of transformers refuses modules of bitsandbytes
     copied.requires_grad_(False).eval()
     return copied
 
 
 def _compact(layer: nn.Module, form: str, device: str) -> nn.Module:
-    _cast(layer)
+    for parameter in layer.parameters():  # not buffers: the frequencies of rotary embeddings would lose too much
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.bfloat16)
     if form != "bf16":
         for name, module in list(layer.named_modules()):
             if isinstance(module, (nn.Linear, Conv1D)):
                 layer.set_submodule(name, _quantized(module, form))
     return layer.to(device)  # where bitsandbytes quantizes
-
-
-def _cast(module: nn.Module) -> None:
-    """Cast parameters to bf16, but not buffers: the frequencies of rotary embeddings would lose too much."""
-    for parameter in module.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _quantized(module: nn.Linear | Conv1D, form: str) -> nn.Module:
@@ -71,7 +76,8 @@ def _quantized(module: nn.Linear | Conv1D, form: str) -> nn.Module:
         made = bnb.Linear4bit(inputs, outputs, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
         made.weight = bnb.Params4bit(weight, requires_grad=False, quant_type="nf4")
     else:
-        made = bnb.Linear8bitLt(inputs, outputs, bias=False, has_fp16_weights=False)
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns at each product
+        made = bnb.Linear8bitLt(inputs, outputs, bias=False, has_fp16_weights=False, threshold=OUTLIERS)
         made.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     made.bias = module.bias
     return cast(nn.Module, made)

@@ -187,8 +187,8 @@ class Healing(CheckedOptions):
         Form,
         Option(
             "How the weights that lora does not train are kept meanwhile: in fp32, or as a copy in bf16, or with the "
-            "matrices of the layers in 8 bits (int8) or 4 bits (nf4), by bitsandbytes. The adapters are added to the "
-            "weights as they were."
+            "matrices of the layers in 8 bits (int8) or 4 bits (nf4), by bitsandbytes. The weights themselves stay on "
+            "disk then, and the adapters are added to them."
         ),
     ] = "fp32"
     lora_rank: Annotated[int, Option("Rank of the low-rank adapters."), Gt(0), Le(HUGE)] = 16

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from importlib.metadata import version as version_of
 from typing import Any, TypeVar
 
 from optimum.streamline.errors import StreamlineError
@@ -29,6 +30,8 @@ _ONLY = {
     ),
 }
 _SHARDS = "ACCELERATE_USE_FSDP"
+# The first version of transformers whose Trainer leaves shared weights to torch.
+_TRANSFORMERS = (5, 19)
 
 
 @dataclass(frozen=True)
@@ -36,15 +39,11 @@ class Sharding:
     """How the weights of a model in training are shared among the processes, by accelerate's settings for FSDP2.
 
     Args:
-        device: Where the weights are, `cpu` or `cuda`.
         frees_layers: Whether each layer is freed after its forward pass, and gathered again for the backward pass.
-        offloads: Whether parts that are not in use are in the memory of the CPU.
         checkpoints: Whether layers are computed again for the gradient.
     """
 
-    device: str
     frees_layers: bool
-    offloads: bool
     checkpoints: bool
 
 
@@ -82,36 +81,52 @@ def join_processes(device: str) -> None:
         value = os.environ.get(name, wanted)
         if value.lower() != wanted:
             raise StreamlineError(f"{name} {value!r}: must be {wanted!r}, because {why}")
-    _take_sharding(device)
+    sharding()
     if process_count() > 1:
         _partial_state()(cpu=device == "cpu")
 
 
 def sharding() -> Sharding | None:
-    """How training shares the weights among the processes; `None` if each process holds all. After `join_processes`."""
-    return _found[-1] if _found and process_count() > 1 else None
+    """How training shares the weights among the processes; `None` if each holds all.
 
+    The first call takes the setting that asks for FSDP out of the environment, because models are shared by
+    `models/sharded_weights.py`. With the setting, the Trainer would share the wrong module, and transformers would load
+    no weights in all processes but the first.
 
-def _take_sharding(device: str) -> None:
-    """Take the setting that asks for FSDP out of the environment.
-
-    The models are sharded by `models/sharded_weights.py`. With the setting, the Trainer would share the wrong module,
-    and transformers would load no weights in all processes but the first.
+    Raises:
+        StreamlineError: the settings ask for something that healing does not do.
     """
-    if os.environ.get(_SHARDS, "false").lower() != "true":
-        return
+    if process_count() == 1:
+        return None
+    if _flag(_SHARDS, False):
+        _found.append(_sharding())
+        del os.environ[_SHARDS]
+    return _found[-1] if _found else None
+
+
+def _sharding() -> Sharding:
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
+        raise StreamlineError(f"FSDP_VERSION {version!r}: must be '2'; set fsdp_version to 2 for accelerate")
+    if _flag("FSDP_OFFLOAD_PARAMS", False):
         raise StreamlineError(
-            f"FSDP_VERSION {version!r}: must be '2'; set fsdp_version 2 in accelerate's configuration"
+            "FSDP_OFFLOAD_PARAMS 'true': healing keeps its part of the weights on its device; set 'false'"
         )
-    from accelerate import FullyShardedDataParallelPlugin
-    from torch.distributed.fsdp import CPUOffloadPolicy
+    installed = version_of("transformers")
+    if tuple(map(int, installed.split(".")[:2])) < _TRANSFORMERS:
+        needed = ".".join(map(str, _TRANSFORMERS))
+        raise StreamlineError(f"{_SHARDS} 'true': needs transformers {needed} or newer; {installed} is installed")
+    return Sharding(_flag("FSDP_RESHARD_AFTER_FORWARD", True), _flag("FSDP_ACTIVATION_CHECKPOINTING", False))
 
-    found = FullyShardedDataParallelPlugin()
-    del os.environ[_SHARDS]
-    offloads = isinstance(found.cpu_offload, CPUOffloadPolicy)
-    _found.append(Sharding(device, bool(found.reshard_after_forward), offloads, found.activation_checkpointing))
+
+def _flag(name: str, default: bool) -> bool:
+    """An environment variable of a launcher that is true or false."""
+    value = os.environ.get(name, str(default)).lower()
+    if value in ("true", "1", "yes"):
+        return True
+    if value in ("false", "0", "no"):
+        return False
+    raise StreamlineError(f"{name} {os.environ[name]!r}: must be 'true' or 'false'")
 
 
 def wait_for_all() -> None:
