@@ -57,7 +57,7 @@ def test_adapters_on_a_compact_copy_change_the_weights_as_they_were_by_a_low_ran
 
 
 def test_adapters_on_a_copy_leave_the_weights_on_disk(tmp_path: Path) -> None:
-    forms = {"lora": True, "lora_base": "nf4", "heal_original": "int8", "heal_tokens": 64 * 12, "heal_epochs": 2}
+    forms = {"lora": True, "lora_base": "nf4", "heal_original": "int8", "heal_lr": 0.01}
     tiny_model(vocab_size=4096).save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(tmp_path / "model")
     source, made, said = ModelSource(str(tmp_path / "model")), [], list[str]()

@@ -70,9 +70,9 @@ for name in names:
 COMMAND = """
 import os
 from optimum.commands.optimum_cli import main
-from optimum.streamline.healing import losses
-
-losses.LOGITS = int(os.environ.get("LOGITS", losses.LOGITS))
+if "LOGITS" in os.environ:
+    from optimum.streamline.healing import losses
+    losses.LOGITS = int(os.environ["LOGITS"])
 main()
 """
 # Run the command, and write the peak memory of this process in bytes.
@@ -153,7 +153,8 @@ def test_two_processes_that_share_the_weights_train_as_one(
     out = tmp_path / "out"
     (tmp_path / "command.py").write_text(COMMAND)
     code, said, err = run(f"{tmp_path}/command.py", *words, *flags, out, **variables)
-    assert (code, err) == (0, "")
+    assert code == 0, err
+    assert not err or "LOGITS" in variables, err  # other libraries may say what they like to a script
     assert said.count("loading ") == said.count("saved ") == 1
     assert sorted(each.name for each in tmp_path.iterdir()) == ["command.py", "out"]
     ours, theirs = healing(out), healing(alone)
@@ -241,7 +242,7 @@ def test_trainings_that_cannot_share_the_weights_say_why(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(distributed, "_found", [Sharding(frees_layers=True, checkpoints=False)])
     assert why_in_memory(recipe, config) == why
-    if why:
+    if why and recipe.device == "cpu":
         with pytest.raises(
             StreamlineError, match=re.escape(f"ACCELERATE_USE_FSDP 'true': the recipe {why}, for which ")
         ):

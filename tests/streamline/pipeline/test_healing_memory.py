@@ -73,7 +73,7 @@ def test_compact_copies_are_counted() -> None:
         whole - 2 * layer,
         sum(each.numel() for each in model.model.layers[0].parameters() if each.ndim == 2),
     )
-    for form, of_matrix in (("bf16", 2), ("int8", 1), ("nf4", 0.5625)):
+    for form, of_matrix in (("bf16", 2), ("int8", 1), ("nf4", 0.52)):
         found = estimate(model, heal_original=form, heal_cache="full")
         assert found.original == round(of_matrix * LAYERS * matrices + 2 * (whole - LAYERS * matrices))
         recipe = make_recipe({**DISTIL, "heal": "lm", "lora": True, "lora_base": form})

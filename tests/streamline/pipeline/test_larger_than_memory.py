@@ -337,7 +337,7 @@ def test_layers_are_trained_one_by_one_on_disk_as_in_memory(
     ("fields", "why"),
     [
         ({"method": "come-sp", "remove": 1}, r"trains \(heal distill\)"),
-        ({"method": "auto", "remove": 1}, r"trains \(heal distill\)"),
+        ({"method": "auto", "remove": 1}, r"trains \(heal distill, method auto\)"),
         (
             {"method": "llm-streamline", "remove": 1, "replacement": "layer", "heal": "none"},
             r"puts in a new layer \(replacement layer\)",

@@ -35,7 +35,7 @@ def test_a_model_on_disk_gives_the_same_copy_as_one_in_memory(architecture: str,
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("form", "bytes_each", "error"), [("bf16", 2, 0.01), ("int8", 1, 0.05), ("nf4", 0.5625, 0.25)])
+@pytest.mark.parametrize(("form", "bytes_each", "error"), [("bf16", 2, 0.01), ("int8", 1, 0.05), ("nf4", 0.52, 0.25)])
 def test_a_trained_model_takes_less_memory_and_computes_nearly_the_same(
     form: str, bytes_each: float, error: float
 ) -> None:

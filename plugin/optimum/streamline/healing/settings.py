@@ -309,15 +309,16 @@ def model_settings(recipe: Recipe, model: PreTrainedModel, stage: str) -> HealSe
 def distillation_weights(recipe: Recipe) -> tuple[float, float]:
     """The weights of the KL divergence and of the hidden-state error in distillation (`losses.Distillation`).
 
-    By default the KL divergence has the whole weight, so the cross-entropy has none: it helps in the first pass over a
-    text, and harms in the fourth. CoMe's weight of the hidden-state error is not published; the default is this
-    program's own, for all methods (measured: `docs/methods-0.1.0.md`).
+    By default the KL divergence has the whole weight where the same tokens are read several times: from the
+    cross-entropy the model would learn them by heart (measured: `docs/methods-0.1.0.md`). Where later passes replace
+    tokens, the cross-entropy has a part (measured: `docs/methods.md`). CoMe's weight of the hidden-state error is not
+    published; the default is this program's own, for all methods.
 
     Args:
         recipe: The recipe.
     """
-    kl, hidden = recipe.healing.kl, recipe.healing.hidden
-    return 1.0 if kl is None else kl, 10.0 if hidden is None else hidden
+    hidden = recipe.healing.hidden
+    return recipe.resolved_kl, 10.0 if hidden is None else hidden
 
 
 def heal_windows(tokens: int, length: int) -> int:

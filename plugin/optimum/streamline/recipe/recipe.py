@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from optimum.streamline.quantization.quantizers import NONE, QUANTIZERS
 from optimum.streamline.system.distributed import process_count
 
-from .healing import CHOOSING_TEXT, REPLACED, Healing
+from .healing import CHOOSING_TEXT, KL_WITH_REPLACED, REPLACED, Healing
 from .options import HUGE, CheckedOptions, DefinedOption, Option, documented, groups_of, options_of
 
 # General text, as `CHOOSING_TEXT`. The splits share no article.
@@ -244,6 +244,13 @@ class Recipe(CheckedOptions):
         return REPLACED if self.healing.cache in (None, "none") else 0.0
 
     @property
+    def resolved_kl(self) -> float:
+        """The weight of the KL divergence in `distill`; next-token cross-entropy has the rest."""
+        if self.healing.kl is not None:
+            return self.healing.kl
+        return KL_WITH_REPLACED if self.resolved_replace else 1.0
+
+    @property
     def resolved_method(self) -> str:
         """The method; if it is left out, the one that follows from the layers and the replacement."""
         if self.pruning.method is not None:
@@ -350,7 +357,7 @@ class Recipe(CheckedOptions):
                 del fields[key]
         del fields["heal_replace"]
         if self.resolved_replace:
-            fields["heal_replace"] = self.resolved_replace
+            fields |= {"heal_replace": self.resolved_replace, "heal_kl": self.resolved_kl}
         if self.healing.cache in (None, "none", "full"):  # with all logits, or without any, the training is the same
             del fields["heal_cache"]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
