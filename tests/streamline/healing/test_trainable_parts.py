@@ -28,6 +28,7 @@ from optimum.streamline.healing.settings import (
     default_lora_lr,
     default_lr,
     default_model_lr,
+    distillation_weights,
     model_settings,
     replacement_settings,
     scope_of,
@@ -39,7 +40,7 @@ from optimum.streamline.methods.registry import method_of
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, decoder_layers
 from optimum.streamline.pipeline.prune import prepare, prune
-from optimum.streamline.recipe.healing import REPLACED, Healing
+from optimum.streamline.recipe.healing import KL_WITH_REPLACED, REPLACED, Healing
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.scoring.similarity import measure_scores
@@ -256,6 +257,21 @@ def test_the_share_of_replaced_tokens_follows_the_recipe(fields: dict[str, Any],
     assert model_settings(recipe, tiny_model(), recipe.resolved_trainings[0]).replaced == share
     assert replacement_settings(recipe, 64, recipe.resolved_trainings[0]).replaced == share
     assert replacement_settings(recipe, 64, "hidden-mse").replaced == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "weight"),
+    [
+        ({}, KL_WITH_REPLACED),
+        ({"heal_epochs": 1}, 1.0),
+        ({"heal_replace": 0.0}, 1.0),
+        ({"heal_cache": "full"}, 1.0),
+        ({"heal_kl": 1.0}, 1.0),
+        ({"heal_kl": 0.5, "heal_epochs": 1}, 0.5),
+    ],
+)
+def test_the_next_token_has_a_part_where_tokens_are_replaced(fields: dict[str, Any], weight: float) -> None:
+    assert distillation_weights(make_recipe({"layers": "1", "heal": "distill", **fields})) == (weight, 10.0)
 
 
 def test_the_teacher_is_left_alone() -> None:
