@@ -23,6 +23,7 @@ from console import command
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import ARCHITECTURES
+from optimum.streamline.pipeline.healing_memory import healing_memory
 from optimum.streamline.pipeline.larger_than_memory import stays_on_disk, why_in_memory
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.system import distributed
@@ -39,6 +40,7 @@ import torch
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.offloaded_weights import read_parameter
 from optimum.streamline.models.sharded_weights import own_part, sharded_copy, write_back
+from optimum.streamline.pipeline.healing_memory import healing_memory
 from optimum.streamline.pipeline.larger_than_memory import load_on_disk
 from optimum.streamline.system.distributed import is_main, join_processes
 
@@ -202,7 +204,7 @@ def test_processes_that_share_the_weights_go_on_after_a_kill(words: list[str], t
 
 
 @pytest.mark.slow
-def test_each_of_two_processes_holds_half(tmp_path: Path) -> None:
+def test_each_of_two_processes_holds_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 10, "vocab_size": 4096}
     tiny_model(**shape).save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(tmp_path / "model")
@@ -218,8 +220,13 @@ def test_each_of_two_processes_holds_half(tmp_path: Path) -> None:
         peaks[name] = [int(file.read_text()) for file in tmp_path.glob(f"{name}.peak-*")]
     program = min(peaks["none"])  # of the process that writes no file
     [one] = peaks["one"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "_found", [Sharding(frees_layers=True, checkpoints=False)])
+    fields = {"layers": "2-4", "heal": "distill", "heal_epochs": 1, "heal_tokens": 256, "length": 16}
+    estimate = healing_memory(make_recipe(fields), tiny_model(**shape).config).total
     for each in peaks["two"]:
         assert (each - program) / (one - program) < 0.6, peaks
+        assert 1 / 1.5 < (each - program) / estimate < 1.5, peaks
 
 
 @pytest.mark.parametrize(
