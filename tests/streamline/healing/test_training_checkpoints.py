@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -18,9 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from console import command, optimum_cli
+from healing_inputs import make_inputs
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing import transformers_trainer
@@ -33,7 +33,6 @@ from optimum.streamline.pipeline.prune import change, prepare
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.system.atomic_output import locked_output
 from optimum.streamline.text.windows import Windows
-from reference import REFERENCE
 from tiny import tiny_model
 
 COUNTING = Windows((torch.arange(40)[:, None] + torch.arange(24)) % 50 + 2, "counting")
@@ -213,14 +212,8 @@ def test_what_was_saved_outlives_all_but_a_training_that_came_to_nothing(
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A command that takes a while to heal, less its output."""
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny_model(vocab_size=4096).save_pretrained(folder / "model")
-    AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(folder / "model")
-    draw = random.Random(0)
-    (folder / "text.txt").write_text(" ".join(draw.choice("abcdefghij") * draw.randint(1, 4) for _ in range(8000)))
-    words = f"streamline prune -m {folder}/model --remove 2 --replacement mlp --heal hidden-mse+distill --samples 4"
-    words += f" --heal-tokens 2560 --length 32 --calibration {folder}/text.txt --heal-data {folder}/text.txt"
-    return words.split()
+    words = f"streamline prune {make_inputs(tmp_path_factory.mktemp('inputs'))} --remove 2 --replacement mlp"
+    return f"{words} --heal hidden-mse+distill --samples 4 --heal-tokens 2560 --length 32".split()
 
 
 def run(launcher: str, words: list[str], out: Path) -> subprocess.Popen[str]:

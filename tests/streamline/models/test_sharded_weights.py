@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from console import command
+from healing_inputs import make_inputs
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import ARCHITECTURES
@@ -112,14 +112,8 @@ def test_every_architecture_gives_the_same_logits_when_two_processes_share_it(tm
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A command that removes two layers and distils in two passes, less its output."""
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny_model(vocab_size=4096).save_pretrained(folder / "model")
-    AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(folder / "model")
-    draw = random.Random(0)
-    (folder / "text.txt").write_text(" ".join(draw.choice("abcdefghij") * draw.randint(1, 4) for _ in range(8000)))
-    words = f"streamline prune -m {folder}/model --layers 1,2 --heal distill --heal-epochs 2 --heal-batch 4 --samples 4"
-    words += f" --heal-tokens 1280 --length 32 --calibration {folder}/text.txt --heal-data {folder}/text.txt"
-    return words.split()
+    words = f"streamline prune {make_inputs(tmp_path_factory.mktemp('inputs'))} --layers 1,2 --heal distill"
+    return f"{words} --heal-epochs 2 --heal-batch 4 --samples 4 --heal-tokens 1280 --length 32".split()
 
 
 @pytest.fixture(scope="module")
