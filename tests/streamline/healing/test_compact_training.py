@@ -80,11 +80,12 @@ def divergence(**fields: Any) -> float:
     return float(window_divergences(original, prepared.model, ids).mean())
 
 
-def test_a_compact_original_teaches_nearly_as_well() -> None:
+@pytest.mark.parametrize("forms", [("nf4",), pytest.param(("bf16", "int8"), marks=pytest.mark.slow)])
+def test_a_compact_original_teaches_nearly_as_well(forms: tuple[str, ...]) -> None:
     usual, unhealed = divergence(), divergence(heal="none")
     assert usual < 0.85 * unhealed
-    found = {form: divergence(heal_original=form) for form in ("bf16", "int8", "nf4")}
-    assert len({usual, *found.values()}) == 4, found  # each learned from another original
+    found = {form: divergence(heal_original=form) for form in forms}
+    assert len({usual, *found.values()}) == 1 + len(forms), found  # each learned from another original
     for form, value in found.items():
         assert value == pytest.approx(usual, rel=0.1), form
 

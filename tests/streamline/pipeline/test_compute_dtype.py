@@ -23,7 +23,7 @@ from tiny import tiny_model
 TEXT: dict[str, Any] = {"calibration": "stdlib:calibration", "samples": 6, "length": 16, "compute_dtype": "stored"}
 
 
-@pytest.fixture(params=["llama", "gemma2", "gpt2"])
+@pytest.fixture(params=["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "gpt2"))])
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A checkpoint in bf16."""
     tiny_model(request.param, vocab_size=4096).to(torch.bfloat16).save_pretrained(tmp_path / "in")
