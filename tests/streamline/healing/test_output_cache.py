@@ -226,7 +226,7 @@ def test_one_cache_serves_all_trials(runs: tuple[PreTrainedModel, list[int]], tm
     found, ran = [], []
     for form in ("none", "full"):
         counts.clear()
-        recipe = make_recipe({"method": "auto", "remove": 1, "heal_batch": 2, "heal_cache": form})
+        recipe = make_recipe({"method": "auto", "remove": 1, "heal_batch": 2, "heal_cache": form, "heal_kl": 1.0})
         with output_cache(recipe, TEXT, model.config, None, trials=True) as cache:
             trials = Trials(recipe, model, TEXT.part(0, 2), TEXT, lambda _: None, tmp_path / form, cache)
             found.append(trials.best(plans))

@@ -309,10 +309,10 @@ def model_settings(recipe: Recipe, model: PreTrainedModel, stage: str) -> HealSe
 def distillation_weights(recipe: Recipe) -> tuple[float, float]:
     """The weights of the KL divergence and of the hidden-state error in distillation (`losses.Distillation`).
 
-    By default the KL divergence has the whole weight where the same tokens are read several times: from the
-    cross-entropy the model would learn them by heart (measured: `docs/methods-0.1.0.md`). Where later passes replace
-    tokens, the cross-entropy has a part (measured: `docs/methods.md`). CoMe's weight of the hidden-state error is not
-    published; the default is this program's own, for all methods.
+    By default the KL divergence has the whole weight: from the cross-entropy the model would learn a text by heart that
+    it reads several times (measured: `docs/methods-0.1.0.md`). In a long training that replaces tokens, the
+    cross-entropy has a part (measured: `docs/methods.md`). CoMe's weight of the hidden-state error is not published;
+    the default is this program's own, for all methods.
 
     Args:
         recipe: The recipe.

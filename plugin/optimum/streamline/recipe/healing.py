@@ -14,7 +14,9 @@ CHOOSING_TEXT = "hub:Salesforce/wikitext,wikitext-103-raw-v1,train"
 REPLACED = 0.2
 """The default share of tokens that later passes of `distill` replace (measured: `docs/methods.md`)."""
 KL_WITH_REPLACED = 0.7
-"""The default weight of the KL divergence if later passes of `distill` replace tokens (measured: `docs/methods.md`)."""
+"""The weight of the KL divergence in a long `distill` that replaces tokens (measured: `docs/methods.md`)."""
+MUCH = 800_000
+"""The number of tokens, over all passes, from which a training is long: the default number of tokens and passes."""
 _CACHES = r"none|full|(top|sample)-[1-9][0-9]{0,5}"
 _TRAININGS = r"none|(hidden-mse|local|lm|distill)(\+(lm|distill))*"
 
@@ -140,7 +142,7 @@ class Healing(CheckedOptions):
             "In distill, weight of the KL divergence to the logits of the original, from 0 to 1. Next-token "
             "cross-entropy has the rest of the weight.",
             key="heal_kl",
-            default=f"{KL_WITH_REPLACED} if later passes replace tokens, else 1",
+            default=f"{KL_WITH_REPLACED} if later passes replace tokens, and all have {MUCH:,} tokens or more; else 1",
         ),
         Ge(0),
         Le(1),

@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from optimum.streamline.quantization.quantizers import NONE, QUANTIZERS
 from optimum.streamline.system.distributed import process_count
 
-from .healing import CHOOSING_TEXT, KL_WITH_REPLACED, REPLACED, Healing
+from .healing import CHOOSING_TEXT, KL_WITH_REPLACED, MUCH, REPLACED, Healing
 from .options import HUGE, CheckedOptions, DefinedOption, Option, documented, groups_of, options_of
 
 # General text, as `CHOOSING_TEXT`. The splits share no article.
@@ -248,7 +248,8 @@ class Recipe(CheckedOptions):
         """The weight of the KL divergence in `distill`; next-token cross-entropy has the rest."""
         if self.healing.kl is not None:
             return self.healing.kl
-        return KL_WITH_REPLACED if self.resolved_replace else 1.0
+        much = self.healing.tokens * self.healing.epochs >= MUCH
+        return KL_WITH_REPLACED if self.resolved_replace and much else 1.0
 
     @property
     def resolved_method(self) -> str:

@@ -87,7 +87,7 @@ def join_processes(device: str) -> None:
 
 
 def sharding() -> Sharding | None:
-    """How training shares the weights among the processes; `None` if each holds all.
+    """How training shares the weights among the processes; `None` if each holds all, or there is one process.
 
     The first call takes the setting that asks for FSDP out of the environment, because models are shared by
     `models/sharded_weights.py`. With the setting, the Trainer would share the wrong module, and transformers would load
@@ -96,12 +96,10 @@ def sharding() -> Sharding | None:
     Raises:
         StreamlineError: the settings ask for something that healing does not do.
     """
-    if process_count() == 1:
-        return None
     if _flag(_SHARDS, False):
         _found.append(_sharding())
         del os.environ[_SHARDS]
-    return _found[-1] if _found else None
+    return _found[-1] if _found and process_count() > 1 else None
 
 
 def _sharding() -> Sharding:
