@@ -74,11 +74,6 @@ class HealSettings:
     lora_base: Form = "fp32"
     seed: int = 0
 
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The type of matrix products."""
-        return torch.bfloat16 if self.dtype == "bf16" else torch.float32
-
 
 @dataclass(frozen=True)
 class HealStep:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from optimum.streamline.checkpoints.loading import DTYPES
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.models.sharded_weights import sharded_copy, write_back
@@ -144,7 +145,7 @@ def _sharded(
     model: PreTrainedModel, settings: HealSettings, device: str, frees_layers: bool
 ) -> Iterator[PreTrainedModel]:
     """A copy of a model whose weights the processes share; after the `with` block `model` has its weights."""
-    shared = sharded_copy(model, device, settings.torch_dtype, frees_layers)
+    shared = sharded_copy(model, device, DTYPES[settings.dtype], frees_layers)
     yield shared
     write_back(shared, model)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from shutil import rmtree
@@ -26,6 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.accelerate import load_offloaded_parameter, offload_weight
 
+from .architectures import architecture_of, decoder_layers
 from .quantized_weights import float_values
 
 
@@ -222,10 +223,13 @@ def leave_on_disk(model: PreTrainedModel, layer: nn.Module) -> None:
 
 def forget_disk(module: nn.Module) -> None:
     """Stop reading weights from disk, in place, because all of the module's weights are in memory now."""
-    for part in module.modules():
+    hooked = [part for part in module.modules() if hasattr(part, "_hf_hook")]
+    for part in hooked:
         if (hook := _hook_of(part)) is not None:
             hook.offload = False  # so that it puts nothing back
     remove_hook_from_module(module, recurse=True)
+    for part in hooked:  # accelerate leaves a reference cycle, which would hold the weights until they are collected
+        del part.__dict__["forward"]
 
 
 def copy_in_memory(module: nn.Module, shared: Iterable[object] = ()) -> nn.Module:
@@ -237,10 +241,36 @@ def copy_in_memory(module: nn.Module, shared: Iterable[object] = ()) -> nn.Modul
     """
     with in_memory(module):
         copied = copy.deepcopy(module, {id(each): each for each in (*shared, *weights_on_disk(module))})
-    hooked = [part for part in copied.modules() if hasattr(part, "_hf_hook")]
-    remove_hook_from_module(copied, recurse=True)
-    for part in hooked:  # accelerate leaves a reference cycle, which would hold the weights until they are collected
-        del part.__dict__["forward"]
+    forget_disk(copied)
+    return copied
+
+
+def copy_by_layers(
+    model: PreTrainedModel,
+    of_layer: Callable[[nn.Module], nn.Module],
+    of_value: Callable[[torch.Tensor], torch.Tensor],
+) -> PreTrainedModel:
+    """A copy of a model in memory that is made layer by layer, so that the whole model is never in memory besides it.
+
+    Args:
+        model: The model, in memory or with its weights on disk; it is unchanged.
+        of_layer: Makes a decoder layer of the copy from a whole one, which it may change.
+        of_value: Makes the value of a parameter outside the layers from the model's.
+    """
+    layers = list(decoder_layers(model, architecture_of(model.config)))
+    inside = {id(each) for layer in layers for each in layer.parameters()}
+    outside = [(name, each) for name, each in model.named_parameters() if id(each) not in inside]
+    shared = [*weights_on_disk(model), *(module for layer in layers for module in layer.modules())]
+    copied = copy.deepcopy(model, {id(each): each for each in (*shared, *(each for _, each in outside))})
+    own = decoder_layers(copied, architecture_of(model.config))
+    for number, layer in enumerate(layers):
+        own[number] = of_layer(copy_in_memory(layer))
+    for name, _ in outside:
+        path, _, last = name.rpartition(".")
+        value = of_value(read_parameter(model, name))
+        setattr(copied.get_submodule(path), last, nn.Parameter(value, requires_grad=False))
+    forget_disk(copied)
+    copied.tie_weights()
     return copied
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 
 from optimum.streamline.system.distributed import is_main, process_count
 
-from .architectures import architecture_of, decoder_layers
-from .offloaded_weights import copy_in_memory, copy_sharing_disk, write_parameter
+from .offloaded_weights import copy_by_layers, write_parameter
 
 
 def sharded_copy(model: PreTrainedModel, device: str, dtype: torch.dtype, frees_layers: bool = True) -> PreTrainedModel:
@@ -35,14 +34,12 @@ def sharded_copy(model: PreTrainedModel, device: str, dtype: torch.dtype, frees_
     """
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     options: dict[str, Any] = {"mesh": _mesh(device), "reshard_after_forward": frees_layers, "mp_policy": precision}
-    copied = copy_sharing_disk(model)
-    layers = decoder_layers(copied, architecture_of(copied.config))
-    for number, layer in enumerate(layers):
-        whole = copy_in_memory(layer)
-        fully_shard(whole, **options)
-        layers[number] = whole
-    shared = cast(PreTrainedModel, copy_in_memory(copied, [each for layer in layers for each in layer.modules()]))
-    shared.tie_weights()
+
+    def sharded(layer: nn.Module) -> nn.Module:
+        fully_shard(layer, **options)
+        return layer
+
+    shared = copy_by_layers(model, sharded, lambda value: value)
     fully_shard(shared, **options)
     return shared
 

@@ -149,11 +149,12 @@ def _of_training(
         matrices = (each for each in decoder_layers(model, architecture_of(config)).parameters() if each.ndim > 1)
         trained = recipe.healing.lora_rank * sum(sum(each.shape[-2:]) for each in matrices)
         left += trained
-    base = recipe.healing.lora_base
-    resident = one_layer if stage == "hidden-mse" or (on_disk and base == "fp32") else left
-    weights = FP32 * resident + _bf16_copies(recipe, stage, resident, trained)
-    if base != "fp32":  # the weights themselves stay, in memory or on disk
-        weights = FP32 * (trained if on_disk else left) + _copy(base, model, (layers, left - trained))
+    if recipe.healing.lora_base == "fp32":
+        resident = one_layer if stage == "hidden-mse" or on_disk else left
+        weights = FP32 * resident + _bf16_copies(recipe, stage, resident, trained)
+    else:  # the weights themselves stay, in memory or on disk
+        copied = _copy(recipe.healing.lora_base, model, (layers, left - trained))
+        weights = FP32 * (trained if on_disk else left) + copied
     return HealingMemory(
         weights=weights,
         original=_original(recipe, stage, model, whole, on_disk),

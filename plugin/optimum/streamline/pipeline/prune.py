@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer, read_config, source_notes
+from optimum.streamline.checkpoints.loading import DTYPES, load_stock, load_tokenizer, read_config, source_notes
 from optimum.streamline.editing.apply import Change, EditInputs, build_replacement
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.healing.output_cache import OutputCache, output_cache
@@ -313,8 +313,7 @@ def _original_apart(prepared: Prepared, cache: OutputCache | None) -> PreTrained
     if "distill" not in recipe.resolved_trainings:
         return None
     if sharding() is not None:
-        dtype = torch.bfloat16 if recipe.healing.dtype == "bf16" else torch.float32
-        return sharded_copy(prepared.model.eval(), recipe.device, dtype).requires_grad_(False)
+        return sharded_copy(prepared.model.eval(), recipe.device, DTYPES[recipe.healing.dtype]).requires_grad_(False)
     if recipe.healing.original == "fp32":
         return None
     original = compact_copy(prepared.model, recipe.healing.original, recipe.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from typing import cast
 
@@ -12,8 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from optimum.streamline.errors import require_extra
-from optimum.streamline.models.architectures import architecture_of, decoder_layers
-from optimum.streamline.models.offloaded_weights import copy_in_memory, forget_disk, read_parameter, weights_on_disk
+from optimum.streamline.models.offloaded_weights import copy_by_layers
 from optimum.streamline.models.quantized_weights import disable_cpu_kernel
 
 OUTLIERS = 6.0
@@ -35,21 +33,11 @@ def compact_copy(model: PreTrainedModel, form: str, device: str) -> PreTrainedMo
     Raises:
         StreamlineError: bitsandbytes is not installed, and the form needs it.
     """
-    layers = list(decoder_layers(model, architecture_of(model.config)))
-    outside = {id(each) for each in model.parameters()} - {id(each) for part in layers for each in part.parameters()}
-    shared = [*weights_on_disk(model), *(module for layer in layers for module in layer.modules())]
-    shared += [each for each in model.parameters() if id(each) in outside]
-    copied = copy.deepcopy(model, {id(each): each for each in shared})
-    own = decoder_layers(copied, architecture_of(model.config))
-    for number, layer in enumerate(layers):
-        own[number] = _compact(copy_in_memory(layer), form, device)
-    for name, parameter in model.named_parameters():
-        if id(parameter) in outside:
-            path, _, last = name.rpartition(".")
-            value = read_parameter(model, name).to(device, torch.bfloat16)
-            setattr(copied.get_submodule(path), last, nn.Parameter(value, requires_grad=False))
-    forget_disk(copied)
-    copied.tie_weights()
+    copied = copy_by_layers(
+        model,
+        lambda layer: _compact(layer, form, device),
+        lambda value: value.to(device, torch.bfloat16),
+    )
     nn.Module.to(copied, device)  # the buffers; the method of transformers refuses modules of bitsandbytes
     disable_cpu_kernel(copied)  # it cannot compute every size, and rounds more
     copied.requires_grad_(False).eval()
