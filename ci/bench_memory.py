@@ -19,8 +19,8 @@ from transformers import LlamaConfig
 from export_cases import REFERENCE, ROOT, make_checkpoint, run_measured, streamline
 from marked_page import replace_part
 from measured_parts import measure_parts
+from optimum.streamline.costs.healing_memory import healing_memory
 from optimum.streamline.models.linear_modules import meta_model
-from optimum.streamline.pipeline.healing_memory import healing_memory
 from optimum.streamline.recipe.parsing import make_recipe
 
 PAGE, RESULTS = ROOT / "docs" / "memory.md", ROOT / "docs" / "memory.json"

@@ -1,5 +1,7 @@
 """Measure the memory and the time of pruning a model whose weights stay on disk, beside the same model in memory.
 
+Beside both stand the estimates that `--dry-run` prints.
+
     ci/bench scale                       # measure all rows, then write the page; the larger size takes 24 GiB of memory
     ci/bench scale --only "0.6B, come"   # one row
     ci/bench scale --page                # write the page; measure nothing
@@ -16,25 +18,29 @@ from typing import Any
 
 from safetensors import safe_open
 
+from bench_memory import flags
 from export_cases import ROOT, make_checkpoint, run_measured, streamline
 from marked_page import replace_part
 from measured_parts import measure_parts
+from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.model_files.weight_files import WeightFiles, find_weights
+from optimum.streamline.pipeline.estimating import estimated_costs
+from optimum.streamline.recipe.parsing import make_recipe
 
 PAGE, RESULTS = ROOT / "docs" / "scale.md", ROOT / "docs" / "scale.json"
 # Layers, hidden size, intermediate size, heads, key-value heads, vocabulary; the second is the shape of Llama 3.2 3B.
 SHAPES = {"0.6B": (24, 1536, 4096, 12, 4, 4096), "3B": (28, 3072, 8192, 24, 8, 128_256)}
 LIMITS = {"0.6B": "1GB", "3B": "1.5GB"}
 # A search by loss computes hundreds of times as much as a score, so it gets little text; so does the larger model.
-TEXT = {"0.6B": ("--samples", 8, "--length", 256), "3B": ("--samples", 4, "--length", 128)}
-LITTLE = ("--samples", 4, "--length", 64)
-LOCAL = ("--heal", "local", "--heal-data", "stdlib:calibration", "--heal-tokens", 4096, "--heal-epochs", 1)
-EDITS: dict[str, tuple[object, ...]] = {
-    "named layers": ("--layers", "3,7,9-12"),
-    "shortgpt": ("--method", "shortgpt", "--remove", 6),
-    "come": ("--method", "come", "--remove", 2),
-    "sleb, two steps": ("--method", "sleb", "--remove", 2, *LITTLE),
-    "named layers, healed by local": ("--layers", "3,7,9-12", *LOCAL),
+TEXT = {"0.6B": {"samples": 8, "length": 256}, "3B": {"samples": 4, "length": 128}}
+LITTLE = {"samples": 4, "length": 64}
+LOCAL = {"heal": "local", "heal_data": "stdlib:calibration", "heal_tokens": 4096, "heal_epochs": 1}
+EDITS: dict[str, dict[str, Any]] = {
+    "named layers": {"layers": "3,7,9-12"},
+    "shortgpt": {"method": "shortgpt", "remove": 6},
+    "come": {"method": "come", "remove": 2},
+    "sleb, two steps": {"method": "sleb", "remove": 2, **LITTLE},
+    "named layers, healed by local": {"layers": "3,7,9-12", **LOCAL},
 }
 
 
@@ -48,10 +54,16 @@ def measure(size: str, edit: str, folder: Path) -> dict[str, Any]:
     """Prune a checkpoint of one size in memory and on disk. Making it has put it into the page cache."""
     checkpoint = make_checkpoint(folder / "in", SHAPES[size], "bfloat16")
     row: dict[str, Any] = {"bytes": sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))}
-    words = (*TEXT[size], *EDITS[edit], "--calibration", "stdlib:calibration")
-    for where, limit in (("memory", ()), ("disk", ("--max-memory", LIMITS[size]))):
-        command = streamline("prune", "-m", checkpoint, folder / where, *words, *limit)
-        row[where] = dict(zip(("seconds", "peak_bytes"), run_measured(command), strict=True))
+    for where, limit in (("memory", {}), ("disk", {"max_memory": LIMITS[size]})):
+        fields = {**TEXT[size], **EDITS[edit], "calibration": "stdlib:calibration", **limit}
+        steps = estimated_costs(ModelSource(str(checkpoint)), make_recipe(fields))
+        seconds, peak = run_measured(streamline("prune", "-m", checkpoint, folder / where, *flags(fields)))
+        row[where] = {
+            "seconds": seconds,
+            "peak_bytes": peak,
+            "estimated_seconds": sum(step.seconds or 0 for step in steps),
+            "estimated_bytes": max(step.memory for step in steps),
+        }
     row["same"] = same_tensors(folder / "memory", folder / "disk")
     print(size, edit, row, flush=True)
     return row
@@ -77,19 +89,25 @@ def tensor(file: Path, name: str) -> Any:
 def write(results: dict[str, Any]) -> None:
     """Write the table of docs/scale.md."""
     lines = [
-        "| checkpoint | edit | peak memory: in memory, on disk | seconds: in memory, on disk | same bytes |",
-        "|---|---|---|---|---|",
+        "| checkpoint | edit | peak memory: in memory, on disk | estimated | seconds: in memory, on disk | estimated | same bytes |",
+        "|---|---|---|---|---|---|---|",
     ]
     for size, edit in ((size, edit) for size in SHAPES for edit in EDITS if f"{size}, {edit}" in results):
         row = results[f"{size}, {edit}"]
-        peaks = ", ".join(f"{row[where]['peak_bytes'] / 1e9:.2f} GB" for where in ("memory", "disk"))
-        seconds = [row[where]["seconds"] for where in ("memory", "disk")]
+        memory, disk = row["memory"], row["disk"]
+        peaks, expected_peaks = (both(row, key, 1e9, "{:.2f} GB") for key in ("peak_bytes", "estimated_bytes"))
+        seconds, expected_seconds = (both(row, key, 1, "{:.0f}") for key in ("seconds", "estimated_seconds"))
         lines.append(
-            f"| {size}, {row['bytes'] / 1e9:.1f} GB in bf16 | {edit} | {peaks} | "
-            f"{seconds[0]:.0f}, {seconds[1]:.0f} ({seconds[1] / seconds[0]:.2f} times) | "
+            f"| {size}, {row['bytes'] / 1e9:.1f} GB in bf16 | {edit} | {peaks} | {expected_peaks} | "
+            f"{seconds} ({disk['seconds'] / memory['seconds']:.2f} times) | {expected_seconds} | "
             f"{'yes' if row['same'] else 'no'} |"
         )
     replace_part(PAGE, "scale", lines)
+
+
+def both(row: dict[str, Any], key: str, unit: float, form: str) -> str:
+    """A figure of a row, in memory and on disk; empty if it was not measured."""
+    return ", ".join(form.format(row[where][key] / unit) for where in ("memory", "disk") if key in row[where])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from behaviour import logits, stock_model
 from cases import make
 from console import optimum_cli
-from optimum.streamline.checkpoints.loading import load, load_stock, load_tokenizer
+from optimum.streamline.checkpoints.loading import load, load_on_disk, load_stock, load_tokenizer
 from optimum.streamline.editing.apply import Replacement, apply_plan, build_replacement, with_skips
 from optimum.streamline.editing.correction import (
     STRENGTH,
@@ -37,7 +37,6 @@ from optimum.streamline.models.architectures import ARCHITECTURES, architecture_
 from optimum.streamline.models.kept_tensor import KeptTensor
 from optimum.streamline.models.removed_sublayers import SublayerSet, whole_layer
 from optimum.streamline.models.skipped_sublayers import skipped_of
-from optimum.streamline.pipeline.larger_than_memory import load_on_disk
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.scoring.ablation import corrected_losses, cross_fitted_losses, removal_losses
 from optimum.streamline.scoring.similarity import measure_scores

@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from cases import make
-from optimum.streamline.checkpoints.loading import load_stock
+from optimum.streamline.checkpoints.loading import load_on_disk, load_stock
 from optimum.streamline.editing.apply import EditInputs, build_replacement
 from optimum.streamline.editing.plan import Plan, packed_plan
 from optimum.streamline.errors import StreamlineError
@@ -24,7 +24,6 @@ from optimum.streamline.methods.auto import Auto, makes_trials
 from optimum.streamline.methods.base import Method, MethodInputs, Recipe
 from optimum.streamline.methods.registry import METHODS
 from optimum.streamline.model_files.source import ModelSource
-from optimum.streamline.pipeline.larger_than_memory import load_on_disk
 from optimum.streamline.pipeline.prune import prepare, prune
 from optimum.streamline.pipeline.texts import read_texts
 from optimum.streamline.recipe.parsing import make_recipe

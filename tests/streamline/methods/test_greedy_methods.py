@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cases import make
-from optimum.streamline.checkpoints.loading import load_stock
+from optimum.streamline.checkpoints.loading import load_on_disk, load_stock
 from optimum.streamline.editing.apply import apply_plan
 from optimum.streamline.editing.plan import Plan, PlannedLayer, packed_plan
 from optimum.streamline.errors import StreamlineError
@@ -20,7 +20,6 @@ from optimum.streamline.methods.blockpruner import MAX_UNPAIRED, sublayer_sizes
 from optimum.streamline.methods.registry import METHODS, method_of
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import ARCHITECTURES, decoder_layers
-from optimum.streamline.pipeline.larger_than_memory import load_on_disk
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.scoring.ablation import corrected_losses, cross_fitted_losses, removal_losses
 from optimum.streamline.scoring.race import MIN_WINDOWS

@@ -20,10 +20,10 @@ from transformers import AutoTokenizer
 
 from console import command
 from healing_inputs import make_inputs
+from optimum.streamline.costs.healing_memory import healing_memory
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import ARCHITECTURES
-from optimum.streamline.pipeline.healing_memory import healing_memory
 from optimum.streamline.pipeline.larger_than_memory import stays_on_disk, why_in_memory
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.system import distributed
@@ -40,8 +40,8 @@ import torch
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.offloaded_weights import read_parameter
 from optimum.streamline.models.sharded_weights import own_part, sharded_copy, write_back
-from optimum.streamline.pipeline.healing_memory import healing_memory
-from optimum.streamline.pipeline.larger_than_memory import load_on_disk
+from optimum.streamline.costs.healing_memory import healing_memory
+from optimum.streamline.checkpoints.loading import load_on_disk
 from optimum.streamline.system.distributed import is_main, join_processes
 
 folder, *names = sys.argv[1:]

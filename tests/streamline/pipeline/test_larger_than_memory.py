@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from cases import edit_weights, make
 from console import Outcome, optimum_cli
 from optimum.streamline import StreamlineConfig, Streamliner
-from optimum.streamline.checkpoints.loading import load_stock, read_config
+from optimum.streamline.checkpoints.loading import load_on_disk, load_stock, read_config
 from optimum.streamline.checkpoints.saving import save_weights
 from optimum.streamline.editing.apply import apply_plan
 from optimum.streamline.editing.correction import fit_candidates
@@ -34,7 +34,7 @@ from optimum.streamline.models.architectures import ARCHITECTURES, architecture_
 from optimum.streamline.models.removed_sublayers import whole_layer
 from optimum.streamline.models.skipped_sublayers import MLP, zero_output
 from optimum.streamline.pipeline import larger_than_memory
-from optimum.streamline.pipeline.larger_than_memory import load_on_disk, stays_on_disk, why_in_memory
+from optimum.streamline.pipeline.larger_than_memory import stays_on_disk, why_in_memory
 from optimum.streamline.pipeline.prune import prune, score
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.scoring.ablation import removal_losses
@@ -397,19 +397,53 @@ def test_quantized_weights_are_scored_in_memory(tmp_path: Path, monkeypatch: pyt
     score(source, make_recipe(TEXT), silent)  # as ever: bitsandbytes cannot leave its weights on disk
 
 
-@pytest.mark.parametrize(
-    ("fields", "processes", "why"),
-    [({"device": "cuda"}, "1", "computes on cuda"), ({}, "2", "shares its work among processes")],
-)
-def test_only_one_process_on_a_cpu_leaves_weights_on_disk(
-    fields: dict[str, Any], processes: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_one_process_leaves_weights_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = ModelSource(str(make(tmp_path / "in")))
-    monkeypatch.setenv("WORLD_SIZE", processes)
-    with pytest.raises(StreamlineError, match=f"max-memory '1MB': the recipe {why}"):
-        stays_on_disk(source, make_recipe({**TEXT, **fields, **LITTLE}), read_config(source))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(StreamlineError, match="max-memory '1MB': the recipe shares its work among processes"):
+        stays_on_disk(source, make_recipe({**TEXT, **LITTLE}), read_config(source))
     monkeypatch.setattr(larger_than_memory, "free_memory", lambda: 10**5)
-    assert not stays_on_disk(source, make_recipe({**TEXT, **fields}), read_config(source))
+    assert not stays_on_disk(source, make_recipe(TEXT), read_config(source))
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "in_memory", "stays"), [(10**12, 10**12, False), (10**5, 10**12, True), (10**12, 10**5, True)]
+)
+def test_what_does_not_fit_on_the_gpu_stays_on_disk(
+    on_gpu: int, in_memory: int, stays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, recipe = ModelSource(str(make(tmp_path / "in"))), make_recipe({**TEXT, "device": "cuda"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (on_gpu, 10**12))
+    monkeypatch.setattr(larger_than_memory, "free_memory", lambda: in_memory)
+    assert stays_on_disk(source, recipe, read_config(source)) is stays
+    assert not stays_on_disk(source, recipe, read_config(source), "trains")
+    assert larger_than_memory.why_on_disk(recipe) == larger_than_memory.ON_DISK_FOR_GPU
+
+
+def test_a_model_on_disk_computes_on_the_device_that_it_is_given(tmp_path: Path) -> None:
+    (tmp_path / "states").mkdir()
+    model = load_on_disk(ModelSource(str(make(tmp_path / "in"))), tmp_path / "states")
+    offloaded_weights.compute_on(model, "meta")
+    assert offloaded_weights.device_of(model).type == "meta"
+    assert {each.device.type for each in (*model.parameters(), *model.buffers())} == {"meta"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("edit", ["removal", *CHANGES])
+def test_weights_go_to_the_gpu_one_by_one(
+    architecture: str, edit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make(tmp_path / "in", architecture, torch.bfloat16, num_hidden_layers=LAYERS)
+    fields = {"device": "cuda", **CHANGES.get(edit, {"method": "sleb", "remove": 2})}
+    whole, recorded = pruned(source, tmp_path / "whole", **fields)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**5, 10**12))
+    recipe = make_recipe({**TEXT, **fields})
+    assert stays_on_disk(ModelSource(str(source)), recipe, read_config(ModelSource(str(source))))
+    streamed, record = pruned(source, tmp_path / "streamed", **fields)
+    assert_equal(whole, streamed)
+    assert record["scores"] == recorded["scores"]
 
 
 def test_a_weight_that_is_too_large_for_its_new_type_is_refused(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from optimum.streamline.checkpoints.loading import load_on_disk
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, decoder_layers
-from optimum.streamline.pipeline.larger_than_memory import load_on_disk
 from optimum.streamline.quantization.compact_copy import compact_copy
 from reference import REFERENCE
 from tiny import tiny_model, token_ids

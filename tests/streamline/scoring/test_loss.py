@@ -13,13 +13,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cases import make
-from optimum.streamline.checkpoints.loading import load_stock
+from optimum.streamline.checkpoints.loading import load_on_disk, load_stock
 from optimum.streamline.editing.merging import average_layers
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, decoder_layers
 from optimum.streamline.models.removed_sublayers import whole_layer
 from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP
-from optimum.streamline.pipeline.larger_than_memory import load_on_disk
 from optimum.streamline.scoring import ablation, loss
 from optimum.streamline.scoring.ablation import removal_window_losses
 from optimum.streamline.scoring.loss import stream_gradient, window_losses

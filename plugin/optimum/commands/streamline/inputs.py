@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from optimum.streamline.checkpoints.loading import read_config
+from optimum.streamline.costs.machine import Machine
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.model_files.artifact import is_artifact
 from optimum.streamline.model_files.source import ModelSource
@@ -26,6 +27,15 @@ def recipe_of(args: Namespace) -> Recipe:
     given = given_options(read_recipe(file), f"recipe {file}") if file else {}
     flags = {key: value for key, value in vars(args).items() if key in OPTIONS}
     return recipe_of_given({**given, **given_options(flags, "flags")})
+
+
+def check_on(args: Namespace) -> None:
+    """Refuse `--on` without `--dry-run`, and a machine that cannot be read."""
+    if args.on is None:
+        return
+    if not args.dry_run:
+        raise StreamlineError(f"on {args.on!r}: another machine can only be estimated; give dry-run too")
+    Machine.parse(args.on)
 
 
 def model_source(args: Namespace, model: str) -> ModelSource:

@@ -137,8 +137,18 @@ def add_overwrite_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def add_plan_flags(parser: argparse.ArgumentParser) -> None:
-    """Add `--dry-run` and `--save-recipe`."""
-    parser.add_argument("--dry-run", action="store_true", help="Print the plan and the ideal speed-up; write nothing.")
+    """Add `--dry-run`, `--on` and `--save-recipe`."""
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="Print what each step takes, the plan and the ideal speed-up; write nothing.",
+    )
+    parser.add_argument(
+        "--on",
+        metavar="MACHINE",
+        help="With --dry-run: print only the memory and the disk that each step takes on another machine, such as "
+        "'1x H100-80GB'; nothing is scored.",
+    )
     parser.add_argument(
         "--save-recipe", type=Path, metavar="FILE", help="When done, write the recipe of this command to a YAML file."
     )

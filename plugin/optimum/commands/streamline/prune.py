@@ -38,12 +38,13 @@ class PruneCommand(Command):
 
         from .console import notifier
         from .dry_run import dry_run
-        from .inputs import model_source, recipe_of, saved_recipe
+        from .inputs import check_on, model_source, recipe_of, saved_recipe
 
         source, recipe = model_source(args, args.model), recipe_of(args)
+        check_on(args)
         check_recipe(source, recipe)
         with saved_recipe(args, recipe, console):
             if args.dry_run:
-                return dry_run(source, recipe, console)
+                return dry_run(source, recipe, args, console)
             prune(source, recipe, args.output, overwrite=args.overwrite, verbose=args.verbose, notify=notifier(console))
         return 0

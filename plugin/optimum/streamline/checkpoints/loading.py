@@ -35,10 +35,17 @@ from optimum.streamline.model_files.weight_files import (
 from optimum.streamline.model_files.wrong_folders import guess_folder_kind, refuse_export
 from optimum.streamline.models.architectures import architecture_of
 from optimum.streamline.models.bare_layers import bare_layers, host_config, is_bare_checkpoint, load_bare
-from optimum.streamline.models.offloaded_weights import offload_options, read_without_mapping
+from optimum.streamline.models.offloaded_weights import (
+    compute_on,
+    offload_options,
+    read_in_fp32,
+    read_only_used_embeddings,
+    read_without_mapping,
+)
 from optimum.streamline.models.quantization_config import check_readable, quantization_name
 from optimum.streamline.models.quantized_weights import disable_cpu_kernel, save_in_loaded_format
 from optimum.streamline.models.skipped_sublayers import drop_skipped_sublayers
+from optimum.streamline.system.memory import give_back_freed_tensors
 
 from .finite_weights import check_finite_weights
 
@@ -161,6 +168,31 @@ def load_stock(
     if not offload and not quantized:
         module.to(device)
     module.eval()
+    return model
+
+
+def load_on_disk(
+    source: ModelSource, folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> PreTrainedModel:
+    """Load a model whose weights stay on disk: each module reads its own just before it runs.
+
+    Args:
+        source: The model.
+        folder: A folder for weights that are converted or changed. It must exist as long as the model.
+        dtype: The type in which weights are read: fp32, or the type of `only_dtype`.
+        device: The device on which the model computes, `cpu` or `cuda`.
+
+    Raises:
+        StreamlineError: a weight is missing, truncated, not finite or of the wrong shape.
+    """
+    give_back_freed_tensors()
+    # Each weight is read once on the way. In its own type it takes no more memory than on disk.
+    model = load_stock(source, only_dtype(source), "cpu", folder)
+    if dtype == torch.float32:
+        read_in_fp32(model)
+    read_only_used_embeddings(model)
+    if device != "cpu":
+        compute_on(model, device)
     return model
 
 

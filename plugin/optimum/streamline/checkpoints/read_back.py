@@ -22,6 +22,7 @@ from optimum.streamline.errors import ParityError, StreamlineError, first_line
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.bare_layers import bare_layers
 from optimum.streamline.models.offloaded_weights import (
+    compute_on,
     device_of,
     is_offloaded,
     offload_options,
@@ -314,6 +315,8 @@ def _load(folder: Path, device: str, trust_remote_code: bool, offload: Path | No
                 "nothing is delivered"
             )
     disable_cpu_kernel(model)
+    if offload and device != "cpu":
+        compute_on(model, device)
     for value in model.parameters():
         if type(value) is nn.Parameter and value.device.type == "cpu":
             # Copy weights out of the memory-mapped file: their alignment in memory can change the order of additions.

@@ -109,7 +109,7 @@ class Auto(Method):
         plans, losses, refusals = list[Plan](), list[torch.Tensor](), dict[str, StreamlineError]()
         for name in candidates:
             try:
-                made = CANDIDATES[name].plan(_recipe_of(recipe, name), of_candidates)
+                made = CANDIDATES[name].plan(recipe_of(recipe, name), of_candidates)
                 plan = replace(with_skips(made, inputs.model.config), chosen_by=name)
                 losses.append(self._loss_sum(plan, inputs, compared_on))
                 plans.append(plan)
@@ -139,7 +139,7 @@ class Auto(Method):
         loss before healing overrates what is fitted.
         """
         with_maps = recipe.pruning.replacement is None and (for_trials or not recipe.resolved_trainings)
-        useful = [name for name in CANDIDATES if with_maps or _recipe_of(recipe, name).resolved_replacement == "none"]
+        useful = [name for name in CANDIDATES if with_maps or recipe_of(recipe, name).resolved_replacement == "none"]
         return [name for name in useful if _possible(recipe, name, config)]
 
     def _loss_sum(self, plan: Plan, inputs: MethodInputs, windows: Windows) -> torch.Tensor:
@@ -165,7 +165,8 @@ def _for_swaps(recipe: Recipe) -> int:
     return CANDIDATES["shifted"].held_out(recipe)
 
 
-def _recipe_of(recipe: Recipe, name: str) -> Recipe:
+def recipe_of(recipe: Recipe, name: str) -> Recipe:
+    """The recipe with the method and the options of a candidate, one of `CANDIDATES`."""
     method, *how = name.replace("+ ", "").split()
     replacement = next((each for each in FITTED if each in how), "none")
     return recipe.with_options(method=method, replacement=replacement, iterative="iterative" in how)
@@ -173,7 +174,7 @@ def _recipe_of(recipe: Recipe, name: str) -> Recipe:
 
 def _possible(recipe: Recipe, name: str, config: PreTrainedConfig) -> bool:
     try:
-        CANDIDATES[name].check(_recipe_of(recipe, name), config)
+        CANDIDATES[name].check(recipe_of(recipe, name), config)
     except StreamlineError:
         return False
     return True

@@ -28,12 +28,15 @@ class KeptTensor:
 
     def __init__(self, model: PreTrainedModel, value: torch.Tensor) -> None:
         self._value: torch.Tensor | Path = value
+        self._device = value.device
         if is_offloaded(model):
             [weights] = weights_on_disk(model)
             self._value = Path(weights.save_folder) / f"kept-{uuid4().hex}.npy"
             weakref.finalize(self, partial(self._value.unlink, missing_ok=True))
-            np.save(self._value, value.numpy())
+            np.save(self._value, value.cpu().numpy())
 
     def read(self) -> torch.Tensor:
         """The tensor. Do not change it."""
-        return torch.from_numpy(np.load(self._value)) if isinstance(self._value, Path) else self._value
+        if isinstance(self._value, Path):
+            return torch.from_numpy(np.load(self._value)).to(self._device)
+        return self._value

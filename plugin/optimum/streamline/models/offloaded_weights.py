@@ -79,6 +79,23 @@ def device_of(model: PreTrainedModel) -> torch.device:
     return torch.device(next(device for device in devices if device is not None))
 
 
+def compute_on(model: PreTrainedModel, device: str) -> None:
+    """Let an offloaded model compute on a device from now on. Each weight goes there just before it is used.
+
+    Args:
+        model: The model, with its weights on disk.
+        device: The device, such as `cuda`.
+    """
+    for module in model.modules():
+        if isinstance(hook := getattr(module, "_hf_hook", None), AlignDevicesHook):
+            hook.execution_device = torch.device(device)
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.is_meta:
+                module._parameters[name] = nn.Parameter(parameter.to(device), requires_grad=False)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+
+
 def run_layers(model: PreTrainedModel, ids: torch.Tensor) -> None:
     """Run a model for what hooks see of its layers. Of its head nearly nothing runs, and nothing is read from disk.
 

@@ -2,13 +2,13 @@
 
 `prune.py` (with `score`), `quantize.py`, `run.py`, `orthogonality.py` and `validation.py` hold one command each. They
 share the other files: `preflight.py` checks the recipe, `texts.py` reads the texts, `planning.py` loads a model and
-plans, `larger_than_memory.py` leaves its weights on disk if they do not fit, `healing_memory.py` estimates what healing
-takes, `write_checkpoint.py` writes the pruned model, and `exporting.py` calls the exporters.
+plans, `larger_than_memory.py` leaves its weights on disk if they do not fit, `write_checkpoint.py` writes the pruned
+model, `exporting.py` calls the exporters, and `estimating.py` says what all this will take.
 """
 
 __all__ = [
+    "estimating",
     "exporting",
-    "healing_memory",
     "larger_than_memory",
     "orthogonality",
     "planning",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
-from optimum.streamline.checkpoints.loading import check_device, load_stock, only_dtype
+from optimum.streamline.checkpoints.loading import check_device, only_dtype
 from optimum.streamline.checkpoints.model_in_memory import ModelInMemory
 from optimum.streamline.editing.plan import TRAINED
 from optimum.streamline.errors import StreamlineError
@@ -16,20 +15,23 @@ from optimum.streamline.methods.auto import makes_trials
 from optimum.streamline.methods.registry import METHODS
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.model_files.weight_files import find_weights
-from optimum.streamline.models.offloaded_weights import read_in_fp32, read_only_used_embeddings
 from optimum.streamline.models.quantization_config import quantization_name
 from optimum.streamline.quantization.quantizers import QUANTIZERS
 from optimum.streamline.recipe.quantities import memory_limit
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.reporting.numbers import size
 from optimum.streamline.system.distributed import process_count, sharding
-from optimum.streamline.system.memory import free_memory, give_back_freed_tensors, taken_memory
+from optimum.streamline.system.memory import free_memory, taken_memory
 from optimum.streamline.text.sources import is_self
 
 IN_MEMORY = 1.2
 """The memory that a model takes while its layers are scored, as a multiple of its weights."""
 ON_DISK = "the weights do not fit into memory in fp32: they stay on disk, and each is read when it is needed"
 """What the user is told if one process runs out of memory."""
+ON_DISK_FOR_GPU = (
+    "the weights do not fit into the memory of the GPU in fp32: they stay on disk, and each goes to the GPU to be used"
+)
+"""What the user is told if one process uses a GPU that is too small."""
 SHARED = "the processes share the weights: they stay on disk until each process takes its part of every tensor"
 """What the user is told if processes share the weights in training."""
 COPIES = "the weights stay on disk, and each is read when it is needed: the training holds copies in fewer bits only"
@@ -64,18 +66,19 @@ def stays_on_disk(source: ModelSource, recipe: Recipe, config: PreTrainedConfig,
         return True
     if isinstance(source, ModelInMemory):
         return False
-    if _trains_adapters_on_copies(recipe) and not needs_memory and process_count() == 1:
+    if trains_adapters_on_copies(recipe) and not needs_memory and process_count() == 1:
         check_device(recipe.device)
         return True
-    if recipe.device != "cpu":
-        needs_memory = f"computes on {recipe.device}"
-    elif process_count() > 1:  # each would read the weights, and find another amount of free memory
+    if process_count() > 1:  # each would read the weights, and find another amount of free memory
         needs_memory = "shares its work among processes"
     tensors, quantized = list(find_weights(source.folder).tensors()), quantization_name(config) is not None
     itemsize = computing_dtype(source, recipe).itemsize
     weights = sum(each.bytes if quantized else math.prod(each.shape) * itemsize for each in tensors)
     needed = math.ceil(IN_MEMORY * weights)
     free = free_memory() if limit is None else limit - taken_memory()
+    if recipe.device != "cpu":  # the weights are in memory first, and then on the GPU
+        check_device(recipe.device)
+        free = min(free, torch.cuda.mem_get_info()[0])
     if needed <= free:
         return False
     if needs_memory and limit is not None:
@@ -85,6 +88,14 @@ def stays_on_disk(source: ModelSource, recipe: Recipe, config: PreTrainedConfig,
             "come, with heal none or local, on device cpu"
         )
     return not needs_memory
+
+
+def scoring_device(recipe: Recipe) -> str:
+    """The device on which a model with its weights on disk is scored and edited.
+
+    Where processes share the weights in training, or adapters are trained on a copy, the GPU's memory is for that.
+    """
+    return "cpu" if sharding() is not None or trains_adapters_on_copies(recipe) else recipe.device
 
 
 def computing_dtype(source: ModelSource, recipe: Recipe) -> torch.dtype:
@@ -110,21 +121,21 @@ def why_in_memory(recipe: Recipe, config: PreTrainedConfig) -> str:
     if recipe.resolved_trainings and is_self(recipe.healing.data):
         return f"lets the original sample text (heal-data {recipe.healing.data})"
     if set(recipe.resolved_trainings) - {"local"}:
-        can = _trains_adapters_on_copies(recipe) if sharding() is None else _can_share(recipe)
+        can = trains_adapters_on_copies(recipe) if sharding() is None else can_share(recipe)
         return "" if can else f"trains ({_trainings(recipe)})"
     if recipe.resolved_trainings and sharding() is not None and recipe.device != "cpu":
         return f"trains layers on {recipe.device} (heal local)"
     return ""
 
 
-def _can_share(recipe: Recipe) -> bool:
+def can_share(recipe: Recipe) -> bool:
     """Whether processes can share the weights that a recipe trains: in one training of the model, after the edit."""
     healing = recipe.healing
     kept = healing.original == "fp32" and healing.cache in (None, "none")
     return _trains_once(recipe) and not healing.lora and kept and not makes_trials(recipe)
 
 
-def _trains_adapters_on_copies(recipe: Recipe) -> bool:
+def trains_adapters_on_copies(recipe: Recipe) -> bool:
     """Whether only compact copies are in memory when a recipe trains: of the edited model, and of the original."""
     healing = recipe.healing
     compact = healing.lora_base != "fp32" and (healing.original != "fp32" or recipe.resolved_trainings == ("lm",))
@@ -148,24 +159,6 @@ def why_on_disk(recipe: Recipe) -> str:
     """A line for the user on why the weights stay on disk."""
     if sharding() is not None:
         return SHARED
-    return COPIES if _trains_adapters_on_copies(recipe) else ON_DISK
-
-
-def load_on_disk(source: ModelSource, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load a model whose weights stay on disk: each module reads its own just before it runs, on the CPU.
-
-    Args:
-        source: The model.
-        folder: A folder for weights that are converted or changed. It must exist as long as the model.
-        dtype: The type in which weights are read, `computing_dtype`.
-
-    Raises:
-        StreamlineError: a weight is missing, truncated, not finite or of the wrong shape.
-    """
-    give_back_freed_tensors()
-    # Each weight is read once on the way. In its own type it takes no more memory than on disk.
-    model = load_stock(source, only_dtype(source), "cpu", folder)
-    if dtype == torch.float32:
-        read_in_fp32(model)
-    read_only_used_embeddings(model)
-    return model
+    if trains_adapters_on_copies(recipe):
+        return COPIES
+    return ON_DISK if recipe.device == "cpu" else ON_DISK_FOR_GPU

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum.streamline.checkpoints.loading import DTYPES, check_checkpoint, stored_dtype
 from optimum.streamline.checkpoints.model_in_memory import ModelInMemory
+from optimum.streamline.costs.healing_memory import warning
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.healing.checks import check_heal_cache, check_heal_windows, check_healing
 from optimum.streamline.methods.registry import METHODS, method_of
@@ -30,7 +31,6 @@ from optimum.streamline.quantization.quantizers import NONE, QUANTIZERS
 from optimum.streamline.recipe.recipe import Recipe
 
 from .exporting import graph_quantizers
-from .healing_memory import warning
 from .larger_than_memory import stays_on_disk, why_in_memory
 
 

@@ -15,7 +15,15 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from optimum.streamline.checkpoints.loading import DTYPES, load_stock, load_tokenizer, read_config, source_notes
+from optimum.streamline.checkpoints.loading import (
+    DTYPES,
+    load_on_disk,
+    load_stock,
+    load_tokenizer,
+    read_config,
+    source_notes,
+)
+from optimum.streamline.costs.healing_memory import warning
 from optimum.streamline.editing.apply import Change, EditInputs, build_replacement
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.healing.output_cache import OutputCache, output_cache
@@ -50,8 +58,7 @@ from optimum.streamline.text.prompts import Prompts
 from optimum.streamline.text.replaced_tokens import versions_of
 from optimum.streamline.text.windows import Windows, seen_text
 
-from .healing_memory import warning
-from .larger_than_memory import computing_dtype, load_on_disk, stays_on_disk, why_in_memory, why_on_disk
+from .larger_than_memory import computing_dtype, scoring_device, stays_on_disk, why_in_memory, why_on_disk
 from .planning import Prepared, choose_plans, load_original, named_plan, quantizes_first
 from .preflight import check_recipe, checked_config, result_dtype
 from .texts import calibration_text, inputs_of, text_of_choice, text_of_healing
@@ -82,7 +89,7 @@ def score(source: ModelSource, recipe: Recipe, notify: Notify) -> tuple[Scores, 
         name = quantization_name(config)
         if stays_on_disk(source, recipe, config, f"scores quantized weights ({name})" if name else ""):
             notify(why_on_disk(recipe))
-            model = load_on_disk(source, Path(scratch), computing_dtype(source, recipe))
+            model = load_on_disk(source, Path(scratch), computing_dtype(source, recipe), scoring_device(recipe))
         else:
             model = load_stock(source, computing_dtype(source, recipe), recipe.device)
         return measure_scores(model, windows), windows
@@ -131,7 +138,7 @@ def prepare(source: ModelSource, recipe: Recipe, notify: Notify, scored: Score |
     if stays:
         on_disk = TemporaryDirectory(prefix="streamline-")
         notify(why_on_disk(recipe))
-        model = load_on_disk(source, Path(on_disk.name), computing_dtype(source, recipe))
+        model = load_on_disk(source, Path(on_disk.name), computing_dtype(source, recipe), scoring_device(recipe))
     else:
         model = load_original(source, recipe, config)
     loaded = time.monotonic()

@@ -1,4 +1,4 @@
-"""Formatting figures for reports: significant digits, intervals, percentages and sizes.
+"""Formatting figures for reports: significant digits, intervals, percentages, sizes and durations.
 
 `rich.filesize` and humanize round to decimal places, not to significant digits.
 """
@@ -53,6 +53,18 @@ def size(count: float) -> str:
         if count >= scale:
             return f"{number(count / scale)} {unit}"
     return f"{count:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Format a number of seconds, in the largest unit of which there are two or more.
+
+    >>> duration(0.2), duration(90), duration(300), duration(10_000)
+    ('0.200 s', '90.0 s', '5.00 min', '2.78 h')
+    """
+    for unit, scale in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * scale:
+            return f"{number(seconds / scale)} {unit}"
+    return f"{number(seconds)} s"
 
 
 def _format_of(value: float, digits: int) -> str:

@@ -52,7 +52,9 @@ class HealingMemory:
         return sum(astuple(self))
 
 
-def healing_memory(recipe: Recipe, config: PreTrainedConfig, on_disk: bool = False) -> HealingMemory:
+def healing_memory(
+    recipe: Recipe, config: PreTrainedConfig, on_disk: bool = False, processes: int = 1
+) -> HealingMemory:
     """Estimate the memory of the training of a recipe that takes most.
 
     A layer keeps about 12 x width + 4 x inner width numbers a token for the gradient (counted on Llama, Qwen3 and
@@ -62,10 +64,13 @@ def healing_memory(recipe: Recipe, config: PreTrainedConfig, on_disk: bool = Fal
         recipe: A recipe with trainings.
         config: The original's config.
         on_disk: Whether weights stay on disk, but for those of the layer that is trained, or that processes share.
+        processes: How many processes share the weights, if this is not one of them.
     """
-    shares = sharding() is not None and "local" not in recipe.resolved_trainings
+    if sharding() is not None:
+        processes = process_count()
+    shares = processes > 1 and "local" not in recipe.resolved_trainings
     model = meta_model(config)
-    whole, removed = _numbers(model), _removed(recipe, config.num_hidden_layers)
+    whole, removed = _numbers(model), layers_removed(recipe, config.num_hidden_layers)
     layers = decoder_layers(model, architecture_of(config))
     left = whole - removed * _numbers(layers) // len(layers)
     most = max(
@@ -75,18 +80,19 @@ def healing_memory(recipe: Recipe, config: PreTrainedConfig, on_disk: bool = Fal
         ),
         key=lambda memory: memory.total,
     )
-    return _shared(most, whole - _numbers(layers), _numbers(layers[0])) if shares else most
+    return _shared(most, whole - _numbers(layers), _numbers(layers[0]), processes) if shares else most
 
 
-def _shared(memory: HealingMemory, outside: int, layer: int) -> HealingMemory:
+def _shared(memory: HealingMemory, outside: int, layer: int, processes: int) -> HealingMemory:
     """The memory of one of the processes that share the weights.
 
     Args:
         memory: That of a process which holds all of them.
         outside: The number of weights outside the decoder layers, which are whole while the model runs.
         layer: The number of weights of a layer, of which two are whole at a time.
+        processes: The number of processes.
     """
-    processes, gathered = process_count(), FP32 * (outside + 2 * layer)
+    gathered = FP32 * (outside + 2 * layer)
     return HealingMemory(
         weights=memory.weights // processes + gathered,
         original=memory.original // processes + gathered * bool(memory.original),
@@ -219,7 +225,7 @@ def _activations(recipe: Recipe, stage: str, config: PreTrainedConfig, layers: i
     return int(tokens * (kept + originals * FP32) + 5 * FP32 * min(LOGITS, tokens * config.vocab_size))
 
 
-def _removed(recipe: Recipe, layers: int) -> int:
+def layers_removed(recipe: Recipe, layers: int) -> int:
     """The number of layers that the model loses; none where only the method knows."""
     if recipe.pruning.layers is not None:
         return len(parse_layers(recipe.pruning.layers, layers))

@@ -13,10 +13,10 @@ import torch
 
 from cases import make
 from console import Outcome, optimum_cli
+from optimum.streamline.costs import healing_memory as estimates
+from optimum.streamline.costs.healing_memory import HealingMemory, healing_memory, warning
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.model_files.source import ModelSource
-from optimum.streamline.pipeline import healing_memory as estimates
-from optimum.streamline.pipeline.healing_memory import HealingMemory, healing_memory, warning
 from optimum.streamline.pipeline.prune import prepare
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.system.notify import silent

@@ -1,0 +1,185 @@
+"""How often a method runs the layers and the head of a model: to score the layers, make its plan and follow it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from optimum.streamline.methods.auto import Auto, recipe_of
+from optimum.streamline.methods.come_p import GRID
+from optimum.streamline.methods.registry import METHODS
+from optimum.streamline.recipe.quantities import parse_remove
+from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.scoring.race import MIN_WINDOWS
+
+RACE = 0.36
+"""The share of the windows that the removals of a race are tried on (measured: `docs/search.md`)."""
+SWAPS = 2
+"""How many times `shifted` tries to swap each pair: once to find a swap, and once to find no further one."""
+CORRECTED = 2
+"""How much longer a search takes that compares removals with their corrections."""
+BACKWARD = 3
+"""What a forward and a backward pass cost, in forward passes."""
+
+
+@dataclass(frozen=True)
+class ChoosingWork:
+    """The work of choosing, in windows of text.
+
+    Args:
+        layers: The number of windows that run through a layer, summed over the layers.
+        heads: The number of windows that run through the output head.
+    """
+
+    layers: float = 0.0
+    heads: float = 0.0
+
+    def __add__(self, other: ChoosingWork) -> ChoosingWork:
+        return ChoosingWork(self.layers + other.layers, self.heads + other.heads)
+
+    def times(self, factor: float) -> ChoosingWork:
+        """This work several times."""
+        return ChoosingWork(self.layers * factor, self.heads * factor)
+
+
+def choosing_work(recipe: Recipe, config: PreTrainedConfig) -> ChoosingWork | None:
+    """The work of scoring the layers of a model and of choosing a plan, about.
+
+    Races and swaps depend on the text, so a search may take half as much more or less.
+
+    Args:
+        recipe: The recipe.
+        config: The original's config.
+
+    Returns:
+        The work; `None` for a method of another package, of which nothing is known.
+    """
+    if recipe.resolved_method == "explicit":
+        return ChoosingWork()
+    scoring = _passes(config.num_hidden_layers, recipe.calibration.samples)
+    if recipe.resolved_method != "auto":
+        planning = _planning(recipe, config)
+        return planning and scoring + planning
+    total, auto = scoring, Auto()
+    compared = auto.held_out(recipe)
+    for name in auto.candidates(recipe, config, for_trials="distill" in recipe.resolved_trainings[:1]):
+        planning = _planning(recipe_of(recipe, name), config)
+        assert planning is not None, name
+        total += planning + _passes(config.num_hidden_layers, compared, heads=True)
+    return total
+
+
+def _passes(layers: float, windows: float, heads: bool = False) -> ChoosingWork:
+    """One pass of some windows through some layers, with the head or without."""
+    return ChoosingWork(layers * windows, windows * heads)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What the work of a method depends on."""
+
+    recipe: Recipe
+    config: PreTrainedConfig
+
+    @property
+    def layers(self) -> int:
+        """The number of the model's layers."""
+        layers: int = self.config.num_hidden_layers
+        return layers
+
+    @property
+    def windows(self) -> int:
+        """The number of calibration windows."""
+        return self.recipe.calibration.samples
+
+    @property
+    def count(self) -> int:
+        """The number of steps: of layers that the model loses."""
+        remove = self.recipe.pruning.remove
+        return 0 if remove is None else parse_remove(remove, self.layers)
+
+    @property
+    def left(self) -> range:
+        """The number of layers before each step."""
+        return range(self.layers, self.layers - self.count, -1)
+
+    def races(self, candidates: int) -> list[ChoosingWork]:
+        """One race a step, with so many candidates for each layer."""
+        return [_race(number, candidates * number, self.windows) for number in self.left]
+
+    def passes(self, number: int = 1) -> list[ChoosingWork]:
+        """So many passes a step."""
+        return [_passes(layers, number * self.windows) for layers in self.left]
+
+
+def _planning(recipe: Recipe, config: PreTrainedConfig) -> ChoosingWork | None:
+    """The work of one method after the scoring."""
+    if recipe.resolved_method not in _STEPS:
+        return None
+    steps = _STEPS[recipe.resolved_method](_Search(recipe, config))
+    return sum(steps, ChoosingWork()).times(CORRECTED if recipe.resolved_replacement == "corrected" else 1)
+
+
+def _nothing(search: _Search) -> list[ChoosingWork]:
+    return []
+
+
+def _shortgpt(search: _Search) -> list[ChoosingWork]:
+    return search.passes()[1:] if search.recipe.pruning.iterative else []
+
+
+def _shifted(search: _Search) -> list[ChoosingWork]:
+    layers, count, windows = search.layers, search.count, search.windows
+    swaps = [_race(layers - count + 1, 2 * layers, windows)] * (count * SWAPS)
+    return search.races(2) + swaps + [_tried(layers - count, count + 1, windows)] * SWAPS
+
+
+def _blockpruner(search: _Search) -> list[ChoosingWork]:
+    if METHODS["blockpruner"].may_pack(search.recipe, search.config):  # every second step completes a pair
+        return search.races(2) + [_tried(number, 2, search.windows) for number in search.left]
+    return search.races(2) * 2
+
+
+def _taylor(search: _Search) -> list[ChoosingWork]:
+    # Each layer runs forward, and again for its gradient.
+    return [_passes(search.layers, search.windows * (1 + BACKWARD)), ChoosingWork(0, search.windows * BACKWARD)]
+
+
+def _come(search: _Search) -> list[ChoosingWork]:
+    return search.passes(2)  # channels are measured for the plan, and again for each merge
+
+
+def _come_p(search: _Search) -> list[ChoosingWork]:
+    return _come(search) + [_tried(number, GRID + 1, search.windows) for number in search.left]
+
+
+_STEPS: dict[str, Callable[[_Search], list[ChoosingWork]]] = {
+    "average": _Search.passes,
+    "blockpruner": _blockpruner,
+    "come": _come,
+    "come-mp": _come,
+    "come-p": _come_p,
+    "come-sp": _come,
+    "gromov": _nothing,
+    "layerchop": _nothing,
+    "llm-streamline": _nothing,
+    "shifted": _shifted,
+    "shortened-ppl": lambda search: [_tried(search.layers, search.layers, search.windows)],
+    "shortened-taylor": _taylor,
+    "shortgpt": _shortgpt,
+    "sleb": lambda search: search.races(1),
+}
+"""The work of each of our methods; `auto` does that of its candidates."""
+
+
+def _race(layers: float, candidates: float, windows: int) -> ChoosingWork:
+    """A race of removals (`scoring.race`)."""
+    share = max(RACE, min(1.0, MIN_WINDOWS / windows))
+    return _tried(layers, candidates * share, windows)
+
+
+def _tried(layers: float, candidates: float, windows: int) -> ChoosingWork:
+    """Removals that are all tried on all windows. On average a removal runs half of the layers, after its own."""
+    return _passes(layers * (1 + candidates / 2), windows) + ChoosingWork(0, candidates * windows)

@@ -1,0 +1,263 @@
+"""How fast this machine works on a model: measured on one and on two of its layers, with random weights.
+
+What a step takes on more layers follows from the two: a part outside the layers, and a part for each layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from time import monotonic
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from optimum.streamline.checkpoints.loading import load_on_disk, load_stock
+from optimum.streamline.checkpoints.read_back import read_back
+from optimum.streamline.checkpoints.saving import save_model, save_weights
+from optimum.streamline.editing.apply import planned_config
+from optimum.streamline.editing.plan import Plan
+from optimum.streamline.healing.losses import Distillation, HealingLoss, LayerOutputs, NextToken, Target, outputs_of
+from optimum.streamline.healing.settings import distillation_weights, model_settings
+from optimum.streamline.healing.trainable_parts import train_model
+from optimum.streamline.model_files.source import ModelSource, fingerprint
+from optimum.streamline.models.architectures import architecture_of, decoder_layers
+from optimum.streamline.models.offloaded_weights import device_of
+from optimum.streamline.quantization.compact_copy import compact_copy
+from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.scoring.loss import window_losses
+from optimum.streamline.text.windows import BATCH, Windows
+
+EMBEDDED = 1 << 26
+"""The most numbers in the embedding of what is measured. A larger vocabulary is cut, and its part scaled up."""
+WORK = 1e11
+"""About how many operations of one layer are timed at a time: a second or two on two cores."""
+IMPORTS = 60
+"""The seconds below which the first measurement is repeated: it also imports libraries."""
+UPDATES = 4
+"""The number of updates of a training that are timed."""
+
+
+@dataclass(frozen=True)
+class Types:
+    """The number types of the weights of a model: in its files, while it is scored, and in the result's files."""
+
+    stored: torch.dtype
+    computing: torch.dtype
+    result: torch.dtype
+
+
+@dataclass(frozen=True)
+class Line:
+    """The seconds of something that takes `outside`, and `layer` more for each layer."""
+
+    outside: float
+    layer: float
+
+    def of(self, layers: float) -> float:
+        """The seconds for so many layers."""
+        return self.outside + self.layer * layers
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a machine works on a model, in seconds by the number of its layers.
+
+    Args:
+        load: Loading the model.
+        write: Writing it as a checkpoint, and reading that back.
+        window: Running a window through it. What is outside the layers is the head, with the loss.
+        original: Running a window through the original in the form that distillation keeps it in.
+        update: A window's share of an update of a training, without the original's part; zero without training.
+        token: Running one token through it.
+        export: Exporting it; zero without `export`.
+    """
+
+    load: Line
+    write: Line
+    window: Line
+    original: Line
+    update: Line
+    token: Line
+    export: Line
+
+
+def measure_speed(
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    types: Types,
+    on_disk: bool,
+    export: Callable[[Path, Path], object] | None = None,
+) -> Speed:
+    """Measure how fast this machine works on a model. It takes some seconds, and the memory and disk of two layers.
+
+    Args:
+        recipe: The recipe.
+        config: The model's config, without quantization.
+        tokenizer: Its tokenizer.
+        types: The types of its weights.
+        on_disk: Whether its weights stay on disk.
+        export: A function that exports a checkpoint into a folder, if the recipe exports.
+    """
+
+    def measured(layers: int) -> dict[str, float]:
+        with TemporaryDirectory(prefix="streamline-") as scratch:
+            few = _few_layers(config, layers)
+            return _measured(recipe, few, tokenizer, types, Path(scratch), on_disk, export)
+
+    begun, one = monotonic(), measured(1)
+    if monotonic() - begun < IMPORTS:
+        one = measured(1)
+    seconds = (one, measured(2))
+    share = config.vocab_size / _vocabulary(config)
+    lines = {name: _line(seconds[0][name], seconds[1][name], share) for name in seconds[0]}
+    # Outside the layers an export takes the time of its program, whatever the vocabulary.
+    lines["export"] = _line(seconds[0]["export"], seconds[1]["export"], 1.0)
+    return Speed(**lines)
+
+
+def _line(one: float, two: float, share: float) -> Line:
+    """The line through what one layer and two layers took, where the vocabulary has only a `share` of its size."""
+    layer = max(two - one, 0.0)
+    return Line(max(one - layer, 0.0) * share, layer)
+
+
+def _vocabulary(config: PreTrainedConfig) -> int:
+    vocabulary: int = config.vocab_size
+    return min(vocabulary, max(1024, EMBEDDED // int(config.hidden_size)))
+
+
+def _few_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
+    """The config of a model with layers from the middle only, and with a part of the vocabulary if it is large."""
+    total = config.num_hidden_layers
+    first = min(total // 2, total - count)
+    kept = range(first, first + count)
+    few = planned_config(config, Plan(total, tuple(layer for layer in range(total) if layer not in kept), "none"))
+    few.vocab_size = _vocabulary(config)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):  # which may be outside of it
+        setattr(few, name, None)
+    return few
+
+
+def _measured(
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    types: Types,
+    folder: Path,
+    on_disk: bool,
+    export: Callable[[Path, Path], object] | None,
+) -> dict[str, float]:
+    """The seconds of each field of `Speed` for a model of this config."""
+    original, scratch, out = folder / "original", folder / "scratch", folder / "out"
+    scratch.mkdir()
+    with torch.random.fork_rng():
+        save_weights(AutoModelForCausalLM.from_config(config).to(types.stored), original)
+    source = ModelSource(str(original))
+
+    def load() -> PreTrainedModel:
+        fingerprint(source)
+        if on_disk:
+            return load_on_disk(source, scratch, types.computing, recipe.device)
+        return load_stock(source, types.computing, recipe.device)
+
+    def write() -> None:
+        save_model(model, tokenizer, types.result, out)
+        read_back(out, model, tokenizer, None)
+        fingerprint(ModelSource(str(out)))
+
+    seconds, model = _timed(load)
+    found = {"load": seconds}
+    found["window"] = found["original"] = _window(model, recipe.length)
+    found["update"] = 0.0
+    if trainings := [each for each in recipe.resolved_trainings if each != "hidden-mse"]:
+        found["update"] = _update(recipe, model, trainings[-1])
+        if recipe.healing.original != "fp32":
+            found["original"] = _window(compact_copy(model, recipe.healing.original, recipe.device), recipe.length)
+    found["token"] = _token(model)
+    found["write"] = _timed(write)[0]
+    found["export"] = 0.0 if export is None else _timed(lambda: export(out, folder / "export"))[0]
+    return found
+
+
+def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    start = monotonic()
+    result = work()
+    return monotonic() - start, result
+
+
+def _windows_at_once(model: PreTrainedModel, length: int, wanted: int) -> int:
+    """How many windows make about `WORK`."""
+    [layer, *_] = decoder_layers(model, architecture_of(model.config))
+    weights = sum(each.numel() for each in layer.parameters())
+    return max(1, min(wanted, int(WORK / (2 * weights * length))))
+
+
+def _text(model: PreTrainedModel, windows: int, length: int) -> Windows:
+    """Random text."""
+    generator = torch.Generator().manual_seed(0)
+    return Windows(torch.randint(model.config.vocab_size, (windows, length), generator=generator), "random")
+
+
+@torch.inference_mode()
+def _window(model: PreTrainedModel, length: int) -> float:
+    """The seconds that a window takes, in a batch as the searches have."""
+    ids = _text(model, _windows_at_once(model, length, BATCH), length).ids.to(device_of(model))
+    seconds = [_timed(lambda: window_losses(model, ids).cpu())[0] / len(ids) for _ in range(4)]
+    return median(seconds[1:])  # the first run allocates memory
+
+
+@torch.inference_mode()
+def _token(model: PreTrainedModel) -> float:
+    ids = torch.zeros(1, 1, dtype=torch.long, device=device_of(model))
+
+    def run() -> torch.Tensor:
+        logits: torch.Tensor = model(ids, use_cache=False).logits
+        return logits.cpu()
+
+    return median([_timed(run)[0] for _ in range(6)][1:])
+
+
+class _TimedLoss:
+    """A loss that notes when each update begins. Held-out losses are not computed."""
+
+    def __init__(self, loss: HealingLoss) -> None:
+        self._loss = loss
+        self.begun: list[float] = []
+
+    def loss(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+        """The loss of an update."""
+        if not torch.is_grad_enabled():
+            return torch.ones(())
+        self.begun.append(monotonic())
+        return self._loss.loss(model, ids)
+
+
+def _update(recipe: Recipe, model: PreTrainedModel, stage: str) -> float:
+    """The seconds of an update of training `stage` for each of its windows."""
+    at_once = recipe.healing.micro_batch or recipe.heal_batch(stage)
+    batch = _windows_at_once(model, recipe.length, at_once)
+    text = _text(model, (UPDATES + 1) * batch + 1, recipe.length)
+    kind = "distill" if stage == "distill" else "lm"
+    settings = replace(model_settings(recipe, model, kind), batch=batch, micro_batch=None, epochs=1, minutes=None)
+    timed = _TimedLoss(_loss(recipe, model, text.ids[:batch], kind))
+    train_model(model, timed, text, settings, title="timing an update", device=recipe.device)
+    return median(after - before for before, after in zip(timed.begun, timed.begun[1:], strict=False)) / batch
+
+
+def _loss(recipe: Recipe, model: PreTrainedModel, ids: torch.Tensor, stage: str) -> HealingLoss:
+    """The loss of a training, whose original has given its outputs before."""
+    if stage == "lm":
+        return NextToken()
+    layers = range(model.config.num_hidden_layers)
+    given: tuple[Target, LayerOutputs] = outputs_of(model, ids.to(device_of(model)), layers)
+
+    def outputs(ids: torch.Tensor, numbers: Sequence[int]) -> tuple[Target, LayerOutputs]:
+        return given
+
+    return Distillation(outputs, tuple(layer + 1 for layer in layers), *distillation_weights(recipe))

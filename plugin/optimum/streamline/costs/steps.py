@@ -1,0 +1,311 @@
+"""What each step of a recipe takes: memory, room on the disk, and time, estimated before any work is done.
+
+docs/scale.md has estimates beside what was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from optimum.streamline.checkpoints.loading import DTYPES
+from optimum.streamline.editing.plan import TRAINED
+from optimum.streamline.healing.output_cache import Array, cache_form
+from optimum.streamline.healing.settings import HELD_OUT_SHARE, distillation_weights, scope_of
+from optimum.streamline.methods.auto import CANDIDATES, makes_trials
+from optimum.streamline.models.architectures import architecture_of, decoder_layers
+from optimum.streamline.models.linear_modules import meta_model
+from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.scoring.ablation import STREAMS
+from optimum.streamline.scoring.loss import VOCABULARY_SLICE
+from optimum.streamline.text.windows import BATCH, Windows
+
+from .choosing_work import BACKWARD, choosing_work
+from .healing_memory import healing_memory, layers_removed
+from .speed import Speed, Types
+
+FP32 = 4  # bytes
+SHARD = 1e9
+"""The largest weight file that is written of a model whose weights are on disk."""
+EVALUATIONS = 11
+"""How often a training measures the held-out loss."""
+IN_RUNTIME = 3
+"""The memory of an export, as a multiple of its weights, if so much is free; else it takes what is free."""
+TIMED_ROUNDS, TIMED_PROMPT, TIMED_TOKENS = 12, 256, 32
+"""How often `validate` times a model, with how many tokens at once and one by one."""
+START = 5
+"""The seconds in which a process starts that times a model."""
+TRIALS = 1.5
+"""The updates of all trial trainings and of the rest of the last one, in those of one training."""
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a step takes.
+
+    Args:
+        name: The step.
+        memory: The memory of the process while it runs, in bytes, with the program.
+        gpu: The memory of the GPU, in bytes.
+        disk: The room that its files take, in bytes, those that it deletes again too.
+        seconds: Its time; `None` if unknown.
+    """
+
+    name: str
+    memory: int
+    gpu: int
+    disk: int
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """How many weights a model has.
+
+    Args:
+        whole: The original's.
+        layer: Those of one of its layers.
+        largest: Those of its largest tensor.
+        left: The pruned model's.
+        layers: The number of the original's layers.
+        kept: The number of the pruned model's layers.
+    """
+
+    whole: int
+    layer: int
+    largest: int
+    left: int
+    layers: int
+    kept: int
+
+
+def model_size(recipe: Recipe, config: PreTrainedConfig) -> ModelSize:
+    """The size of a model and of what a recipe leaves of it."""
+    model = meta_model(config)
+    layers = decoder_layers(model, architecture_of(config))
+    removed = layers_removed(recipe, len(layers))
+    layer = sum(each.numel() for each in layers.parameters()) // len(layers)
+    whole = sum(each.numel() for each in model.parameters())
+    largest = max(each.numel() for each in model.parameters())
+    return ModelSize(whole, layer, largest, whole - removed * layer, len(layers), len(layers) - removed)
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What the costs of a recipe depend on besides the recipe and the model's config.
+
+    Args:
+        types: The types of the model's weights.
+        on_disk: Whether its weights stay on disk.
+        scored_on: The device on which layers are scored and edited.
+        largest_file: The size of its largest weight file, in bytes.
+        program: The memory of the process before any work, in bytes.
+        free: The memory that the process may take, in bytes.
+        speed: The speed of the machine; `None` if unknown.
+        processes: How many processes share the weights while they heal.
+    """
+
+    types: Types
+    on_disk: bool
+    scored_on: str
+    largest_file: int
+    program: int
+    free: int
+    speed: Speed | None
+    processes: int = 1
+
+
+def step_costs(
+    recipe: Recipe, config: PreTrainedConfig, around: Circumstances, validates: bool = False
+) -> list[StepCost]:
+    """What each step of `prune` takes, or of `run`.
+
+    Args:
+        recipe: The recipe.
+        config: The original's config.
+        around: All else that matters.
+        validates: Whether the recipe is run: exported and validated too.
+    """
+    estimates = _Estimates(recipe, config, model_size(recipe, config), around)
+    steps = [estimates.load(), estimates.choose(), *estimates.heal(), estimates.write()]
+    if validates:
+        steps += [*estimates.export(), estimates.validate()]
+    on_gpu = {"heal", "validate"} if around.scored_on == "cpu" else {"choose", "heal", "write", "validate"}
+    costs = []
+    for name, work, disk, seconds in steps:
+        gpu = work if recipe.device != "cpu" and name in on_gpu else 0
+        costs.append(StepCost(name, around.program + work - gpu, gpu, disk, seconds))
+    return costs
+
+
+_Step = tuple[str, int, int, float | None]
+
+
+@dataclass(frozen=True)
+class _Estimates:
+    """The estimates of the steps: name, bytes of memory without the program, bytes on disk, seconds."""
+
+    recipe: Recipe
+    config: PreTrainedConfig
+    size: ModelSize
+    around: Circumstances
+
+    def load(self) -> _Step:
+        """All weights and, if their type changes, the file that they are read from; from disk one tensor at a time."""
+        seconds = self._seconds(lambda speed: speed.load.of(self.size.layers))
+        if self.around.on_disk:
+            return "load", 2 * self.size.largest * self.around.types.stored.itemsize, 0, seconds
+        mapped = self.around.largest_file * (self.around.types.stored != self.around.types.computing)
+        return "load", self._loaded() + mapped, 0, seconds
+
+    def choose(self) -> _Step:
+        """The weights, for `auto` twice; or two layers, and the hidden states of all removals at one depth."""
+        size, width, length = self.size, self.config.hidden_size, self.recipe.length
+        logits = 2 * FP32 * BATCH * length * min(self.config.vocab_size, VOCABULARY_SLICE)
+        windows = BATCH * length * width
+        if self.around.on_disk:
+            held = 2 * size.layer * self.around.types.computing.itemsize + FP32 * VOCABULARY_SLICE * width
+            states = 2 * FP32 * min(STREAMS, windows * size.layers)
+        else:
+            held = self._loaded() * (1 + (self.recipe.resolved_method == "auto"))
+            states = FP32 * windows * size.layers
+        work = choosing_work(self.recipe, self.config)
+        seconds = None
+        if work is not None:
+            layers, heads = work.layers, work.heads
+            seconds = self._seconds(lambda speed: layers * speed.window.layer + heads * speed.window.outside)
+        if self.recipe.resolved_method == "explicit":
+            return "choose", 0 if self.around.on_disk else self._loaded(), 0, seconds
+        return "choose", held + states + logits, self._states_on_disk(), seconds
+
+    def heal(self) -> Iterator[_Step]:
+        """The training of the recipe that takes most memory, and the time of all."""
+        if not self.recipe.resolved_trainings:
+            return
+        memory = healing_memory(self.recipe, self.config, self.around.on_disk, self.around.processes)
+        trained, moments = memory.gradients // FP32, memory.moments  # of a process, which writes its own
+        # Two checkpoints of weights and moments, and the best weights twice while they are replaced.
+        checkpoints = 2 * (FP32 * trained + moments) + 2 * FP32 * trained
+        plans = len(CANDIDATES) if makes_trials(self.recipe) else 1
+        disk = checkpoints + (plans - 1) * (FP32 * trained + moments) + self._cached() + self._states_of_local()
+        trainings = range(len(self.recipe.resolved_trainings))
+        seconds = self._seconds(lambda speed: sum(self._training(each, speed) for each in trainings))
+        yield "heal", memory.total, disk, seconds
+
+    def write(self) -> _Step:
+        """The result, read back beside its file; or one file of it at a time."""
+        bytes_of_result = self.size.left * self.around.types.result.itemsize
+        largest = self.size.largest * self.around.types.result.itemsize
+        seconds = self._seconds(lambda speed: speed.write.of(self.size.kept))
+        if self.around.on_disk:
+            return "write", int(min(bytes_of_result, max(SHARD, largest))) + largest, bytes_of_result, seconds
+        return "write", max(self._loaded(), 2 * bytes_of_result), bytes_of_result, seconds
+
+    def export(self) -> Iterator[_Step]:
+        """The exports of the original and of the pruned model, one after the other."""
+        if self.recipe.export.format == "none":
+            return
+        sizes = self._exports()
+        seconds = self._seconds(lambda speed: speed.export.of(self.size.layers) + speed.export.of(self.size.kept))
+        yield "export", min(round(IN_RUNTIME * max(sizes)), self.around.free), sum(sizes), seconds
+
+    def validate(self) -> _Step:
+        """All models in memory at a time if they fit, and again in the processes in which they are timed."""
+        models = [(FP32 * self.size.whole, self.size.layers), (FP32 * self.size.left, self.size.kept)]
+        if self.recipe.export.format != "none":
+            models += zip(self._exports(), (self.size.layers, self.size.kept), strict=True)
+        sizes = [weights for weights, _ in models]
+        together = sum(sizes) <= self.around.free
+        seconds = self._seconds(lambda speed: sum(self._validation(layers, speed) for _, layers in models))
+        logits: int = FP32 * self.recipe.evaluation.samples * self.recipe.length * self.config.vocab_size
+        return "validate", sum(sizes) if together else max(sizes), 0 if together else logits, seconds
+
+    def _validation(self, layers: int, speed: Speed) -> float:
+        """The seconds in which one model is loaded twice, judged and timed."""
+        assert self.around.speed is not None
+        recipe, speed = self.recipe, self.around.speed
+        timed = TIMED_ROUNDS * (
+            TIMED_PROMPT / recipe.length * speed.window.of(layers) + TIMED_TOKENS * speed.token.of(layers)
+        )
+        return 2 * speed.load.of(layers) + recipe.evaluation.samples * speed.window.of(layers) + timed + START
+
+    def _exports(self) -> tuple[int, int]:
+        """The bytes of the exports of both models, in float."""
+        itemsize = DTYPES[self.recipe.dtype or "fp32"].itemsize
+        return self.size.whole * itemsize, self.size.left * itemsize
+
+    def _seconds(self, of: Callable[[Speed], float | None]) -> float | None:
+        return None if self.around.speed is None else of(self.around.speed)
+
+    def _loaded(self) -> int:
+        return self.size.whole * self.around.types.computing.itemsize
+
+    def _states_on_disk(self) -> int:
+        """Files of hidden states while layers are chosen, and of merged layers."""
+        recipe, count = self.recipe, self.size.layers - self.size.kept
+        if not self.around.on_disk:
+            return 0
+        states: int = FP32 * recipe.calibration.samples * recipe.length * self.config.hidden_size
+        if recipe.resolved_method == "shortened-taylor":
+            return states * self.size.layers
+        if recipe.resolved_method.startswith("come") or recipe.resolved_method == "average":
+            return FP32 * self.size.layer * count
+        return 6 * states if recipe.resolved_replacement == "corrected" else 0
+
+    def _windows(self) -> tuple[int, int]:
+        """The windows that are trained on, and those held out."""
+        windows = self.recipe.healing.tokens // self.recipe.length
+        held_out = max(1, round(windows * HELD_OUT_SHARE))
+        return windows - held_out, held_out
+
+    def _cached(self) -> int:
+        return sum(each.size for each in self._cache().values())
+
+    def _cache(self) -> dict[str, Array]:
+        recipe = self.recipe
+        text = Windows(torch.empty(sum(self._windows()), recipe.length, device="meta"), "")
+        form = cache_form(recipe, text, self.config, Path("healing"), makes_trials(recipe))
+        if form is None:
+            return {}
+        return form.arrays(text, self.config, distillation_weights(recipe)[1] > 0)
+
+    def _states_of_local(self) -> int:
+        if "local" not in self.recipe.resolved_trainings:
+            return 0
+        width: int = self.config.hidden_size
+        return 2 * FP32 * sum(self._windows()) * self.recipe.length * width
+
+    def _training(self, number: int, speed: Speed) -> float:
+        """The seconds of one training."""
+        recipe, size = self.recipe, self.size
+        stage, (windows, held_out) = recipe.resolved_trainings[number], self._windows()
+        trained = windows * recipe.healing.epochs
+        scope = scope_of(recipe, number, recipe.resolved_replacement in TRAINED)
+        original, window = speed.original.of(size.layers), speed.window.of(size.kept)
+        measured = EVALUATIONS * held_out
+        if stage == "local":  # the original runs once on the text; then each cut layer is trained
+            cut = size.layers - size.kept
+            return (windows + held_out) * original + cut * (
+                trained * speed.update.layer + measured * speed.window.layer
+            )
+        if stage == "hidden-mse":  # the original runs up to the block, which is anywhere
+            return trained * (original / 2 + speed.update.layer) + measured * original / 2
+        update = speed.update.of(size.kept)
+        if scope == "replacement":
+            update = window + (BACKWARD - 1) * window / 2
+        own = trained * update + measured * window
+        if stage == "lm":
+            return own
+        return own * (TRIALS if makes_trials(recipe) else 1) + self._runs_of_original() * original
+
+    def _runs_of_original(self) -> int:
+        """How many windows run through the original for distillation."""
+        (windows, held_out), passes = self._windows(), self.recipe.healing.epochs
+        first = windows + held_out if self._cache() else windows + EVALUATIONS * held_out
+        if self.recipe.resolved_replace:  # it draws the tokens once, and reads them in each later pass
+            return first + windows + held_out + windows * (passes - 1)
+        return first if self._cache() else first + windows * (passes - 1)
