@@ -89,7 +89,7 @@ def tensor(file: Path, name: str) -> Any:
 def write(results: dict[str, Any]) -> None:
     """Write the table of docs/scale.md."""
     lines = [
-        "| checkpoint | edit | peak memory: in memory, on disk | estimated | seconds: in memory, on disk | estimated | same bytes |",
+        "| checkpoint | edit | peak: in memory, on disk | estimated | seconds: in memory, on disk | estimated | same |",
         "|---|---|---|---|---|---|---|",
     ]
     for size, edit in ((size, edit) for size in SHAPES for edit in EDITS if f"{size}, {edit}" in results):

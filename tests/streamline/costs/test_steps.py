@@ -169,4 +169,8 @@ def test_a_dry_run_prints_what_each_step_takes(
     done = cli(*run, "--on", "1x H100-80GB")
     assert (done.code, done.out) == (2, "")
     assert "on '1x H100-80GB': another machine can only be estimated; give dry-run too" in done.err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = cli("prune", "-m", tmp_path / "in", *words, "--dry-run", tmp_path / "out")
+    assert (done.code, done.out) == (2, "")
+    assert "dry-run: 2 processes were launched; run it alone" in done.err
     assert not (tmp_path / "out").exists()

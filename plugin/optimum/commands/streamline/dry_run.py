@@ -22,6 +22,7 @@ from optimum.streamline.pipeline.estimating import costs_on, estimated_costs
 from optimum.streamline.pipeline.prune import prepare
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.reporting.numbers import duration, size
+from optimum.streamline.system.distributed import process_count
 
 from .console import notifier
 
@@ -40,17 +41,22 @@ def dry_run(source: Any, recipe: Recipe, args: Namespace, console: Console, vali
         The exit code 0.
 
     Raises:
-        StreamlineError: bad input, or the layers would have to be scored in an export.
+        StreamlineError: bad input, the layers would have to be scored in an export, or there are several processes.
     """
     if recipe.quantize_first and recipe.export.format != "none":
         raise StreamlineError(
             f"dry-run: with steps {recipe.quantization.steps!r} the layers are scored in an export, which a dry run "
             "does not make; leave dry-run out"
         )
+    if (processes := process_count()) > 1:
+        raise StreamlineError(
+            f"dry-run: {processes} processes were launched; run it alone, and name GPUs that share the weights by on, "
+            "such as '8x H100-80GB'"
+        )
     if args.on is not None:
         _print_costs_on(Machine.parse(args.on), source, recipe, console, validates)
         return 0
-    console.print("measuring two layers, to estimate what each step takes", markup=False)
+    console.print("measuring a few layers, to estimate what each step takes", markup=False)
     _print_costs(estimated_costs(source, recipe, validates), console)
     prepared = prepare(source, recipe, notifier(console))
     if recipe.quantization.quantizer != "none":

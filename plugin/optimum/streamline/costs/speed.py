@@ -1,4 +1,4 @@
-"""How fast this machine works on a model: measured on one and on two of its layers, with random weights.
+"""How fast this machine works on a model: measured on one of its layers and on a few, with random weights.
 
 What a step takes on more layers follows from the two: a part outside the layers, and a part for each layer.
 """
@@ -26,7 +26,8 @@ from optimum.streamline.healing.settings import distillation_weights, model_sett
 from optimum.streamline.healing.trainable_parts import train_model
 from optimum.streamline.model_files.source import ModelSource, fingerprint
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
-from optimum.streamline.models.offloaded_weights import device_of
+from optimum.streamline.models.linear_modules import meta_model
+from optimum.streamline.models.offloaded_weights import copy_sharing_disk, device_of
 from optimum.streamline.quantization.compact_copy import compact_copy
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.scoring.loss import window_losses
@@ -36,8 +37,12 @@ EMBEDDED = 1 << 26
 """The most numbers in the embedding of what is measured. A larger vocabulary is cut, and its part scaled up."""
 WORK = 1e11
 """About how many operations of one layer are timed at a time: a second or two on two cores."""
+LAYERS, NUMBERS = 8, 1 << 27
+"""The most layers that are measured, and the most weights in them if they are more than two."""
 IMPORTS = 60
 """The seconds below which the first measurement is repeated: it also imports libraries."""
+LONG = 5
+"""The seconds from which a measurement is not repeated."""
 UPDATES = 4
 """The number of updates of a training that are timed."""
 
@@ -94,7 +99,7 @@ def measure_speed(
     on_disk: bool,
     export: Callable[[Path, Path], object] | None = None,
 ) -> Speed:
-    """Measure how fast this machine works on a model. It takes some seconds, and the memory and disk of two layers.
+    """Measure how fast this machine works on a model. It takes some seconds, and the memory of `measured_layers`.
 
     Args:
         recipe: The recipe.
@@ -113,17 +118,30 @@ def measure_speed(
     begun, one = monotonic(), measured(1)
     if monotonic() - begun < IMPORTS:
         one = measured(1)
-    seconds = (one, measured(2))
-    share = config.vocab_size / _vocabulary(config)
-    lines = {name: _line(seconds[0][name], seconds[1][name], share) for name in seconds[0]}
+    few = measured_layers(config)
+    more, share = measured(few), config.vocab_size / _vocabulary(config)
     # Outside the layers an export takes the time of its program, whatever the vocabulary.
-    lines["export"] = _line(seconds[0]["export"], seconds[1]["export"], 1.0)
-    return Speed(**lines)
+    shares = {name: 1.0 if name == "export" else share for name in one}
+    return Speed(**{name: _line(one[name], more[name], few, shares[name]) for name in one})
 
 
-def _line(one: float, two: float, share: float) -> Line:
-    """The line through what one layer and two layers took, where the vocabulary has only a `share` of its size."""
-    layer = max(two - one, 0.0)
+def measured_layers(config: PreTrainedConfig) -> int:
+    """How many layers are measured: two, or up to `LAYERS` of small ones, of which a single one tells little."""
+    [layer, *_] = decoder_layers(meta_model(config), architecture_of(config))
+    size, layers = sum(each.numel() for each in layer.parameters()), int(config.num_hidden_layers)
+    return max(2, min(LAYERS, layers, NUMBERS // size))
+
+
+def _line(one: float, more: float, layers: int, share: float) -> Line:
+    """The line through what one layer and several layers took.
+
+    Args:
+        one: The seconds of one layer.
+        more: Those of several.
+        layers: How many that are.
+        share: By how much the part outside the layers grows, because the vocabulary was cut.
+    """
+    layer = max(more - one, 0.0) / (layers - 1)
     return Line(max(one - layer, 0.0) * share, layer)
 
 
@@ -167,8 +185,9 @@ def _measured(
         return load_stock(source, types.computing, recipe.device)
 
     def write() -> None:
-        save_model(model, tokenizer, types.result, out)
-        read_back(out, model, tokenizer, None)
+        saved = copy_sharing_disk(model)  # reading back frees the weights
+        save_model(saved, tokenizer, types.result, out)
+        read_back(out, saved, tokenizer, None)
         fingerprint(ModelSource(str(out)))
 
     seconds, model = _timed(load)
@@ -181,14 +200,18 @@ def _measured(
             found["original"] = _window(compact_copy(model, recipe.healing.original, recipe.device), recipe.length)
     found["token"] = _token(model)
     found["write"] = _timed(write)[0]
-    found["export"] = 0.0 if export is None else _timed(lambda: export(out, folder / "export"))[0]
+    found["export"] = 0.0 if export is None else _timed(lambda: export(out, folder / "export"), 1)[0]
     return found
 
 
-def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    start = monotonic()
-    result = work()
-    return monotonic() - start, result
+def _timed(work: Callable[[], Any], repeats: int = 3) -> tuple[float, Any]:
+    """The median seconds of some work that is repeated unless it is long, and its last result."""
+    seconds = list[float]()
+    while len(seconds) < repeats and sum(seconds) < LONG:
+        start = monotonic()
+        result = work()
+        seconds.append(monotonic() - start)
+    return median(seconds), result
 
 
 def _windows_at_once(model: PreTrainedModel, length: int, wanted: int) -> int:
@@ -208,8 +231,7 @@ def _text(model: PreTrainedModel, windows: int, length: int) -> Windows:
 def _window(model: PreTrainedModel, length: int) -> float:
     """The seconds that a window takes, in a batch as the searches have."""
     ids = _text(model, _windows_at_once(model, length, BATCH), length).ids.to(device_of(model))
-    seconds = [_timed(lambda: window_losses(model, ids).cpu())[0] / len(ids) for _ in range(4)]
-    return median(seconds[1:])  # the first run allocates memory
+    return _timed(lambda: window_losses(model, ids).cpu(), 4)[0] / len(ids)
 
 
 @torch.inference_mode()
@@ -220,7 +242,7 @@ def _token(model: PreTrainedModel) -> float:
         logits: torch.Tensor = model(ids, use_cache=False).logits
         return logits.cpu()
 
-    return median([_timed(run)[0] for _ in range(6)][1:])
+    return _timed(run, 9)[0]
 
 
 class _TimedLoss:

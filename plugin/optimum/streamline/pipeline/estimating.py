@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from optimum.streamline.checkpoints.loading import DTYPES, load_tokenizer, only_dtype, stored_dtype
 from optimum.streamline.costs.machine import Machine
-from optimum.streamline.costs.speed import Types, measure_speed
+from optimum.streamline.costs.speed import Types, measure_speed, measured_layers
 from optimum.streamline.costs.steps import Circumstances, StepCost, model_size, step_costs
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.model_files.weight_files import find_weights
@@ -36,7 +36,7 @@ from .preflight import check_recipe, checked_config, result_dtype
 def estimated_costs(source: ModelSource, recipe: Recipe, validates: bool = False) -> list[StepCost]:
     """Estimate what each step of `prune` takes on this machine, or of `run`.
 
-    Two layers are measured, for the times. They are not if they would take more than half of the free memory, nor if
+    A few layers are measured, for the times. They are not if they would take more than half of the free memory, nor if
     the weights are quantized.
 
     Args:
@@ -52,8 +52,8 @@ def estimated_costs(source: ModelSource, recipe: Recipe, validates: bool = False
     stays = stays_on_disk(source, recipe, config, why_in_memory(recipe, config))
     around = _circumstances(source, recipe, config, stays)
     quantized, config = quantization_name(config) is not None, float_config(config)
-    two_layers = 2 * model_size(recipe, config).layer * around.types.computing.itemsize
-    if not quantized and two_layers * (5 if recipe.resolved_trainings else 2) < free_memory() / 2:
+    few = measured_layers(config) * model_size(recipe, config).layer * around.types.computing.itemsize
+    if not quantized and few * (5 if recipe.resolved_trainings else 2) < free_memory() / 2:
         export_to = partial(_export, recipe) if validates and recipe.export.format != "none" else None
         with captured_logs(None):
             speed = measure_speed(recipe, config, load_tokenizer(source), around.types, stays, export_to)
