@@ -99,6 +99,7 @@ def test_it_follows_the_plan_of_lowest_held_out_loss(seed: int, best: str) -> No
         ("llama", ALL),
         ("gemma2", ["shifted", "blockpruner", "shortgpt iterative"]),
         ("qwen3_moe", ["shifted", "blockpruner", "sleb + linear", "shortgpt + linear", "shortgpt iterative"]),
+        ("gpt_neox", ["shifted", "come-p", "sleb + linear", "shortgpt + linear", "shortgpt iterative"]),
     ],
 )
 def test_what_the_architecture_cannot_have_is_no_candidate(architecture: str, names: list[str]) -> None:
@@ -107,6 +108,7 @@ def test_what_the_architecture_cannot_have_is_no_candidate(architecture: str, na
     plain = make_recipe({"method": "auto", **FIELDS, "replacement": "none"})
     assert Auto().candidates(plain, model.config) == [name for name in names if "+" not in name]
     assert plain.fingerprint != RECIPE.fingerprint
+    assert "blockpruner" in Auto().candidates(make_recipe({"method": "auto", **FIELDS, "packed": False}), model.config)
     healed = make_recipe({"method": "auto", "remove": 2})
     assert healed.resolved_trainings == ("distill",)
     assert Auto().candidates(healed, model.config, for_trials=True) == names

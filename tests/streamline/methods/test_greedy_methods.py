@@ -405,10 +405,18 @@ def test_what_must_stay_is_said() -> None:
         planned(model, "shifted", remove=1, protect="4,0")
 
 
-def test_a_parallel_model_is_not_packed() -> None:
-    plan = planned(tiny_model("gpt_neox"), "blockpruner", remove=2)
-    assert not plan.packs
-    assert plan == planned(tiny_model("gpt_neox"), "blockpruner", remove=2, packed=False)
+@pytest.mark.parametrize(("architecture", "fields"), [("gpt_neox", {}), ("opt", {"do_layer_norm_before": False})])
+def test_zeros_are_not_left_in_what_cannot_be_packed_unless_they_are_asked_for(
+    architecture: str, fields: dict[str, object]
+) -> None:
+    model = tiny_model(architecture, **fields)
+    fault = f"method 'blockpruner': an attention and an MLP of two layers of {architecture} make no layer, so it would"
+    instead = r"give packed false \(--no-packed\) to have them, or use shifted or sleb, which remove whole layers"
+    with pytest.raises(StreamlineError, match=f"^{fault} leave zeroed sublayers; {instead}$"):
+        planned(model, "blockpruner", remove=2)
+    assert not planned(model, "blockpruner", remove=2, packed=False).packs
+    packed = make_recipe({"method": "blockpruner", "remove": 2})  # no other refusal may advise it for this model
+    assert METHODS["blockpruner"].quantized_refusal(packed, model.config)
 
 
 @pytest.mark.parametrize("method", ["sleb", "shortened-ppl", "shortened-taylor"])

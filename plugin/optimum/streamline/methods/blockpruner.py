@@ -46,13 +46,23 @@ class BlockPruner(Method):
     - The last attention of the model stays, because the cache needs one.
     - With the option `packed`, the search ends when the sublayers that are left make `remove` fewer layers
       (`editing.packing`) and leave no new zeros. A step may leave at most `MAX_UNPAIRED` layers that lack their
-      attention or their MLP, and later steps complete these. Models that cannot be packed (`can_pack`) are pruned
-      without it.
+      attention or their MLP, and later steps complete these. Models that cannot be packed (`can_pack`) are refused
+      with it, because what is left of them would keep zeros.
     """
 
     needs_float = "zeroes attentions and MLPs"
     replacements = ("none", "corrected")
     options = ("packed",)
+
+    def check(self, recipe: Recipe, config: PreTrainedConfig) -> None:
+        """Also refuse to pack what cannot be packed: zeros must not be left unless they are asked for."""
+        super().check(recipe, config)
+        if recipe.pruning.packed and not can_pack(config):
+            raise StreamlineError(
+                f"method {recipe.resolved_method!r}: an attention and an MLP of two layers of {config.model_type} make "
+                "no layer, so it would leave zeroed sublayers; give packed false (--no-packed) to have them, or use "
+                "shifted or sleb, which remove whole layers"
+            )
 
     def may_pack(self, recipe: Recipe, config: PreTrainedConfig) -> bool:
         """Whether it packs."""
@@ -72,7 +82,7 @@ class BlockPruner(Method):
         Raises:
             StreamlineError: the last attention would have to go.
         """
-        if self.may_pack(recipe, inputs.model.config):
+        if recipe.pruning.packed:
             return self._packed_plan(recipe, inputs)
         sizes, skipped = sublayer_sizes(inputs.model)
         target = self.count(recipe, inputs.layers) * sum(sizes.values()) / inputs.layers
