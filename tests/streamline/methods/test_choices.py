@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -120,7 +121,9 @@ def test_places_name_the_originals() -> None:
         ("mlp", (2, 3, 4)),
         ("kept", (5,)),
     ]
-    assert plan.describe() == "replace layers 2-4 by one mlp: 6 layers become 4"
+    zeros = "1 of them with zeros for a removed attention or MLP"
+    assert plan.describe() == f"replace layers 2-4 by one mlp: 6 layers become 4, {zeros}"
+    assert replace(plan, replacement="layer").describe() == "replace layers 2-4 by one layer: 6 layers become 4"
     assert Plan(6, (1, 3, 4)).describe() == "remove layers 1, 3-4: 6 layers become 3"
 
 

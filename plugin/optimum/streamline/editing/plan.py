@@ -189,7 +189,7 @@ class Plan:
         return f"by {self.chosen_by}: {self._edit()}" if self.chosen_by else self._edit()
 
     def _edit(self) -> str:
-        half = sum(planned.kind == "thinned" for planned in self.new_layers)
+        half = sum(planned.kind in ("thinned", "mlp") for planned in self.new_layers)
         zeros = f", {half} of them with zeros for a removed attention or MLP" if half else ""
         counts = f"{self.total} layers become {len(self.new_layers)}{zeros}"
         if self.merges:
