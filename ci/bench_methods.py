@@ -26,13 +26,14 @@ from dataclasses import asdict
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from methods_cases import EVALUATION, LENGTH, MODELS, Case, Row, cases
+from methods_cases import EVALUATION, LENGTH, MODELS, Case, Part, Row, cases
 from methods_page import write_page
 from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer, read_config
 from optimum.streamline.editing.apply import apply_plan
@@ -41,7 +42,7 @@ from optimum.streamline.evaluation.intervals import Samples, mean_interval
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import architecture_of
 from optimum.streamline.models.skipped_sublayers import drop_skipped_sublayers
-from optimum.streamline.pipeline.prune import change, prepare
+from optimum.streamline.pipeline.prune import change, prepare, sample_heal_text
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.system.atomic_output import write_file
 from optimum.streamline.system.environment import describe_machine
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--model", choices=list(MODELS), action="append", help="measure this model only; repeatable")
     parser.add_argument(
         "--part",
-        choices=["unhealed", "healed", "default", "settings"],
+        choices=get_args(Part),
         action="append",
         help="measure this part only; repeatable",
     )
@@ -186,6 +187,7 @@ def make(case: Case) -> tuple[PreTrainedModel, str]:
     if case.random:
         return without(case.model, case.draws()[0]), ""
     prepared = prepare(source_of(case.model), make_recipe(case.fields, case.name), print_nothing)
+    sample_heal_text(prepared, print_nothing, judged_on=evaluation_windows(case.model))
     change(prepared, print_nothing)
     model = drop_skipped_sublayers(prepared.model, architecture_of(prepared.model.config))
     return model, prepared.plan.describe().rpartition(":")[0]

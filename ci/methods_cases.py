@@ -35,6 +35,9 @@ DISTILL: dict[str, Any] = {
     "heal_epochs": 1,
 }
 
+# The same, on as many tokens that the original samples.
+SELF: dict[str, Any] = {**DISTILL, "heal_data": "self"}
+
 # Settings of the healing that take less memory, each of them with CoMe-P.
 SETTINGS: dict[str, dict[str, Any]] = {
     "bf16, AdamW in 8 bits, micro-batches of 1": {
@@ -75,13 +78,15 @@ UNHEALED: dict[str, dict[str, Any]] = {
     "blockpruner": {"method": "blockpruner"},
     "blockpruner --no-packed": {"method": "blockpruner", "packed": False},
 }
+# The method that is also measured with other settings of the healing, and on text that the original samples.
+VARIED = "come-p"
 # The methods that are also measured with distillation: those that `auto` compares.
 DISTILLED = tuple(CANDIDATES)
 AUTO: dict[str, Any] = {"method": "auto"}
 # The default method and healing, with the default of four passes: a quarter, a third and a half of the layers removed.
 FOUR_PASSES = {4: "25%", 5: "33%", 8: "50%"}
 
-Part = Literal["unhealed", "healed", "default", "settings"]
+Part = Literal["unhealed", "healed", "default", "settings", "self"]
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,8 @@ def cases() -> Iterator[Case]:
     for model in MODELS:
         yield from unhealed_cases(model)
     yield from settings_cases()
+    for model, removed in product(MODELS, REMOVED):
+        yield Case(model, "self", removed, VARIED, {**UNHEALED[VARIED], **SELF})
     for removed in REMOVED:
         for model in MODELS:
             for name in DISTILLED:
@@ -177,7 +184,7 @@ def cases() -> Iterator[Case]:
 def settings_cases() -> Iterator[Case]:
     """The rows of settings that take less memory: the reference model without a quarter of its layers."""
     for name, fields in SETTINGS.items():
-        yield Case("reference", "settings", REMOVED[0], name, {**UNHEALED["come-p"], **DISTILL, **fields})
+        yield Case("reference", "settings", REMOVED[0], name, {**UNHEALED[VARIED], **DISTILL, **fields})
 
 
 def unhealed_cases(model: str) -> Iterator[Case]:

@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from methods_cases import DISTILLED, LAYERS, MODELS, REMOVED, Row
+from methods_cases import DISTILLED, LAYERS, MODELS, REMOVED, VARIED, Row
 from optimum.streamline.system.atomic_output import write_file
 
 PAGE = Path("docs/methods.md")
@@ -28,6 +28,7 @@ def write_page(rows: Sequence[Row]) -> None:
         replace(model, before_and_after([row for row in rows if row.model == model]))
     replace("default", rows_in_full([row for row in rows if row.part == "default"]) or "Not measured yet.\n")
     replace("settings", settings(rows))
+    replace("self", self_text(rows))
     head = "# All rows of `ci/bench methods`\n\nWritten by it; [methods.md](methods.md) says what they mean.\n\n"
     write_file(ALL_ROWS, head + rows_in_full(rows))
     plot(rows)
@@ -69,7 +70,7 @@ def before_and_after(rows: Sequence[Row]) -> str:
 
 def settings(rows: Sequence[Row]) -> str:
     """The table of settings that take less memory, below the row of the same healing with the default settings."""
-    place = ("reference", "healed", REMOVED[0], "come-p")
+    place = ("reference", "healed", REMOVED[0], VARIED)
     found = [row for row in rows if (row.model, row.part, row.removed, row.name) == place]
     if not found or not any(row.part == "settings" for row in rows):
         return "Not measured yet.\n"
@@ -79,6 +80,23 @@ def settings(rows: Sequence[Row]) -> str:
         name = "the defaults" if row is usual else row.name
         lines.append(f"| {name} | {ratio(row)} | {row.ratio[0] / usual.ratio[0]:.4f} |")
     return "\n".join(lines) + "\n"
+
+
+def self_text(rows: Sequence[Row]) -> str:
+    """The table of healing on text that the original samples, beside the same healing on the given text."""
+    given = {(row.model, row.removed): row for row in rows if row.part == "healed" and row.name == VARIED}
+    lines = []
+    for row in rows:
+        if row.part == "self" and (row.model, row.removed) in given:
+            both = f"{ratio(given[row.model, row.removed])} | {ratio(row)}"
+            lines.append(f"| {row.model} | {row.removed} of {LAYERS} | {both} |")
+    if not lines:
+        return "Not measured yet.\n"
+    heads = [
+        "| model | removed | ratio on given text (95%) | ratio on the original's text (95%) |",
+        "|---|---|---|---|",
+    ]
+    return "\n".join([*heads, *lines]) + "\n"
 
 
 def ratio(row: Row | None) -> str:
@@ -108,7 +126,8 @@ def plot(rows: Sequence[Row]) -> None:
     with matplotlib.rc_context({"svg.hashsalt": PLOT.name, "axes.spines.top": False, "axes.spines.right": False}):
         figure, panels = plt.subplots(1, len(MODELS), figsize=(10, 3.8), layout="constrained", sharex=True, sharey=True)
         for panel, model in zip(panels, MODELS, strict=True):
-            for row in (row for row in rows if row.model == model and row.name in names and row.removed):
+            drawn = [row for row in rows if row.model == model and row.part in ("unhealed", "healed") and row.removed]
+            for row in (row for row in drawn if row.name in names):
                 healed, colour = row.part == "healed", COLOURS[row.removed]
                 place = names.index(row.name) + (0.15 if row.removed == REMOVED[0] else -0.15)
                 low, high = (min(bound, LARGEST) for bound in row.ratio[1:])
