@@ -207,7 +207,7 @@ def _measured(
 def _timed(work: Callable[[], Any], repeats: int = 3) -> tuple[float, Any]:
     """The median seconds of some work that is repeated unless it is long, and its last result."""
     seconds = list[float]()
-    while len(seconds) < repeats and sum(seconds) < LONG:
+    while not seconds or (len(seconds) < repeats and sum(seconds) < LONG):
         start = monotonic()
         result = work()
         seconds.append(monotonic() - start)
