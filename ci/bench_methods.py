@@ -41,6 +41,7 @@ from optimum.streamline.editing.plan import Plan
 from optimum.streamline.evaluation.intervals import Samples, mean_interval
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import architecture_of
+from optimum.streamline.models.offloaded_weights import copy_in_memory
 from optimum.streamline.models.skipped_sublayers import drop_skipped_sublayers
 from optimum.streamline.pipeline.prune import change, prepare, sample_heal_text
 from optimum.streamline.recipe.parsing import make_recipe
@@ -189,7 +190,10 @@ def make(case: Case) -> tuple[PreTrainedModel, str]:
     prepared = prepare(source_of(case.model), make_recipe(case.fields, case.name), print_nothing)
     sample_heal_text(prepared, print_nothing, judged_on=evaluation_windows(case.model))
     change(prepared, print_nothing)
-    model = drop_skipped_sublayers(prepared.model, architecture_of(prepared.model.config))
+    model: Any = prepared.model
+    if prepared.on_disk is not None:  # which is deleted with `prepared`
+        model = copy_in_memory(model)
+    model = drop_skipped_sublayers(model, architecture_of(model.config))
     return model, prepared.plan.describe().rpartition(":")[0]
 
 
