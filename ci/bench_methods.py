@@ -26,7 +26,7 @@ from dataclasses import asdict
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
