@@ -26,6 +26,7 @@ from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.model_files.weight_files import WeightFiles, find_weights
 from optimum.streamline.pipeline.estimating import estimated_costs
 from optimum.streamline.recipe.parsing import make_recipe
+from optimum.streamline.system.memory import free_memory
 
 PAGE, RESULTS = ROOT / "docs" / "scale.md", ROOT / "docs" / "scale.json"
 # Layers, hidden size, intermediate size, heads, key-value heads, vocabulary; the second is the shape of Llama 3.2 3B.
@@ -57,6 +58,8 @@ def measure(size: str, edit: str, folder: Path) -> dict[str, Any]:
     for where, limit in (("memory", {}), ("disk", {"max_memory": LIMITS[size]})):
         fields = {**TEXT[size], **EDITS[edit], "calibration": "stdlib:calibration", **limit}
         steps = estimated_costs(ModelSource(str(checkpoint)), make_recipe(fields))
+        if max(step.memory for step in steps) > free_memory():
+            continue
         seconds, peak = run_measured(streamline("prune", "-m", checkpoint, folder / where, *flags(fields)))
         row[where] = {
             "seconds": seconds,
@@ -64,7 +67,8 @@ def measure(size: str, edit: str, folder: Path) -> dict[str, Any]:
             "estimated_seconds": sum(step.seconds or 0 for step in steps),
             "estimated_bytes": max(step.memory for step in steps),
         }
-    row["same"] = same_tensors(folder / "memory", folder / "disk")
+    if "memory" in row:
+        row["same"] = same_tensors(folder / "memory", folder / "disk")
     print(size, edit, row, flush=True)
     return row
 
@@ -94,20 +98,23 @@ def write(results: dict[str, Any]) -> None:
     ]
     for size, edit in ((size, edit) for size in SHAPES for edit in EDITS if f"{size}, {edit}" in results):
         row = results[f"{size}, {edit}"]
-        memory, disk = row["memory"], row["disk"]
         peaks, expected_peaks = (both(row, key, 1e9, "{:.2f} GB") for key in ("peak_bytes", "estimated_bytes"))
         seconds, expected_seconds = (both(row, key, 1, "{:.0f}") for key in ("seconds", "estimated_seconds"))
+        if "memory" in row:
+            seconds += f" ({row['disk']['seconds'] / row['memory']['seconds']:.2f} times)"
+        same = {True: "yes", False: "no", None: ""}[row.get("same")]
         lines.append(
-            f"| {size}, {row['bytes'] / 1e9:.1f} GB in bf16 | {edit} | {peaks} | {expected_peaks} | "
-            f"{seconds} ({disk['seconds'] / memory['seconds']:.2f} times) | {expected_seconds} | "
-            f"{'yes' if row['same'] else 'no'} |"
+            f"| {size}, {row['bytes'] / 1e9:.1f} GB in bf16 | {edit} | {peaks} | {expected_peaks} | {seconds} | "
+            f"{expected_seconds} | {same} |"
         )
     replace_part(PAGE, "scale", lines)
 
 
 def both(row: dict[str, Any], key: str, unit: float, form: str) -> str:
-    """A figure of a row, in memory and on disk; empty if it was not measured."""
-    return ", ".join(form.format(row[where][key] / unit) for where in ("memory", "disk") if key in row[where])
+    """A figure of a row, in memory and on disk: a dash where the model did not fit; empty if it was not measured."""
+    if key not in row["disk"]:
+        return ""
+    return ", ".join(form.format(row[where][key] / unit) if where in row else "-" for where in ("memory", "disk"))
 
 
 if __name__ == "__main__":
