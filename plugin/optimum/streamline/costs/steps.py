@@ -226,8 +226,7 @@ class _Estimates:
 
     def _validation(self, layers: int, speed: Speed) -> float:
         """The seconds in which one model is loaded twice, judged and timed."""
-        assert self.around.speed is not None
-        recipe, speed = self.recipe, self.around.speed
+        recipe = self.recipe
         timed = TIMED_ROUNDS * (
             TIMED_PROMPT / recipe.length * speed.window.of(layers) + TIMED_TOKENS * speed.token.of(layers)
         )
