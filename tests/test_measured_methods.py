@@ -89,3 +89,12 @@ def test_come_p_heals_best_or_is_level_with_the_best(model: str, removed: int) -
     if removed == 8 and model != "qwen3":
         others = [ratio for name, ratio in after.items() if name != "come-p"]
         assert after["come-p"][2] < min(ratio for ratio, _, _ in others)
+
+
+def test_settings_that_take_less_memory_heal_as_well() -> None:
+    rows = ratios("settings", "reference", 4)
+    [default] = [ratio for name, (ratio, _, _) in ratios("healed", "reference", 4).items() if name == "come-p"]
+    less = {name: ratio / default for name, (ratio, _, _) in rows.items()}
+    for name in ("bf16, AdamW in 8 bits, micro-batches of 1", "cached outputs, top-64", "original in int8"):
+        assert less.pop(name) <= 1.005
+    assert max(less.values()) <= 1.012  # in 4 bits, and with adapters
