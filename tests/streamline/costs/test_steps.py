@@ -117,6 +117,18 @@ def test_the_disk_that_pruning_takes_is_that_of_its_result(tmp_path: Path) -> No
     assert costs(layers="3,5")["write"].disk == pytest.approx(written, rel=0.01)
 
 
+def test_too_little_room_on_the_disk_is_said_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make_recipe({**TEXT, **HEALED, "layers": "3"})
+    assert estimating.disk_warning(SOURCE, recipe, tmp_path / "out") == ""
+    monkeypatch.setattr(estimating, "free_bytes", lambda folder: 10**6)
+    notes: list[str] = []
+    prune(SOURCE, recipe, tmp_path / "out", overwrite=False, verbose=False, notify=notes.append)
+    assert notes[0].startswith("healing and the result take about ")
+    assert notes[0].endswith(" of disk, and 1.00 MB are free there")
+    unhealed = make_recipe({**TEXT, "layers": "3"})
+    assert estimating.disk_warning(SOURCE, unhealed, tmp_path / "out").startswith("the result takes about 6.95 MB")
+
+
 @pytest.mark.parametrize(
     "architecture",
     [pytest.param(each, marks=() if each in FAST else pytest.mark.slow) for each in sorted(ARCHITECTURES)],

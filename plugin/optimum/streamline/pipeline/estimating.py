@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from optimum.streamline.checkpoints.loading import DTYPES, load_tokenizer, only_dtype, stored_dtype
+from optimum.streamline.checkpoints.model_in_memory import ModelInMemory
 from optimum.streamline.costs.machine import Machine
 from optimum.streamline.costs.speed import Types, measure_speed, measured_layers
 from optimum.streamline.costs.steps import Circumstances, StepCost, model_size, step_costs
@@ -17,6 +18,8 @@ from optimum.streamline.model_files.weight_files import find_weights
 from optimum.streamline.models.quantization_config import float_config, quantization_name
 from optimum.streamline.recipe.quantities import memory_limit
 from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.reporting.numbers import size
+from optimum.streamline.system.disk import free_bytes
 from optimum.streamline.system.library_logs import captured_logs
 from optimum.streamline.system.memory import free_memory, taken_memory
 
@@ -94,6 +97,32 @@ def costs_on(machine: Machine, source: ModelSource, recipe: Recipe, validates: b
         first = recipe.resolved_trainings[0]
         recipe = recipe.with_options(heal_batch=-(-recipe.heal_batch(first) // machine.gpus))
     return step_costs(recipe, float_config(config), around, validates)
+
+
+def disk_warning(source: ModelSource, recipe: Recipe, out: Path) -> str:
+    """A line for the user if the disk of the output seems to have too little room for healing and the result.
+
+    Args:
+        source: The original.
+        recipe: The recipe.
+        out: The output folder, beside which healing keeps its files.
+
+    Returns:
+        The line; empty if there is room, or the model is in memory.
+
+    Raises:
+        StreamlineError: the recipe or the model cannot be used.
+    """
+    check_recipe(source, recipe)
+    if isinstance(source, ModelInMemory):
+        return ""
+    config = checked_config(source, recipe)
+    around = _circumstances(source, recipe, config, on_disk=False)
+    costs = step_costs(recipe, float_config(config), around)
+    needed = sum(cost.disk for cost in costs if cost.name in ("heal", "write"))
+    free = free_bytes(out.absolute().parent)
+    what = "healing and the result take" if recipe.resolved_trainings else "the result takes"
+    return f"{what} about {size(needed)} of disk, and {size(free)} are free there" if needed > free else ""
 
 
 def _circumstances(source: ModelSource, recipe: Recipe, config: PreTrainedConfig, on_disk: bool) -> Circumstances:

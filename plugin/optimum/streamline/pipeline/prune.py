@@ -58,6 +58,7 @@ from optimum.streamline.text.prompts import Prompts
 from optimum.streamline.text.replaced_tokens import versions_of
 from optimum.streamline.text.windows import Windows, seen_text
 
+from .estimating import disk_warning
 from .larger_than_memory import computing_dtype, scoring_device, stays_on_disk, why_in_memory, why_on_disk
 from .planning import Prepared, choose_plans, load_original, named_plan, quantizes_first
 from .preflight import check_recipe, checked_config, result_dtype
@@ -216,6 +217,8 @@ def prune(
         staged_by_main(out, overwrite) as staging,
         captured_logs(staging and staging / LOG_FILE, verbose),
     ):
+        if line := disk_warning(source, recipe, out):
+            notify(line)
         prepared = prepare(source, recipe, notify, scored)
         # Scores can be nearly equal, so rounding may give each process another plan. All must train the same model.
         prepared.plan, prepared.candidates = from_main((prepared.plan, prepared.candidates))
