@@ -137,15 +137,19 @@ def test_named_layers_go_without_any_text_and_from_a_copy(what: Any, original: P
 
 
 @pytest.mark.parametrize("planned", [True, False])
-def test_a_plan_can_correct_the_next_mlp(planned: bool, original: PreTrainedModel) -> None:
+def test_a_plan_can_correct_what_is_left(planned: bool, original: PreTrainedModel) -> None:
     streamliner = in_memory(original)
     config = StreamlineConfig(**TEXT, layers="5,6", replacement="corrected")
     record = streamliner.prune(streamliner.plan(config) if planned else config).record
     assert record is not None
-    assert [layer["originals"] for layer in record["layers"] if "corrected" in layer] == [[7]]
+    assert [layer["originals"] for layer in record["layers"] if "corrected" in layer] == [
+        [each] for each in (4, *range(7, 16))
+    ]
     pruned = streamliner.model.model.layers
-    assert not torch.equal(pruned[5].mlp.down_proj.weight, original.model.layers[7].mlp.down_proj.weight)
-    assert torch.equal(pruned[6].mlp.down_proj.weight, original.model.layers[8].mlp.down_proj.weight)
+    before = original.model.layers
+    assert torch.equal(pruned[4].self_attn.o_proj.weight, before[4].self_attn.o_proj.weight)
+    assert not torch.equal(pruned[4].mlp.down_proj.weight, before[4].mlp.down_proj.weight)
+    assert not torch.equal(pruned[5].self_attn.o_proj.weight, before[7].self_attn.o_proj.weight)
 
 
 def test_pruning_again_starts_from_the_original() -> None:

@@ -1,4 +1,4 @@
-"""Corrected MLPs, compared with the solution of the same least-squares problem by torch.linalg.lstsq."""
+"""Corrected projections, compared with the solution of the same least-squares problem by torch.linalg.lstsq."""
 
 from __future__ import annotations
 
@@ -19,13 +19,8 @@ from cases import make
 from console import optimum_cli
 from optimum.streamline.checkpoints.loading import load, load_on_disk, load_stock, load_tokenizer
 from optimum.streamline.editing.apply import Replacement, apply_plan, build_replacement, with_skips
-from optimum.streamline.editing.correction import (
-    STRENGTH,
-    Corrections,
-    add_corrections,
-    fit_candidates,
-    fit_corrections,
-)
+from optimum.streamline.editing.candidate_corrections import fit_candidates
+from optimum.streamline.editing.correction import STRENGTH, Corrections, add_corrections, fit_corrections
 from optimum.streamline.editing.packing import mlps_after_gaps, packed, sublayers_left
 from optimum.streamline.editing.plan import Plan, packed_plan
 from optimum.streamline.errors import StreamlineError
@@ -34,9 +29,8 @@ from optimum.streamline.methods.registry import METHODS, method_of
 from optimum.streamline.methods.shifted import pairs_of
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, decoder_layers
-from optimum.streamline.models.kept_tensor import KeptTensor
-from optimum.streamline.models.removed_sublayers import SublayerSet, whole_layer
-from optimum.streamline.models.skipped_sublayers import skipped_of
+from optimum.streamline.models.removed_sublayers import SublayerKey, SublayerSet, whole_layer
+from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP, replace_sublayer, skipped_of
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.scoring.ablation import corrected_losses, cross_fitted_losses, removal_losses
 from optimum.streamline.scoring.similarity import measure_scores
@@ -53,46 +47,91 @@ FIELDS = {name: {} for name in ARCHITECTURES if name not in REFUSED} | {
     "gpt_neox": {"use_parallel_residual": False},
     "granite": {"residual_multiplier": 0.4},
 }
-ONE_GAP, TWO_GAPS = Plan(LAYERS, (1, 2), "corrected"), Plan(LAYERS, (0, 3), "corrected")
-# The MLP of one layer and the attention of the next go. One layer is made of two originals, and its MLP is corrected.
-SHIFTED = packed_plan(LAYERS, [(1, "mlp"), (2, "attention")], (), "corrected")
+A, M = ATTENTION, MLP
+ONE_GAP = Plan(LAYERS, (1, 2), "corrected")
+# The MLP of one layer and the attention of the next go. One layer is made of two originals.
+SHIFTED = packed_plan(LAYERS, [(1, M), (2, A)], (), "corrected")
+# What is removed, and of each sublayer that is corrected the one after which its target is, in the original.
+CASES: dict[str, tuple[SublayerSet, dict[SublayerKey, SublayerKey]]] = {
+    "a block": (
+        whole_layer(1) | whole_layer(2),
+        {(0, M): (2, M), **{each: each for each in ((3, A), (3, M), (4, A), (4, M))}},
+    ),
+    "the first layer and another": (
+        whole_layer(0) | whole_layer(3),
+        {(1, A): (1, A), (1, M): (1, M), (2, A): (2, A), (2, M): (3, M), (4, A): (4, A), (4, M): (4, M)},
+    ),
+    "the last layer": (whole_layer(4), {(3, M): (4, M)}),
+    "of two layers": (
+        frozenset({(1, M), (2, A)}),
+        {(1, A): (2, A), **{each: each for each in ((2, M), (3, A), (3, M), (4, A), (4, M))}},
+    ),
+    "an attention and an MLP": (
+        frozenset({(2, A), (3, M)}),
+        {(1, M): (2, A), (2, M): (2, M), (3, A): (3, M), (4, A): (4, A), (4, M): (4, M)},
+    ),
+}
 
 
 def correctable(architecture: str = "llama") -> PreTrainedModel:
     return tiny_model(architecture, **FIELDS[architecture])
 
 
-def of_layer(model: PreTrainedModel, layer: int, ids: torch.Tensor = TEXT.ids) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the output projection of a layer's MLP reads, and the layer's output, as rows in float64."""
-    architecture = architecture_of(model.config)
-    module, seen = decoder_layers(model, architecture)[layer], {}
+def without(model: PreTrainedModel, removed: SublayerSet) -> PreTrainedModel:
+    """A copy in which each of these sublayers adds nothing, in its own place."""
+    copied, architecture = copy.deepcopy(model), architecture_of(model.config)
+    for layer, kind in removed:
+        replace_sublayer(decoder_layers(copied, architecture)[layer], architecture, kind)
+    return copied
+
+
+def projection_of(model: PreTrainedModel, sublayer: SublayerKey) -> nn.Module:
+    architecture, (layer, kind) = architecture_of(model.config), sublayer
+    path = architecture.attention_out if kind == A else architecture.mlp_out[0]
+    return decoder_layers(model, architecture)[layer].get_submodule(path)
+
+
+def at(model: PreTrainedModel, sublayer: SublayerKey) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a sublayer's output projection reads, and the residual stream after it, as rows in float64."""
+    layer, kind = sublayer
+    model, seen = without(model, frozenset({(layer, M)})) if kind == A else model, {}
+    module = decoder_layers(model, architecture_of(model.config))[layer]
     hooks = [
         module.register_forward_hook(lambda _, args, out: seen.update(after=out)),
-        module.get_submodule(architecture.mlp_out[0]).register_forward_pre_hook(
-            lambda _, args: seen.update(read=args[0])
-        ),
+        projection_of(model, sublayer).register_forward_pre_hook(lambda _, args: seen.update(read=args[0])),
     ]
-    logits(model, ids)
+    logits(model, TEXT.ids)
     for hook in hooks:
         hook.remove()
     return seen["read"].flatten(0, -2).double(), seen["after"].flatten(0, -2).double()
 
 
-def best_correction(pruned: PreTrainedModel, place: int, original: PreTrainedModel, layer: int) -> torch.Tensor:
+def best_correction(pruned: PreTrainedModel, sublayer: SublayerKey, target: torch.Tensor) -> torch.Tensor:
     """min_D |y + X D - h|^2 + lambda |D|^2, as rows of one longer least-squares problem."""
-    read, after = of_layer(pruned, place)
+    read, after = at(pruned, sublayer)
     read = read * getattr(pruned.config, "residual_multiplier", 1.0)
     inner = read.shape[1]
     ridge = (STRENGTH * read.square().sum() / inner).sqrt() * torch.eye(inner)
-    missing = of_layer(original, layer)[1] - after
-    longer = torch.cat([missing, torch.zeros(inner, missing.shape[1])])
+    longer = torch.cat([target - after, torch.zeros(inner, target.shape[1])])
     return torch.linalg.lstsq(torch.cat([read, ridge.double()]), longer.double()).solution
 
 
-def weight_of(model: PreTrainedModel, layer: int) -> torch.Tensor:
-    """The weight of the MLP's output projection, `[inner, width]`."""
-    architecture = architecture_of(model.config)
-    module = decoder_layers(model, architecture)[layer].get_submodule(architecture.mlp_out[0])
+def check_solutions(
+    original: PreTrainedModel, removed: SublayerSet, fitted: Corrections, targets: dict[SublayerKey, SublayerKey]
+) -> None:
+    """Each correction is the best in the pruned model with the earlier ones in place."""
+    assert list(fitted) == list(targets)
+    pruned = without(original, removed)
+    for sublayer, target in targets.items():
+        expected = best_correction(pruned, sublayer, at(original, target)[1])
+        torch.testing.assert_close(fitted[sublayer].read().double(), expected, atol=2e-4, rtol=1e-3)
+        assert expected.abs().max() > 1e-2
+        add_corrections(pruned, {sublayer: fitted[sublayer]})
+
+
+def weight_of(model: PreTrainedModel, sublayer: SublayerKey) -> torch.Tensor:
+    """The weight of a sublayer's output projection, `[inner, width]`."""
+    module = projection_of(model, sublayer)
     weight = module.weight.detach().clone()
     return weight if isinstance(module, Conv1D) else weight.T
 
@@ -102,35 +141,40 @@ def loss(model: PreTrainedModel, windows: Windows) -> float:
     return float(functional.cross_entropy(found[:, :-1].flatten(0, 1), windows.ids[:, 1:].flatten()))
 
 
-@pytest.mark.parametrize("architecture", sorted(FIELDS))
-def test_a_correction_is_the_least_squares_solution(architecture: str) -> None:
-    original, pruned = correctable(architecture), correctable(architecture)
-    apply_plan(pruned, replace(ONE_GAP, replacement="none"), None)
-    expected = best_correction(pruned, 1, original, 3)
-    replacement = build_replacement(original, ONE_GAP, TEXT)
-    assert list(replacement.corrections) == [3]
-    torch.testing.assert_close(replacement.corrections[3].read().double(), expected, atol=2e-4, rtol=1e-3)
-
-    corrected = copy.deepcopy(original)
-    apply_plan(corrected, ONE_GAP, replacement)
-    torch.testing.assert_close(
-        weight_of(corrected, 1), weight_of(original, 3) + expected, atol=2e-4, rtol=1e-3, check_dtype=False
-    )
-    before, after, target = (of_layer(m, n)[1] for m, n in ((pruned, 1), (corrected, 1), (original, 3)))
-    assert (after - target).square().sum() < 0.9 * (before - target).square().sum()
+@pytest.mark.parametrize(
+    ("architecture", "case"),
+    [(each, case) for each in sorted(FIELDS) for case in CASES if case == "of two layers" or each in ("llama", "gpt2")],
+)
+def test_each_projection_is_the_ridge_solution_for_its_own_inputs_and_target(architecture: str, case: str) -> None:
+    original, (removed, targets) = correctable(architecture), CASES[case]
+    fitted = fit_corrections(original, removed, TEXT)
+    check_solutions(original, removed, fitted, targets)
+    assert packed_plan(LAYERS, removed, (), "corrected").corrected == tuple(targets)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "granite"])
-def test_the_second_gap_is_fitted_to_the_original_behind_the_first_correction(architecture: str) -> None:
-    original, pruned = correctable(architecture), correctable(architecture)
-    fitted = fit_corrections(original, frozenset(TWO_GAPS.sublayers_removed), TEXT)
-    assert list(fitted) == [1, 4]
-    apply_plan(pruned, replace(TWO_GAPS, replacement="none"), None)
-    naive = best_correction(pruned, 2, original, 4)
-    add_corrections(pruned, {0: KeptTensor(pruned, best_correction(pruned, 0, original, 1))})
-    expected = best_correction(pruned, 2, original, 4)
-    torch.testing.assert_close(fitted[4].read().double(), expected, atol=2e-4, rtol=1e-3)
-    assert (naive - expected).abs().max() > 1e-2
+def test_a_search_corrects_the_first_mlp_after_each_gap(architecture: str) -> None:
+    original, (removed, _) = correctable(architecture), CASES["the first layer and another"]
+    [fitted] = fit_candidates(original, TEXT, [removed], frozenset()).candidates
+    check_solutions(original, removed, fitted, {(1, M): (1, M), (4, M): (4, M)})
+
+
+@pytest.mark.parametrize("architecture", sorted(FIELDS))
+def test_only_the_weights_of_output_projections_change(architecture: str) -> None:
+    original = correctable(architecture)
+    plain, corrected = copy.deepcopy(original), copy.deepcopy(original)
+    apply_plan(plain, replace(ONE_GAP, replacement="none"), None)
+    replacement = build_replacement(original, ONE_GAP, TEXT)
+    apply_plan(corrected, ONE_GAP, replacement)
+    # Layers 1 and 2 are gone.
+    places = {(0, M): (0, M), (1, A): (3, A), (1, M): (3, M), (2, A): (4, A), (2, M): (4, M)}
+    for place, sublayer in places.items():
+        expected = weight_of(original, sublayer) + replacement.corrections[sublayer].read()
+        torch.testing.assert_close(weight_of(corrected, place), expected)
+    weights = [projection_of(corrected, place).weight for place in places]
+    names = {name for name, each in corrected.named_parameters() if any(each is weight for weight in weights)}
+    before = plain.state_dict()
+    assert {name for name, each in corrected.state_dict().items() if not torch.equal(each, before[name])} == names
 
 
 @pytest.mark.parametrize("architecture", sorted(FIELDS))
@@ -142,8 +186,8 @@ def test_a_packed_corrected_model_is_a_plain_checkpoint_and_the_original_is_left
     replacement = build_replacement(model, plan, TEXT)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     change = apply_plan(model, plan, replacement)
-    marked = [layer.mlp_originals[0] for layer in change.new_layers if layer.corrected]
-    assert tuple(marked) == plan.corrected == tuple(replacement.corrections)
+    assert [layer.corrected for layer in change.new_layers] == [False, True, True, True]
+    assert plan.corrected == tuple(replacement.corrections)
     edited = logits(model, ids)
     model.save_pretrained(tmp_path)
     stock = stock_model(tmp_path)
@@ -151,47 +195,45 @@ def test_a_packed_corrected_model_is_a_plain_checkpoint_and_the_original_is_left
     torch.testing.assert_close(logits(load(str(tmp_path)), ids), edited, atol=1e-5, rtol=0)
 
 
-def test_a_packed_layer_keeps_its_corrected_mlp() -> None:
-    """Between the attention of layer 1 and the MLP of layer 3 all goes: they make a layer, its MLP corrected."""
+def test_a_packed_layer_keeps_its_corrected_halves() -> None:
+    """Between the attention of layer 1 and the MLP of layer 3 all goes: they make a layer, both corrected."""
     original, corrected, removed = (
         tiny_model(),
         tiny_model(),
         [(1, "mlp"), (2, "attention"), (2, "mlp"), (3, "attention")],
     )
     plan = packed_plan(LAYERS, removed, (), "corrected")
-    assert plan.corrected == (3,)
+    assert plan.corrected == ((1, A), (3, M), (4, A), (4, M))
     assert [layer.originals for layer in plan.new_layers] == [(0,), (1, 3), (4,)]
     replacement = build_replacement(corrected, plan, TEXT)
     apply_plan(corrected, plan, replacement)
-    expected = weight_of(original, 3) + replacement.corrections[3].read()
-    torch.testing.assert_close(weight_of(corrected, 1), expected)
+    for kind, layer in ((A, 1), (M, 3)):
+        expected = weight_of(original, (layer, kind)) + replacement.corrections[layer, kind].read()
+        torch.testing.assert_close(weight_of(corrected, (1, kind)), expected)
 
 
-def test_on_the_reference_model_the_original_is_nearer_on_unseen_text() -> None:
+def test_on_the_reference_model_all_corrections_lower_the_loss_on_unseen_text_more_than_those_of_a_search() -> None:
     source = ModelSource(REFERENCE)
     model, tokenizer = load_stock(source, torch.float32), load_tokenizer(source)
     parts = ("stdlib:calibration", "stdlib:eval")
     calibration, unseen = (read_windows(part, tokenizer, 16, 128, 0, VOCABULARY) for part in parts)
-    plain = packed_plan(16, [(3, "mlp"), (4, "attention"), (9, "attention"), (9, "mlp")])
-    plan = replace(plain, replacement="corrected")
-    removed, corrected = copy.deepcopy(model), copy.deepcopy(model)
-    apply_plan(removed, plain, None)
-    apply_plan(corrected, plan, build_replacement(model, plan, calibration))
-    mlps = [layer.mlp_originals[0] for layer in plan.new_layers]
-    assert plan.corrected == (4, 10)
-    for layer in plan.corrected:
-        place = mlps.index(layer)
-        target, without, with_it = (
-            of_layer(each, number, unseen.ids)[1]
-            for each, number in ((model, layer), (removed, place), (corrected, place))
-        )
-        assert (with_it - target).square().sum() < 0.97 * (without - target).square().sum()
-    assert loss(model, unseen) < loss(corrected, unseen) < loss(removed, unseen) - 0.01
+    plan = packed_plan(16, [*whole_layer(1), *whole_layer(3), *whole_layer(12), (4, M), (5, A)], (), "corrected")
+    removed = frozenset(plan.sublayers_removed)
+    [first_mlps] = fit_candidates(model, calibration, [removed], frozenset()).candidates
+    assert list(first_mlps) == [(2, M), (5, M), (13, M)]
+    losses = []
+    for corrections in (fit_corrections(model, removed, calibration), first_mlps, {}):
+        edited = copy.deepcopy(model)
+        apply_plan(edited, plan, Replacement(corrections=corrections))
+        losses.append(loss(edited, unseen))
+    best, some, none = losses
+    assert loss(model, unseen) < best < some - 0.01 < none - 0.02
 
 
 def test_endless_strength_is_plain_removal() -> None:
-    fitted = fit_corrections(tiny_model(), frozenset(TWO_GAPS.sublayers_removed), TEXT, strength=1e12)
-    assert all(correction.read().abs().max() < 1e-9 for correction in fitted.values())
+    for removed, _ in CASES.values():
+        fitted = fit_corrections(tiny_model(), removed, TEXT, strength=1e12)
+        assert all(correction.read().abs().max() < 1e-9 for correction in fitted.values())
 
 
 def literally(model: PreTrainedModel, removed: SublayerSet, corrections: Corrections) -> float:
@@ -212,17 +254,22 @@ def test_candidates_are_tried_with_the_corrections_they_would_have(removed: Subl
     losses = removal_losses(model, FEW, candidates, removed, fitted)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for candidate, tried, found in zip(candidates, losses, fitted.candidates, strict=True):
-        all_of_it = fit_corrections(model, removed | candidate, FEW)
+        [all_of_it] = fit_candidates(model, FEW, [removed | candidate], frozenset()).candidates
         own = max(mlps_after_gaps(LAYERS, candidate, removed), default=-1)
         # Gaps after the candidate's own keep the corrections of the model without it.
-        expected = {layer: all_of_it[layer] if layer <= own else fitted.before[layer] for layer in found}
+        expected = {each: all_of_it[each] if each[0] <= own else fitted.before[each] for each in found}
         assert set(found) == set(all_of_it)
-        for layer, correction in found.items():
-            torch.testing.assert_close(correction.read(), expected[layer].read(), atol=1e-5, rtol=1e-4)
+        for sublayer, correction in found.items():
+            torch.testing.assert_close(correction.read(), expected[sublayer].read(), atol=1e-5, rtol=1e-4)
         assert tried == pytest.approx(literally(model, removed | candidate, expected), abs=1e-5)
-    [again] = corrected_losses(model, FEW, [removed | candidates[0]], FEW)
-    whole = fit_corrections(model, removed | candidates[0], FEW)
-    assert again == pytest.approx(literally(model, removed | candidates[0], whole), abs=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("case", CASES)
+def test_whole_plans_are_judged_with_all_their_corrections(case: str, architecture: str) -> None:
+    model, (removed, _) = correctable(architecture), CASES[case]
+    [judged] = corrected_losses(model, FEW, [removed], FEW)
+    assert judged == pytest.approx(literally(model, removed, fit_corrections(model, removed, FEW)), abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +286,9 @@ def test_corrections_and_losses_on_disk_are_the_same_to_the_bit(architecture: st
         candidates, removed = pairs_of(model.config, whole_layer(1), range(LAYERS)), whole_layer(1)
         fitted = fit_candidates(model, TEXT, candidates, removed)
         losses = removal_losses(model, TEXT, candidates, removed, fitted)
-        found.append(([fitted.before, *fitted.candidates], losses, cross_fitted_losses(model, TEXT, candidates[:1])))
+        whole = [fit_corrections(model, removal, TEXT) for removal, _ in CASES.values()]
+        judged = cross_fitted_losses(model, TEXT, candidates[:2])
+        found.append(([fitted.before, *fitted.candidates, *whole], losses, judged))
     (one, *losses), (other, *losses_on_disk) = found
     assert losses == losses_on_disk
     assert [list(each) for each in one] == [list(each) for each in other]
@@ -256,6 +305,18 @@ def test_each_half_of_the_text_judges_what_was_fitted_on_the_other() -> None:
     assert cross_fitted_losses(model, single, [removed]) == corrected_losses(model, single, [removed], single)
 
 
+def searched_losses(
+    model: PreTrainedModel, candidates: list[SublayerSet], removed: SublayerSet = frozenset()
+) -> list[float]:
+    """The losses on each half of `FEW` with the corrections of a search that are fitted on the other half."""
+    one, other = FEW.halves()
+    losses = [
+        removal_losses(model, judged, candidates, removed, fit_candidates(model, fitted, candidates, removed))
+        for judged, fitted in ((one, other), (other, one))
+    ]
+    return [sum(each) / 2 for each in zip(*losses, strict=True)]
+
+
 @pytest.mark.parametrize("method", ["sleb", "shifted", "blockpruner"])
 def test_a_greedy_search_takes_the_removal_that_is_best_after_its_correction(method: str) -> None:
     """One step, tried one by one; without corrections the choice is another on some models."""
@@ -268,7 +329,7 @@ def test_a_greedy_search_takes_the_removal_that_is_best_after_its_correction(met
             "shifted": pairs_of(model.config, frozenset(), range(LAYERS)),
             "blockpruner": [frozenset({sublayer}) for sublayer in sublayers_left(LAYERS, ())],
         }[method]
-        losses = cross_fitted_losses(model, FEW, candidates)
+        losses = searched_losses(model, candidates)
         best = candidates[losses.index(min(losses))]
         chosen = {}
         for replacement in ("corrected", "none"):
@@ -277,10 +338,10 @@ def test_a_greedy_search_takes_the_removal_that_is_best_after_its_correction(met
             assert plan.replacement == replacement
             chosen[replacement] = frozenset(plan.sublayers_removed)
         if method == "blockpruner":  # its plan takes two steps, the second of those that complete a layer
-            pairs = [best | {sublayer} for sublayer in sublayers_left(LAYERS, best)]
-            complete = [pair for pair in pairs if len(packed(sublayers_left(LAYERS, pair))) == LAYERS - 1]
-            losses = cross_fitted_losses(model, FEW, complete)
-            assert chosen["corrected"] == complete[losses.index(min(losses))]
+            seconds = [frozenset({sublayer}) for sublayer in sublayers_left(LAYERS, best)]
+            complete = [each for each in seconds if len(packed(sublayers_left(LAYERS, best | each))) == LAYERS - 1]
+            losses = searched_losses(model, complete, best)
+            assert chosen["corrected"] == best | complete[losses.index(min(losses))]
         else:
             assert chosen["corrected"] == best
         differ += chosen["corrected"] != chosen["none"]
@@ -291,13 +352,14 @@ def test_an_mlp_that_is_skipped_already_is_not_corrected() -> None:
     model = tiny_model()
     apply_plan(model, Plan(LAYERS, (), skipped=((2, "mlp"),)), None)
     plan = with_skips(Plan(LAYERS, (1,), "corrected"), model.config)
-    assert plan.corrected == (3,)
+    assert plan.corrected == ((0, M), (2, A), (3, A), (3, M), (4, A), (4, M))
     replacement = build_replacement(model, plan, TEXT)
-    assert list(replacement.corrections) == [3]
+    assert tuple(replacement.corrections) == plan.corrected
     change = apply_plan(model, plan, replacement)
     assert change.skipped == {1: ["mlp"]}
     assert skipped_of(model.config) == {(1, "mlp")}
-    assert [layer.corrected for layer in change.new_layers] == [False, False, True, False]
+    assert [layer.corrected for layer in change.new_layers] == [True, True, True, True]
+    assert not weight_of(model, (1, M)).any()
     with pytest.raises(ValueError, match="already_skipped"):
         apply_plan(model, Plan(LAYERS - 1, (0,), "corrected"), Replacement())
 
@@ -317,17 +379,14 @@ def test_other_impossible_corrections_are_refused() -> None:
         build_replacement(post_norm, ONE_GAP, TEXT)
     with pytest.raises(StreamlineError, match="has no calibration text"):
         build_replacement(tiny_model(), ONE_GAP)
-    last = make_recipe({"layers": "3,4", "replacement": "corrected"})
-    with pytest.raises(StreamlineError, match=r"no MLP is left after what is removed \(remove layers 3-4"):
-        method_of(last, tiny_model().config)
-    with pytest.raises(StreamlineError, match="no MLP is left after"):
-        build_replacement(tiny_model(), Plan(LAYERS, (3, 4), "corrected"), TEXT)
+    nothing = Plan(LAYERS, (2,), "corrected", already_skipped=((2, A), (2, M)))
+    with pytest.raises(StreamlineError, match=r"adds nothing in the original \(remove layers 2: .* nothing can be"):
+        build_replacement(tiny_model(), nothing, TEXT)
     both = Plan(LAYERS, (1, 4), "corrected")
-    assert both.describe() == "remove layers 1, 4, the mlp of layers 2 corrected: 5 layers become 3"
-    assert list(build_replacement(tiny_model(), both, TEXT).corrections) == [2]
+    assert both.describe() == "remove layers 1, 4, corrected from the mlp of layer 0 on: 5 layers become 3"
     silent = tiny_model()
     nn.init.zeros_(silent.model.layers[3].mlp.up_proj.weight)
-    with pytest.raises(StreamlineError, match="the MLP of layer 3 computes only zeros"):
+    with pytest.raises(StreamlineError, match="the mlp of layer 3 computes only zeros"):
         build_replacement(silent, ONE_GAP, TEXT)
 
 
@@ -341,14 +400,13 @@ def test_the_command_says_and_records_what_it_corrects(
     assert outcome.code == 0, outcome.err
     record = json.loads((out / "streamline.json").read_text())
     corrected = [layer for layer in record["layers"] if "corrected" in layer]
-    assert [(layer["layer"], layer["originals"], layer["corrected"]) for layer in corrected] == [
-        (4, [6], True),
-        (7, [10], True),
-    ]
-    assert record["plan"] == "remove layers 4-5, 9, the mlp of layers 6, 10 corrected: 16 layers become 13"
+    assert [layer["layer"] for layer in corrected] == list(range(3, 13))
+    assert all(layer["corrected"] is True for layer in corrected)
+    assert record["plan"] == "remove layers 4-5, 9, corrected from the mlp of layer 3 on: 16 layers become 13"
     assert record["plan"] in outcome.out
     assert record["recipe"]["pruning"]["replacement"] == "corrected"
     card = (out / "README.md").read_text()
-    assert "| 4 | 6 | kept, MLP corrected |" in card
-    assert "| 5 | 7 | kept |" in card
+    assert "| 2 | 2 | kept |" in card
+    assert "| 4 | 6 | kept, corrected |" in card
+    assert "all attentions and MLPs that stayed, from the mlp of original layer 3 on, were fitted again" in card
     assert "arXiv 2506.03510" in card

@@ -68,7 +68,7 @@ def literal_loss(model: PreTrainedModel, plan: Plan, method: str) -> float:
     [
         (0, "shifted"),
         (1, "sleb + linear"),
-        (7, "shifted + corrected"),
+        (2, "shifted + corrected"),
         (4, "shortgpt iterative"),
         (6, "blockpruner"),
         (10, "shortgpt + linear"),

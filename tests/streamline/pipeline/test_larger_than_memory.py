@@ -21,7 +21,8 @@ from optimum.streamline import StreamlineConfig, Streamliner
 from optimum.streamline.checkpoints.loading import load_on_disk, load_stock, read_config
 from optimum.streamline.checkpoints.saving import save_weights
 from optimum.streamline.editing.apply import apply_plan
-from optimum.streamline.editing.correction import fit_candidates
+from optimum.streamline.editing.candidate_corrections import fit_candidates
+from optimum.streamline.editing.correction import fit_corrections
 from optimum.streamline.editing.linear_map import fold
 from optimum.streamline.editing.merging import copy_layer, replace_pair
 from optimum.streamline.editing.plan import Plan
@@ -244,11 +245,15 @@ def search_with_corrections(model: PreTrainedModel) -> None:
     removal_losses(model, TOKENS, candidates, whole_layer(1), fitted)
 
 
+def fit_all_corrections(model: PreTrainedModel) -> None:
+    fit_corrections(model, whole_layer(0) | {(3, "mlp"), (4, "attention")}, TOKENS)
+
+
 def take_gradients(model: PreTrainedModel) -> None:
     taylor_importance(model, TOKENS)
 
 
-@pytest.mark.parametrize("work", [forward, search_with_corrections, take_gradients])
+@pytest.mark.parametrize("work", [forward, search_with_corrections, fit_all_corrections, take_gradients])
 def test_one_layer_is_in_memory_at_a_time(work: Callable[[PreTrainedModel], None], tmp_path: Path) -> None:
     model = loaded(make(tmp_path / "in"), tmp_path / "scratch")
     layers = decoder_layers(model, architecture_of(model.config))

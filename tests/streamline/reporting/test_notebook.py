@@ -20,7 +20,7 @@ NASTY = '<script>alert("x")</script>&'
         (Plan(6, (2, 3), "layer"), "[##RR##]"),
         (Plan(6, (2, 3), "swiglu"), "[##RR##]"),
         (Plan(6, (2, 3), "linear"), "[#P--##]"),
-        (Plan(6, (2, 3), "corrected"), "[##--C#]"),
+        (Plan(6, (2, 3), "corrected"), "[#C--CC]"),
         (Plan(6, (), skipped=((0, "attention"), (0, "mlp"), (2, "mlp"), (3, "attention"))), "[0#ma##]"),
         (Plan.of(packed_plan(6, [(1, "mlp"), (2, "attention"), (4, "attention"), (4, "mlp")])), "[#ma#-#]"),
         (Plan.of(packed_plan(6, [(4, "attention"), (4, "mlp")], (), "linear")), "[###P-#]"),

@@ -30,7 +30,7 @@ from optimum.streamline.models.skipped_sublayers import (
 )
 from optimum.streamline.text.windows import Windows
 
-from .correction import Corrections, add_corrections, check_something_follows, fit_corrections
+from .correction import Corrections, add_corrections, check_something_corrected, fit_corrections
 from .linear_map import fit_maps, fold
 from .merging import copy_layer
 from .plan import FITTED, TRAINED, Plan, PlannedLayer
@@ -40,7 +40,7 @@ AnyPlan = TypeVar("AnyPlan", bound=Plan)
 
 @dataclass(frozen=True)
 class Replacement:
-    """The replacement of removed layers: one layer for a block of them, or matrices in closed form for each run.
+    """The replacement of removed layers: one layer for a block of them, or matrices in closed form.
 
     Args:
         layer: A layer that is not yet part of the model. It takes and returns the same as the model's decoder
@@ -94,7 +94,7 @@ def build_replacement(
     - `ffn`, `swiglu`: LLM-Streamline's feed-forward networks, bare layers without norm and residual connection, with
       random weights (`models.bare_layers`).
     - `linear`: a linear map for each run of removed sublayers (`linear_map.fit_maps`).
-    - `corrected`: a correction of the first MLP after each gap (`correction.fit_corrections`).
+    - `corrected`: corrections of what is left (`correction.fit_corrections`).
 
     Args:
         model: The original; it is unchanged.
@@ -115,7 +115,7 @@ def build_replacement(
     if plan.replacement == "linear" and calibration is not None:
         return Replacement(maps=fit_maps(model, plan, calibration))
     if plan.replacement == "corrected" and calibration is not None:
-        check_something_follows(plan)
+        check_something_corrected(plan)
         return Replacement(corrections=fit_corrections(model, frozenset(plan.sublayers_removed), calibration))
     if plan.replacement == "ffn" or plan.replacement == "swiglu":
         return Replacement(_seeded_bare_layer(plan.replacement, model, seed))

@@ -1,15 +1,14 @@
-"""Replacement `corrected`: the output projection of the first MLP after each gap is fitted again, in closed form.
+"""Replacement `corrected`: after a removal, the output projections of what is left are fitted again, in closed form.
 
 The corrections need no training and add nothing to the model. `fit_corrections` finds them before the edit, and
-`apply.apply_plan` adds them to the weights. A greedy search fits those of each candidate (`fit_candidates`), to compare
-candidates as they would be delivered (after SPRINT, arXiv 2506.03510).
+`apply.apply_plan` adds them to the weights (after SPRINT, arXiv 2506.03510).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -28,65 +27,49 @@ from optimum.streamline.models.architectures import (
 )
 from optimum.streamline.models.kept_tensor import KeptTensor
 from optimum.streamline.models.offloaded_weights import changing, device_of, in_memory
-from optimum.streamline.models.removed_sublayers import SublayerSet
-from optimum.streamline.models.skipped_sublayers import MLP, skipped_of
+from optimum.streamline.models.removed_sublayers import SublayerKey, SublayerSet, whole_layer
+from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP, skipped_of
 from optimum.streamline.system.progress import progress_bar
 from optimum.streamline.text.windows import BATCH, Windows
 
 from .linear_map import NormalEquations
-from .packing import mlps_after_gaps
+from .packing import look_ahead
 from .plan import Plan
 from .residual_stream import embeddings, run_layer
 
 # The default ridge strength. Perplexities over the dense model's, measured on the reference model (16 layers) with
-# corrections fitted on 24 windows of 256 tokens, on other text. Without the 4 layers that SLEB removes 1.236; with
-# linear maps 1.169; with corrections of strength 0.001: 1.155; 0.01: 1.152; 0.1: 1.143; 0.3: 1.139; 1: 1.142. Without 6
-# layers 1.593; linear maps 1.416; 0.001: 1.392; 0.01: 1.387; 0.1: 1.367; 0.3: 1.358; 1: 1.364. Leaving the first 8
-# tokens of each window out of the fit, or dividing each row by the norm of its target, changes 1.139 to 1.140.
+# corrections fitted on 24 windows of 256 tokens, on other text. Without the 4 layers that `auto` removes, and with a
+# correction of the first MLP after each gap alone 1.169; with all, of strength 0.03: 1.130; 0.1: 1.123; 0.3: 1.117; 1:
+# 1.114. Without 8 layers 1.678; 0.03: 1.507; 0.1: 1.492; 0.3: 1.484; 1: 1.501. Where each sublayer aims at the stream
+# after itself, 0.3 gives 1.121 and 1.549.
 STRENGTH = 0.3
 
-Corrections: TypeAlias = Mapping[int, KeptTensor]
-"""What is added to the weight of an MLP's output projection, `[inner, width]` in fp32, by the number of its layer."""
-
-
-@dataclass(frozen=True)
-class CandidateCorrections:
-    """The corrections of several candidate removals.
-
-    Args:
-        before: Those of the model without any candidate, which a candidate shares in the layers before its own.
-        candidates: Those of the model without each candidate, in order.
-    """
-
-    before: Corrections
-    candidates: Sequence[Corrections]
-
-    def part(self, indices: Sequence[int]) -> CandidateCorrections:
-        """Those of some candidates."""
-        return CandidateCorrections(self.before, [self.candidates[index] for index in indices])
+Corrections: TypeAlias = Mapping[SublayerKey, KeptTensor]
+"""What is added to the weight of a sublayer's output projection, `[inner, width]` in fp32, by the sublayer."""
 
 
 @torch.inference_mode()
 def fit_corrections(
     model: PreTrainedModel, removed: SublayerSet, windows: Windows, strength: float = STRENGTH
 ) -> Corrections:
-    """Fit the output projection of the first MLP after each gap again.
+    """Fit the output projections of the sublayers that stay again, from the one before the first gap on.
 
-    A gap is a run of removed sublayers. Take the first MLP after it that stays. Let X `[tokens, inner]` be what its
-    output projection reads in the pruned model, times the residual scale of the architecture, which is 1 for most. Let
-    y `[tokens, width]` be the residual stream after the MLP there, and h the residual stream at this place in the
-    original. Then
+    A gap is a run of removed sublayers. Take a sublayer that stays. Let X `[tokens, inner]` be what its output
+    projection reads in the pruned model, times the residual scale of the architecture, which is 1 for most. Let y
+    `[tokens, width]` be the residual stream after the sublayer there, and h the residual stream of the original just
+    before the next sublayer that stays: after the same sublayer, or after the gap behind it. Then
 
         D = argmin |y + X D - h|^2 + lambda |D|^2,    lambda = strength * trace(X^T X) / inner,
 
     with the solution D = (X^T X + lambda I)^-1 X^T (h - y), is added to the weight. So the ridge pulls the weight
-    toward the original one. All tokens count alike, and biases stay as they are. Gaps are fitted from the first to the
-    last. X and y come from the model whose earlier gaps are corrected already, while h comes from the original. So each
-    correction also reduces the errors that earlier ones leave.
+    toward the original one. All tokens count alike, and biases stay as they are. Sublayers are fitted from the first to
+    the last. X and y come from the pruned model whose earlier sublayers are corrected already, while h comes from the
+    original. So each correction also reduces the errors that earlier ones leave. If a gap starts the model, the first
+    sublayer that stays is the first to be corrected.
 
-    It takes about the time of three forward passes. Memory holds one matrix X^T X in float64 twice while it is solved.
-    The hidden states of all windows at about four depths are in memory, or on disk if the weights are there; then each
-    layer is read for all windows at a time.
+    It takes about the time of four forward passes and of one X^T X for each sublayer. Memory holds one matrix X^T X in
+    float64 twice while it is solved, and all D. The hidden states of all windows at about four depths are in memory. If
+    the weights are on disk, the states and all D are there too, and each layer is read for all windows at a time.
 
     Args:
         model: The original, in fp32 and in evaluation mode; it is unchanged.
@@ -95,72 +78,75 @@ def fit_corrections(
         strength: lambda as a multiple of the mean diagonal entry of X^T X.
 
     Returns:
-        D, by the original number of the MLP's layer. A gap that no MLP follows has none.
+        D, by the sublayer with the number of its layer in the original (`packing.look_ahead`).
 
     Raises:
-        StreamlineError: no correction can be fitted to this model (`check_corrected`), or an MLP computes only zeros or
-            numbers that are not finite.
+        StreamlineError: no correction can be fitted to this model (`check_corrected`), or an output projection reads
+            only zeros or numbers that are not finite.
     """
     check_corrected(model.config)
-    total = model.config.num_hidden_layers
-    walk = _Walk.through(model, windows, removed, strength)
-    with progress_bar("correcting MLPs", total) as bar:
-        for layer in range(total):
-            walk.move_to(layer + 1)
+    skipped = skipped_of(model.config)
+    targets = look_ahead(model.config.num_hidden_layers, removed, skipped)
+    if not targets:
+        return {}
+    original = _Stream.of_embeddings(model, windows, skipped)
+    original.move_to(min(removed.union(targets))[0])
+    pruned = replace(original, removed=removed | skipped)
+    corrections: dict[SublayerKey, KeptTensor] = {}
+    with progress_bar("correcting attentions and MLPs", len(targets)) as bar:
+        for sublayer, target in targets.items():
+            pruned.move_to(sublayer[0], corrections)
+            places = zip(pruned.batches, pruned.entering, original.after(target), strict=True)
+            corrections[sublayer] = fit_projection(model, sublayer, places, pruned.removed, corrections, strength)
             bar.advance(1)
-    return walk.corrections
+    return corrections
 
 
-@torch.inference_mode()
-def fit_candidates(
-    model: PreTrainedModel, windows: Windows, candidates: Sequence[SublayerSet], removed: SublayerSet
-) -> CandidateCorrections:
-    """Fit the corrections of several candidate removals, nearly as `fit_corrections` does for one.
-
-    Only the layers from a candidate's first sublayer to the first MLP after its last are fitted for each candidate.
-    Corrections of later MLPs are those of the model without any candidate.
-
-    It takes the time of `fit_corrections`, and for each candidate the time of these layers and of one X^T X. The memory
-    of the CPU also holds one D for each candidate, or the disk if the weights are there. On the reference model, a step
-    of SLEB takes 2.4 times as long with corrections.
+def fit_projection(
+    model: PreTrainedModel,
+    sublayer: SublayerKey,
+    places: Iterable[tuple[torch.Tensor, KeptTensor, KeptTensor]],
+    removed: SublayerSet,
+    corrections: Corrections,
+    strength: float,
+) -> KeptTensor:
+    """D of `fit_corrections` for one sublayer.
 
     Args:
-        model: The original, in fp32 and in evaluation mode; it is unchanged.
-        windows: The text to fit on.
-        candidates: The sublayers to remove, one set for each candidate; none is empty.
-        removed: The sublayers to remove in addition, for every candidate, and those that the model skips already.
+        model: The original.
+        sublayer: The sublayer.
+        places: For each batch its token ids `[windows, length]`, the input of the sublayer's layer and h, both
+            `[windows, length, width]`.
+        removed: The sublayers that the pruned model lacks.
+        corrections: The earlier corrections.
+        strength: As in `fit_corrections`.
 
     Raises:
-        StreamlineError: as in `fit_corrections`.
+        StreamlineError: X has only zeros, or there are numbers that are not finite.
     """
-    check_corrected(model.config)
-    walk = _Walk.through(model, windows, removed, STRENGTH)
-    own: dict[int, Corrections] = {}
-    with progress_bar(f"correcting {len(candidates)} removals", len(candidates)) as bar:
-        for index in sorted(range(len(candidates)), key=lambda each: min(candidates[each])):
-            walk.move_to(min(candidates[index])[0])
-            own[index] = walk.corrections_without(candidates[index])
-            bar.advance(1)
-    walk.move_to(model.config.num_hidden_layers)
-    return CandidateCorrections(
-        walk.corrections,
-        [
-            {
-                layer: correction
-                for layer, correction in {**walk.corrections, **own[index]}.items()
-                if (layer, MLP) not in candidate
-            }
-            for index, candidate in enumerate(candidates)
-        ],
+    number, kind = sublayer
+    projection, layer = _projection(model, sublayer), decoder_layers(model, architecture_of(model.config))[number]
+    equations = NormalEquations.of_sizes(*_sizes(projection), device_of(model))
+    scale, read = residual_scale(model.config), list[torch.Tensor]()
+    reading = projection.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    behind = removed | {(number, MLP)} if kind == ATTENTION else removed
+    with in_memory(layer), corrected(model, of_layer(corrections, number)), reading:
+        for ids, hidden, target in places:
+            missing = target.read() - run_layer(model, ids, number, hidden.read(), behind)
+            equations.add(read.pop() * scale, missing)
+    fault = (
+        f"replacement 'corrected': the {kind} of layer {number} computes only zeros or numbers that are not finite; "
+        "use replacement none"
     )
+    return KeptTensor(model, equations.solve(strength, fault).float().cpu())  # there may be many
 
 
 def check_corrected(config: PreTrainedConfig) -> None:
-    """Refuse an architecture whose MLPs cannot be corrected.
+    """Refuse an architecture that cannot be corrected.
 
     Raises:
-        StreamlineError: the MLPs may be mixtures of experts, a norm stands between an MLP and the residual stream, or
-            attention and MLP read the same hidden state.
+        StreamlineError: the MLPs may be mixtures of experts, a norm stands between a sublayer and the residual stream,
+            or attention and MLP read the same hidden state.
     """
     fault = ""
     if architecture_of(config).experts:
@@ -175,22 +161,22 @@ def check_corrected(config: PreTrainedConfig) -> None:
         )
 
 
-def check_something_follows(plan: Plan) -> None:
+def check_something_corrected(plan: Plan) -> None:
     """Refuse a plan with replacement `corrected` that corrects nothing.
 
     Raises:
-        StreamlineError: no MLP follows what is removed.
+        StreamlineError: the plan removes nothing but what the original skips already.
     """
     if plan.replacement == "corrected" and not plan.corrected:
         raise StreamlineError(
-            f"replacement 'corrected': no MLP is left after what is removed ({plan.describe()}), so nothing can be "
-            "corrected; use replacement none, or keep the last layer"
+            f"replacement 'corrected': what is removed adds nothing in the original ({plan.describe()}), so nothing "
+            "can be corrected; use replacement none"
         )
 
 
 def of_layer(corrections: Corrections, layer: int) -> Corrections:
-    """The correction of one layer, or nothing if it has none."""
-    return {layer: corrections[layer]} if layer in corrections else {}
+    """The corrections of one layer, of which there may be none."""
+    return {sublayer: correction for sublayer, correction in corrections.items() if sublayer[0] == layer}
 
 
 @contextmanager
@@ -203,8 +189,8 @@ def corrected(model: PreTrainedModel, corrections: Corrections) -> Iterator[None
     """
     originals: list[tuple[nn.Module, nn.Parameter]] = []
     try:
-        for layer, correction in corrections.items():
-            projection = _projection(model, layer)
+        for sublayer, correction in corrections.items():
+            projection = _projection(model, sublayer)
             weight = projection.get_parameter("weight")
             originals.append((projection, weight))
             projection.weight = nn.Parameter(weight + _laid_out(projection, correction.read()), requires_grad=False)
@@ -217,16 +203,17 @@ def corrected(model: PreTrainedModel, corrections: Corrections) -> Iterator[None
 @torch.no_grad()
 def add_corrections(model: PreTrainedModel, corrections: Corrections) -> None:
     """Add corrections to the weights of `model`, in place."""
-    for layer, correction in corrections.items():
-        projection = _projection(model, layer)
+    for sublayer, correction in corrections.items():
+        projection = _projection(model, sublayer)
         with changing(projection, ["weight"]):
             projection.get_parameter("weight").add_(_laid_out(projection, correction.read()))
 
 
-def _projection(model: PreTrainedModel, layer: int) -> nn.Module:
-    """The output projection of the MLP of a layer."""
-    architecture = architecture_of(model.config)
-    return submodule(decoder_layers(model, architecture)[layer], architecture.mlp_out[0])
+def _projection(model: PreTrainedModel, sublayer: SublayerKey) -> nn.Module:
+    """The output projection of a sublayer."""
+    architecture, (layer, kind) = architecture_of(model.config), sublayer
+    path = architecture.attention_out if kind == ATTENTION else architecture.mlp_out[0]
+    return submodule(decoder_layers(model, architecture)[layer], path)
 
 
 def _laid_out(projection: nn.Module, correction: torch.Tensor) -> torch.Tensor:
@@ -235,109 +222,63 @@ def _laid_out(projection: nn.Module, correction: torch.Tensor) -> torch.Tensor:
     return weight.to(projection.get_parameter("weight").device)
 
 
+def _sizes(projection: nn.Module) -> tuple[int, int]:
+    """The numbers of columns that a projection reads and writes."""
+    first, second = projection.get_parameter("weight").shape
+    return (first, second) if isinstance(projection, Conv1D) else (second, first)
+
+
 @dataclass
-class _Walk:
-    """A way through the layers of a model without some sublayers, with all windows, that fits corrections as it goes.
+class _Stream:
+    """The residual stream of a model without some sublayers, on all windows, as it goes from layer to layer.
 
     Args:
         model: The original.
-        batches: The windows, as batches of token ids.
-        removed: The sublayers that are removed.
-        strength: As in `fit_corrections`.
-        original: The same way through the original; `None` for the original itself.
-        to_fit: The layers whose MLPs are corrected.
-        inputs: The input of each layer on each batch `[windows, length, width]`, for the layers that are still needed.
-        corrections: The corrections so far.
+        batches: The windows, as batches of token ids `[windows, length]`.
+        removed: The sublayers that are left out.
+        entering: The input of the layer `layer` on each batch, `[windows, length, width]`.
+        layer: The layer before which the stream is.
+        middle: The stream between the attention and the MLP of the layer before, if `after` was asked for it.
     """
 
     model: PreTrainedModel
     batches: Sequence[torch.Tensor]
     removed: SublayerSet
-    strength: float
-    original: _Walk | None
-    to_fit: Sequence[int]
-    inputs: dict[int, list[KeptTensor]]
-    corrections: dict[int, KeptTensor] = field(default_factory=dict)
+    entering: list[KeptTensor]
+    layer: int = 0
+    middle: list[KeptTensor] = field(default_factory=list)
 
     @classmethod
-    def through(cls, model: PreTrainedModel, windows: Windows, removed: SublayerSet, strength: float) -> _Walk:
-        """A walk from the embeddings on."""
+    def of_embeddings(cls, model: PreTrainedModel, windows: Windows, removed: SublayerSet) -> _Stream:
+        """The stream before the first layer."""
         batches = [batch.to(device_of(model)) for batch in windows.ids.split(BATCH)]
-        skipped = skipped_of(model.config)
-        embedded = [KeptTensor(model, embeddings(model, ids)) for ids in batches]
-        original = cls(model, batches, skipped, strength, None, (), {0: embedded})
-        to_fit = mlps_after_gaps(model.config.num_hidden_layers, removed, skipped)
-        return cls(model, batches, removed | skipped, strength, original, to_fit, {0: embedded})
+        return cls(model, batches, removed, [KeptTensor(model, embeddings(model, ids)) for ids in batches])
 
-    def input_of(self, layer: int) -> list[KeptTensor]:
-        """The input of a layer; for the number of layers, the output of the last."""
-        for index in range(max(self.inputs), layer):
-            if index in self.to_fit:
-                self._fit(index)
-            entering = zip(self.batches, self.inputs[index], strict=True)
-            with in_memory(self._layer(index)):
-                self.inputs[index + 1] = [
-                    KeptTensor(self.model, self._after(index, ids, hidden.read())) for ids, hidden in entering
-                ]
-        return self.inputs[layer]
+    def after(self, sublayer: SublayerKey) -> list[KeptTensor]:
+        """The stream after a sublayer, which is not left out; each call asks for a later sublayer."""
+        layer, kind = sublayer
+        self.move_to(layer)
+        self.move_to(layer + 1, keep_middle=kind == ATTENTION)
+        return self.middle if kind == ATTENTION else self.entering
 
-    def move_to(self, layer: int) -> None:
-        """Go on to the input of a layer, here and in the original, and free what lies before it."""
-        for index in range(min(self.inputs), layer + 1):
-            if self.original is not None:
-                self.original.move_to(index)
-            self.input_of(index)
-            self.inputs = {each: inputs for each, inputs in self.inputs.items() if each >= index}
+    def move_to(self, layer: int, corrections: Corrections | None = None, keep_middle: bool = False) -> None:
+        """Go on to the input of a layer, through corrected layers; nothing is done if the stream is there already."""
+        while self.layer < layer:
+            self.middle = []  # files of it are deleted before the next are written
+            if not whole_layer(self.layer) <= self.removed:
+                self._pass(of_layer(corrections or {}, self.layer), keep_middle)
+            self.layer += 1
 
-    def corrections_without(self, candidate: SublayerSet) -> Corrections:
-        """The corrections of the layers from the first sublayer of a candidate to the first MLP after its last.
-
-        The walk must not be past the candidate.
-        """
-        total, start = self.model.config.num_hidden_layers, min(candidate)[0]
-        after_it = mlps_after_gaps(total, candidate, self.removed)
-        after_all = mlps_after_gaps(total, self.removed | candidate, skipped_of(self.model.config))
-        branch = _Walk(
-            self.model,
-            self.batches,
-            self.removed | candidate,
-            self.strength,
-            self.original,
-            [layer for layer in after_all if start <= layer <= max(after_it, default=-1)],
-            {start: self.input_of(start)},
-        )
-        if after_it:
-            branch.input_of(after_it[-1])
-            branch._fit(after_it[-1])
-        return branch.corrections
-
-    def _fit(self, layer: int) -> None:
-        assert self.original is not None, "the original is not corrected"
-        projection, targets = _projection(self.model, layer), self.original.input_of(layer + 1)
-        equations = NormalEquations.of_sizes(*_sizes(projection), device_of(self.model))
-        scale, read = residual_scale(self.model.config), list[torch.Tensor]()
-        reading = projection.register_forward_pre_hook(lambda _, args: read.append(args[0]))
-        with in_memory(self._layer(layer)), reading:
-            for ids, hidden, target in zip(self.batches, self.inputs[layer], targets, strict=True):
-                missing = target.read() - self._after(layer, ids, hidden.read())
-                equations.add(read.pop() * scale, missing)
-        fault = (
-            f"replacement 'corrected': the MLP of layer {layer} computes only zeros or numbers that are not finite; "
-            "use replacement none"
-        )
-        found = equations.solve(self.strength, fault).float().cpu()  # a search holds many
-        self.corrections[layer] = KeptTensor(self.model, found)
-
-    def _after(self, layer: int, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """The output of a layer on a batch, given its input."""
-        with corrected(self.model, of_layer(self.corrections, layer)):
-            return run_layer(self.model, ids, layer, hidden, self.removed)
-
-    def _layer(self, index: int) -> nn.Module:
-        return decoder_layers(self.model, architecture_of(self.model.config))[index]
-
-
-def _sizes(projection: nn.Module) -> tuple[int, int]:
-    """The numbers of columns that a projection reads and writes."""
-    first, second = projection.get_parameter("weight").shape
-    return (first, second) if isinstance(projection, Conv1D) else (second, first)
+    def _pass(self, corrections: Corrections, keep_middle: bool) -> None:
+        """Run the layer on all batches."""
+        architecture = architecture_of(self.model.config)
+        layer = decoder_layers(self.model, architecture)[self.layer]
+        entering, self.entering = self.entering, []
+        # What the norm of an MLP reads is the residual stream between attention and MLP (`check_corrected`).
+        norm, seen = submodule(layer, architecture.mlp_norm), list[torch.Tensor]()
+        seeing = norm.register_forward_pre_hook(lambda _, args: seen.append(args[0])) if keep_middle else nullcontext()
+        with in_memory(layer), corrected(self.model, corrections), seeing:
+            for ids, hidden in zip(self.batches, entering, strict=True):
+                after = run_layer(self.model, ids, self.layer, hidden.read(), self.removed)
+                self.entering.append(KeptTensor(self.model, after))
+                self.middle += [KeptTensor(self.model, seen.pop().view_as(after))] if keep_middle else []

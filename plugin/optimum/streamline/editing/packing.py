@@ -87,6 +87,34 @@ def mlps_after_gaps(
     return tuple(found)
 
 
+def look_ahead(
+    total: int, removed: Collection[SublayerKey], earlier: Collection[SublayerKey] = ()
+) -> dict[SublayerKey, SublayerKey]:
+    """The sublayers that stay, from the one before the first run of removed sublayers on, in order.
+
+    If a run starts the model, they begin with the first one that stays.
+
+    Args:
+        total: The number of layers of the original.
+        removed: The sublayers that are removed.
+        earlier: The sublayers that the original skips already; they are no part of a run.
+
+    Returns:
+        For each, the last sublayer before the next one that stays: itself, or the last of the run behind it.
+
+    >>> look_ahead(3, {(1, "mlp"), (2, "attention")})
+    {(1, 'attention'): (2, 'attention'), (2, 'mlp'): (2, 'mlp')}
+    """
+    row, found, last = sublayers_left(total, earlier), dict[SublayerKey, SublayerKey](), None
+    first = next((place for place, sublayer in enumerate(row) if sublayer in removed), len(row) + 1)
+    for sublayer in row[max(first - 1, 0) :]:
+        if sublayer not in removed:
+            last = sublayer
+        if last is not None:
+            found[last] = sublayer
+    return found
+
+
 def layer_count(row: Iterable[SublayerKey]) -> int:
     """The number of layers that a row of sublayers packs into."""
     return len(packed(row))

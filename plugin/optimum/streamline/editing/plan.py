@@ -10,7 +10,7 @@ from optimum.streamline.models.architectures import Sublayer
 from optimum.streamline.models.removed_sublayers import SublayerKey
 from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP
 
-from .packing import gaps, mlps_after_gaps, packed, sublayers_left
+from .packing import gaps, look_ahead, packed, sublayers_left
 
 Kind = Literal["kept", "thinned", "layer", "mlp", "ffn", "swiglu", "patched", "merged", "packed"]
 ReplacementKind = Literal["none", "layer", "mlp", "ffn", "swiglu", "linear", "corrected"]
@@ -32,7 +32,8 @@ class PlannedLayer:
             after it. `merged`: made of several layers. `packed`: the attention of one layer and the MLP of a later one.
         originals: Numbers of the original layers that it stands for, 0-based; a kept layer stands for itself. A packed
             layer has two: the layer of its attention, and the layer of its MLP.
-        corrected: Whether its MLP is corrected for what is removed before it (replacement `corrected`).
+        corrected: Whether its attention or its MLP, or both, are corrected for what is removed (replacement
+            `corrected`).
         mapped: The sublayers into which a linear map is folded for what is removed after them (replacement `linear`),
             in a plan that packs. In one that does not, the layer is `patched`, and its last sublayer holds the map.
     """
@@ -77,7 +78,7 @@ class Plan:
         removed: Numbers of the original layers that the new model does not have, 0-based, in rising order. A layer
             that is replaced, or merged into an earlier one, counts as removed.
         replacement: The kind of replacement: a trained layer for one contiguous block, a linear map for each run of
-            removed sublayers, a correction of the MLP after each run of removed sublayers, or none.
+            removed sublayers, corrections of what is left, or none.
         skipped: Sublayers that are removed alone, as (layer, sublayer), in rising order; their layers are not in
             `removed`.
         merges: Pairs to merge, in order.
@@ -141,13 +142,13 @@ class Plan:
         return self._marked(new_layers)
 
     def _marked(self, layers: Iterable[PlannedLayer]) -> tuple[PlannedLayer, ...]:
-        """New layers, with marks of corrected MLPs, and of linear maps if the plan packs."""
+        """New layers, with marks of corrections, and of linear maps if the plan packs."""
         corrected, mapped = self.corrected, self._mapped() if self.packs else ()
         marked: list[PlannedLayer] = []
         for planned in layers:
             halves = ((planned.attention_originals[0], ATTENTION), (planned.mlp_originals[0], MLP))
             maps = tuple(half[1] for half in halves if half in mapped)
-            marked.append(replace(planned, corrected=planned.mlp_originals[0] in corrected, mapped=maps))
+            marked.append(replace(planned, corrected=any(half in corrected for half in halves), mapped=maps))
         return tuple(marked)
 
     def _mapped(self) -> tuple[SublayerKey, ...]:
@@ -164,11 +165,11 @@ class Plan:
         return (*whole, *self.skipped)
 
     @property
-    def corrected(self) -> tuple[int, ...]:
-        """The layers of the original whose MLP is corrected: for replacement `corrected`, the first after each gap."""
+    def corrected(self) -> tuple[SublayerKey, ...]:
+        """The sublayers that are corrected: for replacement `corrected`, all left from that before the first gap on."""
         if self.replacement != "corrected":
             return ()
-        return mlps_after_gaps(self.total, self.sublayers_removed, self.already_skipped)
+        return tuple(look_ahead(self.total, self.sublayers_removed, self.already_skipped))
 
     @property
     def sublayers_left(self) -> tuple[SublayerKey, ...]:
@@ -206,7 +207,8 @@ class Plan:
             edits = ["pack what earlier edits left"]
         patched = ", a linear map folded in before each gap" if self.replacement == "linear" else ""
         if self.corrected:
-            patched = f", the mlp of layers {layer_ranges(self.corrected)} corrected"
+            layer, sublayer = self.corrected[0]
+            patched = f", corrected from the {sublayer} of layer {layer} on"
         return f"{'; '.join(edits)}{patched}: {counts}"
 
     def _removed_after(self, layer: int) -> tuple[int, ...]:

@@ -33,8 +33,9 @@ class BlockPruner(Method):
     sublayer adds nothing to the residual stream. Among equal losses the first layer wins, and its attention before its
     MLP. A layer that has lost both sublayers is deleted.
 
-    With replacement `corrected`, CE is the loss after the corrections (`editing.correction.fit_candidates`), on each
-    half of the text with those fitted on the other half.
+    With replacement `corrected`, CE is the loss after a correction of the first MLP after each gap, which is cheap
+    (`editing.candidate_corrections.fit_candidates`), on each half of the text with those fitted on the other half. The
+    plan itself gets all corrections (`editing.correction.fit_corrections`).
 
     Source: BlockPruner (arXiv 2406.10594), the greedy search over both kinds of sublayer.
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedConfig
 
-from optimum.streamline.editing.correction import check_something_follows
+from optimum.streamline.editing.correction import check_something_corrected
 from optimum.streamline.editing.plan import FITTED, TRAINED, Plan, is_contiguous
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.models.skipped_sublayers import skipped_of
@@ -45,7 +45,7 @@ class Explicit(Method):
                 f"layers {recipe.pruning.layers!r}: a linear map is folded into the layer before; keep layer 0"
             )
         skipped = tuple(sorted(skipped_of(config)))
-        check_something_follows(replace(self.named_plan(recipe, total), already_skipped=skipped))
+        check_something_corrected(replace(self.named_plan(recipe, total), already_skipped=skipped))
 
     def plan(self, recipe: Recipe, inputs: MethodInputs) -> Plan:
         """Remove or replace the named layers."""

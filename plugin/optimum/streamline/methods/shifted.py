@@ -39,9 +39,12 @@ class Shifted(ProtectedEndsMethod):
     Then pairs are swapped: a removed pair comes back and another one goes, as long as that lowers the calibration loss
     and the loss on held-out text. Trying each removed pair once takes about as long as the greedy search.
 
-    With replacement `corrected`, CE is the loss after the corrections (`editing.correction.fit_candidates`), on each
-    half of the text with those fitted on the other half. Models that cannot be packed (`can_pack`) lose whole layers
-    only.
+    With replacement `corrected`, CE is the loss after a correction of the first MLP after each gap, which is cheap
+    (`editing.candidate_corrections.fit_candidates`), on each half of the text with those fitted on the other half. The
+    losses that decide whether to swap are those after all corrections (`editing.correction.fit_corrections`), which the
+    plan gets in the end.
+
+    Models that cannot be packed (`can_pack`) lose whole layers only.
 
     This method is the program's own. The greedy search over layers is SLEB's.
     """

@@ -18,8 +18,9 @@ class SLEB(ProtectedEndsMethod):
     may choose another of nearly equal losses. Among equal losses the first layer wins. The first and the last layer are
     protected by default.
 
-    With replacement `corrected`, CE is the loss after the corrections (`editing.correction.fit_candidates`), on each
-    half of the text with those fitted on the other half.
+    With replacement `corrected`, CE is the loss after a correction of the first MLP after each gap, which is cheap
+    (`editing.candidate_corrections.fit_candidates`), on each half of the text with those fitted on the other half. The
+    plan itself gets all corrections (`editing.correction.fit_corrections`).
 
     Source: SLEB (arXiv 2402.09025), the greedy search.
     """

@@ -98,7 +98,7 @@ class Pruning(CheckedOptions):
         Replacement | None,
         Option(
             "What replaces the removed layers. linear is a least-squares linear map, folded into what comes before "
-            "them. corrected fits the output projection of the next MLP again, by least squares. The others are "
+            "them. corrected fits the output projections of what is left again, by least squares. The others are "
             "trained and replace one block: layer is a decoder layer, mlp a layer without attention; ffn and swiglu "
             "have no norm or residual, and their checkpoint needs optimum.streamline.load.",
             default="layer for llm-streamline; none, linear or corrected for auto; else none",

@@ -80,9 +80,11 @@ def model_card(record: PruningRecord) -> str:
         f"The layers were chosen by {_choice(record)}{_chosen_on(record)}.",
     ]
     if plan.corrected:
+        first, kind = plan.corrected[0]
         lines.append(
-            "The output projections of the corrected MLPs were fitted again on this text by least squares, towards the "
-            "hidden states of the original (after SPRINT, arXiv 2506.03510)."
+            f"The output projections of all attentions and MLPs that stayed, from the {kind} of original layer {first} "
+            "on, were fitted again on this text by least squares, towards the hidden states of the original (after "
+            "SPRINT, arXiv 2506.03510)."
         )
     lines += _trainings(record)
     if record.recipe.quantization.quantizer in QUANTIZERS:
@@ -107,7 +109,7 @@ def model_card(record: PruningRecord) -> str:
         originals = ", ".join(str(original) for original in layer.originals)
         if layer.kind == "packed":
             originals = f"attention of {layer.attention_originals[0]}, MLP of {layer.mlp_originals[0]}"
-        corrected = ", MLP corrected" if layer.corrected else ""
+        corrected = ", corrected" if layer.corrected else ""
         mapped = f", a linear map in its {' and its '.join(layer.mapped)}" if layer.mapped else ""
         lines.append(f"| {index} | {originals} | {layer.kind}{corrected}{mapped} |")
     lines += ["", "`streamline.json` holds the scores, the recipe, the seed and the versions.", ""]

@@ -28,7 +28,7 @@ STATES = {
     "replaced": ("R", "#e39b2d", "replaced by one trained layer"),
     "merged": ("M", "#8867c0", "merged with a neighbour"),
     "patched": ("P", "#4f79a8", "kept, with a linear map folded in"),
-    "corrected": ("C", "#54789e", "kept, with its MLP corrected"),
+    "corrected": ("C", "#54789e", "kept, and corrected"),
     "attention": ("a", "#3a9d8f", "kept without its attention"),
     "mlp": ("m", "#2f8073", "kept without its MLP"),
     "both": ("0", "#245f56", "kept without attention and MLP"),

@@ -104,8 +104,8 @@ def method_origin(name: str) -> dict[str, str]:
 def layer_origins(change: Change) -> list[dict[str, Any]]:
     """For each layer of the new model: its number, the original layers that it stands for (from 0), and its kind.
 
-    A packed layer also says from which original its attention and its MLP come, a layer whose MLP was corrected says
-    so, and `mapped` names the attention or MLP that a linear map was folded into.
+    A packed layer also says from which original its attention and its MLP come, a layer whose attention or MLP was
+    corrected says so, and `mapped` names the attention or MLP that a linear map was folded into.
     """
     found: list[dict[str, Any]] = []
     for index, layer in enumerate(change.new_layers):

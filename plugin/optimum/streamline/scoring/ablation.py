@@ -13,7 +13,8 @@ from contextlib import ExitStack
 import torch
 from transformers import PreTrainedModel
 
-from optimum.streamline.editing.correction import CandidateCorrections, corrected, fit_corrections, of_layer
+from optimum.streamline.editing.candidate_corrections import CandidateCorrections
+from optimum.streamline.editing.correction import corrected, fit_corrections, of_layer
 from optimum.streamline.editing.residual_stream import embeddings, run_layer
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.models.offloaded_weights import device_of, in_memory, is_offloaded
@@ -65,7 +66,10 @@ def removal_losses(
 def corrected_losses(
     model: PreTrainedModel, windows: Windows, removals: Sequence[SublayerSet], fitted_on: Windows
 ) -> list[float]:
-    """The loss of `model` after each of several removals and its corrections (`correction.fit_corrections`).
+    """The loss of `model` after each of several removals and all its corrections (`correction.fit_corrections`).
+
+    So a removal is judged as it would be delivered. That takes longer than the corrections of a search
+    (`candidate_corrections.fit_candidates`).
 
     Args:
         model: The model, in evaluation mode.
@@ -79,11 +83,13 @@ def corrected_losses(
     Raises:
         StreamlineError: the loss is not finite.
     """
-    losses: list[float] = []
-    for removal in removals:
-        fitted = CandidateCorrections({}, [fit_corrections(model, removal, fitted_on)])
-        losses += removal_losses(model, windows, [removal], corrections=fitted)
-    return losses
+    return [_corrected_loss(model, windows, removal, fitted_on) for removal in removals]
+
+
+def _corrected_loss(model: PreTrainedModel, windows: Windows, removal: SublayerSet, fitted_on: Windows) -> float:
+    fitted = fit_corrections(model, removal, fitted_on)
+    # What is before the removal is corrected too, so these serve there as well.
+    return removal_losses(model, windows, [removal], corrections=CandidateCorrections(fitted, [fitted]))[0]
 
 
 def cross_fitted_losses(model: PreTrainedModel, windows: Windows, removals: Sequence[SublayerSet]) -> list[float]:

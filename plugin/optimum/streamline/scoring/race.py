@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from optimum.streamline.editing.correction import fit_candidates
+from optimum.streamline.editing.candidate_corrections import fit_candidates
 from optimum.streamline.models.removed_sublayers import SublayerSet
 from optimum.streamline.system.progress import progress_bar
 from optimum.streamline.text.windows import BATCH, Windows
@@ -60,10 +60,11 @@ def race_removals(
         windows: The text to compute the loss on.
         candidates: The sublayers to remove, one set for each removal; none is empty.
         removed: Sublayers to remove in addition, for every candidate.
-        correcting: Whether the loss of a removal is that after its corrections. For each half of `windows` they are
-            fitted on the other half. On the text of its fit a loss is too low, most of all near the output: with losses
-            on that text, `shifted` chose 4 layers of the reference model whose removal costs 1.195 times the dense
-            model's perplexity, and with halves 4 that cost 1.156.
+        correcting: Whether the loss of a removal is that after a correction of the first MLP after each gap
+            (`candidate_corrections.fit_candidates`). For each half of `windows` they are fitted on the other half. On
+            the text of its fit a loss is too low, most of all near the output: with losses on that text, `shifted`
+            chose 4 layers of the reference model whose removal costs 1.195 times the dense model's perplexity, and with
+            halves 4 that cost 1.156.
 
     Returns:
         The index of the best candidate; among equal losses the first wins.
