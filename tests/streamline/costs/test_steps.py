@@ -11,11 +11,13 @@ import torch
 
 from cases import make
 from console import Outcome, optimum_cli
-from optimum.streamline.checkpoints.loading import load_tokenizer, read_config
+from optimum.streamline.checkpoints.loading import load_on_disk, load_tokenizer, read_config
 from optimum.streamline.costs import speed as measuring
 from optimum.streamline.costs.machine import Machine
 from optimum.streamline.costs.speed import Line, Speed, Types, measure_speed
 from optimum.streamline.costs.steps import Circumstances, StepCost, step_costs
+from optimum.streamline.editing.apply import apply_plan, build_replacement
+from optimum.streamline.editing.plan import Plan
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import ARCHITECTURES
 from optimum.streamline.pipeline import estimating
@@ -23,7 +25,8 @@ from optimum.streamline.pipeline.estimating import costs_on, estimated_costs
 from optimum.streamline.pipeline.prune import prune
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.system.notify import silent
-from reference import REFERENCE
+from optimum.streamline.text.windows import read_windows
+from reference import REFERENCE, VOCABULARY
 from tiny import LAYERS
 
 TEXT: dict[str, Any] = {"calibration": "stdlib:calibration", "samples": 4, "length": 16}
@@ -127,6 +130,19 @@ def test_too_little_room_on_the_disk_is_said_before_any_work(tmp_path: Path, mon
     assert notes[0].endswith(" of disk, and 1.00 MB are free there")
     unhealed = make_recipe({**TEXT, "layers": "3"})
     assert estimating.disk_warning(SOURCE, unhealed, tmp_path / "out").startswith("the result takes about 6.95 MB")
+
+
+def test_the_disk_that_corrections_take(tmp_path: Path) -> None:
+    model, plan = load_on_disk(SOURCE, tmp_path), Plan(16, (0,), "corrected")
+    text = read_windows("stdlib:calibration", load_tokenizer(SOURCE), 4, 16, 0, VOCABULARY)
+    fitted = build_replacement(model, plan, text)
+    apply_plan(model, plan, fitted)
+    written = sum(each.stat().st_size for each in tmp_path.rglob("*") if each.is_file())
+    fields = {"layers": "0", "replacement": "corrected"}
+    estimate = costs(replace(AROUND, on_disk=True), **fields)["choose"].disk
+    assert written < estimate < 1.1 * written
+    plain, corrected = costs(layers="0")["choose"].memory, costs(**fields)["choose"].memory
+    assert corrected - plain == pytest.approx(written, rel=0.01)
 
 
 @pytest.mark.parametrize(

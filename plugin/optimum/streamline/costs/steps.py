@@ -69,6 +69,7 @@ class ModelSize:
     Args:
         whole: The original's.
         layer: Those of one of its layers.
+        outputs: Those of the output projections of one of its layers.
         largest: Those of its largest tensor.
         left: The pruned model's.
         layers: The number of the original's layers.
@@ -77,6 +78,7 @@ class ModelSize:
 
     whole: int
     layer: int
+    outputs: int
     largest: int
     left: int
     layers: int
@@ -86,12 +88,16 @@ class ModelSize:
 def model_size(recipe: Recipe, config: PreTrainedConfig) -> ModelSize:
     """The size of a model and of what a recipe leaves of it."""
     model = meta_model(config)
-    layers = decoder_layers(model, architecture_of(config))
+    architecture = architecture_of(config)
+    layers = decoder_layers(model, architecture)
     removed = layers_removed(recipe, len(layers))
     layer = sum(each.numel() for each in layers.parameters()) // len(layers)
+    writing = (architecture.attention_out, *architecture.mlp_out)
+    named = layers.named_parameters()
+    outputs = sum(each.numel() for name, each in named if name.partition(".")[2].startswith(writing)) // len(layers)
     whole = sum(each.numel() for each in model.parameters())
     largest = max(each.numel() for each in model.parameters())
-    return ModelSize(whole, layer, largest, whole - removed * layer, len(layers), len(layers) - removed)
+    return ModelSize(whole, layer, outputs, largest, whole - removed * layer, len(layers), len(layers) - removed)
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,7 @@ class _Estimates:
         return "load", self._loaded() + mapped, 0, seconds
 
     def choose(self) -> _Step:
-        """The weights, for `auto` twice; or two layers, and the hidden states of all removals at one depth."""
+        """The weights, for `auto` twice, and corrections; or two layers; the hidden states of removals at one depth."""
         size, width, length = self.size, self.config.hidden_size, self.recipe.length
         logits = 2 * FP32 * BATCH * length * min(self.config.vocab_size, VOCABULARY_SLICE)
         windows = BATCH * length * width
@@ -171,7 +177,7 @@ class _Estimates:
             held = 2 * size.layer * self.around.types.computing.itemsize + FP32 * VOCABULARY_SLICE * width
             states = 2 * FP32 * min(STREAMS, windows * size.layers)
         else:
-            held = self._loaded() * (1 + (self.recipe.resolved_method == "auto"))
+            held = self._loaded() * (1 + (self.recipe.resolved_method == "auto")) + self._corrected_weights()
             states = FP32 * windows * size.layers
         work = choosing_work(self.recipe, self.config)
         seconds = None
@@ -179,7 +185,8 @@ class _Estimates:
             layers, heads = work.layers, work.heads
             seconds = self._seconds(lambda speed: layers * speed.window.layer + heads * speed.window.outside)
         if self.recipe.resolved_method == "explicit":
-            return "choose", 0 if self.around.on_disk else self._loaded(), 0, seconds
+            held = 0 if self.around.on_disk else self._loaded() + self._corrected_weights()
+            return "choose", held, self._states_on_disk(), seconds
         return "choose", held + states + logits, self._states_on_disk(), seconds
 
     def heal(self) -> Iterator[_Step]:
@@ -244,7 +251,7 @@ class _Estimates:
         return self.size.whole * self.around.types.computing.itemsize
 
     def _states_on_disk(self) -> int:
-        """Files of hidden states while layers are chosen, and of merged layers."""
+        """Files of hidden states while layers are chosen, of merged layers, and of corrections."""
         recipe, count = self.recipe, self.size.layers - self.size.kept
         if not self.around.on_disk:
             return 0
@@ -253,7 +260,12 @@ class _Estimates:
             return states * self.size.layers
         if recipe.resolved_method.startswith("come") or recipe.resolved_method == "average":
             return FP32 * self.size.layer * count
-        return 6 * states if recipe.resolved_replacement == "corrected" else 0
+        return 6 * states + self._corrected_weights() if recipe.resolved_replacement == "corrected" else 0
+
+    def _corrected_weights(self) -> int:
+        """The corrections of all output projections that stay, and what these become."""
+        count = self.size.kept if self.recipe.resolved_replacement == "corrected" else 0
+        return 2 * FP32 * self.size.outputs * count
 
     def _windows(self) -> tuple[int, int]:
         """The windows that are trained on, and those held out."""
