@@ -98,3 +98,11 @@ def test_settings_that_take_less_memory_heal_as_well() -> None:
     for name in ("bf16, AdamW in 8 bits, micro-batches of 1", "cached outputs, top-64", "original in int8"):
         assert less.pop(name) <= 1.005
     assert max(less.values()) <= 1.012  # in 4 bits, and with adapters
+
+
+@pytest.mark.parametrize(("model", "removed"), SHARES)
+def test_text_of_the_original_heals_as_well_as_given_text(model: str, removed: int) -> None:
+    given, own = (ratios(part, model, removed)["come-p"] for part in ("healed", "self"))
+    assert own[0] <= given[0]
+    if model == "reference":
+        assert own[2] >= given[1]  # level
