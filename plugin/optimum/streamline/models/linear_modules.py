@@ -30,8 +30,13 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
         config: The config of a model that is not quantized.
     """
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=is_trusted_code(config))
     return model
+
+
+def is_trusted_code(config: PreTrainedConfig) -> bool:
+    """Whether a config is of a class from its checkpoint's own code, which the user has allowed to run then."""
+    return type(config).__module__.startswith("transformers_modules")
 
 
 def linear_modules_of(model: nn.Module) -> dict[str, LinearModule]:

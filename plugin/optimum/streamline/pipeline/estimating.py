@@ -15,6 +15,7 @@ from optimum.streamline.costs.speed import Types, measure_speed, measured_layers
 from optimum.streamline.costs.steps import Circumstances, StepCost, model_size, step_costs
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.model_files.weight_files import find_weights
+from optimum.streamline.models.linear_modules import is_trusted_code
 from optimum.streamline.models.quantization_config import float_config, quantization_name
 from optimum.streamline.recipe.quantities import memory_limit
 from optimum.streamline.recipe.recipe import Recipe
@@ -40,7 +41,7 @@ def estimated_costs(source: ModelSource, recipe: Recipe, validates: bool = False
     """Estimate what each step of `prune` takes on this machine, or of `run`.
 
     A few layers are measured, for the times. They are not if they would take more than half of the free memory, nor if
-    the weights are quantized.
+    the weights are quantized, or the checkpoint's own code runs.
 
     Args:
         source: A checkpoint.
@@ -54,9 +55,9 @@ def estimated_costs(source: ModelSource, recipe: Recipe, validates: bool = False
     config = checked_config(source, recipe)
     stays = stays_on_disk(source, recipe, config, why_in_memory(recipe, config))
     around = _circumstances(source, recipe, config, stays)
-    quantized, config = quantization_name(config) is not None, float_config(config)
+    stock, config = quantization_name(config) is None and not is_trusted_code(config), float_config(config)
     few = measured_layers(config) * model_size(recipe, config).layer * around.types.computing.itemsize
-    if not quantized and few * (5 if recipe.resolved_trainings else 2) < free_memory() / 2:
+    if stock and few * (5 if recipe.resolved_trainings else 2) < free_memory() / 2:
         export_to = partial(_export, recipe) if validates and recipe.export.format != "none" else None
         with captured_logs(None):
             speed = measure_speed(recipe, config, load_tokenizer(source), around.types, stays, export_to)
