@@ -54,6 +54,15 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> Timer:
     return timer
 
 
+@pytest.fixture
+def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dry run measures nothing several times, which only makes times more exact."""
+    from optimum.streamline.costs import speed
+
+    monkeypatch.setattr(speed, "LONG", 0)
+    monkeypatch.setattr(speed, "IMPORTS", 0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def kept_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Equal models are traced once, whichever test and process asks first."""

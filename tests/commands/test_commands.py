@@ -416,6 +416,7 @@ def test_a_rank_alone_makes_nobody_a_helper(cli: Cli, tmp_path: Path, monkeypatc
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_dry_run_prints_every_plan_that_trials_would_choose_from(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -429,6 +430,7 @@ def test_dry_run_prints_every_plan_that_trials_would_choose_from(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_dry_run_prints_the_plan_and_writes_nothing(cli: Cli, tmp_path: Path) -> None:
     words = ("--remove", "25%", "--replacement", "mlp", *HEALED, *QUICK, "--dry-run")
     outcome = cli("prune", "-m", REFERENCE, *words, tmp_path / "out")
@@ -438,6 +440,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(cli: Cli, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_save_recipe_is_what_the_flags_amount_to(cli: Cli, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     flags = ("--method", "shortgpt", "--remove", 2, *QUICK, "--max-kl", 0.5)

@@ -55,7 +55,7 @@ def test_a_new_option_is_written_once(tmp_path: Path) -> None:
     grouped.write_text("layers: 3\nhealing: {warmup: 3}\n")
     flat.write_text("layers: 3\nheal_warmup: 3\n")
     wrong.write_text("layers: 3\nhealing: {warmup: -1}\n")
-    dry = f"{tmp_path}/out --dry-run --calibration stdlib --samples 2 --length 32 --save-recipe {tmp_path}"
+    dry = f"{tmp_path}/out --dry-run --on 80GB --calibration stdlib --samples 2 --length 32 --save-recipe {tmp_path}"
     commands = (
         "streamline prune --help",
         f"streamline run -m {REFERENCE} {grouped} {dry}/from-grouped.yaml",

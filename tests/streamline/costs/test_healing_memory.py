@@ -123,6 +123,7 @@ def test_more_memory_than_the_limit_is_refused(tmp_path: Path) -> None:
     prepare(source, make_recipe({**wide, "max_memory": limit, "heal_micro_batch": 4}), silent)
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_a_dry_run_says_what_healing_takes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

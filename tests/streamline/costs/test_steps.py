@@ -12,7 +12,6 @@ import torch
 from cases import make
 from console import Outcome, optimum_cli
 from optimum.streamline.checkpoints.loading import load_on_disk, load_tokenizer, read_config
-from optimum.streamline.costs import speed as measuring
 from optimum.streamline.costs.machine import Machine
 from optimum.streamline.costs.speed import Line, Speed, Types, measure_speed
 from optimum.streamline.costs.steps import Circumstances, StepCost, step_costs
@@ -29,6 +28,7 @@ from optimum.streamline.text.windows import read_windows
 from reference import REFERENCE, VOCABULARY
 from tiny import LAYERS
 
+pytestmark = pytest.mark.usefixtures("measured_once")
 TEXT: dict[str, Any] = {"calibration": "stdlib:calibration", "samples": 4, "length": 16}
 FAST = {"gemma2", "gpt2", "qwen3_moe"}
 HEALED: dict[str, Any] = {"heal": "distill", "heal_data": "stdlib:calibration", "heal_tokens": 640}
@@ -37,13 +37,6 @@ BF16, FP32 = torch.bfloat16, torch.float32
 NOTHING = Line(0, 0)
 SPEED = Speed(Line(1, 2), Line(3, 4), Line(5, 6), Line(7, 8), Line(9, 10), Line(11, 12), Line(13, 14))
 AROUND = Circumstances(Types(BF16, FP32, BF16), False, "cpu", 10**7, 10**8, 10**10, SPEED)
-
-
-@pytest.fixture(autouse=True)
-def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measures nothing several times, which only makes times more exact."""
-    monkeypatch.setattr(measuring, "LONG", 0)
-    monkeypatch.setattr(measuring, "IMPORTS", 0)
 
 
 def costs(around: Circumstances = AROUND, validates: bool = False, **fields: Any) -> dict[str, StepCost]:
@@ -121,7 +114,7 @@ def test_the_disk_that_pruning_takes_is_that_of_its_result(tmp_path: Path) -> No
 
 
 def test_too_little_room_on_the_disk_is_said_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = make_recipe({**TEXT, **HEALED, "layers": "3"})
+    recipe = make_recipe({**TEXT, **HEALED, "layers": "3", "heal_epochs": 1})
     assert estimating.disk_warning(SOURCE, recipe, tmp_path / "out") == ""
     monkeypatch.setattr(estimating, "free_bytes", lambda folder: 10**6)
     notes: list[str] = []

@@ -267,6 +267,7 @@ def test_a_command_heals_on_it_and_a_resumed_one_samples_nothing(
         refuse_seen_text(str(out), replace(windows, spec="copy"))
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_a_dry_run_samples_nothing(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("optimum.streamline.healing.self_text._Sampler.texts", refuse)
     assert cli("prune", "--heal-data", "self", "--dry-run", tmp_path / "out").code == 0
