@@ -57,7 +57,7 @@ def measure(size: str, edit: str, folder: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"bytes": sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))}
     for where, limit in (("memory", {}), ("disk", {"max_memory": LIMITS[size]})):
         fields = {**TEXT[size], **EDITS[edit], "calibration": "stdlib:calibration", **limit}
-        steps = estimated_costs(ModelSource(str(checkpoint)), make_recipe(fields))
+        steps = estimated_costs(ModelSource(str(checkpoint)), make_recipe(fields)).steps
         if max(step.memory for step in steps) > free_memory():
             continue
         seconds, peak = run_measured(streamline("prune", "-m", checkpoint, folder / where, *flags(fields)))

@@ -58,6 +58,7 @@ SLOW = ("auto", "blockpruner", "come-p", "shifted")
         ),
         {"method": "llm-streamline", "replacement": "none"},
         {"method": "shortgpt", "iterative": True},
+        {"method": "shortgpt", "replacement": "corrected"},
         pytest.param({"method": "blockpruner", "packed": False}, marks=pytest.mark.slow),
     ],
     ids=lambda fields: " ".join(map(str, fields.values())),
@@ -86,5 +87,7 @@ def test_gradients_cost_three_passes_and_the_forward_pass_before_them() -> None:
 def test_named_layers_take_no_work_and_of_other_packages_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     config = read_config(SOURCE)
     assert choosing_work(make_recipe({**WINDOWS, "layers": "3"}), config) == ChoosingWork()
+    fitted = choosing_work(make_recipe({**WINDOWS, "layers": "3", "replacement": "corrected"}), config)
+    assert fitted == ChoosingWork(layers=4 * 12 * 16)
     monkeypatch.delitem(choosing._STEPS, "sleb")
     assert choosing_work(make_recipe({**WINDOWS, "method": "sleb", "remove": 4}), config) is None

@@ -19,6 +19,7 @@ from optimum.streamline.editing.apply import apply_plan, build_replacement
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import ARCHITECTURES
+from optimum.streamline.models.skipped_sublayers import skipped_of
 from optimum.streamline.pipeline import estimating
 from optimum.streamline.pipeline.estimating import costs_on, estimated_costs
 from optimum.streamline.pipeline.prune import prune
@@ -36,7 +37,7 @@ SOURCE = ModelSource(str(REFERENCE))
 BF16, FP32 = torch.bfloat16, torch.float32
 NOTHING = Line(0, 0)
 SPEED = Speed(Line(1, 2), Line(3, 4), Line(5, 6), Line(7, 8), Line(9, 10), Line(11, 12), Line(13, 14))
-AROUND = Circumstances(Types(BF16, FP32, BF16), False, "cpu", 10**7, 10**8, 10**10, SPEED)
+AROUND = Circumstances(Types(BF16, FP32, BF16), False, "cpu", 10**7, 10**8, 10**10, Path("healing"), SPEED)
 
 
 def costs(around: Circumstances = AROUND, validates: bool = False, **fields: Any) -> dict[str, StepCost]:
@@ -135,7 +136,7 @@ def test_the_disk_that_corrections_take(tmp_path: Path) -> None:
     estimate = costs(replace(AROUND, on_disk=True), **fields)["choose"].disk
     assert written < estimate < 1.1 * written
     plain, corrected = costs(layers="0")["choose"].memory, costs(**fields)["choose"].memory
-    assert corrected - plain == pytest.approx(written, rel=0.01)
+    assert corrected - plain > written  # the fit needs a matrix and hidden states too
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_a_few_layers_of_every_architecture_are_measured(architecture: str, tmp_
     source = ModelSource(str(make(tmp_path / "in", architecture, num_hidden_layers=LAYERS)))
     recipe = make_recipe({**TEXT, **HEALED, "layers": "1", "heal": "lm"})
     types = Types(BF16, FP32, BF16)
-    speed = measure_speed(recipe, read_config(source), load_tokenizer(source), types, on_disk=False)
+    speed = measure_speed(recipe, read_config(source), load_tokenizer(source), types, False, "cpu")
     for line in (speed.load, speed.write, speed.window, speed.update, speed.token):
         assert line.of(LAYERS) > 0
 
@@ -154,7 +155,7 @@ def test_a_few_layers_of_every_architecture_are_measured(architecture: str, tmp_
 def test_a_few_layers_are_measured_with_their_weights_on_disk() -> None:
     recipe = make_recipe({**TEXT, "layers": "1"})
     types = Types(FP32, FP32, FP32)
-    speed = measure_speed(recipe, read_config(SOURCE), load_tokenizer(SOURCE), types, on_disk=True)
+    speed = measure_speed(recipe, read_config(SOURCE), load_tokenizer(SOURCE), types, True, "cpu")
     assert speed.window.layer > 0
     assert speed.update == speed.export == NOTHING
 
@@ -162,7 +163,36 @@ def test_a_few_layers_are_measured_with_their_weights_on_disk() -> None:
 def test_large_layers_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimating, "free_memory", lambda: 10**6)
     found = estimated_costs(SOURCE, make_recipe({**TEXT, "layers": "3"}))
-    assert [cost.seconds for cost in found] == [None] * 3
+    assert [cost.seconds for cost in found.steps] == [None] * 3
+    assert found.why_no_times == "a few layers would fill the memory"
+
+
+def test_a_measurement_that_fails_takes_no_plan_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no room\nat all")
+
+    monkeypatch.setattr(estimating, "measure_speed", fail)
+    found = estimated_costs(SOURCE, make_recipe({**TEXT, "layers": "3"}))
+    assert found.why_no_times == "measuring failed (no room)"
+    assert found.steps[0].memory > 0
+
+
+def test_layers_on_disk_are_measured_for_local_training() -> None:
+    recipe = make_recipe({**TEXT, **HEALED, "layers": "1", "heal": "local"})
+    types = Types(FP32, FP32, FP32)
+    speed = measure_speed(recipe, read_config(SOURCE), load_tokenizer(SOURCE), types, True, "cpu")
+    assert speed.update.of(1) > 0
+
+
+def test_skipped_sublayers_are_measured_as_ordinary_ones(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    fields = {**TEXT, "method": "blockpruner", "remove": 1, "packed": False}
+    prune(SOURCE, make_recipe(fields), made, overwrite=False, verbose=False, notify=silent)
+    config = read_config(ModelSource(str(made)))
+    assert skipped_of(config)
+    recipe = make_recipe({**TEXT, **HEALED, "layers": "1", "heal": "lm"})
+    speed = measure_speed(recipe, config, load_tokenizer(SOURCE), Types(BF16, FP32, BF16), False, "cpu")
+    assert speed.update.of(1) > 0
 
 
 def test_another_machine_shares_what_can_be_shared() -> None:

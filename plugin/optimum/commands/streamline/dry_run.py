@@ -56,8 +56,11 @@ def dry_run(source: Any, recipe: Recipe, args: Namespace, console: Console, vali
     if args.on is not None:
         _print_costs_on(Machine.parse(args.on), source, recipe, console, validates)
         return 0
-    console.print("measuring a few layers, to estimate what each step takes", markup=False)
-    _print_costs(estimated_costs(source, recipe, validates), console)
+    console.print("estimating what each step takes", markup=False)
+    estimate = estimated_costs(source, recipe, validates)
+    _print_costs(estimate.steps, console)
+    if estimate.why_no_times:
+        console.print(f"no times: {estimate.why_no_times}", markup=False)
     prepared = prepare(source, recipe, notifier(console))
     if recipe.quantization.quantizer != "none":
         console.print(f"effect of pruning alone, without quantizer {recipe.quantization.quantizer!r}:", markup=False)

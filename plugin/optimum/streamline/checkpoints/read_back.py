@@ -290,7 +290,7 @@ def _load(folder: Path, device: str, trust_remote_code: bool, offload: Path | No
     loaded: Any
     try:
         if _has_bare_layers(folder):  # stock transformers refuses it
-            return load_stock(ModelSource(str(folder)), device=device, offload=offload)
+            return load_stock(ModelSource(str(folder)), device=torch.device(device).type, offload=offload)
         with read_without_mapping() if offload else nullcontext():
             loaded = AutoModelForCausalLM.from_pretrained(
                 folder,

@@ -18,7 +18,9 @@ RACE = 0.36
 """The share of the windows that the removals of a race are tried on (measured: `docs/search.md`)."""
 SWAPS = 2
 """How many times `shifted` tries to swap each pair: once to find a swap, and once to find no further one."""
-CORRECTED = 2
+FITS = {"linear": 2, "corrected": 4}
+"""How many forward passes it takes to fit a replacement, about."""
+CORRECTED = 2.4
 """How much longer a search takes that compares removals with their corrections."""
 BACKWARD = 3
 """What a forward and a backward pass cost, in forward passes."""
@@ -56,9 +58,10 @@ def choosing_work(recipe: Recipe, config: PreTrainedConfig) -> ChoosingWork | No
     Returns:
         The work; `None` for a method of another package, of which nothing is known.
     """
+    fitting = _passes(config.num_hidden_layers, FITS.get(recipe.resolved_replacement, 0) * recipe.calibration.samples)
     if recipe.resolved_method == "explicit":
-        return ChoosingWork()
-    scoring = _passes(config.num_hidden_layers, recipe.calibration.samples)
+        return fitting
+    scoring = fitting + _passes(config.num_hidden_layers, recipe.calibration.samples)
     if recipe.resolved_method != "auto":
         planning = _planning(recipe, config)
         return planning and scoring + planning

@@ -27,7 +27,8 @@ from optimum.streamline.healing.trainable_parts import train_model
 from optimum.streamline.model_files.source import ModelSource, fingerprint
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.models.linear_modules import meta_model
-from optimum.streamline.models.offloaded_weights import copy_sharing_disk, device_of
+from optimum.streamline.models.offloaded_weights import copy_in_memory, copy_sharing_disk, device_of, is_offloaded
+from optimum.streamline.models.skipped_sublayers import mark_skipped
 from optimum.streamline.quantization.compact_copy import compact_copy
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.scoring.loss import window_losses
@@ -97,6 +98,7 @@ def measure_speed(
     tokenizer: PreTrainedTokenizerBase,
     types: Types,
     on_disk: bool,
+    device: str,
     export: Callable[[Path, Path], object] | None = None,
 ) -> Speed:
     """Measure how fast this machine works on a model. It takes some seconds, and the memory of `measured_layers`.
@@ -107,13 +109,14 @@ def measure_speed(
         tokenizer: Its tokenizer.
         types: The types of its weights.
         on_disk: Whether its weights stay on disk.
+        device: The device on which it is scored and edited.
         export: A function that exports a checkpoint into a folder, if the recipe exports.
     """
 
     def measured(layers: int) -> dict[str, float]:
         with TemporaryDirectory(prefix="streamline-") as scratch:
             few = _few_layers(config, layers)
-            return _measured(recipe, few, tokenizer, types, Path(scratch), on_disk, export)
+            return _measured(recipe, few, tokenizer, types, Path(scratch), on_disk, device, export)
 
     begun, one = monotonic(), measured(1)
     if monotonic() - begun < IMPORTS:
@@ -157,6 +160,7 @@ def _few_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
     kept = range(first, first + count)
     few = planned_config(config, Plan(total, tuple(layer for layer in range(total) if layer not in kept), "none"))
     few.vocab_size = _vocabulary(config)
+    mark_skipped(few, {})  # which random weights would contradict
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):  # which may be outside of it
         setattr(few, name, None)
     return few
@@ -169,6 +173,7 @@ def _measured(
     types: Types,
     folder: Path,
     on_disk: bool,
+    device: str,
     export: Callable[[Path, Path], object] | None,
 ) -> dict[str, float]:
     """The seconds of each field of `Speed` for a model of this config."""
@@ -181,8 +186,8 @@ def _measured(
     def load() -> PreTrainedModel:
         fingerprint(source)
         if on_disk:
-            return load_on_disk(source, scratch, types.computing, recipe.device)
-        return load_stock(source, types.computing, recipe.device)
+            return load_on_disk(source, scratch, types.computing, device)
+        return load_stock(source, types.computing, device)
 
     def write() -> None:
         saved = copy_sharing_disk(model)  # reading back frees the weights
@@ -195,13 +200,22 @@ def _measured(
     found["window"] = found["original"] = _window(model, recipe.length)
     found["update"] = 0.0
     if trainings := [each for each in recipe.resolved_trainings if each != "hidden-mse"]:
-        found["update"] = _update(recipe, model, trainings[-1])
+        found["update"] = _update(recipe, _trainable(recipe, model), trainings[-1])
         if recipe.healing.original != "fp32":
             found["original"] = _window(compact_copy(model, recipe.healing.original, recipe.device), recipe.length)
     found["token"] = _token(model)
     found["write"] = _timed(write)[0]
     found["export"] = 0.0 if export is None else _timed(lambda: export(out, folder / "export"), 1)[0]
     return found
+
+
+def _trainable(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel:
+    """The model to train: a copy in memory of one on disk, unless adapters are trained on a compact copy of it."""
+    if recipe.healing.lora_base != "fp32" or not is_offloaded(model):
+        return model
+    copied: Any = copy_in_memory(model)
+    trained: PreTrainedModel = copied
+    return trained
 
 
 def _timed(work: Callable[[], Any], repeats: int = 3) -> tuple[float, Any]:

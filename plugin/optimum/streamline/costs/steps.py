@@ -111,8 +111,10 @@ class Circumstances:
         largest_file: The size of its largest weight file, in bytes.
         program: The memory of the process before any work, in bytes.
         free: The memory that the process may take, in bytes.
+        folder: The folder beside the output in which healing keeps its files.
         speed: The speed of the machine; `None` if unknown.
         processes: How many processes share the weights while they heal.
+        quantized: The bytes of the original's weight files if they are quantized; they are loaded as they are.
     """
 
     types: Types
@@ -121,8 +123,10 @@ class Circumstances:
     largest_file: int
     program: int
     free: int
+    folder: Path
     speed: Speed | None
     processes: int = 1
+    quantized: int | None = None
 
 
 def step_costs(
@@ -186,8 +190,8 @@ class _Estimates:
             seconds = self._seconds(lambda speed: layers * speed.window.layer + heads * speed.window.outside)
         if self.recipe.resolved_method == "explicit":
             held = 0 if self.around.on_disk else self._loaded() + self._corrected_weights()
-            return "choose", held, self._states_on_disk(), seconds
-        return "choose", held + states + logits, self._states_on_disk(), seconds
+            return "choose", held + self._fit(), self._states_on_disk(), seconds
+        return "choose", held + states + logits + self._fit(), self._states_on_disk(), seconds
 
     def heal(self) -> Iterator[_Step]:
         """The training of the recipe that takes most memory, and the time of all."""
@@ -198,7 +202,8 @@ class _Estimates:
         # Two checkpoints of weights and moments, and the best weights twice while they are replaced.
         checkpoints = 2 * (FP32 * trained + moments) + 2 * FP32 * trained
         plans = len(CANDIDATES) if makes_trials(self.recipe) else 1
-        disk = checkpoints + (plans - 1) * (FP32 * trained + moments) + self._cached() + self._states_of_local()
+        disk = checkpoints + (plans - 1) * (FP32 * trained + moments)
+        disk = disk * self.around.processes + self._cached() + self._states_of_local()
         trainings = range(len(self.recipe.resolved_trainings))
         seconds = self._seconds(lambda speed: sum(self._training(each, speed) for each in trainings))
         yield "heal", memory.total, disk, seconds
@@ -206,6 +211,8 @@ class _Estimates:
     def write(self) -> _Step:
         """The result, read back beside its file; or one file of it at a time."""
         bytes_of_result = self.size.left * self.around.types.result.itemsize
+        if self.around.quantized is not None:
+            bytes_of_result = self.around.quantized * self.size.left // self.size.whole
         largest = self.size.largest * self.around.types.result.itemsize
         seconds = self._seconds(lambda speed: speed.write.of(self.size.kept))
         if self.around.on_disk:
@@ -248,6 +255,8 @@ class _Estimates:
         return None if self.around.speed is None else of(self.around.speed)
 
     def _loaded(self) -> int:
+        if self.around.quantized is not None:
+            return self.around.quantized
         return self.size.whole * self.around.types.computing.itemsize
 
     def _states_on_disk(self) -> int:
@@ -261,6 +270,16 @@ class _Estimates:
         if recipe.resolved_method.startswith("come") or recipe.resolved_method == "average":
             return FP32 * self.size.layer * count
         return 6 * states + self._corrected_weights() if recipe.resolved_replacement == "corrected" else 0
+
+    def _fit(self) -> int:
+        """The memory of fitting corrections: a matrix in float64, twice, a layer, and hidden states if not on disk."""
+        if self.recipe.resolved_replacement != "corrected":
+            return 0
+        width: int = self.config.hidden_size
+        given = getattr(self.config, "intermediate_size", None) or getattr(self.config, "ffn_dim", None)
+        inner = int(given or 4 * width)
+        states = FP32 * self.recipe.calibration.samples * self.recipe.length * width
+        return 2 * 8 * inner**2 + (FP32 * self.size.layer if self.around.on_disk else 4 * states)
 
     def _corrected_weights(self) -> int:
         """The corrections of all output projections that stay, and what these become."""
@@ -279,7 +298,9 @@ class _Estimates:
     def _cache(self) -> dict[str, Array]:
         recipe = self.recipe
         text = Windows(torch.empty(sum(self._windows()), recipe.length, device="meta"), "")
-        form = cache_form(recipe, text, self.config, Path("healing"), makes_trials(recipe))
+        if self.around.processes > 1 or "distill" not in recipe.resolved_trainings:
+            return {}
+        form = cache_form(recipe, text, self.config, self.around.folder, makes_trials(recipe))
         if form is None:
             return {}
         return form.arrays(text, self.config, distillation_weights(recipe)[1] > 0)

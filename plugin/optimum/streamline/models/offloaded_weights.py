@@ -86,12 +86,13 @@ def compute_on(model: PreTrainedModel, device: str) -> None:
         model: The model, with its weights on disk.
         device: The device, such as `cuda`.
     """
+    held = [each for each in model.parameters() if not each.is_meta]  # tied ones once
+    moved = {each: nn.Parameter(each.to(device), requires_grad=False) for each in held}
     for module in model.modules():
         if isinstance(hook := getattr(module, "_hf_hook", None), AlignDevicesHook):
             hook.execution_device = torch.device(device)
         for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.is_meta:
-                module._parameters[name] = nn.Parameter(parameter.to(device), requires_grad=False)
+            module._parameters[name] = moved.get(parameter, parameter)
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +11,9 @@ from transformers import PreTrainedConfig
 from optimum.streamline.checkpoints.loading import DTYPES, load_tokenizer, only_dtype, stored_dtype
 from optimum.streamline.checkpoints.model_in_memory import ModelInMemory
 from optimum.streamline.costs.machine import Machine
-from optimum.streamline.costs.speed import Types, measure_speed, measured_layers
+from optimum.streamline.costs.speed import EMBEDDED, Types, measure_speed, measured_layers
 from optimum.streamline.costs.steps import Circumstances, StepCost, model_size, step_costs
+from optimum.streamline.errors import first_line
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.model_files.weight_files import find_weights
 from optimum.streamline.models.linear_modules import is_trusted_code
@@ -21,6 +22,7 @@ from optimum.streamline.recipe.quantities import memory_limit
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.reporting.numbers import size
 from optimum.streamline.system.disk import free_bytes
+from optimum.streamline.system.distributed import process_count, sharding
 from optimum.streamline.system.library_logs import captured_logs
 from optimum.streamline.system.memory import free_memory, taken_memory
 
@@ -37,11 +39,21 @@ from .larger_than_memory import (
 from .preflight import check_recipe, checked_config, result_dtype
 
 
-def estimated_costs(source: ModelSource, recipe: Recipe, validates: bool = False) -> list[StepCost]:
-    """Estimate what each step of `prune` takes on this machine, or of `run`.
+@dataclass(frozen=True)
+class Estimate:
+    """What each step takes.
 
-    A few layers are measured, for the times. They are not if they would take more than half of the free memory, nor if
-    the weights are quantized, or the checkpoint's own code runs.
+    Args:
+        steps: The steps, in order.
+        why_no_times: Why nothing is known of the time; empty if the times are known.
+    """
+
+    steps: list[StepCost]
+    why_no_times: str = ""
+
+
+def estimated_costs(source: ModelSource, recipe: Recipe, validates: bool = False) -> Estimate:
+    """Estimate what each step of `prune` takes on this machine, or of `run`. For the times a few layers are measured.
 
     Args:
         source: A checkpoint.
@@ -54,15 +66,29 @@ def estimated_costs(source: ModelSource, recipe: Recipe, validates: bool = False
     check_recipe(source, recipe)
     config = checked_config(source, recipe)
     stays = stays_on_disk(source, recipe, config, why_in_memory(recipe, config))
-    around = _circumstances(source, recipe, config, stays)
-    stock, config = quantization_name(config) is None and not is_trusted_code(config), float_config(config)
-    few = measured_layers(config) * model_size(recipe, config).layer * around.types.computing.itemsize
-    if stock and few * (5 if recipe.resolved_trainings else 2) < free_memory() / 2:
-        export_to = partial(_export, recipe) if validates and recipe.export.format != "none" else None
+    around = _circumstances(source, recipe, config, stays, Path("healing"))
+    if why := _why_not_measured(recipe, config, around):
+        return Estimate(step_costs(recipe, float_config(config), around, validates), why)
+    export_to = partial(_export, recipe) if validates and recipe.export.format != "none" else None
+    try:
         with captured_logs(None):
-            speed = measure_speed(recipe, config, load_tokenizer(source), around.types, stays, export_to)
-        around = replace(around, speed=speed)
-    return step_costs(recipe, config, around, validates)
+            tokenizer = load_tokenizer(source)
+            speed = measure_speed(recipe, config, tokenizer, around.types, stays, around.scored_on, export_to)
+    except Exception as error:  # the plan, and the estimates of memory and disk, need no measurement
+        return Estimate(step_costs(recipe, config, around, validates), f"measuring failed ({first_line(error)})")
+    return Estimate(step_costs(recipe, config, replace(around, speed=speed), validates))
+
+
+def _why_not_measured(recipe: Recipe, config: PreTrainedConfig, around: Circumstances) -> str:
+    """Why a few layers cannot be measured for a recipe; empty if they can."""
+    if around.quantized is not None:
+        return "the weights are quantized"
+    if is_trusted_code(config):
+        return "the model has code of its own"
+    numbers = measured_layers(config) * model_size(recipe, config).layer
+    numbers += 2 * min(EMBEDDED, config.vocab_size * config.hidden_size)
+    needed = numbers * around.types.computing.itemsize * (5 if recipe.resolved_trainings else 2)
+    return "" if needed < min(around.free, free_memory()) else "a few layers would fill the memory"
 
 
 def costs_on(machine: Machine, source: ModelSource, recipe: Recipe, validates: bool = False) -> list[StepCost]:
@@ -81,9 +107,10 @@ def costs_on(machine: Machine, source: ModelSource, recipe: Recipe, validates: b
     """
     check_recipe(source, recipe)
     config = checked_config(source, recipe)
-    shared = machine.gpus > 1 and can_share(recipe)
+    unhealed = why_in_memory(recipe.with_options(heal="none"), config)
+    shared = machine.gpus > 1 and can_share(recipe) and not unhealed and recipe.resolved_trainings != ("local",)
     apart = shared or trains_adapters_on_copies(recipe)
-    around = _circumstances(source, recipe, config, apart)
+    around = _circumstances(source, recipe, config, apart, Path("healing"))
     needed = IN_MEMORY * model_size(recipe, float_config(config)).whole * around.types.computing.itemsize
     streams = needed > machine.memory and not why_in_memory(recipe, config)
     around = replace(
@@ -109,7 +136,8 @@ def disk_warning(source: ModelSource, recipe: Recipe, out: Path) -> str:
         out: The output folder, beside which healing keeps its files.
 
     Returns:
-        The line; empty if there is room, or the model is in memory.
+        The line; empty if there is room, if the model is in memory, or if it has code of its own, which may not run
+        without weights.
 
     Raises:
         StreamlineError: the recipe or the model cannot be used.
@@ -118,7 +146,11 @@ def disk_warning(source: ModelSource, recipe: Recipe, out: Path) -> str:
     if isinstance(source, ModelInMemory):
         return ""
     config = checked_config(source, recipe)
-    around = _circumstances(source, recipe, config, on_disk=False)
+    if is_trusted_code(config):
+        return ""
+    around = _circumstances(source, recipe, config, False, out.absolute().parent / "healing")
+    if sharding() is not None:
+        around = replace(around, processes=process_count())
     costs = step_costs(recipe, float_config(config), around)
     needed = sum(cost.disk for cost in costs if cost.name in ("heal", "write"))
     free = free_bytes(out.absolute().parent)
@@ -126,10 +158,12 @@ def disk_warning(source: ModelSource, recipe: Recipe, out: Path) -> str:
     return f"{what} about {size(needed)} of disk, and {size(free)} are free there" if needed > free else ""
 
 
-def _circumstances(source: ModelSource, recipe: Recipe, config: PreTrainedConfig, on_disk: bool) -> Circumstances:
-    quantized = quantization_name(config) is not None
+def _circumstances(
+    source: ModelSource, recipe: Recipe, config: PreTrainedConfig, on_disk: bool, folder: Path
+) -> Circumstances:
+    quantized, weights = quantization_name(config) is not None, find_weights(source.folder)
     result = DTYPES[stored_dtype(source)] if quantized else result_dtype(source, recipe)
-    largest_file = max(file.stat().st_size for file in find_weights(source.folder).files)
+    largest_file = max(file.stat().st_size for file in weights.files)
     program, limit = taken_memory(), memory_limit(recipe.max_memory)
     return Circumstances(
         Types(only_dtype(source), computing_dtype(source, recipe), result),
@@ -138,7 +172,9 @@ def _circumstances(source: ModelSource, recipe: Recipe, config: PreTrainedConfig
         largest_file,
         program,
         free_memory() if limit is None else limit - program,
+        folder,
         None,
+        quantized=weights.bytes if quantized else None,
     )
 
 

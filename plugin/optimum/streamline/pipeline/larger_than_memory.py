@@ -29,9 +29,10 @@ IN_MEMORY = 1.2
 ON_DISK = "the weights do not fit into memory in fp32: they stay on disk, and each is read when it is needed"
 """What the user is told if one process runs out of memory."""
 ON_DISK_FOR_GPU = (
-    "the weights do not fit into the memory of the GPU in fp32: they stay on disk, and each goes to the GPU to be used"
+    "the weights do not fit on the GPU, or into memory, in fp32: they stay on disk, and each goes to the GPU when "
+    "it is needed"
 )
-"""What the user is told if one process uses a GPU that is too small."""
+"""What the user is told if one process uses a GPU, and that or the memory is too small."""
 SHARED = "the processes share the weights: they stay on disk until each process takes its part of every tensor"
 """What the user is told if processes share the weights in training."""
 COPIES = "the weights stay on disk, and each is read when it is needed: the training holds copies in fewer bits only"
@@ -75,13 +76,12 @@ def stays_on_disk(source: ModelSource, recipe: Recipe, config: PreTrainedConfig,
     itemsize = computing_dtype(source, recipe).itemsize
     weights = sum(each.bytes if quantized else math.prod(each.shape) * itemsize for each in tensors)
     needed = math.ceil(IN_MEMORY * weights)
-    free = free_memory() if limit is None else limit - taken_memory()
+    fits = needed <= (free_memory() if limit is None else limit - taken_memory())
     if recipe.device != "cpu":  # the weights are in memory first, and then on the GPU
         check_device(recipe.device)
-        free = min(free, torch.cuda.mem_get_info()[0])
-    if needed <= free:
+    if fits and (recipe.device == "cpu" or needed <= torch.cuda.mem_get_info()[0]):
         return False
-    if needs_memory and limit is not None:
+    if needs_memory and limit is not None and not fits:
         raise StreamlineError(
             f"max-memory {recipe.max_memory!r}: the recipe {needs_memory}, so the weights must be in memory, and take "
             f"{size(needed + taken_memory())} with the program; give so much, or take a method such as shortgpt or "
