@@ -216,13 +216,18 @@ def _activations(recipe: Recipe, stage: str, config: PreTrainedConfig, layers: i
     """What `layers` layers keep of the windows that are computed at a time, and the logits."""
     tokens = _windows_of_update(recipe, stage)[1] * recipe.length
     width = config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * width
-    layer = round((12 * width + 4 * inner) * FP32 * (IN_BF16 if recipe.healing.dtype == "bf16" else 1))
+    layer = round((12 * width + 4 * inner_width(config)) * FP32 * (IN_BF16 if recipe.healing.dtype == "bf16" else 1))
     kept = layers * width * FP32 + layer if recipe.healing.gradient_checkpointing else layers * layer
     if stage in ("hidden-mse", "local"):
         return int(tokens * kept)
     originals = config.vocab_size + config.num_hidden_layers * width if stage == "distill" else 0
     return int(tokens * (kept + originals * FP32) + 5 * FP32 * min(LOGITS, tokens * config.vocab_size))
+
+
+def inner_width(config: PreTrainedConfig) -> int:
+    """The inner width of an MLP."""
+    given = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None)
+    return int(given or 4 * config.hidden_size)
 
 
 def layers_removed(recipe: Recipe, layers: int) -> int:

@@ -1,6 +1,6 @@
 """What each step of a recipe takes: memory, room on the disk, and time, estimated before any work is done.
 
-docs/scale.md has estimates beside what was measured.
+`ci/bench scale` puts the estimates beside what it measures.
 """
 
 from __future__ import annotations
@@ -13,26 +13,24 @@ import torch
 from transformers import PreTrainedConfig
 
 from optimum.streamline.checkpoints.loading import DTYPES
+from optimum.streamline.checkpoints.saving import OFFLOADED_SHARD
 from optimum.streamline.editing.plan import TRAINED
 from optimum.streamline.healing.output_cache import Array, cache_form
-from optimum.streamline.healing.settings import HELD_OUT_SHARE, distillation_weights, scope_of
+from optimum.streamline.healing.settings import EVALUATIONS, distillation_weights, held_out_windows, scope_of
 from optimum.streamline.methods.auto import CANDIDATES, makes_trials
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.models.linear_modules import meta_model
+from optimum.streamline.recipe.quantities import parse_size
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.scoring.ablation import STREAMS
 from optimum.streamline.scoring.loss import VOCABULARY_SLICE
 from optimum.streamline.text.windows import BATCH, Windows
 
 from .choosing_work import BACKWARD, choosing_work
-from .healing_memory import healing_memory, layers_removed
+from .healing_memory import healing_memory, inner_width, layers_removed
 from .speed import Speed, Types
 
 FP32 = 4  # bytes
-SHARD = 1e9
-"""The largest weight file that is written of a model whose weights are on disk."""
-EVALUATIONS = 11
-"""How often a training measures the held-out loss."""
 IN_RUNTIME = 3
 """The memory of an export, as a multiple of its weights, if so much is free; else it takes what is free."""
 TIMED_ROUNDS, TIMED_PROMPT, TIMED_TOKENS = 12, 256, 32
@@ -216,7 +214,8 @@ class _Estimates:
         largest = self.size.largest * self.around.types.result.itemsize
         seconds = self._seconds(lambda speed: speed.write.of(self.size.kept))
         if self.around.on_disk:
-            return "write", int(min(bytes_of_result, max(SHARD, largest))) + largest, bytes_of_result, seconds
+            shard = max(parse_size(OFFLOADED_SHARD, "shard"), largest)
+            return "write", min(bytes_of_result, shard) + largest, bytes_of_result, seconds
         return "write", max(self._loaded(), 2 * bytes_of_result), bytes_of_result, seconds
 
     def export(self) -> Iterator[_Step]:
@@ -276,8 +275,7 @@ class _Estimates:
         if self.recipe.resolved_replacement != "corrected":
             return 0
         width: int = self.config.hidden_size
-        given = getattr(self.config, "intermediate_size", None) or getattr(self.config, "ffn_dim", None)
-        inner = int(given or 4 * width)
+        inner = inner_width(self.config)
         states = FP32 * self.recipe.calibration.samples * self.recipe.length * width
         return 2 * 8 * inner**2 + (FP32 * self.size.layer if self.around.on_disk else 4 * states)
 
@@ -289,7 +287,7 @@ class _Estimates:
     def _windows(self) -> tuple[int, int]:
         """The windows that are trained on, and those held out."""
         windows = self.recipe.healing.tokens // self.recipe.length
-        held_out = max(1, round(windows * HELD_OUT_SHARE))
+        held_out = held_out_windows(windows)
         return windows - held_out, held_out
 
     def _cached(self) -> int:
@@ -318,7 +316,7 @@ class _Estimates:
         trained = windows * recipe.healing.epochs
         scope = scope_of(recipe, number, recipe.resolved_replacement in TRAINED)
         original, window = speed.original.of(size.layers), speed.window.of(size.kept)
-        measured = EVALUATIONS * held_out
+        measured = (1 + EVALUATIONS) * held_out
         if stage == "local":  # the original runs once on the text; then each cut layer is trained
             cut = size.layers - size.kept
             return (windows + held_out) * original + cut * (
@@ -337,7 +335,7 @@ class _Estimates:
     def _runs_of_original(self) -> int:
         """How many windows run through the original for distillation."""
         (windows, held_out), passes = self._windows(), self.recipe.healing.epochs
-        first = windows + held_out if self._cache() else windows + EVALUATIONS * held_out
+        first = windows + held_out if self._cache() else windows + (1 + EVALUATIONS) * held_out
         if self.recipe.resolved_replace:  # it draws the tokens once, and reads them in each later pass
             return first + windows + held_out + windows * (passes - 1)
         return first if self._cache() else first + windows * (passes - 1)

@@ -20,6 +20,8 @@ from optimum.streamline.system.distributed import process_count
 
 # The share of the healing windows that is not trained on, but used to choose the best weights.
 HELD_OUT_SHARE = 0.05
+# How often the held-out loss is measured during a training, after it was measured once before.
+EVALUATIONS = 10
 # An empty file that is written last into the folder of a checkpoint, when the checkpoint is complete.
 COMPLETE_FILE = "whole"
 # By how much an update at the default peak rate changes the output of a matrix, at most, as a share of that output.
@@ -314,6 +316,11 @@ def distillation_weights(recipe: Recipe) -> tuple[float, float]:
     """
     hidden = recipe.healing.hidden
     return recipe.resolved_kl, 10.0 if hidden is None else hidden
+
+
+def held_out_windows(windows: int) -> int:
+    """How many of the windows of the healing text are held out."""
+    return max(1, round(windows * HELD_OUT_SHARE))
 
 
 def heal_windows(tokens: int, length: int) -> int:

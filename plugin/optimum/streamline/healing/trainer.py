@@ -22,7 +22,7 @@ from optimum.streamline.system.distributed import is_main, process_count, wait_f
 from optimum.streamline.text.windows import Windows
 
 from .losses import Loss
-from .settings import COMPLETE_FILE, HELD_OUT_SHARE, HealLog, HealSettings, HealStep, best_row
+from .settings import COMPLETE_FILE, HealLog, HealSettings, HealStep, best_row, held_out_windows
 
 if TYPE_CHECKING:
     from .transformers_trainer import TrainingProgress
@@ -129,7 +129,7 @@ def check_sharing(windows: int, batch: int, epochs: int, parts: int) -> None:
 
 
 def _training_windows(windows: int, parts: int) -> int:
-    training = windows - max(1, round(windows * HELD_OUT_SHARE))
+    training = windows - held_out_windows(windows)
     if training < parts:
         raise StreamlineError(f"heal-tokens: {training} windows to train on, too few for {parts} trainings; give more")
     return training

@@ -29,10 +29,8 @@ from optimum.streamline.system.distributed import is_main, process_count, proces
 from optimum.streamline.system.progress import Bar, progress_bar
 
 from .losses import Loss, NotFiniteError
-from .settings import COMPLETE_FILE, HealSettings, best_row
+from .settings import COMPLETE_FILE, EVALUATIONS, HealSettings, best_row
 
-# How often the held-out loss is measured during a training.
-EVALUATIONS = 10
 # The largest number of updates between two checkpoints.
 CHECKPOINT_EVERY = 200
 
