@@ -80,7 +80,7 @@ UNHEALED: dict[str, dict[str, Any]] = {
 }
 # The method that is also measured with other settings of the healing, and on text that the original samples.
 VARIED = "come-p"
-# The methods that are also measured with distillation: those that `auto` compares.
+# The methods that are also measured with distillation: those that `auto` compares on some models.
 DISTILLED = tuple(CANDIDATES)
 AUTO: dict[str, Any] = {"method": "auto"}
 # The default method and healing, with the default of four passes: a quarter, a third and a half of the layers removed.

@@ -28,6 +28,8 @@ def write_page(results: dict[str, Any]) -> None:
         replace_part(PAGE, "packed", _packed(results["packed"]))
     if "trials" in results:
         replace_part(PAGE, "trials", _trials(results["trials"]))
+    if "cost" in results:
+        replace_part(PAGE, "cost", _cost(results["cost"]))
     if "caches" in results:
         replace_part(PAGE, "caches", _caches(results["caches"]))
 
@@ -78,6 +80,16 @@ def _trials(rows: list[dict[str, Any]]) -> list[str]:
         cells += [f"{row['healed']:.3f}{' (chosen)' if row['chosen'] else ''}"]
         cells += [f"1.00, with the trials {together / alone:.2f}" if together else ""] * timed
         lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _cost(rows: list[dict[str, Any]]) -> list[str]:
+    names = ["layers removed", "plans", "chosen", "training alone, seconds", "with the trials, seconds", "ratio"]
+    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    for row in rows:
+        alone, together = row["seconds"], row["seconds_with_trials"]
+        cells = [f"{row['removed']} of 16", str(row["plans"]), row["chosen"], f"{alone:.0f}", f"{together:.0f}"]
+        lines.append(f"| {' | '.join([*cells, f'{together / alone:.2f}'])} |")
     return lines
 
 

@@ -40,25 +40,25 @@ def halved(means: dict[float, list[float]]) -> tuple[Plan, list[tuple[str, float
 
 def test_each_round_leaves_half_and_doubles_the_training() -> None:
     close = [0.301, 0.3, 0.302, 0.31, 0.32, 0.33]
-    best, asked, dropped = halved({1 / 16: close, 1 / 8: [0.2, 0.25, 0.21, 0, 0, 0]})
+    best, asked, dropped = halved({1 / 20: close, 1 / 10: [0.2, 0.25, 0.21, 0, 0, 0]})
     # Each is dropped as soon as three others, and then one other, are better.
     assert dropped == ["plan 3", "plan 4", "plan 5", "plan 1", "plan 2"]
     assert best.chosen_by == "plan 0"
-    assert asked == [(f"plan {layer}", 1 / 16) for layer in range(6)] + [(f"plan {layer}", 1 / 8) for layer in range(3)]
-    assert [share for share, _ in best.trials] == [1 / 16, 1 / 8]
+    assert asked == [(f"plan {layer}", 1 / 20) for layer in range(6)] + [(f"plan {layer}", 1 / 10) for layer in range(3)]
+    assert [share for share, _ in best.trials] == [1 / 20, 1 / 10]
     assert dict(best.trials[0][1])["plan 4"] == 0.32
     # The cost, in trainings: what each share adds for those in the round, and the rest of the last one's.
-    assert pytest.approx(1 + 7 / 16) == 6 / 16 + 3 / 16 + (1 - 1 / 8)
+    assert pytest.approx(1 + 7 / 20) == 6 / 20 + 3 / 20 + (1 - 1 / 10)
 
 
 def test_a_plan_that_lies_behind_at_first_can_win() -> None:
-    best, asked, _ = halved({1 / 16: [0.3, 0.1, 0.2, 0.4, 0.5, 0.6], 1 / 8: [0.08, 0.09, 0.1, 0, 0, 0]})
+    best, asked, _ = halved({1 / 20: [0.3, 0.1, 0.2, 0.4, 0.5, 0.6], 1 / 10: [0.08, 0.09, 0.1, 0, 0, 0]})
     assert best.chosen_by == "plan 0"
     assert len(asked) == 9
 
 
 def test_failed_plans_in_the_better_half_are_dropped() -> None:
-    best, _, dropped = halved({1 / 16: [math.inf, 0.3, math.inf, math.nan, math.inf, math.inf]})
+    best, _, dropped = halved({1 / 20: [math.inf, 0.3, math.inf, math.nan, math.inf, math.inf]})
     assert best.chosen_by == "plan 1"
     assert sorted(dropped) == ["plan 0", "plan 2", "plan 3", "plan 4", "plan 5"]
 
@@ -70,9 +70,9 @@ def test_equal_plans_leave_the_first_and_one_needs_no_trial() -> None:
 
 def test_a_plan_that_cannot_be_trained_is_out() -> None:
     failing = [math.inf, math.nan, 0.3, math.inf, 0.2, math.nan]
-    assert halved({1 / 16: failing, 1 / 8: failing})[0].chosen_by == "plan 4"
+    assert halved({1 / 20: failing, 1 / 10: failing})[0].chosen_by == "plan 4"
     with pytest.raises(NotFiniteError, match="heal-lr: the loss is not finite in the trial training of any plan"):
-        halved({1 / 16: [math.inf] * 6})
+        halved({1 / 20: [math.inf] * 6})
 
 
 RECIPE = make_recipe({"method": "auto", "remove": 1, "heal_epochs": 4, "heal_batch": 2})
@@ -100,7 +100,7 @@ def test_the_training_of_the_best_goes_on_from_its_trial(tmp_path: Path) -> None
     assert (share, [name for name, _ in found]) == (FIRST_SHARE, list(NAMES))
     assert best.chosen_by == min(found, key=lambda each: each[1])[0]
     assert said[0] == "trial trainings of 3 plans"
-    assert said[1].startswith("KL divergence from the original after 0.0625 of the training: shortgpt iterative ")
+    assert said[1].startswith("KL divergence from the original after 0.05 of the training: shortgpt iterative ")
 
     logs = []
     for workspace in (trials.plan_folder(tmp_path, best), tmp_path / "anew"):
@@ -110,10 +110,7 @@ def test_the_training_of_the_best_goes_on_from_its_trial(tmp_path: Path) -> None
         healer = Healer(RECIPE, edited, best, TEXT, lambda _: None, workspace, teacher=model)
         healer.after_edit(changed.new_layers)
         logs.append(healer.results[0].log)
-    # The same updates as of a training without a trial, which only measured once less.
-    assert [step.loss for step in logs[0].steps] == [step.loss for step in logs[1].steps]
-    measured = [[step.step for step in log.steps if step.held_out is not None] for log in logs]
-    assert set(measured[0]) - set(measured[1]) == {math.ceil(FIRST_SHARE * len(logs[0].steps))}
+    assert logs[0] == logs[1]  # as of a training without a trial
 
 
 class Stop(Exception):

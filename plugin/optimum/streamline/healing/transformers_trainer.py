@@ -239,7 +239,7 @@ class TrainingProgress(TrainerCallback):
         over = self.is_over(step, self._elapsed)
         tenths = math.floor(self._progress(step, self._elapsed) * EVALUATIONS) > math.floor(before * EVALUATIONS)
         held_out = None
-        if over or tenths:
+        if tenths:  # not where a trial training stops, so that it leaves no trace
             held_out = self._measure(step)
             if held_out < best_row(state.log_history)["held_out"]:
                 self.trained.keep(step)
@@ -249,7 +249,7 @@ class TrainingProgress(TrainerCallback):
         row = {"step": step, "lr": self._lr, "loss": loss, "held_out": held_out, "elapsed": self._elapsed}
         state.log_history.append(row)
         control.should_training_stop = over
-        control.should_save = self._saves and (held_out is not None or step % CHECKPOINT_EVERY == 0)
+        control.should_save = self._saves and (over or held_out is not None or step % CHECKPOINT_EVERY == 0)
         self.bar.advance(note=f"loss {loss:.4g}, held out {best_row(state.log_history)['held_out']:.4g}")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:

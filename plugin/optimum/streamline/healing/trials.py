@@ -32,7 +32,7 @@ from .stages import Healer
 from .trainer import split_windows
 from .training_checkpoints import plan_folder
 
-FIRST_SHARE = 1 / 16
+FIRST_SHARE = 1 / 20
 """The share of the training after which plans are compared first. It doubles from round to round."""
 RESULTS_FILE = "trials.json"
 
@@ -119,8 +119,8 @@ def successive_halving(
     In the first round, each plan's model is trained for `FIRST_SHARE` of the training, and in each later round for
     twice the share of the round before. Half of the plans go on, rounded down. A plan that lies
     clearly behind the best one may still go on: a fit has its gain at once, and others catch up (measured:
-    `docs/methods.md`). With seven plans, the updates of all trials and of the rest of the last plan's training are at
-    most those of one and a half trainings. Fits and measurements come on top.
+    `docs/methods.md`). With seven plans, the updates of all trials and of the rest of the last plan's training are 1.4
+    times those of one training. Fits and measurements come on top.
 
     Source: successive halving (Jamieson and Talwalkar, arXiv 1502.07943, Figure 3).
 
