@@ -4,6 +4,7 @@
     ci/bench export --only export        # seconds, memory and bytes of the exports
     ci/bench export --only depth         # seconds by number of layers
     ci/bench export --only size          # peak memory for a checkpoint larger than the memory limit
+    ci/bench export --only quantizing    # peak memory of quantized exports with a memory limit
     ci/bench export --only speed         # prefill and decode of the exports
     ci/bench export --only ideal         # speed-up by layers removed, beside the ideal speed-up
     ci/bench export --only compaction    # decode of graphs with and without the skipped sublayers
@@ -27,6 +28,7 @@ from transformers import AutoConfig
 
 from export_cases import (
     LARGE,
+    MEDIUM,
     REFERENCE,
     ROOT,
     SMALL,
@@ -39,6 +41,7 @@ from export_cases import (
 )
 from export_speed import DECODED, PROMPT, Timed, measure_in_turns
 from measured_parts import measure_parts
+from optimum.exporters.streamline import GRAPH_QUANTIZERS
 from optimum.streamline.evaluation.theoretical_cost import Cost, cost_of
 from optimum.streamline.models.architectures import head_size, key_value_heads
 from performance_page import write_page
@@ -59,6 +62,7 @@ def main() -> None:
         "export": measure_exports,
         "depth": measure_depth,
         "size": measure_size,
+        "quantizing": measure_quantizing,
         "speed": measure_speed,
         "ideal": measure_ideal,
         "compaction": measure_compaction,
@@ -124,6 +128,20 @@ def measure_size(scratch: Path) -> dict[str, Any]:
     }
     print(row, flush=True)
     return row
+
+
+def measure_quantizing(scratch: Path) -> dict[str, Any]:
+    """Seconds and peak memory of each quantized export with a memory limit below the size of the fp32 graph."""
+    checkpoint, rows = make_checkpoint(scratch / "medium", MEDIUM, "float16"), dict[str, Any]()
+    text = ("--calibration", "stdlib:calibration", "--samples", 4, "--length", 128)
+    for quantizer, how in GRAPH_QUANTIZERS.items():
+        command = streamline("export", "-m", checkpoint, scratch / quantizer, "--max-memory", LARGE_MEMORY)
+        seconds, memory = run_measured([*command, "--quantize", quantizer, *map(str, text * how.calibrated)])
+        rows[quantizer] = {"seconds": seconds, "peak_bytes": memory, "export_bytes": graph_bytes(scratch / quantizer)}
+        print(quantizer, rows[quantizer], flush=True)
+        shutil.rmtree(scratch / quantizer)
+    parameters = MEDIUM[0] * _layer_parameters(MEDIUM) + MEDIUM[1] * (MEDIUM[-1] + 1)
+    return {"fp32_bytes": 4 * parameters, "max_memory": LARGE_MEMORY, "rows": rows}
 
 
 def _layer_parameters(shape: tuple[int, ...]) -> int:

@@ -33,7 +33,8 @@ from optimum.streamline.methods.shifted import pairs_of
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.removed_sublayers import SublayerSet, fully_removed_layers, whole_layer
 from optimum.streamline.models.skipped_sublayers import skipped_sublayers
-from optimum.streamline.pipeline.prune import Prepared, change, prepare
+from optimum.streamline.pipeline.planning import Prepared
+from optimum.streamline.pipeline.prune import change, prepare
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.scoring.ablation import removal_window_losses
 from optimum.streamline.scoring.loss import window_losses
@@ -197,7 +198,12 @@ def cost(_: Path) -> list[dict[str, Any]]:
         plans = len(prepared.candidates)
         with_trials = _seconds_to_change(prepared)
         alone.plan, alone.candidates = prepared.plan, ()
-        row = {"removed": removed, "plans": plans, "chosen": prepared.plan.chosen_by, "seconds_with_trials": with_trials}
+        row = {
+            "removed": removed,
+            "plans": plans,
+            "chosen": prepared.plan.chosen_by,
+            "seconds_with_trials": with_trials,
+        }
         rows.append({**row, "seconds": _seconds_to_change(alone)})
         print(rows[-1], flush=True)
     return rows

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "examples" / "reference_model"
 # Shapes: layers, hidden size, intermediate size, heads, key-value heads, vocabulary.
 SMALL = (12, 640, 1856, 10, 5, 32_000)
+MEDIUM = (24, 1024, 4096, 16, 8, 32_000)
 LARGE = (32, 2048, 8192, 16, 8, 32_000)
 
 CLI = "from optimum.commands.optimum_cli import main; main()"

@@ -18,6 +18,7 @@ def write_page(results: dict[str, Any]) -> None:
         "export": _exports,
         "depth": _depth,
         "size": _size,
+        "quantizing": _quantizing,
         "speed": _speed,
         "ideal": lambda rows: _compared("removed", rows),
         "compaction": _compaction,
@@ -53,6 +54,15 @@ def _size(row: dict[str, float]) -> list[str]:
     }
     lines = ["| | MB |", "|---|---|", *(f"| {text} | {row[key] / 1e6:.0f} |" for key, text in names.items())]
     return [*lines, f"| seconds | {row['seconds']:.0f} |"]
+
+
+def _quantizing(measured: dict[str, Any]) -> list[str]:
+    lines = ["| quantizer | peak memory, MB | of the graph in fp32 | files, MB | seconds |", "|---|---|---|---|---|"]
+    return lines + [
+        f"| {name} | {row['peak_bytes'] / 1e6:.0f} | {row['peak_bytes'] / measured['fp32_bytes']:.2f} "
+        f"| {row['export_bytes'] / 1e6:.0f} | {row['seconds']:.0f} |"
+        for name, row in measured["rows"].items()
+    ]
 
 
 def _speed(checkpoints: dict[str, dict[str, Any]]) -> list[str]:

@@ -186,6 +186,15 @@ def test_an_export_in_little_memory_is_judged_alike(dtype: str, tmp_path: Path, 
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.parametrize("quantizer", ["int8", "int4"])
+def test_a_quantized_export_in_little_memory_is_judged_alike(quantizer: str, tmp_path: Path, opened: list[int]) -> None:
+    checkpoint = saved(tmp_path / "checkpoint")
+    plenty = export_checkpoint(checkpoint, tmp_path / "plenty", quantize=quantizer)
+    little = export_checkpoint(checkpoint, tmp_path / "little", quantize=quantizer, max_memory=1)
+    assert opened == [LAYERS + 1, LAYERS + 1]  # before and after it is quantized
+    assert little.divergence == pytest.approx(plenty.divergence, rel=1e-3)
+
+
 def test_in_little_memory_a_layer_may_be_wholly_dead(tmp_path: Path, opened: list[int]) -> None:
     checkpoint = saved(tmp_path / "checkpoint", skipped=((2, ATTENTION), (2, MLP)))
     export_checkpoint(checkpoint, tmp_path / "onnx", max_memory=1)

@@ -44,7 +44,9 @@ def test_each_round_leaves_half_and_doubles_the_training() -> None:
     # Each is dropped as soon as three others, and then one other, are better.
     assert dropped == ["plan 3", "plan 4", "plan 5", "plan 1", "plan 2"]
     assert best.chosen_by == "plan 0"
-    assert asked == [(f"plan {layer}", 1 / 20) for layer in range(6)] + [(f"plan {layer}", 1 / 10) for layer in range(3)]
+    assert asked == [(f"plan {layer}", 1 / 20) for layer in range(6)] + [
+        (f"plan {layer}", 1 / 10) for layer in range(3)
+    ]
     assert [share for share, _ in best.trials] == [1 / 20, 1 / 10]
     assert dict(best.trials[0][1])["plan 4"] == 0.32
     # The cost, in trainings: what each share adds for those in the round, and the rest of the last one's.

@@ -38,7 +38,7 @@ TIMED_ROUNDS, TIMED_PROMPT, TIMED_TOKENS = 12, 256, 32
 START = 5
 """The seconds in which a process starts that times a model."""
 TRIALS = 1.4
-"""The updates of all trial trainings and of the rest of the last one, in those of one training: `successive_halving`."""
+"""The updates of all trial trainings and of the rest of the last one, over those of one training (`healing.trials`)."""
 
 
 @dataclass(frozen=True)

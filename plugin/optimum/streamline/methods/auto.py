@@ -43,7 +43,7 @@ CANDIDATES: dict[str, Method] = {
 """The candidates by name: a method, "+ linear" and "+ corrected" for these replacements, "iterative" for this option.
 
 `Auto.candidates` leaves out those that a recipe or model rules out, and a search with linear maps where the same search
-with corrections is possible, which costs less (measured: `docs/methods.md`). Among equal losses the first candidate wins.
+with corrections is possible, which costs less (measured: `docs/methods.md`). Among equal losses the first one wins.
 """
 
 HELD_OUT_TOKENS = 24_576

@@ -12,4 +12,5 @@ __all__ = [
     "quantization",
     "runner",
     "segmented_runner",
+    "segments",
 ]

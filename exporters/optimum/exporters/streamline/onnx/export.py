@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from optimum.exporters.streamline.parity.model_calls import CallFunction
-    from optimum.exporters.streamline.tracing.build import BuiltGraph
 
 FORMAT = "onnx"
 IN_RUNTIME = 3
@@ -66,11 +65,16 @@ class OnnxExport:
 
 @dataclass(frozen=True)
 class _CheckedGraph:
-    """The result of a graph that was written and compared with torch; `Artifact` documents these fields."""
+    """The result of a graph that was written and compared with torch.
+
+    `cuts` are the names of the layers' output hidden states, if the graph can be cut there. `Artifact` documents the
+    other fields.
+    """
 
     traced_layers: tuple[int, ...]
     parity: dict[str, float]
     hidden: tuple[str, ...]
+    cuts: tuple[str, ...]
     whole_because: str = ""
 
 
@@ -161,7 +165,7 @@ def _export_into(folder: Path, job: OnnxExport) -> Artifact:
         write_companions(model, ModelSource(job.checkpoint, **job.options), folder)
         plain = Path(scratch) if job.quantization else folder
         checked = _export_model(model, job, plain, bar)
-        divergence = _quantize(model, job, plain, folder, bar) if job.quantization else {}
+        divergence = _quantize(model, job, plain, folder, checked.cuts, bar) if job.quantization else {}
         bytes_read = weight_bytes(folder, active_share(model.config)) if job.quantization else None
         if job.last_logits:
             from .last_logits import keep_last_logits
@@ -214,19 +218,20 @@ def _text_of(job: OnnxExport) -> dict[str, dict[str, Any]]:
     return data
 
 
-def _quantize(model: PreTrainedModel, job: OnnxExport, plain: Path, folder: Path, bar: Bar) -> dict[str, float]:
+def _quantize(
+    model: PreTrainedModel, job: OnnxExport, plain: Path, folder: Path, cuts: tuple[str, ...], bar: Bar
+) -> dict[str, float]:
     """Quantize the graph in `plain` into `folder`; returns its difference from torch (`measure_divergence`)."""
     from optimum.exporters.streamline.parity.compare import measure_divergence
-    from optimum.exporters.streamline.parity.model_calls import answer_with
 
     from .genai_config import CONFIG_FILE
 
     assert job.quantization is not None
     bar.at(4, STAGES[4])
-    GRAPH_QUANTIZERS[job.quantization.quantizer].run(plain, folder, job.quantization)
+    GRAPH_QUANTIZERS[job.quantization.quantizer].run(plain, folder, replace(job.quantization, hidden=cuts))
     (folder / CONFIG_FILE).write_bytes((plain / CONFIG_FILE).read_bytes())
     bar.at(5, STAGES[5])
-    return measure_divergence(model, answer_with(OnnxRunner(folder, job.device)))
+    return measure_divergence(model, _answer(folder, cuts, job))
 
 
 def _export_model(model: PreTrainedModel, job: OnnxExport, folder: Path, bar: Bar) -> _CheckedGraph:
@@ -243,32 +248,32 @@ def _export_traced(model: PreTrainedModel, job: OnnxExport, folder: Path, traced
     built = build_graph(model, traced)
     bar.at(2, STAGES[2])
     write_graph(built.model, model, folder)
+    cuts = tuple(str(value.name) for value in built.hidden)
     bar.at(3, STAGES[3])
     tolerance = TOLERANCES[job.dtype] if job.tolerance is None else job.tolerance
     try:
-        parity = check_parity(model, _answer(folder, built, job), tolerance)
+        parity = check_parity(model, _answer(folder, cuts, job), tolerance)
     except CannotOpenError as error:
         raise ParityError(f"parity: ONNX Runtime cannot open the graph ({error.reason})") from None
-    return _CheckedGraph(tuple(traced), parity, built.states)
+    return _CheckedGraph(tuple(traced), parity, built.states, cuts)
 
 
-def _answer(folder: Path, built: BuiltGraph, job: OnnxExport) -> CallFunction:
+def _answer(folder: Path, cuts: tuple[str, ...], job: OnnxExport) -> CallFunction:
     """A function that answers calls with the graph: whole, or a few layers at a time if it does not fit in memory."""
     from optimum.exporters.streamline.parity.model_calls import answer_with
 
     from .segmented_runner import SegmentedRunner
 
     free = free_memory() if job.max_memory is None else job.max_memory - taken_memory()
-    weights = (folder / WEIGHTS_FILE).stat().st_size
-    if IN_RUNTIME * weights <= free or (not built.hidden and job.max_memory is None):
+    weights = sum(file.stat().st_size for file in folder.glob(f"{GRAPH_FILE}*"))
+    if IN_RUNTIME * weights <= free or (not cuts and job.max_memory is None):
         return answer_with(OnnxRunner(folder, job.device))
-    if not built.hidden:
+    if not cuts:
         raise StreamlineError(
             f"max-memory {job.max_memory}: the layers of this model cannot be run one by one; give "
             f"{IN_RUNTIME * weights + taken_memory()} bytes, which the whole model may take"
         )
-    hidden = [str(value.name) for value in built.hidden]
-    return SegmentedRunner(folder, hidden, free // IN_RUNTIME, job.device).answer
+    return SegmentedRunner(folder, cuts, free // IN_RUNTIME, job.device).answer
 
 
 def write_graph(graph: ir.Model, model: PreTrainedModel, folder: Path) -> None:

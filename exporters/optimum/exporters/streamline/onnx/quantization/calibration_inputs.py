@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
+import onnx_ir as ir
 from onnxruntime.quantization import CalibrationDataReader
 
 from optimum.exporters.streamline.onnx.runner import token_inputs
@@ -16,22 +16,25 @@ InputArrays = dict[str, npt.NDArray[Any]]
 """The inputs of one call, by name."""
 
 
-def calibration_inputs(model: onnx.ModelProto, windows: npt.NDArray[np.int64]) -> Iterator[InputArrays]:
+def calibration_inputs(graph: ir.Graph, windows: npt.NDArray[np.int64]) -> Iterator[InputArrays]:
     """Yield the graph's inputs for each window.
 
     Args:
-        model: The float32 graph, with public names.
+        graph: The float32 graph, with public names.
         windows: Token ids, `[windows, length]`.
     """
-    caches = [value for value in model.graph.input if value.name.startswith("past_key_values.")]
-    empty = {value.name: np.empty(_empty_shape(value), np.float32) for value in caches}
+    caches = [value for value in graph.inputs if str(value.name).startswith("past_key_values.")]
+    empty = {str(value.name): np.empty(_empty_shape(value), np.float32) for value in caches}
     for window in windows:
         tokens = window[None]
         yield {**token_inputs(tokens, np.ones_like(tokens)), **empty}
 
 
-def _empty_shape(value: onnx.ValueInfoProto) -> tuple[int, ...]:
-    _, heads, _, size = (axis.dim_value for axis in value.type.tensor_type.shape.dim)
+def _empty_shape(value: ir.Value) -> tuple[int, ...]:
+    assert value.shape is not None
+    _, heads, _, size = value.shape
+    assert isinstance(heads, int)
+    assert isinstance(size, int)
     return (1, heads, 0, size)
 
 

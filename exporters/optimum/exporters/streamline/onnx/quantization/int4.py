@@ -1,13 +1,13 @@
 """Quantize weights to 4 bits: each matmul becomes ONNX Runtime's `MatMulNBits`; a tied embedding is stored once.
 
 Rounding to nearest and HQQ quantize one weight at a time, when the graph is saved; ONNX Runtime's own
-`MatMulNBitsQuantizer` would hold all weights at once. GPTQ needs the whole graph in memory and calibration text. The
+`MatMulNBitsQuantizer` would hold all weights at once. GPTQ needs calibration text, and gets a few layers at a time. The
 quantized operators run on ONNX Runtime alone, so the graph is also fused for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,8 +19,9 @@ import onnx
 import onnx_ir as ir
 from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 from onnxruntime.quantization.neural_compressor import gptq_quantize
+from onnxruntime.quantization.neural_compressor.util import MAXIMUM_PROTOBUF
 
-from optimum.exporters.streamline.graph_files import GRAPH_FILE
+from optimum.exporters.streamline.graph_files import GRAPH_FILE, WEIGHTS_FILE
 from optimum.exporters.streamline.rewriting.excluded_nodes import excluded, module_of
 from optimum.exporters.streamline.rewriting.fuse_for_ort import (
     DOMAIN,
@@ -33,12 +34,12 @@ from optimum.exporters.streamline.rewriting.graph_helpers import initializer, re
 from optimum.exporters.streamline.rewriting.tied_embedding import TiedEmbedding, find_tied_embedding, untie_embedding
 from optimum.streamline.errors import StreamlineError
 
-from .calibration_inputs import calibration_inputs
+from .calibration_inputs import InputArrays
+from .in_segments import quantize_in_segments
 from .settings import Quantization
 
 BITS, BLOCK = 4, 32
 ACCURACY = 4  # the `accuracy_level` of MatMulNBits that multiplies with activations in 8 bits
-WEIGHTS_FILE = f"{GRAPH_FILE}.data"
 
 Arrays = tuple[npt.NDArray[Any], ...]
 """A quantized weight `[K, N]`: the packed 4-bit values `[N, blocks, 16]`, the scales `[N, blocks]`, and for HQQ the
@@ -69,14 +70,15 @@ def quantize_int4(source: Path, target: Path, quantization: Quantization, algori
     if algorithm == "gptq":
         _check_gptq(node for node in graph if is_weight_matmul(node) and node not in kept)
     pack_matmuls(graph, kept)
-    if algorithm == "gptq":
-        model = _gptq(model, [str(node.name) for node in kept], quantization, target)
-    else:
-        for node in [node for node in graph if is_weight_matmul(node) and node not in kept]:
-            _quantize_matmul(graph, node, _ALGORITHMS[algorithm])
-    fuse_norms(model.graph)
-    model.opset_imports[DOMAIN] = 1
-    ir.save(model, target / GRAPH_FILE, external_data=WEIGHTS_FILE)
+    with TemporaryDirectory(dir=target) as scratch:
+        if algorithm == "gptq":
+            model = _gptq(model, [str(node.name) for node in kept], quantization, Path(scratch))
+        else:
+            for node in [node for node in graph if is_weight_matmul(node) and node not in kept]:
+                _quantize_matmul(graph, node, _ALGORITHMS[algorithm])
+        fuse_norms(model.graph)
+        model.opset_imports[DOMAIN] = 1
+        ir.save(model, target / GRAPH_FILE, external_data=WEIGHTS_FILE)
     _quantized.cache_clear()
 
 
@@ -188,15 +190,16 @@ def _check_gptq(matmuls: Iterable[ir.Node]) -> None:
 
 def _gptq(model: ir.Model, kept: Collection[str], quantization: Quantization, scratch: Path) -> ir.Model:
     """The graph quantized by GPTQ, except the nodes whose names are in `kept`."""
-    assert quantization.windows is not None
     # With offsets ("asym"): without them onnxruntime's GPTQ is worse than rounding to nearest (measured).
     four_bits = {"bits": BITS, "group_size": BLOCK, "scheme": "asym"}
     matmuls = [str(node.name) for node in model.graph if is_weight_matmul(node)]
     config_by_node = {name: "fp32" if name in kept else four_bits for name in matmuls}
-    with TemporaryDirectory(dir=scratch) as folder:
-        ir.save(model, Path(folder) / GRAPH_FILE, external_data=WEIGHTS_FILE)
-        proto = onnx.load(Path(folder) / GRAPH_FILE)
-    samples = [(inputs, None) for inputs in calibration_inputs(proto, quantization.windows.ids.numpy())]
-    result = gptq_quantize(proto, samples, config_by_node, blocksize=BLOCK, n_samples=-1, accuracy_level=ACCURACY)
-    quantized: ir.Model = ir.from_proto(result.model)
-    return quantized
+
+    def quantize(plain: Path, quantized: Path, inputs: Iterator[InputArrays]) -> None:
+        samples = [(each, None) for each in inputs]
+        # It takes a graph of more than 2 GB as a path only, and a smaller one not as a path.
+        graph = str(plain) if (plain.parent / WEIGHTS_FILE).stat().st_size > MAXIMUM_PROTOBUF else onnx.load(plain)
+        result = gptq_quantize(graph, samples, config_by_node, blocksize=BLOCK, n_samples=-1, accuracy_level=ACCURACY)
+        onnx.save(result.model, quantized, save_as_external_data=True, location=WEIGHTS_FILE)
+
+    return quantize_in_segments(model, quantization, scratch, quantize)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import onnx
 import onnx_ir as ir
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 
-from optimum.exporters.streamline.graph_files import GRAPH_FILE
+from optimum.exporters.streamline.graph_files import GRAPH_FILE, WEIGHTS_FILE
 from optimum.exporters.streamline.rewriting.excluded_nodes import excluded
 from optimum.exporters.streamline.rewriting.graph_helpers import MATMUL_OPERATORS
 from optimum.exporters.streamline.rewriting.tied_embedding import untie_embedding
 
-from .calibration_inputs import CalibrationReader, calibration_inputs
+from .calibration_inputs import CalibrationReader, InputArrays
+from .in_segments import quantize_in_segments
 from .settings import Quantization
 
 
@@ -32,24 +33,22 @@ def quantize_int8(source: Path, target: Path, quantization: Quantization, calibr
     untie_embedding(model.graph)
     matmuls = [node for node in model.graph if node.op_type in MATMUL_OPERATORS]
     kept = [str(node.name) for node in excluded(matmuls, quantization.exclude)]
-    with TemporaryDirectory(dir=target) as folder:
-        plain = Path(folder) / GRAPH_FILE
-        ir.save(model, plain, external_data=f"{GRAPH_FILE}.data")
-        options = {
-            "op_types_to_quantize": list(MATMUL_OPERATORS),
-            "nodes_to_exclude": kept,
-            "per_channel": True,
-            "weight_type": QuantType.QInt8,
-            "use_external_data_format": True,
-            "extra_options": {"MatMulConstBOnly": True},
-        }
+    options = {
+        "op_types_to_quantize": list(MATMUL_OPERATORS),
+        "nodes_to_exclude": kept,
+        "per_channel": True,
+        "weight_type": QuantType.QInt8,
+        "use_external_data_format": True,
+        "extra_options": {"MatMulConstBOnly": True},
+    }
+
+    def quantize(plain: Path, quantized: Path, inputs: Iterator[InputArrays]) -> None:
         if calibrated:
-            assert quantization.windows is not None
-            reader = CalibrationReader(
-                calibration_inputs(onnx.load(plain, load_external_data=False), quantization.windows.ids.numpy())
-            )
-            quantize_static(
-                plain, target / GRAPH_FILE, reader, QuantFormat.QDQ, activation_type=QuantType.QUInt8, **options
-            )
+            reader = CalibrationReader(inputs)
+            quantize_static(plain, quantized, reader, QuantFormat.QDQ, activation_type=QuantType.QUInt8, **options)
         else:
-            quantize_dynamic(plain, target / GRAPH_FILE, **options)
+            quantize_dynamic(plain, quantized, **options)
+
+    with TemporaryDirectory(dir=target) as scratch:
+        model = quantize_in_segments(model, quantization, Path(scratch), quantize)
+        ir.save(model, target / GRAPH_FILE, external_data=WEIGHTS_FILE)
