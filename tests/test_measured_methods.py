@@ -86,6 +86,12 @@ def test_the_default_costs_at_most_half_a_percent_at_a_quarter_and_4_percent_at_
         assert found[0] <= highest
 
 
+def test_trial_trainings_take_at_most_half_the_time_of_a_training() -> None:
+    measured = json.loads((Path(__file__).parents[1] / "docs" / "search.json").read_text())["cost"]
+    assert measured["plans"] == 7
+    assert measured["seconds_with_trials"] <= 1.5 * measured["seconds"]
+
+
 @pytest.mark.parametrize(("model", "removed"), SHARES)
 def test_come_p_heals_best_or_is_level_with_the_best(model: str, removed: int) -> None:
     after = ratios("healed", model, removed)
