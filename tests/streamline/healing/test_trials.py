@@ -10,21 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 
+from optimum.streamline.costs import steps
 from optimum.streamline.editing.apply import EditInputs
 from optimum.streamline.editing.plan import Plan, PlannedLayer, packed_plan
 from optimum.streamline.healing import trials
 from optimum.streamline.healing.losses import NotFiniteError, window_divergences
 from optimum.streamline.healing.stages import Healer
-from optimum.streamline.healing.trials import FIRST_SHARE, Trials, successive_halving
+from optimum.streamline.healing.trials import FIRST_SHARE, SECOND_SHARE, Trials, choose_by_trials
 from optimum.streamline.methods.registry import METHODS
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.text.windows import Windows
 from tiny import LAYERS, tiny_model, token_ids
 
-PLANS = [Plan(9, (layer,), chosen_by=f"plan {layer}") for layer in range(6)]
+FITS = ("corrected", "corrected", "none", "linear", "none", "none")
+PLANS = [Plan(9, (layer,), fit, chosen_by=f"plan {layer}") for layer, fit in enumerate(FITS)]
+FIRST, SECOND = FIRST_SHARE, SECOND_SHARE
 
 
-def halved(means: dict[float, list[float]]) -> tuple[Plan, list[tuple[str, float]], list[str]]:
+def tried(means: dict[float, list[float]]) -> tuple[Plan, list[tuple[str, float]], list[str]]:
     """The plan that is left if plan i has divergence `means[share][i]`; the trainings asked for; the plans dropped."""
     asked: list[tuple[str, float]] = []
     dropped: list[str] = []
@@ -34,47 +37,52 @@ def halved(means: dict[float, list[float]]) -> tuple[Plan, list[tuple[str, float
         [layer] = plan.removed
         return means[share][layer]
 
-    best = successive_halving(PLANS, divergence, lambda plan: dropped.append(plan.chosen_by), lambda _: None)
+    best = choose_by_trials(PLANS, divergence, lambda plan: dropped.append(plan.chosen_by), lambda _: None)
     return best, asked, dropped
 
 
-def test_each_round_leaves_half_and_doubles_the_training() -> None:
-    close = [0.301, 0.3, 0.302, 0.31, 0.32, 0.33]
-    best, asked, dropped = halved({1 / 20: close, 1 / 10: [0.2, 0.25, 0.21, 0, 0, 0]})
-    # Each is dropped as soon as three others, and then one other, are better.
-    assert dropped == ["plan 3", "plan 4", "plan 5", "plan 1", "plan 2"]
+def test_the_best_two_go_on_and_then_the_better_one() -> None:
+    best, asked, dropped = tried({FIRST: [0.301, 0.31, 0.3, 0.302, 0.32, 0.33], SECOND: [0.2, 0, 0.25, 0, 0, 0]})
+    # Each is dropped as soon as two others, and then one other, are better.
+    assert dropped == ["plan 1", "plan 3", "plan 4", "plan 5", "plan 2"]
     assert best.chosen_by == "plan 0"
-    assert asked == [(f"plan {layer}", 1 / 20) for layer in range(6)] + [
-        (f"plan {layer}", 1 / 10) for layer in range(3)
-    ]
-    assert [share for share, _ in best.trials] == [1 / 20, 1 / 10]
+    assert asked == [(f"plan {layer}", FIRST) for layer in range(6)] + [("plan 0", SECOND), ("plan 2", SECOND)]
+    assert [share for share, _ in best.trials] == [FIRST, SECOND]
     assert dict(best.trials[0][1])["plan 4"] == 0.32
-    # The cost, in trainings: what each share adds for those in the round, and the rest of the last one's.
-    assert pytest.approx(1 + 7 / 20) == 6 / 20 + 3 / 20 + (1 - 1 / 10)
+    # The cost of seven plans, in trainings: what each share adds for those in the round, and the rest of the last one.
+    assert pytest.approx(steps.TRIALS) == 7 * FIRST + 2 * (SECOND - FIRST) + (1 - SECOND)
 
 
-def test_a_plan_that_lies_behind_at_first_can_win() -> None:
-    best, asked, _ = halved({1 / 20: [0.3, 0.1, 0.2, 0.4, 0.5, 0.6], 1 / 10: [0.08, 0.09, 0.1, 0, 0, 0]})
-    assert best.chosen_by == "plan 0"
-    assert len(asked) == 9
+def test_one_of_the_two_has_no_fit() -> None:
+    fits_first = [0.1, 0.2, 0.6, 0.3, 0.5, 0.4]
+    best, asked, dropped = tried({FIRST: fits_first, SECOND: [0.09, 0, 0, 0, 0, 0.08]})
+    assert best.chosen_by == "plan 5"
+    assert asked[6:] == [("plan 0", SECOND), ("plan 5", SECOND)]
+    assert dropped == ["plan 1", "plan 3", "plan 2", "plan 4", "plan 0"]
+    without_fits = [0.6, 0.5, 0.1, 0.4, 0.3, 0.2]
+    assert tried({FIRST: without_fits, SECOND: [0, 0, 2, 0, 0, 1]})[0].chosen_by == "plan 5"
+    only_fits = [0.3, 0.2, math.inf, 0.1, math.nan, math.inf]
+    assert tried({FIRST: only_fits, SECOND: [0, 1, 0, 2, 0, 0]})[0].chosen_by == "plan 1"
 
 
-def test_failed_plans_in_the_better_half_are_dropped() -> None:
-    best, _, dropped = halved({1 / 20: [math.inf, 0.3, math.inf, math.nan, math.inf, math.inf]})
+def test_failed_plans_are_dropped() -> None:
+    best, asked, dropped = tried({FIRST: [math.inf, 0.3, math.inf, math.nan, math.inf, math.inf]})
     assert best.chosen_by == "plan 1"
     assert sorted(dropped) == ["plan 0", "plan 2", "plan 3", "plan 4", "plan 5"]
+    assert len(asked) == 6
 
 
 def test_equal_plans_leave_the_first_and_one_needs_no_trial() -> None:
-    assert successive_halving(PLANS, lambda *_: 1.0, lambda _: None, lambda _: None).chosen_by == "plan 0"
-    assert successive_halving(PLANS[:1], lambda *_: pytest.fail("trained"), lambda _: None, lambda _: None) == PLANS[0]
+    assert choose_by_trials(PLANS, lambda *_: 1.0, lambda _: None, lambda _: None).chosen_by == "plan 0"
+    assert choose_by_trials(PLANS[:1], lambda *_: pytest.fail("trained"), lambda _: None, lambda _: None) == PLANS[0]
 
 
 def test_a_plan_that_cannot_be_trained_is_out() -> None:
-    failing = [math.inf, math.nan, 0.3, math.inf, 0.2, math.nan]
-    assert halved({1 / 20: failing, 1 / 10: failing})[0].chosen_by == "plan 4"
-    with pytest.raises(NotFiniteError, match="heal-lr: the loss is not finite in the trial training of any plan"):
-        halved({1 / 20: [math.inf] * 6})
+    first = [math.inf, math.nan, 0.3, math.inf, 0.2, math.nan]
+    assert tried({FIRST: first, SECOND: [0, 0, 0.3, 0, math.inf, 0]})[0].chosen_by == "plan 2"
+    for failing in ({FIRST: [math.inf] * 6}, {FIRST: first, SECOND: [math.nan] * 6}):
+        with pytest.raises(NotFiniteError, match="heal-lr: the loss is not finite in the trial training of any plan"):
+            tried(failing)
 
 
 RECIPE = make_recipe({"method": "auto", "remove": 1, "heal_epochs": 4, "heal_batch": 2})
@@ -98,11 +106,12 @@ def test_the_training_of_the_best_goes_on_from_its_trial(tmp_path: Path) -> None
     best = Trials(RECIPE, model, CALIBRATION, TEXT, said.append, tmp_path).best(three_plans())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [folder for folder in tmp_path.iterdir() if folder.is_dir()] == [trials.plan_folder(tmp_path, best)]
-    [(share, found)] = best.trials
-    assert (share, [name for name, _ in found]) == (FIRST_SHARE, list(NAMES))
+    [(share, first), (later, found)] = best.trials
+    assert (share, [name for name, _ in first]) == (FIRST_SHARE, list(NAMES))
+    assert (later, len(found)) == (SECOND_SHARE, 2)
     assert best.chosen_by == min(found, key=lambda each: each[1])[0]
     assert said[0] == "trial trainings of 3 plans"
-    assert said[1].startswith("KL divergence from the original after 0.05 of the training: shortgpt iterative ")
+    assert said[1].startswith("KL divergence from the original after 0.025 of the training: shortgpt iterative ")
 
     logs = []
     for workspace in (trials.plan_folder(tmp_path, best), tmp_path / "anew"):
@@ -119,7 +128,7 @@ class Stop(Exception):
     """The power went off."""
 
 
-@pytest.mark.parametrize("left", range(3))
+@pytest.mark.parametrize("left", range(5))
 def test_an_interrupted_run_trains_only_what_it_had_not(
     left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,9 +147,9 @@ def test_an_interrupted_run_trains_only_what_it_had_not(
     runs = Trials(RECIPE, model, CALIBRATION, TEXT, lambda _: None, tmp_path / "stopped")
     with pytest.raises(Stop):
         runs.best(three_plans())
-    budget[0] = 3 - left
+    budget[0] = 5 - left
     assert runs.best(three_plans()) == alone
-    assert trained == list(NAMES)
+    assert trained == [name for _, found in alone.trials for name, _ in found]
 
 
 def test_a_training_that_diverges_is_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,9 +162,10 @@ def test_a_training_that_diverges_is_out(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Healer, "after_edit", exploding)
     best = Trials(RECIPE, model, CALIBRATION, TEXT, lambda _: None, tmp_path).best(three_plans())
-    [(_, found)] = best.trials
-    assert dict(found)["sleb + linear"] is None
-    assert best.chosen_by == min(found[:2], key=lambda each: each[1] or 0)[0]
+    [(_, first), (_, found)] = best.trials
+    assert dict(first)["sleb + linear"] is None
+    assert [name for name, _ in found] == list(NAMES[:2])
+    assert best.chosen_by == min(found, key=lambda each: each[1] or 0)[0]
     json.dumps(best.trials, allow_nan=False)
 
 

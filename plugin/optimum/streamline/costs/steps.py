@@ -17,7 +17,7 @@ from optimum.streamline.checkpoints.saving import OFFLOADED_SHARD
 from optimum.streamline.editing.plan import TRAINED
 from optimum.streamline.healing.output_cache import Array, cache_form
 from optimum.streamline.healing.settings import EVALUATIONS, distillation_weights, held_out_windows, scope_of
-from optimum.streamline.methods.auto import Auto, makes_trials
+from optimum.streamline.methods.auto import makes_trials
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.models.linear_modules import meta_model
 from optimum.streamline.recipe.quantities import parse_size
@@ -37,7 +37,7 @@ TIMED_ROUNDS, TIMED_PROMPT, TIMED_TOKENS = 12, 256, 32
 """How often `validate` times a model, with how many tokens at once and one by one."""
 START = 5
 """The seconds in which a process starts that times a model."""
-TRIALS = 1.4
+TRIALS = 1.325
 """The updates of all trial trainings and of the rest of the last one, over those of one training (`healing.trials`)."""
 
 
@@ -199,7 +199,7 @@ class _Estimates:
         trained, moments = memory.gradients // FP32, memory.moments  # of a process, which writes its own
         # Two checkpoints of weights and moments, and the best weights twice while they are replaced.
         checkpoints = 2 * (FP32 * trained + moments) + 2 * FP32 * trained
-        plans = len(Auto().candidates(self.recipe, self.config, for_trials=True)) if makes_trials(self.recipe) else 1
+        plans = 3 if makes_trials(self.recipe) else 1  # the two best so far, and the one that is trained
         disk = checkpoints + (plans - 1) * (FP32 * trained + moments)
         disk = disk * self.around.processes + self._cached() + self._states_of_local()
         trainings = range(len(self.recipe.resolved_trainings))

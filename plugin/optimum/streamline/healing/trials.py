@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum.streamline.editing.apply import EditInputs, build_replacement
-from optimum.streamline.editing.plan import Plan
+from optimum.streamline.editing.plan import FITTED, Plan
 from optimum.streamline.methods.registry import METHODS
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.system.atomic_output import write_file
@@ -32,8 +32,8 @@ from .stages import Healer
 from .trainer import split_windows
 from .training_checkpoints import plan_folder
 
-FIRST_SHARE = 1 / 20
-"""The share of the training after which plans are compared first. It doubles from round to round."""
+FIRST_SHARE, SECOND_SHARE = 1 / 40, 1 / 5
+"""The shares of the training after which all plans are compared, and then the best two."""
 RESULTS_FILE = "trials.json"
 
 Divergence = Callable[[Plan, float], float]
@@ -70,7 +70,7 @@ class Trials:
         self._notify, self._workspace, self._cache, self._versions = notify, workspace, cache, versions
 
     def best(self, plans: Sequence[Plan]) -> Plan:
-        """The plan that heals best (`successive_halving`), with the results in `Plan.trials`.
+        """The plan that heals best (`choose_by_trials`), with the results in `Plan.trials`.
 
         Args:
             plans: The plans, the same in all processes.
@@ -80,7 +80,7 @@ class Trials:
         """
         if len(plans) > 1:
             self._notify(f"trial trainings of {len(plans)} plans")
-        return successive_halving(plans, self._divergence, self._drop, self._notify)
+        return choose_by_trials(plans, self._divergence, self._drop, self._notify)
 
     def _drop(self, plan: Plan) -> None:
         """Delete the checkpoints of a plan that is out."""
@@ -111,18 +111,18 @@ class Trials:
         return float(torch.cat([window_divergences(self._model, student, ids) for ids in held_out.split(BATCH)]).mean())
 
 
-def successive_halving(
+def choose_by_trials(
     plans: Sequence[Plan], divergence: Divergence, drop: Callable[[Plan], None], notify: Notify
 ) -> Plan:
-    """Find the plan that heals best, by rounds of training that each leave the better half of the plans.
+    """Find the plan that heals best, by two rounds of training.
 
-    In the first round, each plan's model is trained for `FIRST_SHARE` of the training, and in each later round for
-    twice the share of the round before. Half of the plans go on, rounded down. A plan that lies
-    clearly behind the best one may still go on: a fit has its gain at once, and others catch up (measured:
-    `docs/methods.md`). With seven plans, the updates of all trials and of the rest of the last plan's training are 1.4
-    times those of one training. Fits and measurements come on top.
+    In the first round, each plan's model is trained for `FIRST_SHARE` of the training. The best two go on to
+    `SECOND_SHARE`, and the better of them to the end. One of the two is a plan without linear maps or corrections, if
+    there is one: a fit has its gain at once, and others catch up (measured: `docs/methods.md`). With seven plans, the
+    updates of all trials and of the rest of the last plan's training are 1.325 times those of one training. Fits and
+    measurements come on top.
 
-    Source: successive halving (Jamieson and Talwalkar, arXiv 1502.07943, Figure 3).
+    Source: successive halving (Jamieson and Talwalkar, arXiv 1502.07943, Figure 3), with other sizes of the rounds.
 
     Args:
         plans: The plans; among equal divergences the first wins.
@@ -136,25 +136,34 @@ def successive_halving(
     Raises:
         NotFiniteError: no plan's divergence is finite.
     """
-    racing, share, rounds = list(plans), FIRST_SHARE, []
-    while len(racing) > 1:
-        half = len(racing) // 2
-        means, best = list[float](), list[int]()  # the places in `racing` of the best plans so far
-        for place, plan in enumerate(racing):
-            means.append(divergence(plan, share))
-            finite = [each for each in [*best, place] if math.isfinite(means[each])]
-            better = sorted(finite, key=means.__getitem__)[:half]
-            for each in {*best, place} - set(better):
-                drop(racing[each])  # at once, because checkpoints take much room
-            best = better
-        if not best:
-            raise NotFiniteError(
-                "heal-lr: the loss is not finite in the trial training of any plan; use a lower rate, or remove fewer"
-            )
-        known = [mean if math.isfinite(mean) else None for mean in means]
-        rounds.append((share, tuple((plan.chosen_by, mean) for plan, mean in zip(racing, known, strict=True))))
-        values = ", ".join(f"{name} {'failed' if mean is None else f'{mean:.4f}'}" for name, mean in rounds[-1][1])
-        notify(f"KL divergence from the original after {share:.3g} of the training: {values}")
-        racing = [racing[place] for place in sorted(best)]
-        share *= 2
-    return replace(racing[0], trials=tuple(rounds))
+    left, rounds = list(plans), list[tuple[float, tuple[tuple[str, float | None], ...]]]()
+    for share, go_on in ((FIRST_SHARE, 2), (SECOND_SHARE, 1)):
+        if len(left) > go_on:
+            racing = left
+            left, means = _round(racing, share, go_on, divergence, drop)
+            rounds.append((share, tuple((plan.chosen_by, mean) for plan, mean in zip(racing, means, strict=True))))
+            values = ", ".join(f"{name} {'failed' if mean is None else f'{mean:.4f}'}" for name, mean in rounds[-1][1])
+            notify(f"KL divergence from the original after {share:.3g} of the training: {values}")
+    return replace(left[0], trials=tuple(rounds))
+
+
+def _round(
+    racing: Sequence[Plan], share: float, go_on: int, divergence: Divergence, drop: Callable[[Plan], None]
+) -> tuple[list[Plan], list[float | None]]:
+    """The plans that go on after a round, `go_on` at most, and the divergence of each plan, `None` if it failed."""
+    means, leaders = list[float](), list[int]()  # the places in `racing` of those that go on, so far
+    for place, plan in enumerate(racing):
+        means.append(divergence(plan, share))
+        finite = [each for each in [*leaders, place] if math.isfinite(means[each])]
+        ranked = sorted(finite, key=means.__getitem__)
+        best, unfitted = ranked[:go_on], [each for each in ranked if racing[each].replacement not in FITTED]
+        if go_on > 1 and unfitted and not set(best) & set(unfitted):
+            best[-1] = unfitted[0]
+        for each in {*leaders, place} - set(best):
+            drop(racing[each])  # at once, because checkpoints take much room
+        leaders = best
+    if not leaders:
+        raise NotFiniteError(
+            "heal-lr: the loss is not finite in the trial training of any plan; use a lower rate, or remove fewer"
+        )
+    return [racing[each] for each in sorted(leaders)], [mean if math.isfinite(mean) else None for mean in means]
