@@ -199,8 +199,10 @@ class _Estimates:
         trained, moments = memory.gradients // FP32, memory.moments  # of a process, which writes its own
         # Two checkpoints of weights and moments, and the best weights twice while they are replaced.
         checkpoints = 2 * (FP32 * trained + moments) + 2 * FP32 * trained
-        plans = 3 if makes_trials(self.recipe) else 1  # the two best so far, and the one that is trained
-        disk = checkpoints + (plans - 1) * (FP32 * trained + moments)
+        # Of other plans: two in the first round, with a checkpoint and the best weights each; one in the second round,
+        # with two checkpoints.
+        others = 2 * (FP32 * trained + moments) + 2 * FP32 * trained if makes_trials(self.recipe) else 0
+        disk = checkpoints + others
         disk = disk * self.around.processes + self._cached() + self._states_of_local()
         trainings = range(len(self.recipe.resolved_trainings))
         seconds = self._seconds(lambda speed: sum(self._training(each, speed) for each in trainings))

@@ -43,7 +43,8 @@ CANDIDATES: dict[str, Method] = {
 """The candidates by name: a method, "+ linear" and "+ corrected" for these replacements, "iterative" for this option.
 
 `Auto.candidates` leaves out those that a recipe or model rules out, and a search with linear maps where the same search
-with corrections is possible, which costs less (measured: `docs/methods.md`). Among equal losses the first one wins.
+with corrections is possible, which costs less before healing (measured: `docs/methods.md`). Among equal losses
+the first one wins.
 """
 
 HELD_OUT_TOKENS = 24_576
@@ -143,7 +144,8 @@ class Auto(Method):
         with_maps = recipe.pruning.replacement is None and (for_trials or not recipe.resolved_trainings)
         useful = [name for name in CANDIDATES if with_maps or recipe_of(recipe, name).resolved_replacement == "none"]
         possible = [name for name in useful if _possible(recipe, name, config)]
-        return [name for name in possible if name.replace("linear", "corrected") not in set(possible) - {name}]
+        beaten = {name.replace("corrected", "linear") for name in possible if "corrected" in name}
+        return [name for name in possible if name not in beaten]
 
     def _loss_sum(self, plan: Plan, inputs: MethodInputs, windows: Windows) -> torch.Tensor:
         model = copy_sharing_disk(inputs.model)

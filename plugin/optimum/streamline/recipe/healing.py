@@ -74,7 +74,7 @@ class Healing(CheckedOptions):
         float | None,
         Option(
             "Time limit of each training, in minutes. The trainings of come-mp, one after each merge, share one limit, "
-            "and so do the layers of local. The trial trainings of auto come on top, up to half of it.",
+            "and so do the layers of local. The trial trainings of auto come on top, up to a third of it.",
             key="heal_minutes",
             default="no limit",
         ),

@@ -42,7 +42,7 @@ IN_RUNTIME = 3
 """An upper bound of the bytes of memory that ONNX Runtime takes per byte of weights, on a CPU.
 
 It keeps the weights as read. Beside them it keeps fp16 weights converted to float32, and float32 weights repacked for
-its kernels. Measured: 2.2 for a graph in fp16, 1.5 in fp32.
+its kernels. Measured: 2.2 for a graph in fp16, 1.5 in fp32; not for quantized graphs.
 """
 
 STAGES = ("loading", "tracing", "writing", "comparing with torch", "quantizing", "measuring what that changed")

@@ -1,7 +1,7 @@
 """Apply a quantizer of ONNX Runtime to a graph a few layers at a time, for a model that does not fit in memory.
 
 These quantizers hold all weights of the graph that they get. They decide about each matmul by its weight and by what it
-reads in the float graph. So segments that are quantized one by one make the same graph as the whole does.
+reads in the float graph. So segments that are quantized one by one compute what the whole would compute.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ Quantizer = Callable[[Path, Path, Iterator[InputArrays]], None]
 """A function that quantizes the graph in one file into another file, with the inputs of the calibration calls."""
 
 SEGMENT = 2**28
-"""The most bytes of weights that a quantizer gets at once, unless one layer has more."""
+"""The most bytes of weights that a quantizer gets at once, unless one layer has more, or the first one with the
+embedding."""
 
 
 def quantize_in_segments(model: ir.Model, quantization: Quantization, scratch: Path, quantizer: Quantizer) -> ir.Model:
@@ -42,17 +43,28 @@ def quantize_in_segments(model: ir.Model, quantization: Quantization, scratch: P
     text = quantization.windows
     held = [] if text is None else list(calibration_inputs(model.graph, text.ids.numpy()))
     if not quantization.hidden:
-        return _quantized(model, held, scratch / "whole", quantizer)
+        result = _quantized(model, held, scratch / "whole", quantizer)
+        _delete_files(scratch / "whole")
+        return result
     segments, parts = segments_of(model.graph, quantization.hidden, SEGMENT), list[ir.Model]()
     for index, segment in enumerate(segments):
         part, folder = segment.cut_from(model), scratch / str(index)
         parts.append(_quantized(part, held, folder, quantizer))
         read_later = {name for later in segments[index + 1 :] for name in later.inputs}
-        held = _after(folder / GRAPH_FILE, [name for name in segment.outputs if name in read_later], held)
-        held = [{name: value for name, value in values.items() if name in read_later} for values in held]
-        for file in (GRAPH_FILE, WEIGHTS_FILE):
-            (folder / file).unlink(missing_ok=True)
+        if held and read_later:
+            _advance(folder / GRAPH_FILE, [name for name in segment.outputs if name in read_later], held)
+        for values in held:
+            for name in values.keys() - read_later:
+                del values[name]
+        _delete_files(folder)
     return _joined(model, parts)
+
+
+def _delete_files(folder: Path) -> None:
+    """Delete what a quantizer read and left in the folder, but not what it wrote into the folder in it."""
+    for file in folder.iterdir():
+        if file.is_file():
+            file.unlink()
 
 
 def _quantized(model: ir.Model, held: Sequence[InputArrays], folder: Path, quantizer: Quantizer) -> ir.Model:
@@ -65,23 +77,19 @@ def _quantized(model: ir.Model, held: Sequence[InputArrays], folder: Path, quant
     return ir.load(result)
 
 
-def _after(graph: Path, names: Sequence[str], held: Sequence[InputArrays]) -> list[InputArrays]:
-    """The values held for each call, with those that a part of the graph computes from them."""
-    if not held or not names:
-        return list(held)
+def _advance(graph: Path, names: Sequence[str], held: Sequence[InputArrays]) -> None:
+    """Add to the values held for each call those that a part of the graph computes from them."""
     session = open_session(graph, "cpu")
     needed = [each.name for each in session.get_inputs()]
-    return [
-        {**values, **dict(zip(names, session.run(names, {name: values[name] for name in needed}), strict=True))}
-        for values in held
-    ]
+    for values in held:
+        values.update(zip(names, session.run(names, {name: values[name] for name in needed}), strict=True))
 
 
 def _joined(model: ir.Model, parts: Sequence[ir.Model]) -> ir.Model:
     """The graph that the parts make, with the inputs and outputs of `model`; the parts are used up."""
     inputs = [ir.Value(name=value.name, shape=value.shape, type=value.type) for value in model.graph.inputs]
     graph = ir.Graph(inputs, [], nodes=[], opset_imports=dict(model.opset_imports), name=model.graph.name)
-    known = {str(value.name): value for value in inputs}
+    known, nodes_known = {str(value.name): value for value in inputs}, set[str]()
     for index, part in enumerate(parts):
         for value in part.graph.inputs:
             replace_all_uses_with(value, known[str(value.name)], replace_graph_outputs=True)
@@ -92,10 +100,14 @@ def _joined(model: ir.Model, parts: Sequence[ir.Model]) -> ir.Model:
         part.graph.outputs.clear()
         part.graph.remove(nodes)
         graph.extend(nodes)
-        for value in (value for node in nodes for value in node.outputs if value.name):
-            if value.name in known:  # two parts quantize the same value
-                value.name = f"{value.name}.{index}"
-            known[str(value.name)] = value
+        for node in nodes:
+            if node.name in nodes_known:  # two parts quantize the same value
+                node.name = f"{node.name}.{index}"
+            nodes_known.add(str(node.name))
+            for value in filter(lambda each: each.name, node.outputs):
+                if value.name in known:
+                    value.name = f"{value.name}.{index}"
+                known[str(value.name)] = value
         graph.opset_imports.update(part.opset_imports)
     graph.outputs.extend(known[str(value.name)] for value in model.graph.outputs)
     return ir.Model(graph, ir_version=max(part.ir_version for part in parts))

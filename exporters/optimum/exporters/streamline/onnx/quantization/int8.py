@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -50,5 +51,6 @@ def quantize_int8(source: Path, target: Path, quantization: Quantization, calibr
             quantize_dynamic(plain, quantized, **options)
 
     with TemporaryDirectory(dir=target) as scratch:
-        model = quantize_in_segments(model, quantization, Path(scratch), quantize)
+        text = quantization if calibrated else replace(quantization, windows=None)
+        model = quantize_in_segments(model, text, Path(scratch), quantize)
         ir.save(model, target / GRAPH_FILE, external_data=WEIGHTS_FILE)
