@@ -23,7 +23,7 @@ from .settings import Quantization
 Quantizer = Callable[[Path, Path, Iterator[InputArrays]], None]
 """A function that quantizes the graph in one file into another file, with the inputs of the calibration calls."""
 
-SEGMENT = 2**28
+SEGMENT = 2**26
 """The most bytes of weights that a quantizer gets at once, unless one layer has more, or the first one with the
 embedding."""
 
