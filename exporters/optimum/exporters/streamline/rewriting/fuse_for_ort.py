@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .excluded_nodes import module_of
-from .graph_helpers import initializer, replace_value, static_shape
+from .graph_helpers import initializer, read_weight, replace_value, static_shape
 from .tied_embedding import transposed
 
 DOMAIN = "com.microsoft"
@@ -97,8 +97,7 @@ def _pack(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
 
 def _concatenated(weights: Sequence[ir.Value]) -> ir.TensorProtocol:
     """The weights `[depth, width]` beside one another, `[depth, sum of widths]`."""
-    arrays = [weight.const_value.numpy() for weight in weights if weight.const_value is not None]
-    return ir.tensor(np.concatenate(arrays, axis=1))
+    return ir.tensor(np.concatenate([read_weight(weight) for weight in weights], axis=1))
 
 
 def fuse_norms(graph: ir.Graph) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.convenience import replace_all_uses_with
 
@@ -26,6 +30,15 @@ def initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
             name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor
         )
     return graph.initializers[name]
+
+
+def read_weight(weight: ir.Value) -> npt.NDArray[Any]:
+    """A copy of the values of an initializer. Its file is not left mapped, because mapped pages count as memory."""
+    assert weight.const_value is not None
+    values = np.array(weight.const_value.numpy())
+    if isinstance(weight.const_value, ir.ExternalTensor):
+        weight.const_value.release()
+    return values
 
 
 def static_shape(value: ir.Value | None) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
-from .graph_helpers import initializer, replace_value, static_shape
+from .graph_helpers import initializer, read_weight, replace_value, static_shape
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,7 @@ def transposed(graph: ir.Graph, weight: ir.Value) -> ir.Value:
     assert weight.dtype is not None
 
     def read() -> ir.TensorProtocol:
-        assert weight.const_value is not None
-        return TorchTensor(torch.from_numpy(weight.const_value.numpy()).t().contiguous())
+        return TorchTensor(torch.from_numpy(read_weight(weight)).t().contiguous())
 
     shape, name = ir.Shape(static_shape(weight)[::-1]), f"{weight.name}.transposed"
     return initializer(graph, ir.LazyTensor(read, dtype=weight.dtype, shape=shape, name=name))

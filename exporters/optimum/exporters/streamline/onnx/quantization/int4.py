@@ -30,7 +30,7 @@ from optimum.exporters.streamline.rewriting.fuse_for_ort import (
     pack_matmuls,
     split_biases,
 )
-from optimum.exporters.streamline.rewriting.graph_helpers import initializer, replace_value, static_shape
+from optimum.exporters.streamline.rewriting.graph_helpers import initializer, read_weight, replace_value, static_shape
 from optimum.exporters.streamline.rewriting.tied_embedding import TiedEmbedding, find_tied_embedding, untie_embedding
 from optimum.streamline.errors import StreamlineError
 
@@ -101,8 +101,7 @@ _ALGORITHMS: dict[str, Callable[[npt.NDArray[Any]], Arrays]] = {"rtn": _round_to
 
 @lru_cache(maxsize=1)  # saving the graph asks for a weight's values and right after for its scales
 def _quantized(quantize: Callable[[npt.NDArray[Any]], Arrays], weight: ir.Value, transposed: bool) -> Arrays:
-    assert weight.const_value is not None
-    array = weight.const_value.numpy()
+    array = read_weight(weight)
     return quantize(array.T if transposed else array)
 
 
