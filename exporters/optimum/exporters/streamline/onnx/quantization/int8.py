@@ -51,6 +51,7 @@ def quantize_int8(source: Path, target: Path, quantization: Quantization, calibr
             quantize_dynamic(plain, quantized, **options)
 
     with TemporaryDirectory(dir=target) as scratch:
-        text = quantization if calibrated else replace(quantization, windows=None)
-        model = quantize_in_segments(model, text, Path(scratch), quantize)
+        # Without the text if it is not needed, because the graph would be run on it between segments.
+        settings = quantization if calibrated else replace(quantization, windows=None)
+        model = quantize_in_segments(model, settings, Path(scratch), quantize)
         ir.save(model, target / GRAPH_FILE, external_data=WEIGHTS_FILE)
