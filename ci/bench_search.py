@@ -3,13 +3,13 @@
     ci/bench search                  # measure all parts, then write the page
     ci/bench search --only races     # a race of removals against every removal on every window
     ci/bench search --only packed    # methods that keep whole layers, with and without healing
-    ci/bench search --only trials    # every candidate of auto healed, beside what its trial training said
+    ci/bench search --only trials    # every candidate of auto, after some shares of a training
     ci/bench search --only cost      # the default with its trial trainings against the same training without
     ci/bench search --only caches    # distillation from all logits of the original, and from fewer tokens
     ci/bench search --page           # write the page; measure nothing
 
-All use the reference model. The figures go to docs/search.json, and the tables of docs/search.md are written from
-them.
+All use the reference model, and `trials` GPT-2 too. The figures go to docs/search.json, and the tables of
+docs/search.md are written from them.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from transformers import PreTrainedModel
 
 from export_cases import REFERENCE, ROOT
 from measured_parts import measure_parts
+from methods_cases import MODELS
 from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer
 from optimum.streamline.editing.packing import sublayers_left
 from optimum.streamline.evaluation.intervals import Interval, Samples, mean_interval
+from optimum.streamline.healing.trials import Trials
 from optimum.streamline.methods.shifted import pairs_of
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.removed_sublayers import SublayerSet, fully_removed_layers, whole_layer
@@ -47,15 +49,9 @@ LOSSES = ROOT / ".cache" / "search_losses.pt"
 LAYERS, LENGTH, SAMPLES = 16, 128, 64
 DRAWS, STEPS = 2, 7  # texts, and greedy steps on each
 COMMON: dict[str, Any] = {"calibration": "stdlib:calibration", "samples": 24, "length": 256}
+HEALING: dict[str, Any] = {"heal": "distill", "heal_data": "stdlib:calibration", "heal_tokens": 200_000}
 # Four windows an update and this rate, the defaults when these figures were first measured.
-HEAL: dict[str, Any] = {
-    "heal": "distill",
-    "heal_data": "stdlib:calibration",
-    "heal_tokens": 200_000,
-    "heal_epochs": 1,
-    "heal_batch": 4,
-    "heal_lr": 1.7e-3,
-}
+HEAL: dict[str, Any] = {**HEALING, "heal_epochs": 1, "heal_batch": 4, "heal_lr": 1.7e-3}
 METHODS: dict[str, dict[str, Any]] = {
     "sleb": {"method": "sleb"},
     "shifted": {"method": "shifted"},
@@ -63,6 +59,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "blockpruner, not packed": {"method": "blockpruner", "packed": False},
 }
 REMOVED = (4, 8)
+TRIALED = (("reference", 8), ("gpt2", 8))  # models, and numbers of layers to remove
+SHARES = (1 / 40, 1 / 20, 1 / 10, 1 / 5, 1.0)
 FORMS = ("full", "top-64", "sample-50")
 LAYERS_OF_SLEB = "1,3,5,12"
 
@@ -149,36 +147,23 @@ def packed(_: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def trials(_: Path) -> list[dict[str, Any]]:
-    """Every candidate of `auto`: its divergence after each trial training, and its perplexity ratio after a whole one.
+def trials(folder: Path) -> list[dict[str, Any]]:
+    """Every candidate of `auto`: its divergence from the original after some shares of a whole training.
 
-    Seconds are those of the processor, of one thread or of several.
+    Trials stop at some of these shares. The last one is the end, with the best weights on the held-out windows.
     """
-    source, judge = ModelSource(str(REFERENCE)), _Judge()
     rows: list[dict[str, Any]] = []
-    for removed in REMOVED:
-        recipe = make_recipe({**COMMON, **HEAL, "method": "auto", "remove": removed})
-        prepared = prepare(source, recipe, print)
-        every = copy.copy(prepared)
-        every.model = copy.deepcopy(prepared.model)
-        whole = _seconds_to_change(every)
-        chosen = every.plan
+    for model, removed in TRIALED:
+        recipe = make_recipe({**COMMON, **HEALING, "heal_epochs": 1, "method": "auto", "remove": removed})
+        prepared = prepare(ModelSource(str(ROOT / MODELS[model])), recipe, print)
+        assert isinstance(prepared.heal_text, Windows)
+        assert prepared.calibration is not None
+        workspace = folder / model
+        workspace.mkdir()
+        training = Trials(recipe, prepared.model, prepared.calibration, prepared.heal_text, print, workspace)
         for plan in prepared.candidates:
-            alone = copy.copy(prepared)
-            alone.model, alone.plan, alone.candidates = copy.deepcopy(prepared.model), plan, ()
-            seconds = _seconds_to_change(alone)
-            rows.append(
-                {
-                    "removed": removed,
-                    "candidate": plan.chosen_by,
-                    "loss": dict(plan.tried)[plan.chosen_by],
-                    "trials": {str(share): dict(after).get(plan.chosen_by) for share, after in chosen.trials},
-                    "healed": judge.ratio(alone.model).value,
-                    "chosen": plan.chosen_by == chosen.chosen_by,
-                    "seconds": seconds,
-                    "seconds_with_trials": whole if plan.chosen_by == chosen.chosen_by else None,
-                }
-            )
+            after = {str(share): training.divergence(plan, share) for share in SHARES}
+            rows.append({"model": model, "removed": removed, "candidate": plan.chosen_by, "divergence": after})
             print(rows[-1], flush=True)
     return rows
 
@@ -189,8 +174,7 @@ def cost(_: Path) -> dict[str, Any]:
     A quarter of the layers is removed. The healing is four passes over 200,000 tokens. Seconds are those of the
     processor.
     """
-    healing = {name: HEAL[name] for name in ("heal", "heal_data", "heal_tokens")}
-    recipe = make_recipe({**COMMON, **healing, "method": "auto", "remove": REMOVED[0]})
+    recipe = make_recipe({**COMMON, **HEALING, "method": "auto", "remove": REMOVED[0]})
     prepared = prepare(ModelSource(str(REFERENCE)), recipe, print)
     alone = copy.copy(prepared)
     alone.model, plans = copy.deepcopy(prepared.model), len(prepared.candidates)

@@ -14,6 +14,7 @@ SEARCHES = {
     "pairs": "`shifted`: pairs",
     "sublayers": "`blockpruner --no-packed`: attentions and MLPs",
 }
+MODEL_NAMES = {"reference": "reference", "gpt2": "GPT-2"}
 
 
 def write_page(results: dict[str, Any]) -> None:
@@ -67,18 +68,16 @@ def _packed(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _trials(rows: list[dict[str, Any]]) -> list[str]:
-    shares = sorted({float(share) for row in rows for share in row["trials"]})
-    after = [f"KL after {share:.3g}" for share in shares]
-    timed = any(row["seconds_with_trials"] for row in rows)
-    names = ["layers removed", "candidate", "loss before healing", *after, "healed", *["time"] * timed]
+    shares = list(rows[0]["divergence"])
+    names = ["model", "plan of", *[f"after {float(share):.3g}" for share in shares[:-1]], "in the end"]
     lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
     for row in rows:
-        alone, together = row["seconds"], row["seconds_with_trials"]
-        divergences = [row["trials"].get(str(share)) for share in shares]
-        cells = [f"{row['removed']} of 16", row["candidate"], f"{row['loss']:.4f}"]
-        cells += ["" if each is None else f"{each:.4f}" for each in divergences]
-        cells += [f"{row['healed']:.3f}{' (chosen)' if row['chosen'] else ''}"]
-        cells += [f"1.00, with the trials {together / alone:.2f}" if together else ""] * timed
+        others = [each["divergence"] for each in rows if each["model"] == row["model"]]
+        cells = [MODEL_NAMES[row["model"]], row["candidate"]]
+        for share in shares:
+            value = f"{row['divergence'][share]:.3f}"
+            best = row["divergence"][share] == min(other[share] for other in others)
+            cells.append(f"**{value}**" if best else value)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cases import make
 from console import Outcome, optimum_cli
@@ -60,8 +62,10 @@ def test_memory_of_weights() -> None:
     assert load.memory == 10**8 + 4 * parameters + 10**7  # with the file that they are read from
     same = replace(AROUND, types=Types(FP32, FP32, FP32))
     assert costs(same, layers="3")["load"].memory == 10**8 + 4 * parameters
-    one, two = (costs(method=method, remove=4, heal="none")["choose"].memory for method in ("sleb", "auto"))
-    assert two - one == 4 * parameters
+    corrected = {"method": "sleb", "replacement": "corrected"}
+    one, two = (costs(**how, remove=4, heal="none")["choose"].memory for how in (corrected, {"method": "auto"}))
+    assert two - one == 4 * parameters  # `auto` holds the model twice, and tries corrections too
+    assert costs(method="auto", remove=4, heal="lm")["choose"].memory < two  # it tries none then
     on_disk = costs(replace(AROUND, on_disk=True), method="sleb", remove=4)
     assert max(each.memory for each in on_disk.values()) < load.memory + 10**8
 
@@ -122,8 +126,24 @@ def test_too_little_room_on_the_disk_is_said_before_any_work(tmp_path: Path, mon
     prune(SOURCE, recipe, tmp_path / "out", overwrite=False, verbose=False, notify=notes.append)
     assert notes[0].startswith("healing and the result take about ")
     assert notes[0].endswith(" of disk, and 1.00 MB are free there")
+    exported = recipe.with_options(format="onnx")
+    said = estimating.disk_warning(SOURCE, exported, tmp_path / "out", exports=True)
+    assert said.startswith("healing, the result and the exports take about ")
     unhealed = make_recipe({**TEXT, "layers": "3"})
     assert estimating.disk_warning(SOURCE, unhealed, tmp_path / "out").startswith("the result takes about 6.95 MB")
+
+
+def test_weights_that_are_not_safetensors_are_written_again_to_stay_on_disk(tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(REFERENCE, tmp_path / "pickled")
+    torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
+    (checkpoint / "model.safetensors").unlink()
+    (tmp_path / "scratch").mkdir()
+    load_on_disk(ModelSource(str(checkpoint)), tmp_path / "scratch")
+    written = sum(each.stat().st_size for each in (tmp_path / "scratch").iterdir())
+    recipe = make_recipe({**TEXT, "layers": "3", "max_memory": "400MB"})
+    estimated = estimated_costs(ModelSource(str(checkpoint)), recipe).steps[0].disk
+    assert estimated == pytest.approx(written, rel=0.05)
+    assert estimated_costs(SOURCE, recipe).steps[0].disk == 0
 
 
 def test_the_disk_that_corrections_take(tmp_path: Path) -> None:
@@ -135,6 +155,8 @@ def test_the_disk_that_corrections_take(tmp_path: Path) -> None:
     fields = {"layers": "0", "replacement": "corrected"}
     estimate = costs(replace(AROUND, on_disk=True), **fields)["choose"].disk
     assert written < estimate < 1.1 * written
+    by_auto = costs(replace(AROUND, on_disk=True), method="auto", remove=1, heal="none")["choose"].disk
+    assert by_auto == estimate
     plain, corrected = costs(layers="0")["choose"].memory, costs(**fields)["choose"].memory
     assert corrected - plain > written  # the fit needs a matrix and hidden states too
 

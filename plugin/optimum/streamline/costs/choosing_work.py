@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from optimum.streamline.methods.auto import Auto, recipe_of
+from optimum.streamline.methods.base import corrects
 from optimum.streamline.methods.come_p import GRID
 from optimum.streamline.methods.registry import METHODS
 from optimum.streamline.recipe.quantities import parse_remove
@@ -16,8 +17,9 @@ from optimum.streamline.scoring.race import MIN_WINDOWS
 
 RACE = 0.36
 """The share of the windows that the removals of a race are tried on (measured: `docs/search.md`)."""
-SWAPS = 2
-"""How many times `shifted` tries to swap each pair: once to find a swap, and once to find no further one."""
+ROUNDS, ROUNDS_CORRECTED = 2, 1.5
+"""How many times `shifted` tries to swap each pair: once for each swap that it finds, and once to find no further one.
+With corrections fewer swaps lower the held-out loss."""
 FITS = {"linear": 2, "corrected": 4}
 """How many forward passes it takes to fit a replacement, about."""
 CORRECTED = 2.4
@@ -58,20 +60,25 @@ def choosing_work(recipe: Recipe, config: PreTrainedConfig) -> ChoosingWork | No
     Returns:
         The work; `None` for a method of another package, of which nothing is known.
     """
-    fitting = _passes(config.num_hidden_layers, FITS.get(recipe.resolved_replacement, 0) * recipe.calibration.samples)
     if recipe.resolved_method == "explicit":
-        return fitting
-    scoring = fitting + _passes(config.num_hidden_layers, recipe.calibration.samples)
+        return _fitting(recipe, config)
+    scoring = _fitting(recipe, config) + _passes(config.num_hidden_layers, recipe.calibration.samples)
     if recipe.resolved_method != "auto":
         planning = _planning(recipe, config)
         return planning and scoring + planning
     total, auto = scoring, Auto()
     compared = auto.held_out(recipe)
     for name in auto.candidates(recipe, config, for_trials="distill" in recipe.resolved_trainings[:1]):
-        planning = _planning(recipe_of(recipe, name), config)
+        candidate = recipe_of(recipe, name)
+        planning = _planning(candidate, config)
         assert planning is not None, name
-        total += planning + _passes(config.num_hidden_layers, compared, heads=True)
+        total += planning + _fitting(candidate, config) + _passes(config.num_hidden_layers, compared, heads=True)
     return total
+
+
+def _fitting(recipe: Recipe, config: PreTrainedConfig) -> ChoosingWork:
+    """The work of fitting the replacement of a plan."""
+    return _passes(config.num_hidden_layers, FITS.get(recipe.resolved_replacement, 0) * recipe.calibration.samples)
 
 
 def _passes(layers: float, windows: float, heads: bool = False) -> ChoosingWork:
@@ -108,9 +115,22 @@ class _Search:
         """The number of layers before each step."""
         return range(self.layers, self.layers - self.count, -1)
 
+    def race(self, layers: int, candidates: int) -> ChoosingWork:
+        """A race of removals (`scoring.race`), or of removals with their corrections."""
+        share = max(RACE, min(1.0, MIN_WINDOWS / self.windows))
+        return self.compared(layers, candidates * share)
+
+    def compared(self, layers: int, candidates: float) -> ChoosingWork:
+        """Removals that are all tried on all windows, with their corrections if the search compares these."""
+        return self.tried(layers, candidates).times(CORRECTED if corrects(self.recipe) else 1)
+
+    def tried(self, layers: int, candidates: float) -> ChoosingWork:
+        """Removals that are all tried on all windows. On average a removal runs half of the layers, after its own."""
+        return _passes(layers * (1 + candidates / 2), self.windows) + ChoosingWork(0, candidates * self.windows)
+
     def races(self, candidates: int) -> list[ChoosingWork]:
         """One race a step, with so many candidates for each layer."""
-        return [_race(number, candidates * number, self.windows) for number in self.left]
+        return [self.race(number, candidates * number) for number in self.left]
 
     def passes(self, number: int = 1) -> list[ChoosingWork]:
         """So many passes a step."""
@@ -121,8 +141,7 @@ def _planning(recipe: Recipe, config: PreTrainedConfig) -> ChoosingWork | None:
     """The work of one method after the scoring."""
     if recipe.resolved_method not in _STEPS:
         return None
-    steps = _STEPS[recipe.resolved_method](_Search(recipe, config))
-    return sum(steps, ChoosingWork()).times(CORRECTED if recipe.resolved_replacement == "corrected" else 1)
+    return sum(_STEPS[recipe.resolved_method](_Search(recipe, config)), ChoosingWork())
 
 
 def _nothing(search: _Search) -> list[ChoosingWork]:
@@ -134,14 +153,17 @@ def _shortgpt(search: _Search) -> list[ChoosingWork]:
 
 
 def _shifted(search: _Search) -> list[ChoosingWork]:
-    layers, count, windows = search.layers, search.count, search.windows
-    swaps = [_race(layers - count + 1, 2 * layers, windows)] * (count * SWAPS)
-    return search.races(2) + swaps + [_tried(layers - count, count + 1, windows)] * SWAPS
+    left, count = search.layers - search.count, search.count
+    tried = search.race(left + 1, 2 * (left + 1)).times(count)
+    if corrects(search.recipe):  # all swaps get all corrections, and again the two that held-out text decides between
+        judged = ChoosingWork(left * (FITS["corrected"] + 1), 1).times((count + 3) * search.windows)
+        return [*search.races(2), (tried + judged).times(ROUNDS_CORRECTED)]
+    return [*search.races(2), (tried + search.tried(left, count + 1)).times(ROUNDS)]
 
 
 def _blockpruner(search: _Search) -> list[ChoosingWork]:
     if METHODS["blockpruner"].may_pack(search.recipe, search.config):  # every second step completes a pair
-        return search.races(2) + [_tried(number, 2, search.windows) for number in search.left]
+        return search.races(2) + [search.compared(number, 2) for number in search.left]
     return search.races(2) * 2
 
 
@@ -155,7 +177,7 @@ def _come(search: _Search) -> list[ChoosingWork]:
 
 
 def _come_p(search: _Search) -> list[ChoosingWork]:
-    return _come(search) + [_tried(number, GRID + 1, search.windows) for number in search.left]
+    return _come(search) + [search.tried(number, GRID + 1) for number in search.left]
 
 
 _STEPS: dict[str, Callable[[_Search], list[ChoosingWork]]] = {
@@ -169,20 +191,9 @@ _STEPS: dict[str, Callable[[_Search], list[ChoosingWork]]] = {
     "layerchop": _nothing,
     "llm-streamline": _nothing,
     "shifted": _shifted,
-    "shortened-ppl": lambda search: [_tried(search.layers, search.layers, search.windows)],
+    "shortened-ppl": lambda search: [search.tried(search.layers, search.layers)],
     "shortened-taylor": _taylor,
     "shortgpt": _shortgpt,
     "sleb": lambda search: search.races(1),
 }
 """The work of each of our methods; `auto` does that of its candidates."""
-
-
-def _race(layers: float, candidates: float, windows: int) -> ChoosingWork:
-    """A race of removals (`scoring.race`)."""
-    share = max(RACE, min(1.0, MIN_WINDOWS / windows))
-    return _tried(layers, candidates * share, windows)
-
-
-def _tried(layers: float, candidates: float, windows: int) -> ChoosingWork:
-    """Removals that are all tried on all windows. On average a removal runs half of the layers, after its own."""
-    return _passes(layers * (1 + candidates / 2), windows) + ChoosingWork(0, candidates * windows)

@@ -17,7 +17,7 @@ from optimum.streamline.checkpoints.saving import OFFLOADED_SHARD
 from optimum.streamline.editing.plan import TRAINED
 from optimum.streamline.healing.output_cache import Array, cache_form
 from optimum.streamline.healing.settings import EVALUATIONS, distillation_weights, held_out_windows, scope_of
-from optimum.streamline.methods.auto import makes_trials
+from optimum.streamline.methods.auto import Auto, makes_trials, recipe_of
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.models.linear_modules import meta_model
 from optimum.streamline.recipe.quantities import parse_size
@@ -113,6 +113,8 @@ class Circumstances:
         speed: The speed of the machine; `None` if unknown.
         processes: How many processes share the weights while they heal.
         quantized: The bytes of the original's weight files if they are quantized; they are loaded as they are.
+        pickled: The bytes of the original's weight files if they are `.bin` files. Weights that stay on disk are then
+            written to a scratch folder.
     """
 
     types: Types
@@ -125,6 +127,7 @@ class Circumstances:
     speed: Speed | None
     processes: int = 1
     quantized: int | None = None
+    pickled: int = 0
 
 
 def step_costs(
@@ -166,7 +169,7 @@ class _Estimates:
         """All weights and, if their type changes, the file that they are read from; from disk one tensor at a time."""
         seconds = self._seconds(lambda speed: speed.load.of(self.size.layers))
         if self.around.on_disk:
-            return "load", 2 * self.size.largest * self.around.types.stored.itemsize, 0, seconds
+            return "load", 2 * self.size.largest * self.around.types.stored.itemsize, self.around.pickled, seconds
         mapped = self.around.largest_file * (self.around.types.stored != self.around.types.computing)
         return "load", self._loaded() + mapped, 0, seconds
 
@@ -260,11 +263,19 @@ class _Estimates:
             return self.around.quantized
         return self.size.whole * self.around.types.computing.itemsize
 
+    def _compared(self) -> list[Recipe]:
+        """The recipes whose plans are made: those of the candidates of `auto`, else the recipe itself."""
+        if self.recipe.resolved_method != "auto":
+            return [self.recipe]
+        names = Auto().candidates(self.recipe, self.config, makes_trials(self.recipe))
+        return [recipe_of(self.recipe, name) for name in names]
+
     def _states_on_disk(self) -> int:
         """Files of hidden states while layers are chosen, of merged layers, and of corrections."""
-        recipe, count = self.recipe, self.size.layers - self.size.kept
-        if not self.around.on_disk:
-            return 0
+        return max(map(self._states_on_disk_of, self._compared())) if self.around.on_disk else 0
+
+    def _states_on_disk_of(self, recipe: Recipe) -> int:
+        count = self.size.layers - self.size.kept
         states: int = FP32 * recipe.calibration.samples * recipe.length * self.config.hidden_size
         if recipe.resolved_method == "shortened-taylor":
             return states * self.size.layers
@@ -272,9 +283,12 @@ class _Estimates:
             return FP32 * self.size.layer * count
         return 6 * states + self._corrected_weights() if recipe.resolved_replacement == "corrected" else 0
 
+    def _corrects(self) -> bool:
+        return any(each.resolved_replacement == "corrected" for each in self._compared())
+
     def _fit(self) -> int:
         """The memory of fitting corrections: a matrix in float64, twice, a layer, and hidden states if not on disk."""
-        if self.recipe.resolved_replacement != "corrected":
+        if not self._corrects():
             return 0
         width: int = self.config.hidden_size
         inner = inner_width(self.config)
@@ -283,7 +297,7 @@ class _Estimates:
 
     def _corrected_weights(self) -> int:
         """The corrections of all output projections that stay, and what these become."""
-        count = self.size.kept if self.recipe.resolved_replacement == "corrected" else 0
+        count = self.size.kept if self._corrects() else 0
         return 2 * FP32 * self.size.outputs * count
 
     def _windows(self) -> tuple[int, int]:

@@ -80,14 +80,24 @@ class Trials:
         """
         if len(plans) > 1:
             self._notify(f"trial trainings of {len(plans)} plans")
-        return choose_by_trials(plans, self._divergence, self._drop, self._notify)
+        return choose_by_trials(plans, self.divergence, self._drop, self._notify)
 
     def _drop(self, plan: Plan) -> None:
         """Delete the checkpoints of a plan that is out."""
         if is_main():
             shutil.rmtree(plan_folder(self._workspace, plan), ignore_errors=True)
 
-    def _divergence(self, plan: Plan, share: float) -> float:
+    def divergence(self, plan: Plan, share: float) -> float:
+        """Train a plan's model, or go on with its training, until a share of the training is done.
+
+        Args:
+            plan: The plan.
+            share: The share, above 0 and at most 1; not less than in an earlier call for this plan.
+
+        Returns:
+            Its divergence from the original on the held-out windows, in nats per token; infinite if its loss is not
+            finite.
+        """
         folder = plan_folder(self._workspace, plan)
         file, key = self._workspace / RESULTS_FILE, f"{folder.name} {share}"
         results = from_main(json.loads(file.read_text()) if is_main() and file.is_file() else {})

@@ -38,6 +38,9 @@ from .larger_than_memory import (
 )
 from .preflight import check_recipe, checked_config, result_dtype
 
+_ROOM = {"heal": "healing", "write": "the result", "export": "the exports"}
+"""The steps whose files lie beside the output or in it, and what a line for the user calls them."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -127,13 +130,14 @@ def costs_on(machine: Machine, source: ModelSource, recipe: Recipe, validates: b
     return step_costs(recipe, float_config(config), around, validates)
 
 
-def disk_warning(source: ModelSource, recipe: Recipe, out: Path) -> str:
+def disk_warning(source: ModelSource, recipe: Recipe, out: Path, exports: bool = False) -> str:
     """A line for the user if the disk of the output seems to have too little room for healing and the result.
 
     Args:
         source: The original.
         recipe: The recipe.
         out: The output folder, beside which healing keeps its files.
+        exports: Whether the exports of the recipe follow, into the output folder.
 
     Returns:
         The line; empty if there is room, if the model is in memory, or if it has code of its own, which may not run
@@ -151,11 +155,14 @@ def disk_warning(source: ModelSource, recipe: Recipe, out: Path) -> str:
     around = _circumstances(source, recipe, config, False, out.absolute().parent / "healing")
     if sharding() is not None:
         around = replace(around, processes=process_count())
-    costs = step_costs(recipe, float_config(config), around)
-    needed = sum(cost.disk for cost in costs if cost.name in ("heal", "write"))
-    free = free_bytes(out.absolute().parent)
-    what = "healing and the result take" if recipe.resolved_trainings else "the result takes"
-    return f"{what} about {size(needed)} of disk, and {size(free)} are free there" if needed > free else ""
+    room = {cost.name: cost.disk for cost in step_costs(recipe, float_config(config), around, exports)}
+    names = [name for name in _ROOM if name in room]
+    needed, free = sum(room[name] for name in names), free_bytes(out.absolute().parent)
+    if needed <= free:
+        return ""
+    *first, last = (_ROOM[name] for name in names)
+    what = f"{', '.join(first)} and {last} take" if first else f"{last} takes"
+    return f"{what} about {size(needed)} of disk, and {size(free)} are free there"
 
 
 def _circumstances(
@@ -175,6 +182,7 @@ def _circumstances(
         folder,
         None,
         quantized=weights.bytes if quantized else None,
+        pickled=weights.bytes * weights.pickled,
     )
 
 

@@ -190,6 +190,7 @@ def prune(
     notify: Notify,
     scored: Score | None = None,
     judged_on: Windows | None = None,
+    exports: bool = False,
 ) -> PruningRecord:
     """Write the pruned checkpoint `out`. The folder appears only when it is complete.
 
@@ -203,6 +204,7 @@ def prune(
         scored: As in `prepare`.
         judged_on: The evaluation windows, if the caller evaluates on them afterwards. Healing text that the original
             samples must not hold their text.
+        exports: Whether the caller exports both models into `out` afterwards, which takes room on the disk too.
 
     Raises:
         StreamlineError: the recipe, the model or a text cannot be used, or the output cannot be written.
@@ -217,7 +219,7 @@ def prune(
         staged_by_main(out, overwrite) as staging,
         captured_logs(staging and staging / LOG_FILE, verbose),
     ):
-        if line := disk_warning(source, recipe, out):
+        if line := disk_warning(source, recipe, out, exports):
             notify(line)
         prepared = prepare(source, recipe, notify, scored)
         # Scores can be nearly equal, so rounding may give each process another plan. All must train the same model.

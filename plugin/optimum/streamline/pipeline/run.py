@@ -137,7 +137,7 @@ class _Steps:
         """
         source, recipe, quantizer = self._source, self._recipe, graph_quantization(self._recipe)
         options: dict[str, Any] = {"overwrite": overwrite, "verbose": self._verbose, "notify": self._notify}
-        options["judged_on"] = judged_on
+        options |= {"judged_on": judged_on, "exports": True}
         if not recipe.quantize_first or quantizer == NONE:
             prune(source, recipe, self._out, **options)
             return
