@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 
 from cases import make
 from console import Outcome, optimum_cli
+from optimum.exporters.streamline.onnx import export
 from optimum.streamline.checkpoints.loading import load_on_disk, load_tokenizer, read_config
+from optimum.streamline.costs import steps
 from optimum.streamline.costs.machine import Machine
 from optimum.streamline.costs.speed import Line, Speed, Types, measure_speed
 from optimum.streamline.costs.steps import Circumstances, StepCost, step_costs
@@ -68,6 +70,10 @@ def test_memory_of_weights() -> None:
     assert costs(method="auto", remove=4, heal="lm")["choose"].memory < two  # it tries none then
     on_disk = costs(replace(AROUND, on_disk=True), method="sleb", remove=4)
     assert max(each.memory for each in on_disk.values()) < load.memory + 10**8
+
+
+def test_the_memory_of_an_export_is_the_exporters() -> None:
+    assert steps.IN_RUNTIME == export.IN_RUNTIME
 
 
 def test_what_runs_on_a_gpu_takes_its_memory() -> None:

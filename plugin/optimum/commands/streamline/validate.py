@@ -23,6 +23,8 @@ class ValidateCommand(Command):
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:
         """Flags of `validate`."""
+        from optimum.streamline.evaluation.latency import ROUNDS
+
         from .options import add_options, add_overwrite_flag, add_source_flags
 
         parser.add_argument("original", help="Checkpoint of the original: a folder, or a Hub id (see --revision).")
@@ -44,9 +46,9 @@ class ValidateCommand(Command):
         parser.add_argument(
             "--rounds",
             type=int,
-            default=10,
+            default=ROUNDS,
             metavar="N",
-            help="Number of times that each model is timed, in turn with the others. (default: 10)",
+            help=f"Number of times that each model is timed, in turn with the others. (default: {ROUNDS})",
         )
         parser.add_argument(
             "--questions",

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from optimum.streamline.checkpoints.loading import DTYPES
 from optimum.streamline.checkpoints.saving import OFFLOADED_SHARD
 from optimum.streamline.editing.plan import TRAINED
+from optimum.streamline.evaluation.latency import DECODE_TOKENS, PROMPT_LENGTH, ROUNDS, WARMUP_ROUNDS
 from optimum.streamline.healing.output_cache import Array, cache_form
 from optimum.streamline.healing.settings import EVALUATIONS, distillation_weights, held_out_windows, scope_of
 from optimum.streamline.methods.auto import Auto, makes_trials, recipe_of
@@ -32,9 +33,10 @@ from .speed import Speed, Types
 
 FP32 = 4  # bytes
 IN_RUNTIME = 3
-"""The memory of an export, as a multiple of its weights, if so much is free; else it takes what is free."""
-TIMED_ROUNDS, TIMED_PROMPT, TIMED_TOKENS = 12, 256, 32
-"""How often `validate` times a model, with how many tokens at once and one by one."""
+"""The memory of an export, as a multiple of its weights, if so much is free; else it takes what is free.
+
+It is the exporters' own (`onnx.export`), whose packages are an extra.
+"""
 START = 5
 """The seconds in which a process starts that times a model."""
 TRIALS = 1.325
@@ -245,9 +247,8 @@ class _Estimates:
     def _validation(self, layers: int, speed: Speed) -> float:
         """The seconds in which one model is loaded twice, judged and timed."""
         recipe = self.recipe
-        timed = TIMED_ROUNDS * (
-            TIMED_PROMPT / recipe.length * speed.window.of(layers) + TIMED_TOKENS * speed.token.of(layers)
-        )
+        prompt = PROMPT_LENGTH / recipe.length * speed.window.of(layers)
+        timed = (ROUNDS + WARMUP_ROUNDS) * (prompt + DECODE_TOKENS * speed.token.of(layers))
         return 2 * speed.load.of(layers) + recipe.evaluation.samples * speed.window.of(layers) + timed + START
 
     def _exports(self) -> tuple[int, int]:

@@ -16,6 +16,11 @@ from optimum.streamline.runtime.runner import Runner, TokenIds
 
 from .intervals import Interval, median_interval
 
+PROMPT_LENGTH, DECODE_TOKENS = 256, 32
+"""How many tokens a timed model reads at once, and how many it then decodes one by one."""
+ROUNDS, WARMUP_ROUNDS = 10, 2
+"""How often each model is timed, and how often it runs before that."""
+
 
 @dataclass(frozen=True)
 class Round:

@@ -29,15 +29,13 @@ from optimum.streamline.text.windows import Windows
 
 from .accuracy import Accuracy, measure_accuracy
 from .intervals import RESAMPLES, grouped
-from .latency import Timing, median_time, speedup
+from .latency import DECODE_TOKENS, PROMPT_LENGTH, ROUNDS, WARMUP_ROUNDS, Timing, median_time, speedup
 from .multiple_choice import Answers, Questions, answer_questions
 from .one_at_a_time import NOTE, fit_together, measure_one_at_a_time
 from .results import Measurement, Report, Role
 from .theoretical_cost import Cost, cost_of, disk_bytes, stored_weight_bytes
 from .timing_processes import Job, WorkerResult, time_alternating
 from .verdict import judge
-
-WARMUP_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -184,9 +182,9 @@ def measure(
     dtype: str = "fp32",
     device: str = "cpu",
     seed: int = 0,
-    prompt_length: int = 256,
-    decode_tokens: int = 32,
-    rounds: int = 10,
+    prompt_length: int = PROMPT_LENGTH,
+    decode_tokens: int = DECODE_TOKENS,
+    rounds: int = ROUNDS,
     max_memory: int | None = None,
     log: Path | None = None,
     notify: Notify = print,
