@@ -175,7 +175,7 @@ def test_the_text_that_plans_are_compared_on_is_text_that_was_chosen_on() -> Non
     both = read_windows("stdlib:calibration", AutoTokenizer.from_pretrained(REFERENCE), 18, 32, 0, VOCABULARY)
     assert torch.equal(prepared.chosen_on.ids, both.ids)
     assert torch.equal(prepared.calibration.ids, both.ids[:3])
-    assert torch.equal(read_texts(source, recipe).chosen_on["calibration"].ids, both.ids)
+    assert torch.equal(read_texts(source, recipe, False).chosen_on["calibration"].ids, both.ids)
 
 
 def test_with_the_weights_on_disk_it_makes_and_compares_the_same_plans(tmp_path: Path) -> None:

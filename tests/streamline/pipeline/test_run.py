@@ -156,6 +156,33 @@ def test_other_text_of_the_same_name_is_another_run(cli: Cli, tmp_path: Path) ->
     assert "made from another calibration text of the same name" in outcome.err
 
 
+@pytest.mark.usefixtures("untimed")
+def test_calibration_text_is_read_only_if_it_is_needed(cli: Cli, tmp_path: Path) -> None:
+    judged = ("--eval-data", "stdlib:eval", "--eval-samples", 4, "--length", 64, "--calibration", "missing.txt")
+    outcome = cli(tmp_path / "out", "--layers", "3,5", *judged)
+    assert outcome.code == 0, outcome.err
+    assert "calibration text" not in outcome.out
+    assert "calibration" not in json.loads((tmp_path / "out" / "streamline.json").read_text())["data"]
+    assert cli(tmp_path / "out", "--layers", "3,5", *judged).code == 0  # it resumes
+    for needs in (("--replacement", "corrected"), ("--format", "onnx", "--quantize", "int8-static")):
+        refused = cli(tmp_path / "other", "--layers", "3,5", *judged, *needs)
+        assert refused.code == 2
+        assert "missing.txt" in refused.err
+
+
+@pytest.mark.usefixtures("untimed")
+def test_named_layers_leave_the_calibration_text_to_the_quantizer(cli: Cli, tmp_path: Path) -> None:
+    text = ("--calibration", "stdlib:calibration", "--samples", 2, "--eval-data", "stdlib:eval", "--eval-samples", 4)
+    words = (tmp_path / "out", "--layers", "3,5", *text, "--length", 32, "--format", "onnx", "--quantize", "int8-static")
+    assert cli(*words).code == 0
+    before = made_at(tmp_path / "out")
+    assert cli(*words).code == 0
+    assert made_at(tmp_path / "out") == before
+    overlapping = cli(tmp_path / "other", *words[1:], "--eval-data", "stdlib:calibration")
+    assert overlapping.code == 2
+    assert "stdlib:calibration" in overlapping.err
+
+
 def test_another_budget_judges_the_same_figures_anew(cli: Cli, folder: Path) -> None:
     before = made_at(folder / "out")
     outcome = cli(folder / "recipe.yaml", folder / "out", "--max-kl", 1e-6)

@@ -73,7 +73,8 @@ def orthogonality(
     check_output(out, overwrite)
     refuse_own_input(out, inputs_of(source, recipe))
     _check(source, recipe, quantizers)
-    texts = read_texts(source, recipe)
+    calibrated = graph_quantizers()
+    texts = read_texts(source, recipe, any(calibrated.get(quantizer) for quantizer in quantizers))
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as scratch:
         for purpose, windows in texts.chosen_on.items():
@@ -215,8 +216,7 @@ class _Models:
         return str(folder)
 
     def _export(self, label: str, checkpoint: str, quantizer: str) -> None:
-        windows = self._texts.chosen_on["calibration"]
-        needed = graph_quantizers().get(quantizer, False)
+        windows = self._texts.calibration if graph_quantizers().get(quantizer) else None
         self._notify(f"making {label}")
         self._graphs[label] = export(
             checkpoint,
@@ -224,7 +224,7 @@ class _Models:
             device=self._recipe.device,
             verbose=self._verbose,
             quantize=quantizer,
-            windows=windows.part(0, min(CALIBRATION_WINDOWS, len(windows.ids))) if needed else None,
+            windows=windows and windows.part(0, min(CALIBRATION_WINDOWS, len(windows.ids))),
             **self._source.with_model(checkpoint).options(),
         )
         self._add(label, self._graphs[label].path)

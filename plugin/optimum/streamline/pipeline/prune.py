@@ -60,7 +60,7 @@ from optimum.streamline.text.windows import Windows, seen_text
 
 from .estimating import disk_warning
 from .larger_than_memory import computing_dtype, scoring_device, stays_on_disk, why_in_memory, why_on_disk
-from .planning import Prepared, choose_plans, load_original, named_plan, quantizes_first
+from .planning import Prepared, choose_plans, load_original, named_plan, names_layers, quantizes_first
 from .preflight import check_recipe, checked_config, result_dtype
 from .texts import calibration_text, inputs_of, text_of_choice, text_of_healing
 from .write_checkpoint import write_checkpoint
@@ -118,10 +118,11 @@ def prepare(source: ModelSource, recipe: Recipe, notify: Notify, scored: Score |
     for line in source_notes(source, config):
         notify(line)
     tokenizer = load_tokenizer(source)
-    chosen_on = text_of_choice(recipe, tokenizer, config)
+    chosen_on = None if names_layers(recipe) else text_of_choice(recipe, tokenizer, config)
     # Needed only later, but a text that cannot be read should fail before hours of search.
     heal_text = text_of_healing(recipe, tokenizer, config) if recipe.resolved_trainings else None
-    notify(chosen_on.line("calibration"))
+    if chosen_on is not None:
+        notify(chosen_on.line("calibration"))
     if heal_text is not None:
         notify(heal_text.line("healing"))
     stays = stays_on_disk(source, recipe, config, why_in_memory(recipe, config))
@@ -132,7 +133,7 @@ def prepare(source: ModelSource, recipe: Recipe, notify: Notify, scored: Score |
     # Score elsewhere before the model is loaded: there may be no memory for both.
     begun = time.monotonic()
     scores = None
-    if scored is not None and recipe.resolved_method != "explicit":
+    if scored is not None and chosen_on is not None and recipe.resolved_method != "explicit":
         scores = scored(chosen_on.part(0, recipe.calibration.samples))
     scoring = time.monotonic() - begun
     on_disk = None
@@ -155,12 +156,12 @@ def _scored_plans(
     model: PreTrainedModel,
     recipe: Recipe,
     config: PreTrainedConfig,
-    chosen_on: Windows,
+    chosen_on: Windows | None,
     scores: Scores | None,
     notify: Notify,
 ) -> tuple[Scores | None, tuple[Plan, ...]]:
     """The scores of the layers, and the plans; for layers that the recipe names, no scores and the named plan."""
-    if recipe.resolved_method == "explicit":
+    if chosen_on is None or recipe.resolved_method == "explicit":
         plans: tuple[Plan, ...] = (named_plan(recipe, config),)
     else:
         calibration = chosen_on.part(0, recipe.calibration.samples)

@@ -43,7 +43,15 @@ from optimum.streamline.system.library_logs import LOG_FILE, captured_logs
 from optimum.streamline.system.notify import Notify
 from optimum.streamline.text.windows import Windows
 
-from .exporting import CALIBRATION_WINDOWS, check_exportable, export, graph_quantization, has_graph, score_graph
+from .exporting import (
+    CALIBRATION_WINDOWS,
+    check_exportable,
+    export,
+    graph_quantization,
+    has_graph,
+    is_calibrated,
+    score_graph,
+)
 from .preflight import check_recipe
 from .prune import prune
 from .quantize import QUANTIZATION_FILE
@@ -75,7 +83,7 @@ def run(source: ModelSource, recipe: Recipe, out: Path, *, overwrite: bool, verb
     earlier = None if overwrite else read_record(str(out))
     if earlier is None:
         check_output(out, overwrite)  # before the texts are read, which can take minutes
-    texts = read_texts(source, recipe)
+    texts = read_texts(source, recipe, is_calibrated(recipe.export.format, graph_quantization(recipe)))
     steps = _Steps(source, recipe, out, verbose, notify)
     if earlier is None:
         steps.timed("prune", lambda: steps.prune(overwrite, texts.judged_on))
@@ -169,7 +177,7 @@ class _Steps:
         # Delete the old report: it describes the export being replaced.
         (self._out / REPORT_FILE).unlink(missing_ok=True)
         self._notify(f"exporting {checkpoint} to {folder}")
-        windows = texts.chosen_on["calibration"] if texts else None
+        windows = texts.calibration if texts else None
         self.timed(
             f"export {name}",
             lambda: self._notify_findings(self._export(checkpoint, folder, quantizer, exclude, windows)),

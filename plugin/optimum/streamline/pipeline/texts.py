@@ -18,6 +18,8 @@ from optimum.streamline.text.prompts import Prompts, calibration_prompts, file_p
 from optimum.streamline.text.sources import SELF, is_self, local_path
 from optimum.streamline.text.windows import TooShortError, Windows, read_windows
 
+from .planning import names_layers
+
 
 def inputs_of(source: ModelSource, recipe: Recipe) -> tuple[str, ...]:
     """The paths and Hub ids of everything that a run reads. No output may replace them."""
@@ -88,32 +90,42 @@ class Texts:
 
     Args:
         judged_on: The evaluation windows.
-        chosen_on: The windows that the candidate is made with, by purpose: `calibration`, and `heal` with healing.
+        chosen_on: The windows that the checkpoint is made with, by purpose: `calibration`, unless the recipe names the
+            layers (`names_layers`), and `heal` with healing.
+        calibration: The calibration windows, also those of a quantizer alone; `None` if nothing needs any.
         prompts: The prompts, in place of `heal`, if the original samples the healing text.
     """
 
     judged_on: Windows
     chosen_on: dict[str, Windows]
+    calibration: Windows | None = None
     prompts: Prompts | None = None
 
 
-def read_texts(source: ModelSource, recipe: Recipe) -> Texts:
+def read_texts(source: ModelSource, recipe: Recipe, calibrates: bool) -> Texts:
     """Read all text of a run, and check that the evaluation text shares nothing with the other texts.
+
+    Args:
+        source: The original.
+        recipe: The recipe.
+        calibrates: Whether a quantizer needs calibration text.
 
     Raises:
         StreamlineError: a text cannot be read or is too short, or the evaluation text shares text with another.
     """
     tokenizer, config = load_tokenizer(source), read_config(source)
     judged_on = evaluation_text(recipe, tokenizer, config)
-    chosen_on = {"calibration": text_of_choice(recipe, tokenizer, config)}
+    named = names_layers(recipe)
+    calibration = None if named and not calibrates else text_of_choice(recipe, tokenizer, config)
+    chosen_on = {} if calibration is None or named else {"calibration": calibration}
     healed_on = text_of_healing(recipe, tokenizer, config) if recipe.resolved_trainings else None
     if isinstance(healed_on, Windows):
         chosen_on["heal"] = healed_on
     prompts = healed_on if isinstance(healed_on, Prompts) else None
-    made_with: list[Windows | Prompts] = [*chosen_on.values(), *([prompts] if prompts else [])]
-    for text in made_with:
-        check_disjoint(text.sketch, text.spec, judged_on.sketch, judged_on.spec)
-    return Texts(judged_on, chosen_on, prompts)
+    for text in (calibration, healed_on):
+        if text is not None:
+            check_disjoint(text.sketch, text.spec, judged_on.sketch, judged_on.spec)
+    return Texts(judged_on, chosen_on, calibration, prompts)
 
 
 def _windows(
