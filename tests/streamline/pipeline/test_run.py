@@ -173,7 +173,18 @@ def test_calibration_text_is_read_only_if_it_is_needed(cli: Cli, tmp_path: Path)
 @pytest.mark.usefixtures("untimed")
 def test_named_layers_leave_the_calibration_text_to_the_quantizer(cli: Cli, tmp_path: Path) -> None:
     text = ("--calibration", "stdlib:calibration", "--samples", 2, "--eval-data", "stdlib:eval", "--eval-samples", 4)
-    words = (tmp_path / "out", "--layers", "3,5", *text, "--length", 32, "--format", "onnx", "--quantize", "int8-static")
+    words = (
+        tmp_path / "out",
+        "--layers",
+        "3,5",
+        *text,
+        "--length",
+        32,
+        "--format",
+        "onnx",
+        "--quantize",
+        "int8-static",
+    )
     assert cli(*words).code == 0
     before = made_at(tmp_path / "out")
     assert cli(*words).code == 0

@@ -12,15 +12,20 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto
 
 from optimum.exporters.streamline import ENGINE_QUANTIZERS, EngineOptions, export_checkpoint
 from optimum.exporters.streamline.onnx.quantization.settings import Quantization
+from optimum.exporters.streamline.onnx.segmented_runner import SegmentedRunner
+from optimum.exporters.streamline.parity.model_calls import Call
+from optimum.exporters.streamline.tensorrt import export
 from optimum.exporters.streamline.tensorrt.engine_record import EngineRecord
+from optimum.exporters.streamline.tensorrt.graph import insert_qdq
 from optimum.exporters.streamline.tensorrt.graph.insert_qdq import quantize_engine_graph
-from optimum.exporters.streamline.tensorrt.graph.reference_runner import StaticOnnxRunner
+from optimum.exporters.streamline.tensorrt.graph.reference_runner import StaticInputs, StaticOnnxRunner
 from optimum.streamline.checkpoints.loading import load_tokenizer
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation.contamination import refuse_seen_text
@@ -128,11 +133,59 @@ def test_scales_are_of_the_text(engines: Callable[..., Artifact], quantizer: str
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(plain / "with_inner.onnx"))
-    runner = StaticOnnxRunner(plain, EngineRecord.read(plain).masks)
-    windows = text("calibration", 8).ids.numpy()
-    largest = max(np.abs(session.run([read], runner.prompt_inputs(window[None]))[0]).max() for window in windows)
+    inputs = StaticInputs.of_graph(ir.load(plain / "model.onnx").graph, EngineRecord.read(plain).masks)
+    past = [each for each in session.get_inputs() if "past_key_values" in each.name]
+    empty = {each.name: np.zeros((1, *each.shape[1:]), np.float32) for each in past}
+    largest = 0.0
+    for window in text("calibration", 8).ids.numpy():
+        prompt = inputs.of(Call(window[None], np.ones_like(window[None])))
+        largest = max(largest, np.abs(session.run([read], prompt | empty)[0]).max())
     [scale] = [each for each in graph_of(engines(quantizer)).initializer if each.name == f"{read}_scale"]
     assert onnx.numpy_helper.to_array(scale) * ENGINE_QUANTIZERS[quantizer].largest == pytest.approx(largest, rel=1e-4)
+
+
+@pytest.fixture
+def segments(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of parts of each graph that is run in parts in the test; there is no memory for a whole one."""
+    counts = []
+
+    class Counted(SegmentedRunner):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            counts.append(len(self.segments))
+
+    for module in (insert_qdq, export):
+        monkeypatch.setattr(module, "SegmentedRunner", Counted)
+    monkeypatch.setattr(insert_qdq, "SEGMENT", 1)
+    monkeypatch.setattr(export, "free_memory", lambda: 0)
+    monkeypatch.setattr(export, "build_engine", parse_only)
+    return counts
+
+
+def test_an_engine_is_quantized_alike_in_little_memory(
+    engines: Callable[..., Artifact], tmp_path: Path, segments: list[int]
+) -> None:
+    plenty, options = engines("int8"), {"engine": RTX, "quantize": "int8", "windows": text("calibration", 8)}
+    little = export_checkpoint(REFERENCE, tmp_path / "engine", "tensorrt", "fp32", **options)
+    assert segments == [16 + 1] * 3  # compared with torch, calibrated, and compared again
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (Path(little.path) / name).read_bytes() == (Path(plenty.path) / name).read_bytes()
+    assert little.divergence == pytest.approx(plenty.divergence, rel=1e-3)
+    for check, difference in plenty.parity.items():
+        assert 0 < little.parity[check] < 3 * difference
+
+
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+def test_a_graph_in_half_precision_is_judged_alike_in_little_memory(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(export, "build_engine", parse_only)
+    plenty = export_checkpoint(REFERENCE, tmp_path / "plenty", "tensorrt", dtype, engine=RTX)
+    counts = request.getfixturevalue("segments")
+    little = export_checkpoint(REFERENCE, tmp_path / "little", "tensorrt", dtype, engine=RTX)
+    assert counts == [16 + 1]
+    for check, difference in plenty.parity.items():
+        assert 0 < little.parity[check] < 3 * difference
 
 
 # One is fast. int8 in fp16 is fast in `test_export.py`, and fp8 in the test before.

@@ -6,11 +6,13 @@ segment is opened, so each weight is read once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from optimum.exporters.streamline.graph_files import GRAPH_FILE
@@ -24,6 +26,35 @@ Values = dict[str, Any]
 """`OrtValue`s by name. They are not numpy arrays, because numpy has no bfloat16."""
 
 
+class GraphInputs(Protocol):
+    """What a graph is given for a call."""
+
+    def of(self, call: Call) -> Mapping[str, npt.NDArray[Any]]:
+        """The inputs other than caches, by name."""
+
+    def empty_state(self, value: Any, batch: int) -> Any:
+        """The keys or values before the first token, as an `OrtValue`, for a session's description of a cache input."""
+
+
+@dataclass(frozen=True)
+class GrowingInputs:
+    """The inputs of a graph whose caches grow with each call.
+
+    Args:
+        device: `cpu` or `cuda`: where the caches are.
+    """
+
+    device: str = "cpu"
+
+    def of(self, call: Call) -> Mapping[str, npt.NDArray[Any]]:
+        """As `GraphInputs.of`."""
+        return token_inputs(call.input_ids, call.attention_mask)
+
+    def empty_state(self, value: Any, batch: int) -> Any:
+        """As `GraphInputs.empty_state`."""
+        return empty_cache_state(value, batch, self.device)
+
+
 class SegmentedRunner:
     """Answers calls with the graph of an artifact, with a few layers in memory at a time.
 
@@ -32,37 +63,72 @@ class SegmentedRunner:
         hidden: The names of the layers' output hidden states, first to last.
         limit: The most bytes of weights in one segment; a segment has at least one layer, even if it is larger.
         device: `cpu` or `cuda`.
+        inputs: What the graph is given for a call; by default the inputs of a graph with growing caches.
     """
 
-    def __init__(self, folder: Path, hidden: Sequence[str], limit: int, device: str = "cpu") -> None:
-        self._folder, self._device = folder, device
+    def __init__(
+        self, folder: Path, hidden: Sequence[str], limit: int, device: str = "cpu", inputs: GraphInputs | None = None
+    ) -> None:
+        self._folder, self._device, self._inputs = folder, device, inputs or GrowingInputs(device)
         self._model = ir.load(folder / GRAPH_FILE)
         self.segments = segments_of(self._model.graph, hidden, limit)
 
     def answer(self, calls: Sequence[Call]) -> list[Logits]:
         """The logits `[batch, length, vocabulary]` of each call."""
-        held: list[Values] = [
-            {name: to_ort_value(array) for name, array in token_inputs(call.input_ids, call.attention_mask).items()}
-            for call in calls
-        ]
+        held = self._begun(calls)
         for index, segment in enumerate(self.segments):
-            self._run(segment, calls, held)
-            needed = {"logits"}.union(*(each.inputs for each in self.segments[index + 1 :]))
+            needed = {"logits"} | self._read_after(index)
+            for place, outputs in enumerate(self._run(segment, segment.outputs, calls, held)):
+                # Another call may go on from the caches of this one.
+                held[place].update(outputs)
             held = [{name: value for name, value in values.items() if name in needed} for values in held]
         return [values["logits"].numpy().astype(np.float32, copy=False) for values in held]
 
-    def _run(self, segment: Segment, calls: Sequence[Call], held: list[Values]) -> None:
-        """Run one segment for every call, and add its outputs to the values held for the call."""
-        proto = ir.to_proto(segment.cut_from(self._model))
-        session = open_session(proto.SerializeToString(), self._device, self._folder)
+    def largest(self, calls: Sequence[Call], names: Collection[str]) -> dict[str, float]:
+        """The largest absolute number of some values over all calls.
+
+        Args:
+            calls: Prompts. Memory holds what one segment of the graph gives to the next, for each.
+            names: The names of values that nodes compute.
+
+        Returns:
+            The numbers, by the names of the values.
+        """
+        found, held, left = dict[str, float](), self._begun(calls), set(names)
+        for index, segment in enumerate(self.segments):
+            part, needed = segment.cut_from(self._model).graph, self._read_after(index)
+            computed = {str(value.name) for node in part for value in node.outputs}
+            watched = sorted(computed & left)
+            left -= computed
+            passed_on = [name for name in segment.outputs if name in needed]
+            for place, outputs in enumerate(self._run(segment, [*passed_on, *watched], calls, held)):
+                for name in watched:
+                    found[name] = max(found.get(name, 0.0), float(np.abs(outputs[name].numpy()).max()))
+                held[place] = {name: value for name, value in {**held[place], **outputs}.items() if name in needed}
+        assert not left, f"no node computes {sorted(left)}"
+        return found
+
+    def _begun(self, calls: Sequence[Call]) -> list[Values]:
+        return [{name: to_ort_value(array) for name, array in self._inputs.of(call).items()} for call in calls]
+
+    def _read_after(self, index: int) -> set[str]:
+        """The names of the values that segments after this one read."""
+        return {name for segment in self.segments[index + 1 :] for name in segment.inputs}
+
+    def _run(
+        self, segment: Segment, names: Sequence[str], calls: Sequence[Call], held: Sequence[Values]
+    ) -> Iterator[Values]:
+        """Run one segment for every call; yields the outputs of these names, before the next call runs."""
+        if not names:
+            return
+        part = ir.to_proto(Segment(segment.inputs, list(dict.fromkeys(names))).cut_from(self._model))
+        session = open_session(part.SerializeToString(), self._device, self._folder)
+        read, written = ([each.name for each in those] for those in (session.get_inputs(), session.get_outputs()))
         states = [each for each in session.get_inputs() if each.name.startswith("past_key_values.")]
         for call, values in zip(calls, held, strict=True):
             past = {} if call.follows is None else held[call.follows]
+            inputs = {name: values[name] for name in read if name in values}
             for each in states:
                 present = each.name.replace("past_key_values", "present")
-                values[each.name] = (
-                    past[present] if past else empty_cache_state(each, len(call.input_ids), self._device)
-                )
-            inputs = {name: values[name] for name in segment.inputs}
-            outputs = session.run_with_ort_values(segment.outputs, inputs)
-            values.update(zip(segment.outputs, outputs, strict=True))
+                inputs[each.name] = past[present] if past else self._inputs.empty_state(each, len(call.input_ids))
+            yield dict(zip(written, session.run_with_ort_values(written, inputs), strict=True))

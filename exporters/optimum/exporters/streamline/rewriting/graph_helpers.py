@@ -33,11 +33,16 @@ def initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
 
 
 def read_weight(weight: ir.Value) -> npt.NDArray[Any]:
-    """A copy of the values of an initializer. Its file is not left mapped, because mapped pages count as memory."""
+    """A copy of the values of an initializer (`read_tensor`)."""
     assert weight.const_value is not None
-    values = np.array(weight.const_value.numpy())
-    if isinstance(weight.const_value, ir.ExternalTensor):
-        weight.const_value.release()
+    return read_tensor(weight.const_value)
+
+
+def read_tensor(tensor: ir.TensorProtocol) -> npt.NDArray[Any]:
+    """A copy of the values of a tensor. Its file is not left mapped, because mapped pages count as memory."""
+    values = np.array(tensor.numpy())
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
     return values
 
 

@@ -6,8 +6,8 @@ The comparison runs the graph on ONNX Runtime's CPU, so it needs no GPU. The eng
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -19,26 +19,30 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from optimum.exporters.streamline.export_steps import DTYPES, LOG_FILE, check_config, try_few_layers, write_companions
 from optimum.exporters.streamline.graph_files import GRAPH_FILE, WEIGHTS_FILE, weight_bytes
+from optimum.exporters.streamline.onnx.export import IN_RUNTIME
 from optimum.exporters.streamline.onnx.quantization.settings import NONE, Quantization
+from optimum.exporters.streamline.onnx.segmented_runner import SegmentedRunner
 from optimum.exporters.streamline.parity.compare import TOLERANCES, check_finite, check_parity, measure_divergence
-from optimum.exporters.streamline.parity.model_calls import answer_with
+from optimum.exporters.streamline.parity.model_calls import CallFunction, answer_with
 from optimum.exporters.streamline.rewriting.excluded_nodes import check_excluded
 from optimum.exporters.streamline.rewriting.public_names import MaskInput
 from optimum.exporters.streamline.rewriting.to_float32 import write_float32
 from optimum.exporters.streamline.tensorrt.graph.graph_rules import cache_aliases, check_graph
 from optimum.exporters.streamline.tensorrt.graph.insert_qdq import quantize_engine_graph
 from optimum.exporters.streamline.tensorrt.graph.quantizers import ENGINE_QUANTIZERS, check_engine_quantizer
-from optimum.exporters.streamline.tensorrt.graph.reference_runner import StaticOnnxRunner
-from optimum.exporters.streamline.tracing.build import BuiltGraph, build_graph
+from optimum.exporters.streamline.tensorrt.graph.reference_runner import StaticInputs, StaticOnnxRunner
+from optimum.exporters.streamline.tracing.build import build_graph
 from optimum.streamline.checkpoints.loading import DTYPES as TORCH_DTYPES
 from optimum.streamline.checkpoints.loading import load, read_config
 from optimum.streamline.checkpoints.record_file import recorded_text
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.model_files.artifact import Artifact
 from optimum.streamline.model_files.source import ModelSource, fingerprint
+from optimum.streamline.models.offloaded_weights import read_as
 from optimum.streamline.models.quantization_config import quantization_name
 from optimum.streamline.system.atomic_output import staged_folder
 from optimum.streamline.system.library_logs import captured_logs
+from optimum.streamline.system.memory import free_memory
 from optimum.streamline.system.progress import Bar, progress_bar
 from optimum.streamline.text.windows import seen_text
 
@@ -85,6 +89,7 @@ class _CheckedGraph:
         inputs: The axes of the graph's inputs, by name.
         aliases: For each cache output, the cache input whose memory it shares, by name.
         masks: The mask inputs.
+        cuts: The names of the layers' output hidden states, if the graph can be cut there.
     """
 
     traced: tuple[int, ...]
@@ -92,6 +97,7 @@ class _CheckedGraph:
     inputs: dict[str, Axes]
     aliases: dict[str, str]
     masks: tuple[MaskInput, ...]
+    cuts: tuple[str, ...]
 
 
 def export_tensorrt(job: TensorrtExport, overwrite: bool = False, verbose: bool = False) -> Artifact:
@@ -186,10 +192,10 @@ def _quantize(
     """Quantize the graph in `plain` into `folder`; returns its difference from torch (`measure_divergence`)."""
     assert job.quantization is not None
     bar.at(4, STAGES[4])
-    quantize_engine_graph(plain, folder, job.quantization, checked.masks)
+    quantize_engine_graph(plain, folder, replace(job.quantization, hidden=checked.cuts), checked.masks)
     check_graph(ir.load(folder / GRAPH_FILE))
     with _runnable_on_cpu(folder, job.dtype) as runnable:
-        return measure_divergence(model, answer_with(StaticOnnxRunner(runnable, checked.masks)))
+        return measure_divergence(model, _answer(runnable, checked.masks, checked.cuts))
 
 
 def _trace_and_compare(
@@ -201,7 +207,8 @@ def _trace_and_compare(
     bar.at(2, STAGES[2])
     ir.save(built.model, folder / GRAPH_FILE, external_data=WEIGHTS_FILE)
     bar.at(3, STAGES[3])
-    parity = _compare(model, job, folder, built)
+    cuts = tuple(str(value.name) for value in built.hidden)
+    parity = _compare(model, job, folder, built.masks, cuts)
     graph = built.model.graph
     return _CheckedGraph(
         tuple(traced),
@@ -209,18 +216,41 @@ def _trace_and_compare(
         {str(value.name): axes_of(value) for value in graph.inputs},
         {str(written.name): str(read.name) for written, read in cache_aliases(graph).items()},
         built.masks,
+        cuts,
     )
 
 
-def _compare(model: PreTrainedModel, job: TensorrtExport, folder: Path, built: BuiltGraph) -> dict[str, float]:
+def _compare(
+    model: PreTrainedModel, job: TensorrtExport, folder: Path, masks: tuple[MaskInput, ...], cuts: tuple[str, ...]
+) -> dict[str, float]:
     """Compare the graph with torch; returns the largest absolute logit difference of each check, by its name."""
     # A bfloat16 graph is compared in float32, with a torch model whose weights were rounded to bfloat16. The graph's
     # constants are rounded too, so the tolerance is the one of fp16.
     is_bf16 = job.dtype == "bf16"
     tolerance = TOLERANCES["fp16" if is_bf16 else job.dtype] if job.tolerance is None else job.tolerance
-    reference = load(job.checkpoint, torch.bfloat16, **job.options).float() if is_bf16 else model
-    with _runnable_on_cpu(folder, job.dtype) as runnable:
-        return check_parity(reference, answer_with(StaticOnnxRunner(runnable, built.masks)), tolerance)
+    with (
+        _runnable_on_cpu(folder, job.dtype) as runnable,
+        _rounded_to_bf16(job) if is_bf16 else nullcontext(model) as reference,
+    ):
+        return check_parity(reference, _answer(runnable, masks, cuts), tolerance)
+
+
+@contextmanager
+def _rounded_to_bf16(job: TensorrtExport) -> Iterator[PreTrainedModel]:
+    """The model with its weights and buffers rounded to bfloat16, computing in float32; its weights stay on disk."""
+    with TemporaryDirectory() as folder:
+        model = load(job.checkpoint, torch.bfloat16, offload=Path(folder), **job.options)
+        read_as(model, torch.float32)
+        yield model
+
+
+def _answer(folder: Path, masks: tuple[MaskInput, ...], cuts: tuple[str, ...]) -> CallFunction:
+    """A function that answers calls with the graph: whole, or a few layers at a time if it does not fit in memory."""
+    free = free_memory()
+    if not cuts or IN_RUNTIME * sum(file.stat().st_size for file in folder.glob(f"{GRAPH_FILE}*")) <= free:
+        return answer_with(StaticOnnxRunner(folder, masks))
+    inputs = StaticInputs.of_graph(ir.load(folder / GRAPH_FILE).graph, masks)
+    return SegmentedRunner(folder, cuts, free // IN_RUNTIME, inputs=inputs).answer
 
 
 @contextmanager

@@ -7,7 +7,7 @@ group into one low-precision matmul. All operators are standard ONNX, so ONNX Ru
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,21 +16,21 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from onnxruntime.quantization import CalibrationMethod
-from onnxruntime.quantization.calibrate import create_calibrator
 
 from optimum.exporters.streamline.graph_files import GRAPH_FILE
-from optimum.exporters.streamline.onnx.quantization.calibration_inputs import CalibrationReader, InputArrays
+from optimum.exporters.streamline.onnx.quantization.in_segments import SEGMENT
 from optimum.exporters.streamline.onnx.quantization.settings import Quantization
+from optimum.exporters.streamline.onnx.segmented_runner import SegmentedRunner
+from optimum.exporters.streamline.parity.model_calls import Call
 from optimum.exporters.streamline.rewriting.excluded_nodes import excluded, module_of
 from optimum.exporters.streamline.rewriting.fuse_for_ort import is_weight_matmul, split_biases
-from optimum.exporters.streamline.rewriting.graph_helpers import initializer, static_shape
+from optimum.exporters.streamline.rewriting.graph_helpers import initializer, read_tensor, static_shape
 from optimum.exporters.streamline.rewriting.public_names import MaskInput
 from optimum.exporters.streamline.rewriting.to_float32 import write_float32
 from optimum.streamline.errors import StreamlineError
 
 from .quantizers import ENGINE_QUANTIZERS, EngineQuantizer
-from .reference_runner import StaticOnnxRunner
+from .reference_runner import StaticInputs
 
 WEIGHTS_FILE = f"{GRAPH_FILE}.data"
 
@@ -59,7 +59,7 @@ def quantize_engine_graph(source: Path, target: Path, quantization: Quantization
     kept = excluded(matmuls, quantization.exclude)
     matmuls = [node for node in matmuls if node not in kept]
     _check_blocks(matmuls, quantization.quantizer)
-    ranges = _ranges(model, quantization, masks, target) if quantizer.calibrated else {}
+    ranges = _ranges(model, matmuls, quantization, masks, target) if quantizer.calibrated else {}
     for node in matmuls:
         if quantizer.calibrated:
             _quantize_activation(model.graph, node, ranges, quantizer, dtype)
@@ -79,7 +79,9 @@ def _check_blocks(matmuls: Sequence[ir.Node], quantizer: str) -> None:
             )
 
 
-def _ranges(model: ir.Model, quantization: Quantization, masks: Sequence[MaskInput], scratch: Path) -> dict[str, float]:
+def _ranges(
+    model: ir.Model, matmuls: Sequence[ir.Node], quantization: Quantization, masks: Sequence[MaskInput], scratch: Path
+) -> dict[str, float]:
     """The largest absolute number on the calibration text, of each value that a matmul reads, by its name."""
     assert quantization.windows is not None
     with TemporaryDirectory(dir=scratch) as folder:
@@ -88,22 +90,10 @@ def _ranges(model: ir.Model, quantization: Quantization, masks: Sequence[MaskInp
             each.mkdir()
         ir.save(model, as_exported / GRAPH_FILE, external_data=WEIGHTS_FILE)
         write_float32(as_exported / GRAPH_FILE, as_float32 / GRAPH_FILE)
-        calibrator = create_calibrator(
-            as_float32 / GRAPH_FILE,
-            ["MatMul"],
-            str(Path(folder) / "augmented.onnx"),
-            CalibrationMethod.MinMax,
-            use_external_data_format=True,
-        )
-        calibrator.collect_data(CalibrationReader(_prompts(as_float32, masks, quantization.windows.ids.numpy())))
-        ranges = calibrator.compute_data().data
-        return {name: float(np.abs(each.range_value).max()) for name, each in ranges.items()}
-
-
-def _prompts(folder: Path, masks: Sequence[MaskInput], windows: npt.NDArray[np.int64]) -> Iterator[InputArrays]:
-    runner = StaticOnnxRunner(folder, masks)
-    for window in windows:
-        yield runner.prompt_inputs(window[None])
+        inputs = StaticInputs(masks, np.float32, StaticInputs.of_graph(model.graph, masks).length)
+        runner = SegmentedRunner(as_float32, quantization.hidden, SEGMENT, inputs=inputs)
+        prompts = [Call(window[None], np.ones_like(window[None])) for window in quantization.windows.ids.numpy()]
+        return runner.largest(prompts, {str(node.inputs[0].name) for node in matmuls if node.inputs[0] is not None})
 
 
 def _quantize_activation(
@@ -162,7 +152,7 @@ def _quantized(
 ) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]:
     """The quantized values `[K, N]` of a weight `[K, N]`, and their scales `[N]` or `[K / block, N]`."""
     assert weight.const_value is not None
-    array = weight.const_value.numpy()
+    array = read_tensor(weight.const_value)
     depth, width = array.shape
     blocks = array.astype(np.float32).reshape(-1, quantizer.block or depth, width)
     largest = np.abs(blocks).max(axis=1, keepdims=True)

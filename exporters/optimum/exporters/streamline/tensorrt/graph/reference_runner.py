@@ -5,19 +5,71 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
 
 from optimum.exporters.streamline.graph_files import GRAPH_FILE
-from optimum.exporters.streamline.onnx.runner import open_session
-from optimum.exporters.streamline.parity.model_calls import Mask
+from optimum.exporters.streamline.onnx.runner import open_session, to_ort_value
+from optimum.exporters.streamline.parity.model_calls import Call, Mask
 from optimum.exporters.streamline.rewriting.public_names import MaskInput
 from optimum.streamline.runtime.runner import Logits, TokenIds
 
 from .engine_inputs import static_inputs
 
+if TYPE_CHECKING:
+    import onnxruntime
+
+PAST = "past_key_values."
 _DTYPES: dict[str, type[np.floating[Any]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+@dataclass(frozen=True)
+class StaticInputs:
+    """The inputs of a graph with static caches, on the CPU.
+
+    Args:
+        masks: The graph's mask inputs.
+        dtype: The type of the masks.
+        length: The length of the caches, in tokens.
+    """
+
+    masks: Sequence[MaskInput]
+    dtype: type[np.floating[Any]]
+    length: int
+
+    @classmethod
+    def of_graph(cls, graph: ir.Graph, masks: Sequence[MaskInput]) -> StaticInputs:
+        """The inputs of a graph in float32 or float16.
+
+        Args:
+            graph: The graph, with public names.
+            masks: Its mask inputs.
+        """
+        inputs = {str(value.name): value for value in graph.inputs}
+        dtype = inputs[masks[0].name].dtype
+        assert dtype is not None
+        past = next(value for name, value in inputs.items() if name.startswith(PAST))
+        assert past.shape is not None
+        length = past.shape[2]
+        assert isinstance(length, int)
+        return cls(masks, dtype.numpy().type, length)
+
+    def of(self, call: Call) -> dict[str, npt.NDArray[Any]]:
+        """All inputs but the caches for a call, by name.
+
+        Raises:
+            StreamlineError: the text is longer than the caches.
+        """
+        masked_score = float(np.finfo(self.dtype).min / 2)
+        inputs = static_inputs(call.input_ids, call.attention_mask, self.masks, self.length, masked_score)
+        return inputs | {mask.name: inputs[mask.name].astype(self.dtype) for mask in self.masks}
+
+    def empty_state(self, value: Any, batch: int) -> onnxruntime.OrtValue:
+        """The cache before the first token, for a session's description of a cache input."""
+        return to_ort_value(np.zeros((batch, *value.shape[1:]), _DTYPES[value.type]))
 
 
 @dataclass(frozen=True)
@@ -26,7 +78,8 @@ class StaticCache:
 
     Args:
         attention_mask: `[batch, length]` for all tokens so far; 0 for padding.
-        states: Keys and values by the name of the cache input, each `[batch, heads, cache length, head size]`.
+        states: `OrtValue`s of keys and values by the name of the cache input, each
+            `[batch, heads, cache length, head size]`.
     """
 
     attention_mask: Mask
@@ -48,9 +101,9 @@ class StaticOnnxRunner:
 
     def __init__(self, folder: Path, masks: Sequence[MaskInput]) -> None:
         self.session = open_session(folder / GRAPH_FILE, "cpu")
-        self._masks = masks
-        self._past = [each for each in self.session.get_inputs() if each.name.startswith("past_key_values.")]
-        self._dtype = _DTYPES[next(each.type for each in self.session.get_inputs() if each.name == masks[0].name)]
+        self._past = [each for each in self.session.get_inputs() if each.name.startswith(PAST)]
+        of_mask = next(each.type for each in self.session.get_inputs() if each.name == masks[0].name)
+        self._graph_inputs = StaticInputs(masks, _DTYPES[of_mask], self._past[0].shape[2])
 
     def prefill(self, input_ids: TokenIds, attention_mask: Mask | None = None) -> tuple[Logits, StaticCache]:
         """Compute the logits of a prompt.
@@ -68,10 +121,6 @@ class StaticOnnxRunner:
         mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
         return self._extend(input_ids, mask, self._empty(len(input_ids)))
 
-    def prompt_inputs(self, input_ids: TokenIds) -> dict[str, Any]:
-        """All inputs of the graph, caches included, for a prompt `[batch, length]` without padding, by name."""
-        return self._inputs(input_ids, np.ones_like(input_ids)) | self._empty(len(input_ids)).states
-
     def decode(self, input_ids: TokenIds, cache: StaticCache) -> tuple[Logits, StaticCache]:
         """Compute the logits of the tokens that follow a cache.
 
@@ -88,18 +137,14 @@ class StaticOnnxRunner:
         return self._extend(input_ids, np.ones_like(input_ids), cache)
 
     def _empty(self, batch: int) -> StaticCache:
-        states = {each.name: np.zeros((batch, *each.shape[1:]), _DTYPES[each.type]) for each in self._past}
+        states = {each.name: self._graph_inputs.empty_state(each, batch) for each in self._past}
         return StaticCache(np.ones((batch, 0), np.int64), states)
-
-    def _inputs(self, input_ids: TokenIds, attention_mask: Mask) -> dict[str, Any]:
-        masked_score = float(np.finfo(self._dtype).min / 2)
-        inputs = static_inputs(input_ids, attention_mask, self._masks, self._past[0].shape[2], masked_score)
-        return inputs | {mask.name: inputs[mask.name].astype(self._dtype) for mask in self._masks}
 
     def _extend(self, input_ids: TokenIds, mask: Mask, cache: StaticCache) -> tuple[Logits, StaticCache]:
         attention_mask = np.concatenate([cache.attention_mask, mask], axis=1)
-        inputs = self._inputs(input_ids, attention_mask)
+        inputs = self._graph_inputs.of(Call(input_ids, attention_mask))
+        values = {name: to_ort_value(array) for name, array in inputs.items()}
         names = ["logits", *(each.name.replace("past_key_values", "present") for each in self._past)]
-        logits, *outputs = self.session.run(names, inputs | cache.states)
+        logits, *outputs = self.session.run_with_ort_values(names, values | cache.states)
         states = dict(zip(cache.states, outputs, strict=True))
-        return logits.astype(np.float32, copy=False), StaticCache(attention_mask, states)
+        return logits.numpy().astype(np.float32, copy=False), StaticCache(attention_mask, states)
