@@ -20,9 +20,11 @@ from optimum.streamline.costs.machine import Machine
 from optimum.streamline.costs.speed import Line, Speed, Types, measure_speed
 from optimum.streamline.costs.steps import Circumstances, StepCost, step_costs
 from optimum.streamline.editing.apply import apply_plan, build_replacement
+from optimum.streamline.editing.candidate_corrections import fit_candidates
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.architectures import ARCHITECTURES
+from optimum.streamline.models.removed_sublayers import whole_layer
 from optimum.streamline.models.skipped_sublayers import skipped_of
 from optimum.streamline.pipeline import estimating
 from optimum.streamline.pipeline.estimating import costs_on, estimated_costs
@@ -64,7 +66,7 @@ def test_memory_of_weights() -> None:
     assert load.memory == 10**8 + 4 * parameters + 10**7  # with the file that they are read from
     same = replace(AROUND, types=Types(FP32, FP32, FP32))
     assert costs(same, layers="3")["load"].memory == 10**8 + 4 * parameters
-    corrected = {"method": "sleb", "replacement": "corrected"}
+    corrected = {"method": "shifted", "replacement": "corrected"}
     one, two = (costs(**how, remove=4, heal="none")["choose"].memory for how in (corrected, {"method": "auto"}))
     assert two - one == 4 * parameters  # `auto` holds the model twice, and tries corrections too
     assert costs(method="auto", remove=4, heal="lm")["choose"].memory < two  # it tries none then
@@ -161,10 +163,22 @@ def test_the_disk_that_corrections_take(tmp_path: Path) -> None:
     fields = {"layers": "0", "replacement": "corrected"}
     estimate = costs(replace(AROUND, on_disk=True), **fields)["choose"].disk
     assert written < estimate < 1.1 * written
-    by_auto = costs(replace(AROUND, on_disk=True), method="auto", remove=1, heal="none")["choose"].disk
-    assert by_auto == estimate
     plain, corrected = costs(layers="0")["choose"].memory, costs(**fields)["choose"].memory
     assert corrected - plain > written  # the fit needs a matrix and hidden states too
+
+
+def test_the_disk_that_a_search_with_corrections_takes(tmp_path: Path) -> None:
+    model = load_on_disk(SOURCE, tmp_path)
+    text = read_windows("stdlib:calibration", load_tokenizer(SOURCE), 4, 16, 0, VOCABULARY)
+    candidates = [whole_layer(layer) for layer in range(16)]
+    fitted = [fit_candidates(model, half, candidates, frozenset()) for half in text.halves()]
+    written = sum(each.stat().st_size for each in tmp_path.rglob("*") if each.is_file())
+    on_disk, how = replace(AROUND, on_disk=True), {"remove": 12, "heal": "none"}
+    estimate = costs(on_disk, method="sleb", replacement="corrected", **how)["choose"].disk
+    assert len(fitted) == 2
+    assert written < estimate < 1.2 * written
+    twice = costs(on_disk, method="shifted", replacement="corrected", **how)["choose"].disk
+    assert costs(on_disk, method="auto", **how)["choose"].disk == twice > 1.5 * estimate
 
 
 @pytest.mark.parametrize(

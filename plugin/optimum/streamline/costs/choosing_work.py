@@ -20,6 +20,8 @@ RACE = 0.36
 ROUNDS, ROUNDS_CORRECTED = 2, 1.5
 """How many times `shifted` tries to swap each pair: once for each swap that it finds, and once to find no further one.
 With corrections fewer swaps lower the held-out loss."""
+REMOVALS = {"blockpruner": 2, "shifted": 2, "sleb": 1}
+"""How many removals a greedy search compares for each layer, at a step."""
 FITS = {"linear": 2, "corrected": 4}
 """How many forward passes it takes to fit a replacement, about."""
 CORRECTED = 2.4
@@ -128,9 +130,9 @@ class _Search:
         """Removals that are all tried on all windows. On average a removal runs half of the layers, after its own."""
         return _passes(layers * (1 + candidates / 2), self.windows) + ChoosingWork(0, candidates * self.windows)
 
-    def races(self, candidates: int) -> list[ChoosingWork]:
-        """One race a step, with so many candidates for each layer."""
-        return [self.race(number, candidates * number) for number in self.left]
+    def races(self) -> list[ChoosingWork]:
+        """One race a step."""
+        return [self.race(number, REMOVALS[self.recipe.resolved_method] * number) for number in self.left]
 
     def passes(self, number: int = 1) -> list[ChoosingWork]:
         """So many passes a step."""
@@ -157,14 +159,14 @@ def _shifted(search: _Search) -> list[ChoosingWork]:
     tried = search.race(left + 1, 2 * (left + 1)).times(count)
     if corrects(search.recipe):  # all swaps get all corrections, and again the two that held-out text decides between
         judged = ChoosingWork(left * (FITS["corrected"] + 1), 1).times((count + 3) * search.windows)
-        return [*search.races(2), (tried + judged).times(ROUNDS_CORRECTED)]
-    return [*search.races(2), (tried + search.tried(left, count + 1)).times(ROUNDS)]
+        return [*search.races(), (tried + judged).times(ROUNDS_CORRECTED)]
+    return [*search.races(), (tried + search.tried(left, count + 1)).times(ROUNDS)]
 
 
 def _blockpruner(search: _Search) -> list[ChoosingWork]:
     if METHODS["blockpruner"].may_pack(search.recipe, search.config):  # every second step completes a pair
-        return search.races(2) + [search.compared(number, 2) for number in search.left]
-    return search.races(2) * 2
+        return search.races() + [search.compared(number, 2) for number in search.left]
+    return search.races() * 2
 
 
 def _taylor(search: _Search) -> list[ChoosingWork]:
@@ -194,6 +196,6 @@ _STEPS: dict[str, Callable[[_Search], list[ChoosingWork]]] = {
     "shortened-ppl": lambda search: [search.tried(search.layers, search.layers)],
     "shortened-taylor": _taylor,
     "shortgpt": _shortgpt,
-    "sleb": lambda search: search.races(1),
+    "sleb": _Search.races,
 }
 """The work of each of our methods; `auto` does that of its candidates."""

@@ -27,7 +27,7 @@ from optimum.streamline.scoring.ablation import STREAMS
 from optimum.streamline.scoring.loss import VOCABULARY_SLICE
 from optimum.streamline.text.windows import BATCH, Windows
 
-from .choosing_work import BACKWARD, choosing_work
+from .choosing_work import BACKWARD, REMOVALS, choosing_work
 from .healing_memory import healing_memory, inner_width, layers_removed
 from .speed import Speed, Types
 
@@ -70,6 +70,7 @@ class ModelSize:
         whole: The original's.
         layer: Those of one of its layers.
         outputs: Those of the output projections of one of its layers.
+        mlp_outputs: Those of the MLP's among them.
         largest: Those of its largest tensor.
         left: The pruned model's.
         layers: The number of the original's layers.
@@ -79,6 +80,7 @@ class ModelSize:
     whole: int
     layer: int
     outputs: int
+    mlp_outputs: int
     largest: int
     left: int
     layers: int
@@ -92,12 +94,18 @@ def model_size(recipe: Recipe, config: PreTrainedConfig) -> ModelSize:
     layers = decoder_layers(model, architecture)
     removed = layers_removed(recipe, len(layers))
     layer = sum(each.numel() for each in layers.parameters()) // len(layers)
-    writing = (architecture.attention_out, *architecture.mlp_out)
-    named = layers.named_parameters()
-    outputs = sum(each.numel() for name, each in named if name.partition(".")[2].startswith(writing)) // len(layers)
+
+    def numbers(modules: tuple[str, ...]) -> int:
+        named = ((name.partition(".")[2], each) for name, each in layers.named_parameters())
+        return sum(each.numel() for name, each in named if name.startswith(modules)) // len(layers)
+
+    mlp_outputs = numbers(tuple(architecture.mlp_out))
+    outputs = numbers((architecture.attention_out,)) + mlp_outputs
     whole = sum(each.numel() for each in model.parameters())
     largest = max(each.numel() for each in model.parameters())
-    return ModelSize(whole, layer, outputs, largest, whole - removed * layer, len(layers), len(layers) - removed)
+    return ModelSize(
+        whole, layer, outputs, mlp_outputs, largest, whole - removed * layer, len(layers), len(layers) - removed
+    )
 
 
 @dataclass(frozen=True)
@@ -184,7 +192,7 @@ class _Estimates:
             held = 2 * size.layer * self.around.types.computing.itemsize + FP32 * VOCABULARY_SLICE * width
             states = 2 * FP32 * min(STREAMS, windows * size.layers)
         else:
-            held = self._loaded() * (1 + (self.recipe.resolved_method == "auto")) + self._corrected_weights()
+            held = self._loaded() * (1 + (self.recipe.resolved_method == "auto")) + self._corrections()
             states = FP32 * windows * size.layers
         work = choosing_work(self.recipe, self.config)
         seconds = None
@@ -192,7 +200,7 @@ class _Estimates:
             layers, heads = work.layers, work.heads
             seconds = self._seconds(lambda speed: layers * speed.window.layer + heads * speed.window.outside)
         if self.recipe.resolved_method == "explicit":
-            held = 0 if self.around.on_disk else self._loaded() + self._corrected_weights()
+            held = 0 if self.around.on_disk else self._loaded() + self._corrections()
             return "choose", held + self._fit(), self._states_on_disk(), seconds
         return "choose", held + states + logits + self._fit(), self._states_on_disk(), seconds
 
@@ -282,24 +290,26 @@ class _Estimates:
             return states * self.size.layers
         if recipe.resolved_method.startswith("come") or recipe.resolved_method == "average":
             return FP32 * self.size.layer * count
-        return 6 * states + self._corrected_weights() if recipe.resolved_replacement == "corrected" else 0
-
-    def _corrects(self) -> bool:
-        return any(each.resolved_replacement == "corrected" for each in self._compared())
+        return 6 * states + self._corrections_of(recipe) if recipe.resolved_replacement == "corrected" else 0
 
     def _fit(self) -> int:
         """The memory of fitting corrections: a matrix in float64, twice, a layer, and hidden states if not on disk."""
-        if not self._corrects():
+        if not any(each.resolved_replacement == "corrected" for each in self._compared()):
             return 0
         width: int = self.config.hidden_size
         inner = inner_width(self.config)
         states = FP32 * self.recipe.calibration.samples * self.recipe.length * width
         return 2 * 8 * inner**2 + (FP32 * self.size.layer if self.around.on_disk else 4 * states)
 
-    def _corrected_weights(self) -> int:
-        """The corrections of all output projections that stay, and what these become."""
-        count = self.size.kept if self._corrects() else 0
-        return 2 * FP32 * self.size.outputs * count
+    def _corrections(self) -> int:
+        return max(map(self._corrections_of, self._compared()))
+
+    def _corrections_of(self, recipe: Recipe) -> int:
+        """Of all output projections that stay, with what these become; or two of an MLP for each removal in a race."""
+        if recipe.resolved_replacement != "corrected":
+            return 0
+        compared = REMOVALS.get(recipe.resolved_method, 0) * self.size.layers
+        return 2 * FP32 * max(self.size.outputs * self.size.kept, self.size.mlp_outputs * compared)
 
     def _windows(self) -> tuple[int, int]:
         """The windows that are trained on, and those held out."""
