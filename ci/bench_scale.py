@@ -4,6 +4,7 @@ Beside both stand the estimates that `--dry-run` prints.
 
     ci/bench scale                       # measure all rows, then write the page; the larger size takes 24 GiB of memory
     ci/bench scale --only "0.6B, come"   # one row
+    ci/bench scale --only "growth, sleb" # how memory and time grow
     ci/bench scale --page                # write the page; measure nothing
 
 The checkpoints are random Llamas in bf16, made for the measurement. The figures go to docs/scale.json, and the table of
@@ -43,11 +44,21 @@ EDITS: dict[str, dict[str, Any]] = {
     "sleb, two steps": {"method": "sleb", "remove": 2, **LITTLE},
     "named layers, healed by local": {"layers": "3,7,9-12", **LOCAL},
 }
+# A model whose weights stay on disk, also with half of the layers or of the width.
+GROWING, GROWING_LIMIT = (16, 1024, 2816, 16, 8, 4096), "700MB"
+GROWTH: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "twice the layers": {"shape": (32, *GROWING[1:])},
+    "twice the width": {"shape": (16, 2048, 5632, 16, 8, 4096)},
+    "twice the windows": {"windows": 2},
+}
+GROWING_EDITS = {"shortgpt": EDITS["shortgpt"], "sleb": EDITS["sleb, two steps"]}
 
 
 def main() -> None:
     """Measure the rows of the command line, and write the page."""
     rows = {f"{size}, {edit}": partial(measure, size, edit) for size in SHAPES for edit in EDITS}
+    rows |= {f"growth, {edit}": partial(measure_growth, edit) for edit in GROWING_EDITS}
     measure_parts(__doc__, rows, RESULTS, write)
 
 
@@ -71,6 +82,26 @@ def measure(size: str, edit: str, folder: Path) -> dict[str, Any]:
         row["same"] = same_tensors(folder / "memory", folder / "disk")
     print(size, edit, row, flush=True)
     return row
+
+
+def measure_growth(edit: str, folder: Path) -> dict[str, Any]:
+    """Choose layers with the weights on disk: the memory and the time for twice the layers, width or windows."""
+    found: dict[str, Any] = {}
+    for name, change in GROWTH.items():
+        checkpoint = make_checkpoint(folder / name.replace(" ", "-"), change.get("shape", GROWING), "bfloat16")
+        fields = {
+            **TEXT["0.6B"],
+            **GROWING_EDITS[edit],
+            "calibration": "stdlib:calibration",
+            "max_memory": GROWING_LIMIT,
+        }
+        fields["samples"] *= change.get("windows", 1)
+        seconds, peak = run_measured(
+            streamline("prune", "-m", checkpoint, folder / "out", "--overwrite", *flags(fields))
+        )
+        found[name] = {"seconds": seconds, "peak_bytes": peak}
+        print(edit, name, found[name], flush=True)
+    return found
 
 
 def same_tensors(one: Path, other: Path) -> bool:
@@ -108,6 +139,18 @@ def write(results: dict[str, Any]) -> None:
             f"{expected_seconds} | {same} |"
         )
     replace_part(PAGE, "scale", lines)
+    replace_part(PAGE, "growth", growth_lines(results))
+
+
+def growth_lines(results: dict[str, Any]) -> list[str]:
+    """The table of how memory and time grow."""
+    lines = ["| edit | model and text | peak | seconds | of the first |", "|---|---|---|---|---|"]
+    for edit in GROWING_EDITS:
+        rows = results.get(f"growth, {edit}", {})
+        for name, row in rows.items():
+            share = row["seconds"] / rows["as it is"]["seconds"]
+            lines.append(f"| {edit} | {name} | {row['peak_bytes'] / 1e9:.2f} GB | {row['seconds']:.0f} | {share:.2f} |")
+    return lines
 
 
 def both(row: dict[str, Any], key: str, unit: float, form: str) -> str:

@@ -2,6 +2,7 @@
 
     ci/bench search                  # measure all parts, then write the page
     ci/bench search --only races     # a race of removals against every removal on every window
+    ci/bench search --only literal   # the searches against the algorithm as the papers write it
     ci/bench search --only packed    # methods that keep whole layers, with and without healing
     ci/bench search --only trials    # every candidate of auto, after some shares of a training
     ci/bench search --only cost      # the default with its trial trainings against the same training without
@@ -33,7 +34,7 @@ from optimum.streamline.evaluation.intervals import Interval, Samples, mean_inte
 from optimum.streamline.healing.trials import Trials
 from optimum.streamline.methods.shifted import pairs_of
 from optimum.streamline.model_files.source import ModelSource
-from optimum.streamline.models.removed_sublayers import SublayerSet, fully_removed_layers, whole_layer
+from optimum.streamline.models.removed_sublayers import SublayerSet, fully_removed_layers, whole_layer, without
 from optimum.streamline.models.skipped_sublayers import skipped_sublayers
 from optimum.streamline.pipeline.planning import Prepared
 from optimum.streamline.pipeline.prune import change, prepare
@@ -59,6 +60,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "blockpruner, not packed": {"method": "blockpruner", "packed": False},
 }
 REMOVED = (4, 8)
+LITERAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "sleb": ("layers", {"protect": "0,0"}),
+    "blockpruner": ("sublayers", {"packed": False}),
+}
 TRIALED = (("reference", 8), ("gpt2", 8))  # models, and numbers of layers to remove
 SHARES = (1 / 40, 1 / 20, 1 / 10, 1 / 5, 1.0)
 FORMS = ("full", "top-64", "sample-50")
@@ -113,6 +118,42 @@ def _raced(losses: torch.Tensor) -> dict[str, float]:
         "excess": float(means[result.best] - means.min()),
         "share_of_windows": result.tried / losses.numel(),
     }
+
+
+def literal(_: Path) -> list[dict[str, Any]]:
+    """SLEB and BlockPruner against the papers' algorithm: at each step a forward pass for each removal on all windows.
+
+    Seconds are those of the processor.
+    """
+    source, rows = ModelSource(str(REFERENCE)), list[dict[str, Any]]()
+    for method, (search, fields) in LITERAL.items():
+        recipe = make_recipe({**COMMON, **fields, "heal": "none", "method": method, "remove": REMOVED[0]})
+        start = time.process_time()
+        prepared = prepare(source, recipe, lambda line: None)
+        ours = time.process_time() - start
+        assert prepared.calibration is not None
+        start, removed = time.process_time(), frozenset[Any]()
+        while len(removed) < len(prepared.plan.sublayers_removed):
+            candidates = _candidates(prepared.model, search, removed)
+            losses = [_full_loss(prepared.model, removed | each, prepared.calibration) for each in candidates]
+            removed |= candidates[losses.index(min(losses))]
+        rows.append(
+            {
+                "method": method,
+                "removed": REMOVED[0],
+                "seconds": ours,
+                "literal_seconds": time.process_time() - start,
+                "same": sorted(removed) == sorted(prepared.plan.sublayers_removed),
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+@torch.inference_mode()
+def _full_loss(model: PreTrainedModel, removed: SublayerSet, windows: Windows) -> float:
+    with without(model, removed):
+        return sum(float(window_losses(model, batch).sum()) for batch in torch.split(windows.ids, BATCH))
 
 
 def packed(_: Path) -> list[dict[str, Any]]:
@@ -229,5 +270,5 @@ class _Judge:
 
 
 if __name__ == "__main__":
-    parts = {"races": races, "packed": packed, "trials": trials, "cost": cost, "caches": caches}
+    parts = {"races": races, "literal": literal, "packed": packed, "trials": trials, "cost": cost, "caches": caches}
     measure_parts(__doc__, parts, RESULTS, write_page)

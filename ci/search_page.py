@@ -25,6 +25,8 @@ def write_page(results: dict[str, Any]) -> None:
     """
     if "races" in results:
         replace_part(PAGE, "races", _races(results["races"]))
+    if "literal" in results:
+        replace_part(PAGE, "literal", _literal(results["literal"]))
     if "packed" in results:
         replace_part(PAGE, "packed", _packed(results["packed"]))
     if "trials" in results:
@@ -51,6 +53,24 @@ def _race_row(name: str, steps: list[dict[str, float]]) -> str:
     same, windows = (mean(step[key] for step in steps) for key in ("same", "share_of_windows"))
     excess = max(step["excess"] for step in steps)
     return f"| {name} | {len(steps)} | {same:.0%} | {excess:.4f} | {windows:.2f} |"
+
+
+def _literal(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| method | layers removed | seconds | as in the paper | of that | same choice |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ours, theirs = row["seconds"], row["literal_seconds"]
+        cells = [
+            f"`{row['method']}`",
+            f"{row['removed']} of 16",
+            f"{ours:.0f}",
+            f"{theirs:.0f}",
+            f"{ours / theirs:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} | {'yes' if row['same'] else 'no'} |")
+    return lines
 
 
 def _packed(rows: list[dict[str, Any]]) -> list[str]:
