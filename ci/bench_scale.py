@@ -44,7 +44,7 @@ EDITS: dict[str, dict[str, Any]] = {
     "sleb, two steps": {"method": "sleb", "remove": 2, **LITTLE},
     "named layers, healed by local": {"layers": "3,7,9-12", **LOCAL},
 }
-# A model whose weights stay on disk, also with half of the layers or of the width.
+# A model whose weights stay on disk; it grows.
 GROWING, GROWING_LIMIT = (16, 1024, 2816, 16, 8, 4096), "700MB"
 GROWTH: dict[str, dict[str, Any]] = {
     "as it is": {},

@@ -134,9 +134,9 @@ def test_too_little_room_on_the_disk_is_said_before_any_work(tmp_path: Path, mon
     prune(SOURCE, recipe, tmp_path / "out", overwrite=False, verbose=False, notify=notes.append)
     assert notes[0].startswith("healing and the result take about ")
     assert notes[0].endswith(" of disk, and 1.00 MB are free there")
-    exported = recipe.with_options(format="onnx")
+    exported = make_recipe({**TEXT, "layers": "3", "format": "onnx"})
     said = estimating.disk_warning(SOURCE, exported, tmp_path / "out", exports=True)
-    assert said.startswith("healing, the result and the exports take about ")
+    assert said.startswith("the result and the exports take about ")
     unhealed = make_recipe({**TEXT, "layers": "3"})
     assert estimating.disk_warning(SOURCE, unhealed, tmp_path / "out").startswith("the result takes about 6.95 MB")
 
@@ -175,7 +175,7 @@ def test_the_disk_that_a_search_with_corrections_takes(tmp_path: Path) -> None:
     written = sum(each.stat().st_size for each in tmp_path.rglob("*") if each.is_file())
     on_disk, how = replace(AROUND, on_disk=True), {"remove": 12, "heal": "none"}
     estimate = costs(on_disk, method="sleb", replacement="corrected", **how)["choose"].disk
-    assert len(fitted) == 2
+    del fitted  # its files go with it
     assert written < estimate < 1.2 * written
     twice = costs(on_disk, method="shifted", replacement="corrected", **how)["choose"].disk
     assert costs(on_disk, method="auto", **how)["choose"].disk == twice > 1.5 * estimate

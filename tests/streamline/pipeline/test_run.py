@@ -137,8 +137,10 @@ def test_other_text_of_the_same_name_is_another_run(cli: Cli, tmp_path: Path) ->
     texts = list(open_text("stdlib:train").documents)
     (tmp_path / "text.txt").write_text(texts[0] + texts[1] + texts[2])
     words = (
-        "--layers",
-        5,
+        "--method",
+        "shortgpt",
+        "--remove",
+        1,
         "--calibration",
         tmp_path / "text.txt",
         "--eval-data",
@@ -162,6 +164,7 @@ def test_calibration_text_is_read_only_if_it_is_needed(cli: Cli, tmp_path: Path)
     outcome = cli(tmp_path / "out", "--layers", "3,5", *judged)
     assert outcome.code == 0, outcome.err
     assert "calibration text" not in outcome.out
+    assert "calibration 'missing.txt': no layer is chosen on it, because the layers are named" in outcome.out
     assert "calibration" not in json.loads((tmp_path / "out" / "streamline.json").read_text())["data"]
     assert cli(tmp_path / "out", "--layers", "3,5", *judged).code == 0  # it resumes
     for needs in (("--replacement", "corrected"), ("--format", "onnx", "--quantize", "int8-static")):
@@ -172,26 +175,23 @@ def test_calibration_text_is_read_only_if_it_is_needed(cli: Cli, tmp_path: Path)
 
 @pytest.mark.usefixtures("untimed")
 def test_named_layers_leave_the_calibration_text_to_the_quantizer(cli: Cli, tmp_path: Path) -> None:
-    text = ("--calibration", "stdlib:calibration", "--samples", 2, "--eval-data", "stdlib:eval", "--eval-samples", 4)
-    words = (
-        tmp_path / "out",
-        "--layers",
-        "3,5",
-        *text,
-        "--length",
-        32,
-        "--format",
-        "onnx",
-        "--quantize",
-        "int8-static",
-    )
-    assert cli(*words).code == 0
+    texts = list(open_text("stdlib:calibration").documents)
+    (tmp_path / "text.txt").write_text("".join(texts[:2]))
+    text = ("--calibration", tmp_path / "text.txt", "--samples", 2, "--eval-data", "stdlib:eval", "--eval-samples", 4)
+    words = ("--layers", "3,5", *text, "--length", 32, "--format", "onnx", "--quantize", "int8-static")
+    first = cli(tmp_path / "out", *words)
+    assert first.code == 0, first.err
+    assert f"calibration text: {tmp_path / 'text.txt'}, 2 windows" in first.out
     before = made_at(tmp_path / "out")
-    assert cli(*words).code == 0
+    assert cli(tmp_path / "out", *words).code == 0
     assert made_at(tmp_path / "out") == before
-    overlapping = cli(tmp_path / "other", *words[1:], "--eval-data", "stdlib:calibration")
+    (tmp_path / "text.txt").write_text("".join(texts[2:4]))
+    assert cli(tmp_path / "out", *words).code == 0
+    after = made_at(tmp_path / "out")
+    assert {name for name in before if after[name] > before[name]} == {"onnx/model.onnx", "report.json"}
+    overlapping = cli(tmp_path / "other", *words, "--eval-data", tmp_path / "text.txt")
     assert overlapping.code == 2
-    assert "stdlib:calibration" in overlapping.err
+    assert "text.txt" in overlapping.err
 
 
 def test_another_budget_judges_the_same_figures_anew(cli: Cli, folder: Path) -> None:

@@ -19,6 +19,7 @@ from optimum.streamline.checkpoints.upload import upload_files
 from optimum.streamline.editing import plan as editing
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation import results
+from optimum.streamline.evaluation.latency import ROUNDS
 from optimum.streamline.evaluation.validate import ComparedModel, compared_models_of
 from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.pipeline.exporting import CALIBRATION_WINDOWS, export, is_calibrated
@@ -328,7 +329,7 @@ class Streamliner:
         *candidates: str | Path,
         save_directory: str | Path | None = None,
         questions: str | Path | None = None,
-        rounds: int = 10,
+        rounds: int = ROUNDS,
         overwrite: bool = False,
     ) -> Report:
         """Measure accuracy and speed against the original, and hold them against the config's `budget`.

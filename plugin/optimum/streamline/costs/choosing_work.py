@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from optimum.streamline.methods.auto import Auto, recipe_of
+from optimum.streamline.methods.auto import Auto, makes_trials, recipe_of
 from optimum.streamline.methods.base import corrects
 from optimum.streamline.methods.come_p import GRID
 from optimum.streamline.methods.registry import METHODS
@@ -70,7 +70,7 @@ def choosing_work(recipe: Recipe, config: PreTrainedConfig) -> ChoosingWork | No
         return planning and scoring + planning
     total, auto = scoring, Auto()
     compared = auto.held_out(recipe)
-    for name in auto.candidates(recipe, config, for_trials="distill" in recipe.resolved_trainings[:1]):
+    for name in auto.candidates(recipe, config, for_trials=makes_trials(recipe)):
         candidate = recipe_of(recipe, name)
         planning = _planning(candidate, config)
         assert planning is not None, name

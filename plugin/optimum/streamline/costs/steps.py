@@ -21,6 +21,7 @@ from optimum.streamline.healing.settings import EVALUATIONS, distillation_weight
 from optimum.streamline.methods.auto import Auto, makes_trials, recipe_of
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.models.linear_modules import meta_model
+from optimum.streamline.quantization.quantizers import NONE, QUANTIZERS
 from optimum.streamline.recipe.quantities import parse_size
 from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.scoring.ablation import STREAMS
@@ -239,7 +240,9 @@ class _Estimates:
             return
         sizes = self._exports()
         seconds = self._seconds(lambda speed: speed.export.of(self.size.layers) + speed.export.of(self.size.kept))
-        yield "export", min(round(IN_RUNTIME * max(sizes)), self.around.free), sum(sizes), seconds
+        quantizes = self.recipe.quantization.quantizer not in (NONE, *QUANTIZERS)  # then there is the float graph too
+        disk = sum(sizes) + quantizes * sizes[1]
+        yield "export", min(round(IN_RUNTIME * max(sizes)), self.around.free), disk, seconds
 
     def validate(self) -> _Step:
         """All models in memory at a time if they fit, and again in the processes in which they are timed."""

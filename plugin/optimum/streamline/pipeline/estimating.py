@@ -38,9 +38,6 @@ from .larger_than_memory import (
 )
 from .preflight import check_recipe, checked_config, result_dtype
 
-_ROOM = {"heal": "healing", "write": "the result", "export": "the exports"}
-"""The steps whose files lie beside the output or in it, and what a line for the user calls them."""
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -131,7 +128,7 @@ def costs_on(machine: Machine, source: ModelSource, recipe: Recipe, validates: b
 
 
 def disk_warning(source: ModelSource, recipe: Recipe, out: Path, exports: bool = False) -> str:
-    """A line for the user if the disk of the output seems to have too little room for healing and the result.
+    """A line for the user if the disk of the output seems to have too little room for what is written there.
 
     Args:
         source: The original.
@@ -156,13 +153,13 @@ def disk_warning(source: ModelSource, recipe: Recipe, out: Path, exports: bool =
     if sharding() is not None:
         around = replace(around, processes=process_count())
     room = {cost.name: cost.disk for cost in step_costs(recipe, float_config(config), around, exports)}
-    names = [name for name in _ROOM if name in room]
-    needed, free = sum(room[name] for name in names), free_bytes(out.absolute().parent)
-    if needed <= free:
-        return ""
-    *first, last = (_ROOM[name] for name in names)
-    what = f"{', '.join(first)} and {last} take" if first else f"{last} takes"
-    return f"{what} about {size(needed)} of disk, and {size(free)} are free there"
+    # Healing deletes its files before anything is exported.
+    larger = max(("heal", "export"), key=lambda name: room.get(name, 0))
+    needed, free = room["write"] + room.get(larger, 0), free_bytes(out.absolute().parent)
+    what = {"heal": "healing and the result take", "export": "the result and the exports take"}[larger]
+    if larger not in room:
+        what = "the result takes"
+    return f"{what} about {size(needed)} of disk, and {size(free)} are free there" if needed > free else ""
 
 
 def _circumstances(

@@ -77,6 +77,8 @@ def orthogonality(
     texts = read_texts(source, recipe, any(calibrated.get(quantizer) for quantizer in quantizers))
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as scratch:
+        if texts.calibration is not None and "calibration" not in texts.chosen_on:
+            notify(texts.calibration.line("calibration"))
         for purpose, windows in texts.chosen_on.items():
             notify(windows.line("healing" if purpose == "heal" else purpose))
         if texts.prompts:

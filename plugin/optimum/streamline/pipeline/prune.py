@@ -44,7 +44,7 @@ from optimum.streamline.models.bare_layers import NEEDS_LOAD, bare_layers
 from optimum.streamline.models.quantization_config import quantization_name
 from optimum.streamline.models.sharded_weights import sharded_copy
 from optimum.streamline.quantization.compact_copy import compact_copy
-from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.recipe.recipe import OPTIONS, Recipe
 from optimum.streamline.reporting.record import PruningRecord
 from optimum.streamline.scoring.similarity import Scores, measure_scores
 from optimum.streamline.system.atomic_output import locked_output_by_main, staged_by_main
@@ -123,6 +123,8 @@ def prepare(source: ModelSource, recipe: Recipe, notify: Notify, scored: Score |
     heal_text = text_of_healing(recipe, tokenizer, config) if recipe.resolved_trainings else None
     if chosen_on is not None:
         notify(chosen_on.line("calibration"))
+    elif recipe.calibration.data != OPTIONS["calibration"].default:
+        notify(f"calibration {recipe.calibration.data!r}: no layer is chosen on it, because the layers are named")
     if heal_text is not None:
         notify(heal_text.line("healing"))
     stays = stays_on_disk(source, recipe, config, why_in_memory(recipe, config))

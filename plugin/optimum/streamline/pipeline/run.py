@@ -84,6 +84,8 @@ def run(source: ModelSource, recipe: Recipe, out: Path, *, overwrite: bool, verb
     if earlier is None:
         check_output(out, overwrite)  # before the texts are read, which can take minutes
     texts = read_texts(source, recipe, is_calibrated(recipe.export.format, graph_quantization(recipe)))
+    if texts.calibration is not None and "calibration" not in texts.chosen_on:
+        notify(texts.calibration.line("calibration"))
     steps = _Steps(source, recipe, out, verbose, notify)
     if earlier is None:
         steps.timed("prune", lambda: steps.prune(overwrite, texts.judged_on))
@@ -167,17 +169,18 @@ class _Steps:
             texts: The texts of the run, for the candidate, which is quantized as the recipe says. `None` for the
                 original, which is not quantized.
         """
-        folder, quantizer, exclude = self._out / name, NONE, list[str]()
+        folder, quantizer, exclude, windows = self._out / name, NONE, list[str](), None
         if texts is not None and (quantizer := graph_quantization(self._recipe)) != NONE:
             exclude = self._excluded()
+            if is_calibrated(self._recipe.export.format, quantizer):
+                windows = texts.calibration and texts.calibration.part(0, CALIBRATION_WINDOWS)
         if is_artifact(folder):
-            if self._is_whole_export(folder, checkpoint, quantizer, exclude):
+            if self._is_whole_export(folder, checkpoint, quantizer, exclude, windows):
                 return
             shutil.rmtree(folder)
         # Delete the old report: it describes the export being replaced.
         (self._out / REPORT_FILE).unlink(missing_ok=True)
         self._notify(f"exporting {checkpoint} to {folder}")
-        windows = texts.calibration if texts else None
         self.timed(
             f"export {name}",
             lambda: self._notify_findings(self._export(checkpoint, folder, quantizer, exclude, windows)),
@@ -196,12 +199,16 @@ class _Steps:
         for line in artifact.findings():
             self._notify(line)
 
-    def _is_whole_export(self, folder: Path, checkpoint: str, quantizer: str, exclude: list[str]) -> bool:
+    def _is_whole_export(
+        self, folder: Path, checkpoint: str, quantizer: str, exclude: list[str], windows: Windows | None
+    ) -> bool:
         """Whether the export in `folder` is complete, unchanged, and made from this checkpoint with these options."""
         artifact = Artifact.read(folder)
         whole = has_graph(artifact) and changed_files(ModelSource(str(folder))) == []
         same = artifact.source_fingerprint == fingerprint(self._source.with_model(checkpoint))
         quantized = (artifact.quantize, list(artifact.quantize_exclude)) == (quantizer, exclude)
+        calibrated_on = artifact.data.get("quantization", {}).get("fingerprint")
+        quantized = quantized and calibrated_on == (windows and windows.fingerprint)
         return whole and same and quantized and artifact.dtype == (self._recipe.dtype or "fp32")
 
     def _export(
@@ -221,7 +228,7 @@ class _Steps:
             verbose=self._verbose,
             quantize=quantizer,
             quantize_exclude=exclude,
-            windows=windows and windows.part(0, min(CALIBRATION_WINDOWS, len(windows.ids))),
+            windows=windows,
             **self._source.with_model(checkpoint).options(),
         )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from optimum.streamline.checkpoints.loading import check_checkpoint, load_tokenizer, source_notes
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.evaluation.contamination import refuse_seen_text
+from optimum.streamline.evaluation.latency import ROUNDS
 from optimum.streamline.evaluation.multiple_choice import read_questions
 from optimum.streamline.evaluation.results import Report
 from optimum.streamline.evaluation.validate import ComparedModel, validate
@@ -23,7 +24,7 @@ def validate_models(
     recipe: Recipe,
     *,
     questions: Path | None = None,
-    rounds: int = 10,
+    rounds: int = ROUNDS,
     notify: Notify = print,
 ) -> Report:
     """Measure models against their original, all in this run, and judge the candidates.

@@ -313,7 +313,7 @@ class Recipe(CheckedOptions):
         return dataclasses.replace(self, **own)
 
     def recorded_options(self) -> dict[str, Any]:
-        """The options that files record: options with another value than the default, and the texts that the run reads.
+        """The options that files record: options with another value than the default, and texts.
 
         The keys are the names of the flags, with underscores.
         """

@@ -35,13 +35,14 @@ from optimum.streamline.runtime.opening import open_runner
 from optimum.streamline.text.windows import Windows, read_windows
 from reference import REFERENCE, VOCABULARY
 from stand_in import parse_only
-from tiny import tiny_model, token_ids, wide_model
+from tiny import LAYERS, tiny_model, token_ids, wide_model
 
 pytestmark = [pytest.mark.onnx, pytest.mark.tensorrt]
 
 RTX = EngineOptions("tensorrt-rtx", (89, 120), max_length=128)
 KINDS = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN, "int4": TensorProto.INT4}
 # The largest perplexity ratio over the float graph. Measured on 16 windows: 1.004, 1.006, 1.033.
+RTX_SHORT = EngineOptions("tensorrt-rtx", (89,), max_length=32)  # for tiny models
 LIMITS = {"int8": 1.012, "fp8": 1.015, "int4": 1.05}
 MATMULS = 16 * 7  # of the reference model, without its output projection, which is tied to the embedding
 
@@ -175,6 +176,33 @@ def test_an_engine_is_quantized_alike_in_little_memory(
         assert 0 < little.parity[check] < 3 * difference
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen2"])  # biases split from products, and two masks
+def test_every_layer_may_be_a_part(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(export, "build_engine", parse_only)
+    tiny_model(architecture).save_pretrained(tmp_path / "model")
+    options = {"engine": RTX_SHORT, "quantize": "int8", "windows": Windows(token_ids(4, 32), "random")}
+    plenty = export_checkpoint(str(tmp_path / "model"), tmp_path / "plenty", "tensorrt", "fp32", **options)
+    counts = request.getfixturevalue("segments")
+    little = export_checkpoint(str(tmp_path / "model"), tmp_path / "little", "tensorrt", "fp32", **options)
+    assert counts == [LAYERS + 1] * 3
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (Path(little.path) / name).read_bytes() == (Path(plenty.path) / name).read_bytes()
+    assert little.parity == pytest.approx(plenty.parity, rel=3)
+    assert little.divergence == pytest.approx(plenty.divergence, rel=1e-3)
+
+
+def test_in_bf16_the_graph_is_compared_with_rounded_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "build_engine", parse_only)
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")  # in float32
+    rounded = export_checkpoint(str(tmp_path / "model"), tmp_path / "bf16", "tensorrt", "bf16", engine=RTX_SHORT)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "narrow")
+    narrow = export_checkpoint(str(tmp_path / "narrow"), tmp_path / "same", "tensorrt", "bf16", engine=RTX_SHORT)
+    assert rounded.parity == pytest.approx(narrow.parity, rel=1e-3)
+
+
 @pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_a_graph_in_half_precision_is_judged_alike_in_little_memory(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
@@ -217,9 +245,6 @@ def test_blocks_that_are_not_whole_are_refused_before_a_build(tmp_path: Path) ->
     with pytest.raises(StreamlineError, match="has an input width of 32, no multiple of the block size 64"):
         export_checkpoint(str(tmp_path / "in"), tmp_path / "out", "tensorrt", engine=RTX_SHORT, quantize="int4")
     assert [each.name for each in tmp_path.iterdir()] == ["in"]
-
-
-RTX_SHORT = EngineOptions("tensorrt-rtx", (89,), max_length=32)
 
 
 def test_calibration_without_text_is_refused(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from optimum.streamline.runtime.runner import Logits
 from .runner import empty_cache_state, open_session, to_ort_value, token_inputs
 from .segments import Segment, segments_of
 
+PAST, PRESENT = "past_key_values.", "present."
 Values = dict[str, Any]
 """`OrtValue`s by name. They are not numpy arrays, because numpy has no bfloat16."""
 
@@ -74,13 +75,16 @@ class SegmentedRunner:
         self.segments = segments_of(self._model.graph, hidden, limit)
 
     def answer(self, calls: Sequence[Call]) -> list[Logits]:
-        """The logits `[batch, length, vocabulary]` of each call."""
-        held = self._begun(calls)
+        """The logits `[batch, length, vocabulary]` of each call.
+
+        Memory holds what one segment gives to the next, for each call, and the caches of calls that others follow.
+        """
+        followed, held = {call.follows for call in calls}, [Values() for _ in calls]
         for index, segment in enumerate(self.segments):
             needed = {"logits"} | self._read_after(index)
             for place, outputs in enumerate(self._run(segment, segment.outputs, calls, held)):
-                # Another call may go on from the caches of this one.
-                held[place].update(outputs)
+                kept = {name for name in outputs if place in followed and name.startswith(PRESENT)}
+                held[place] |= {name: value for name, value in outputs.items() if name in needed | kept}
             held = [{name: value for name, value in values.items() if name in needed} for values in held]
         return [values["logits"].numpy().astype(np.float32, copy=False) for values in held]
 
@@ -94,22 +98,19 @@ class SegmentedRunner:
         Returns:
             The numbers, by the names of the values.
         """
-        found, held, left = dict[str, float](), self._begun(calls), set(names)
+        found, held, left = dict[str, float](), [Values() for _ in calls], set(names)
         for index, segment in enumerate(self.segments):
             part, needed = segment.cut_from(self._model).graph, self._read_after(index)
-            computed = {str(value.name) for node in part for value in node.outputs}
-            watched = sorted(computed & left)
-            left -= computed
+            watched = sorted({str(value.name) for node in part for value in node.outputs} & left)
+            left -= {*watched}
             passed_on = [name for name in segment.outputs if name in needed]
             for place, outputs in enumerate(self._run(segment, [*passed_on, *watched], calls, held)):
                 for name in watched:
                     found[name] = max(found.get(name, 0.0), float(np.abs(outputs[name].numpy()).max()))
-                held[place] = {name: value for name, value in {**held[place], **outputs}.items() if name in needed}
+                values = held[place] | outputs
+                held[place] = {name: value for name, value in values.items() if name in needed}
         assert not left, f"no node computes {sorted(left)}"
         return found
-
-    def _begun(self, calls: Sequence[Call]) -> list[Values]:
-        return [{name: to_ort_value(array) for name, array in self._inputs.of(call).items()} for call in calls]
 
     def _read_after(self, index: int) -> set[str]:
         """The names of the values that segments after this one read."""
@@ -124,11 +125,12 @@ class SegmentedRunner:
         part = ir.to_proto(Segment(segment.inputs, list(dict.fromkeys(names))).cut_from(self._model))
         session = open_session(part.SerializeToString(), self._device, self._folder)
         read, written = ([each.name for each in those] for those in (session.get_inputs(), session.get_outputs()))
-        states = [each for each in session.get_inputs() if each.name.startswith("past_key_values.")]
+        states = [each for each in session.get_inputs() if each.name.startswith(PAST)]
         for call, values in zip(calls, held, strict=True):
-            past = {} if call.follows is None else held[call.follows]
-            inputs = {name: values[name] for name in read if name in values}
+            given = {name: to_ort_value(array) for name, array in self._inputs.of(call).items() if name in read}
+            given |= {name: values[name] for name in read if name in values}
             for each in states:
-                present = each.name.replace("past_key_values", "present")
-                inputs[each.name] = past[present] if past else self._inputs.empty_state(each, len(call.input_ids))
-            yield dict(zip(written, session.run_with_ort_values(written, inputs), strict=True))
+                past = {} if call.follows is None else held[call.follows]
+                present = each.name.replace(PAST, PRESENT)
+                given[each.name] = past[present] if past else self._inputs.empty_state(each, len(call.input_ids))
+            yield dict(zip(written, session.run_with_ort_values(written, given), strict=True))

@@ -33,12 +33,12 @@ from optimum.exporters.streamline.tensorrt.graph.quantizers import ENGINE_QUANTI
 from optimum.exporters.streamline.tensorrt.graph.reference_runner import StaticInputs, StaticOnnxRunner
 from optimum.exporters.streamline.tracing.build import build_graph
 from optimum.streamline.checkpoints.loading import DTYPES as TORCH_DTYPES
-from optimum.streamline.checkpoints.loading import load, read_config
+from optimum.streamline.checkpoints.loading import load, only_dtype, read_config
 from optimum.streamline.checkpoints.record_file import recorded_text
 from optimum.streamline.errors import StreamlineError
 from optimum.streamline.model_files.artifact import Artifact
 from optimum.streamline.model_files.source import ModelSource, fingerprint
-from optimum.streamline.models.offloaded_weights import read_as
+from optimum.streamline.models.offloaded_weights import read_as, read_parameter, write_parameter
 from optimum.streamline.models.quantization_config import quantization_name
 from optimum.streamline.system.atomic_output import staged_folder
 from optimum.streamline.system.library_logs import captured_logs
@@ -230,16 +230,27 @@ def _compare(
     tolerance = TOLERANCES["fp16" if is_bf16 else job.dtype] if job.tolerance is None else job.tolerance
     with (
         _runnable_on_cpu(folder, job.dtype) as runnable,
-        _rounded_to_bf16(job) if is_bf16 else nullcontext(model) as reference,
+        _rounded_to_bf16(job, folder) if is_bf16 else nullcontext(model) as reference,
     ):
         return check_parity(reference, _answer(runnable, masks, cuts), tolerance)
 
 
 @contextmanager
-def _rounded_to_bf16(job: TensorrtExport) -> Iterator[PreTrainedModel]:
-    """The model with its weights and buffers rounded to bfloat16, computing in float32; its weights stay on disk."""
-    with TemporaryDirectory() as folder:
+def _rounded_to_bf16(job: TensorrtExport, scratch: Path) -> Iterator[PreTrainedModel]:
+    """The model with its weights and buffers rounded to bfloat16, computing in float32; its weights stay on disk.
+
+    Args:
+        job: The export.
+        scratch: A folder with room for the weights, in a folder of their own while the model is used.
+    """
+    with TemporaryDirectory(dir=scratch) as folder:
         model = load(job.checkpoint, torch.bfloat16, offload=Path(folder), **job.options)
+        if only_dtype(ModelSource(job.checkpoint, **job.options)) != torch.bfloat16:
+            tied: dict[torch.nn.Parameter, list[str]] = {}
+            for name, parameter in model.named_parameters(remove_duplicate=False):
+                tied.setdefault(parameter, []).append(name)
+            for names in tied.values():  # they are read in bfloat16 now; the files would be read in float32 below
+                write_parameter(model, names, read_parameter(model, names[0]))
         read_as(model, torch.float32)
         yield model
 

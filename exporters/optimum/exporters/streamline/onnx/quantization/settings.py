@@ -21,7 +21,7 @@ class Quantization:
         exclude: The modules to leave in float: layer indices of the checkpoint, or module names such as `lm_head` and
             `*.mlp.down_proj`.
         windows: The calibration text, `[windows, length]` tokens; `None` for a quantizer that needs none.
-        hidden: For a quantizer of graphs: the names of the layers' output hidden states, first to last; empty if the
+        hidden: The names of the layers' output hidden states, first to last; empty if the
             graph cannot be cut there.
     """
 

@@ -90,7 +90,7 @@ def _ranges(
             each.mkdir()
         ir.save(model, as_exported / GRAPH_FILE, external_data=WEIGHTS_FILE)
         write_float32(as_exported / GRAPH_FILE, as_float32 / GRAPH_FILE)
-        inputs = StaticInputs(masks, np.float32, StaticInputs.of_graph(model.graph, masks).length)
+        inputs = StaticInputs.of_graph(ir.load(as_float32 / GRAPH_FILE).graph, masks)
         runner = SegmentedRunner(as_float32, quantization.hidden, SEGMENT, inputs=inputs)
         prompts = [Call(window[None], np.ones_like(window[None])) for window in quantization.windows.ids.numpy()]
         return runner.largest(prompts, {str(node.inputs[0].name) for node in matmuls if node.inputs[0] is not None})
