@@ -78,7 +78,7 @@ def test_auto_costs_no_more_before_healing_than_with_zeros_in_0_1_0(removed: int
     assert ratios("unhealed", "reference", removed)["auto"][2] < of_0_1_0
 
 
-def test_the_default_costs_at_most_half_a_percent_at_a_quarter_and_4_percent_at_a_half() -> None:
+def test_the_default_costs_at_most_what_was_aimed_at() -> None:
     most = {4: 1.005, 5: 1.012, 8: 1.035}
     for removed, highest in most.items():
         [found] = ratios("default", "reference", removed).values()
