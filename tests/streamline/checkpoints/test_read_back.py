@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from cases import VOCABULARY, edit_config, make, tokenizer
 from console import Outcome, optimum_cli
@@ -27,7 +28,7 @@ from optimum.streamline.pipeline.quantize import quantize
 from optimum.streamline.quantization.quantizers import QUANTIZERS
 from optimum.streamline.text.windows import Windows
 from reference import REFERENCE
-from tiny import LAYERS, tiny_model, token_ids
+from tiny import KIN, LAYERS, tiny_model, token_ids
 
 Cli = Callable[..., Outcome]
 QUICK = ("--calibration", "stdlib", "--samples", 4, "--length", 32)
@@ -40,7 +41,11 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 FORMS = [
-    pytest.param(architecture, dtype, marks=() if dtype == "bf16" or architecture == "llama" else pytest.mark.slow)
+    pytest.param(
+        architecture,
+        dtype,
+        marks=pytest.mark.slow if architecture in KIN or (dtype != "bf16" and architecture != "llama") else (),
+    )
     for architecture in sorted(ARCHITECTURES)
     for dtype in DTYPES
 ]
@@ -67,6 +72,37 @@ def test_reading_back_holds_one_model_at_a_time(tmp_path: Path) -> None:
     save_model(model, own, torch.bfloat16, tmp_path)
     read_back(tmp_path, model, own, None)
     assert list(model.parameters()) == []
+
+
+# Llama 3.1 and later have `llama3`, Phi-3 `longrope`, and models that were trained on longer text one of the others.
+SCALED: dict[str, dict[str, Any]] = {
+    "dynamic": {"factor": 2.0},
+    "linear": {"factor": 2.0},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    "longrope": {"short_factor": [1.0, 2.0, 3.0, 4.0], "long_factor": [2.0, 3.0, 4.0, 5.0]},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+}
+
+
+@pytest.mark.parametrize("form", ["rope_parameters", "rope_scaling"])  # of transformers 5, and of 4 and the Hub
+@pytest.mark.parametrize("kind", SCALED)
+def test_scaled_rotary_embeddings_are_read_back(kind: str, form: str, cli: Cli, tmp_path: Path) -> None:
+    source, scaled = tmp_path / "in", {"rope_type": kind, **SCALED[kind]}
+    fields = {"original_max_position_embeddings": 16} if kind == "longrope" else {}
+    model = tiny_model("phi3" if kind == "longrope" else "llama", vocab_size=VOCABULARY, **fields)
+    model.save_pretrained(source)
+    tokenizer().save_pretrained(source)
+    config = json.loads((source / "config.json").read_text())
+    del config["rope_parameters"]
+    if form == "rope_parameters":
+        config[form] = {"rope_theta": 50_000.0, **scaled}
+    else:
+        config |= {form: scaled, "rope_theta": 50_000.0}
+    (source / "config.json").write_text(json.dumps(config))
+    outcome = cli("prune", "-m", source, tmp_path / "out", "--layers", "2", "--length", 16)
+    assert outcome.code == 0, outcome.err
+    rope = AutoConfig.from_pretrained(tmp_path / "out").rope_parameters
+    assert rope.items() >= {"rope_theta": 50_000.0, **scaled}.items()
 
 
 @pytest.mark.parametrize("kind", ["layer", "mlp", "ffn", "swiglu", "linear", "corrected"])

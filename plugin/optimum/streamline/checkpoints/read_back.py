@@ -226,8 +226,16 @@ _VOLATILE = {"_name_or_path", "transformers_version", "_from_model_config", "_co
 
 
 def _fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """All fields of a config, in their JSON form."""
+    """All fields of a config, in their JSON form, without what transformers adds to rotary embeddings as it reads.
+
+    The saved file also has the fields of transformers 4 (`model_files.transformers4_config`). From those it takes
+    `type`, another name of `rope_type`.
+    """
     fields: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    rope = fields.get("rope_parameters") or {}
+    for each in (rope, *rope.values()):  # of all layers, or of each kind of attention
+        if isinstance(each, dict) and "rope_type" in each and each.get("type") == each["rope_type"]:
+            del each["type"]
     return fields
 
 
