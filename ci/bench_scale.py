@@ -13,7 +13,9 @@ docs/scale.md is written from them.
 
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -68,20 +70,27 @@ def measure(size: str, edit: str, folder: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"bytes": sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))}
     for where, limit in (("memory", {}), ("disk", {"max_memory": LIMITS[size]})):
         fields = {**TEXT[size], **EDITS[edit], "calibration": "stdlib:calibration", **limit}
-        steps = estimated_costs(ModelSource(str(checkpoint)), make_recipe(fields)).steps
-        if max(step.memory for step in steps) > free_memory():
+        # In a process of its own: a process that is started begins with the peak memory of the one that starts it.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as another:
+            estimated = another.submit(estimate, checkpoint, fields).result()
+        if estimated["estimated_bytes"] > free_memory():
             continue
         seconds, peak = run_measured(streamline("prune", "-m", checkpoint, folder / where, *flags(fields)))
-        row[where] = {
-            "seconds": seconds,
-            "peak_bytes": peak,
-            "estimated_seconds": sum(step.seconds or 0 for step in steps),
-            "estimated_bytes": max(step.memory for step in steps),
-        }
+        row[where] = {"seconds": seconds, "peak_bytes": peak, **estimated}
     if "memory" in row:
         row["same"] = same_tensors(folder / "memory", folder / "disk")
     print(size, edit, row, flush=True)
     return row
+
+
+def estimate(checkpoint: Path, fields: dict[str, Any]) -> dict[str, float | None]:
+    """The largest memory of a step, in bytes, and the seconds of all steps, which may be unknown."""
+    steps = estimated_costs(ModelSource(str(checkpoint)), make_recipe(fields)).steps
+    seconds = [step.seconds for step in steps if step.seconds is not None]
+    return {
+        "estimated_seconds": sum(seconds) if len(seconds) == len(steps) else None,
+        "estimated_bytes": max(step.memory for step in steps),
+    }
 
 
 def measure_growth(edit: str, folder: Path) -> dict[str, Any]:
@@ -157,7 +166,8 @@ def both(row: dict[str, Any], key: str, unit: float, form: str) -> str:
     """A figure of a row, in memory and on disk: a dash where the model did not fit; empty if it was not measured."""
     if key not in row["disk"]:
         return ""
-    return ", ".join(form.format(row[where][key] / unit) if where in row else "-" for where in ("memory", "disk"))
+    values = [row[where][key] if where in row else None for where in ("memory", "disk")]
+    return ", ".join("-" if value is None else form.format(value / unit) for value in values)
 
 
 if __name__ == "__main__":

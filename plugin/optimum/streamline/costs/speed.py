@@ -121,15 +121,22 @@ def measure_speed(
     begun, one = monotonic(), measured(1)
     if monotonic() - begun < IMPORTS:
         one = measured(1)
-    few = measured_layers(config)
+    few = measured_layers(config, on_disk)
     more, share = measured(few), config.vocab_size / _vocabulary(config)
     # Outside the layers an export takes the time of its program, whatever the vocabulary.
     shares = {name: 1.0 if name == "export" else share for name in one}
     return Speed(**{name: _line(one[name], more[name], few, shares[name]) for name in one})
 
 
-def measured_layers(config: PreTrainedConfig) -> int:
-    """How many layers are measured: two, or up to `LAYERS` of small ones, of which a single one tells little."""
+def measured_layers(config: PreTrainedConfig, on_disk: bool) -> int:
+    """How many layers are measured: two, or up to `LAYERS` of small ones, of which a single one tells little.
+
+    Args:
+        config: The model's config.
+        on_disk: Whether the weights stay on disk. Then there is little memory, so two layers are measured.
+    """
+    if on_disk:
+        return 2
     [layer, *_] = decoder_layers(meta_model(config), architecture_of(config))
     size, layers = sum(each.numel() for each in layer.parameters()), int(config.num_hidden_layers)
     return max(2, min(LAYERS, layers, NUMBERS // size))
@@ -180,7 +187,7 @@ def _measured(
     original, scratch, out = folder / "original", folder / "scratch", folder / "out"
     scratch.mkdir()
     with torch.random.fork_rng():
-        save_weights(AutoModelForCausalLM.from_config(config).to(types.stored), original)
+        save_weights(AutoModelForCausalLM.from_config(config, dtype=types.stored), original)
     source = ModelSource(str(original))
 
     def load() -> PreTrainedModel:

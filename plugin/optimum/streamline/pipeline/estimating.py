@@ -85,9 +85,12 @@ def _why_not_measured(recipe: Recipe, config: PreTrainedConfig, around: Circumst
         return "the weights are quantized"
     if is_trusted_code(config):
         return "the model has code of its own"
-    numbers = measured_layers(config) * model_size(recipe, config).layer
+    numbers = measured_layers(config, around.on_disk) * model_size(recipe, config).layer
     numbers += 2 * min(EMBEDDED, config.vocab_size * config.hidden_size)
-    needed = numbers * around.types.computing.itemsize * (5 if recipe.resolved_trainings else 2)
+    types, trains = around.types, bool(recipe.resolved_trainings)
+    # On disk, memory holds the random weights as they are stored, and then about one layer at a time.
+    each = types.stored.itemsize if around.on_disk and not trains else types.computing.itemsize
+    needed = numbers * each * (5 if trains else 2)
     return "" if needed < min(around.free, free_memory()) else "a few layers would fill the memory"
 
 
