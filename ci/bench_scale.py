@@ -72,25 +72,27 @@ def measure(size: str, edit: str, folder: Path) -> dict[str, Any]:
         fields = {**TEXT[size], **EDITS[edit], "calibration": "stdlib:calibration", **limit}
         # In a process of its own: a process that is started begins with the peak memory of the one that starts it.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as another:
-            estimated = another.submit(estimate, checkpoint, fields).result()
-        if estimated["estimated_bytes"] > free_memory():
+            expected_seconds, expected_bytes = another.submit(estimate, checkpoint, fields).result()
+        if expected_bytes > free_memory():
             continue
         seconds, peak = run_measured(streamline("prune", "-m", checkpoint, folder / where, *flags(fields)))
-        row[where] = {"seconds": seconds, "peak_bytes": peak, **estimated}
+        row[where] = {
+            "seconds": seconds,
+            "peak_bytes": peak,
+            "estimated_seconds": expected_seconds,
+            "estimated_bytes": expected_bytes,
+        }
     if "memory" in row:
         row["same"] = same_tensors(folder / "memory", folder / "disk")
     print(size, edit, row, flush=True)
     return row
 
 
-def estimate(checkpoint: Path, fields: dict[str, Any]) -> dict[str, float | None]:
-    """The largest memory of a step, in bytes, and the seconds of all steps, which may be unknown."""
+def estimate(checkpoint: Path, fields: dict[str, Any]) -> tuple[float | None, int]:
+    """The seconds of all steps, `None` if unknown, and the largest memory of a step, in bytes."""
     steps = estimated_costs(ModelSource(str(checkpoint)), make_recipe(fields)).steps
     seconds = [step.seconds for step in steps if step.seconds is not None]
-    return {
-        "estimated_seconds": sum(seconds) if len(seconds) == len(steps) else None,
-        "estimated_bytes": max(step.memory for step in steps),
-    }
+    return sum(seconds) if len(seconds) == len(steps) else None, max(step.memory for step in steps)
 
 
 def measure_growth(edit: str, folder: Path) -> dict[str, Any]:

@@ -9,8 +9,8 @@
     ci/bench search --only caches    # distillation from all logits of the original, and from fewer tokens
     ci/bench search --page           # write the page; measure nothing
 
-All use the reference model, and `trials` GPT-2 too. The figures go to docs/search.json, and the tables of
-docs/search.md are written from them.
+All use the reference model. The figures go to docs/search.json, and the tables of docs/search.md are written from
+them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from transformers import PreTrainedModel
 
 from export_cases import REFERENCE, ROOT
 from measured_parts import measure_parts
-from methods_cases import MODELS
 from optimum.streamline.checkpoints.loading import load_stock, load_tokenizer
 from optimum.streamline.editing.packing import sublayers_left
 from optimum.streamline.evaluation.intervals import Interval, Samples, mean_interval
@@ -64,7 +63,6 @@ LITERAL: dict[str, tuple[str, dict[str, Any]]] = {
     "sleb": ("layers", {"protect": "0,0"}),
     "blockpruner": ("sublayers", {"packed": False}),
 }
-TRIALED = (("reference", 8), ("gpt2", 8))  # models, and numbers of layers to remove
 SHARES = (1 / 40, 1 / 20, 1 / 10, 1 / 5, 1.0)
 FORMS = ("full", "top-64", "sample-50")
 LAYERS_OF_SLEB = "1,3,5,12"
@@ -194,18 +192,15 @@ def trials(folder: Path) -> list[dict[str, Any]]:
     Trials stop at some of these shares. The last one is the end, with the best weights on the held-out windows.
     """
     rows: list[dict[str, Any]] = []
-    for model, removed in TRIALED:
-        recipe = make_recipe({**COMMON, **HEALING, "heal_epochs": 1, "method": "auto", "remove": removed})
-        prepared = prepare(ModelSource(str(ROOT / MODELS[model])), recipe, print)
-        assert isinstance(prepared.heal_text, Windows)
-        assert prepared.calibration is not None
-        workspace = folder / model
-        workspace.mkdir()
-        training = Trials(recipe, prepared.model, prepared.calibration, prepared.heal_text, print, workspace)
-        for plan in prepared.candidates:
-            after = {str(share): training.divergence(plan, share) for share in SHARES}
-            rows.append({"model": model, "removed": removed, "candidate": plan.chosen_by, "divergence": after})
-            print(rows[-1], flush=True)
+    recipe = make_recipe({**COMMON, **HEALING, "heal_epochs": 1, "method": "auto", "remove": REMOVED[1]})
+    prepared = prepare(ModelSource(str(REFERENCE)), recipe, print)
+    assert isinstance(prepared.heal_text, Windows)
+    assert prepared.calibration is not None
+    training = Trials(recipe, prepared.model, prepared.calibration, prepared.heal_text, print, folder)
+    for plan in prepared.candidates:
+        after = {str(share): training.divergence(plan, share) for share in SHARES}
+        rows.append({"removed": REMOVED[1], "candidate": plan.chosen_by, "divergence": after})
+        print(rows[-1], flush=True)
     return rows
 
 

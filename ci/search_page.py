@@ -14,7 +14,6 @@ SEARCHES = {
     "pairs": "`shifted`: pairs",
     "sublayers": "`blockpruner --no-packed`: attentions and MLPs",
 }
-MODEL_NAMES = {"reference": "reference", "gpt2": "GPT-2"}
 
 
 def write_page(results: dict[str, Any]) -> None:
@@ -89,14 +88,13 @@ def _packed(rows: list[dict[str, Any]]) -> list[str]:
 
 def _trials(rows: list[dict[str, Any]]) -> list[str]:
     shares = list(rows[0]["divergence"])
-    names = ["model", "plan of", *[f"after {float(share):.3g}" for share in shares[:-1]], "in the end"]
+    names = ["plan of", *[f"after {float(share):.3g}" for share in shares[:-1]], "in the end"]
     lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
     for row in rows:
-        others = [each["divergence"] for each in rows if each["model"] == row["model"]]
-        cells = [MODEL_NAMES[row["model"]], row["candidate"]]
+        cells = [row["candidate"]]
         for share in shares:
             value = f"{row['divergence'][share]:.3f}"
-            best = row["divergence"][share] == min(other[share] for other in others)
+            best = row["divergence"][share] == min(each["divergence"][share] for each in rows)
             cells.append(f"**{value}**" if best else value)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
