@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from optimum.streamline.models.architectures import ARCHITECTURES
 
 LAYERS = 5
 VOCABULARY = 128
@@ -25,8 +29,15 @@ COMMON: dict[str, Any] = {
 ALTERNATING = ["full_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 # What an architecture needs beside, or instead of, the common fields.
 SPECIAL: dict[str, dict[str, Any]] = {
+    "exaone4": {"layer_types": ALTERNATING, "sliding_window": 6},
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8, "layer_types": ALTERNATING, "sliding_window": 6, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"head_dim": 8, "layer_types": ALTERNATING, "sliding_window": 6, "query_pre_attn_scalar": 8},
+    "glm": {"head_dim": 8},
+    "glm4": {"head_dim": 8},
+    "helium": {"head_dim": 8},
+    "ministral3": {"head_dim": 8},
+    "olmo3": {"layer_types": ALTERNATING, "sliding_window": 6},
     "gpt2": {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64},
     "mistral": {"sliding_window": None},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -40,6 +51,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 16,
         "mlp_only_layers": [3],
     },
+    "seed_oss": {"head_dim": 8},
     "smollm3": {"no_rope_layers": [1, 1, 0, 1, 0]},
 }
 NOT_COMMON = {
@@ -54,6 +66,17 @@ NOT_COMMON = {
     "opt": {"intermediate_size", "num_key_value_heads"},
     "gpt_neox": {"num_key_value_heads"},
 }
+
+
+# Their layers are those of others here, but for names and numbers. `test_architectures.py` tests them in any case.
+KIN = {"arcee", "ernie4_5", "exaone4", "glm", "glm4", "helium", "ministral3", "olmo3", "seed_oss"}
+NORM_AFTER = {name for name, row in ARCHITECTURES.items() if row.norm_after}
+UNMERGEABLE = NORM_AFTER | {name for name, row in ARCHITECTURES.items() if row.experts}
+
+
+def every(names: Iterable[str] = ARCHITECTURES) -> list[Any]:
+    """Architectures as parameters of a test, sorted; those of `KIN` are slow."""
+    return [pytest.param(name, marks=pytest.mark.slow if name in KIN else ()) for name in sorted(names)]
 
 
 def tiny_model(architecture: str = "llama", seed: int = 0, **fields: Any) -> PreTrainedModel:

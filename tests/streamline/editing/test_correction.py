@@ -36,12 +36,12 @@ from optimum.streamline.scoring.ablation import corrected_losses, cross_fitted_l
 from optimum.streamline.scoring.similarity import measure_scores
 from optimum.streamline.text.windows import Windows, read_windows
 from reference import REFERENCE, VOCABULARY
-from tiny import LAYERS, tiny_model, token_ids
+from tiny import KIN, LAYERS, NORM_AFTER, every, tiny_model, token_ids
 
 TEXT = Windows(token_ids(9, 20), "random")
 FEW = Windows(token_ids(6, 20), "random")  # one batch, so that no removal leaves a race before its end
 REFUSED = {"mixtral": "mixtures of experts", "qwen3_moe": "mixtures of experts", "gpt_neox": "parallel residual"}
-REFUSED |= dict.fromkeys(("gemma2", "olmo2"), "a norm between its MLP and the residual stream")
+REFUSED |= dict.fromkeys(NORM_AFTER, "a norm between its MLP and the residual stream")
 # What each architecture needs to be corrected; the others cannot be.
 FIELDS = {name: {} for name in ARCHITECTURES if name not in REFUSED} | {
     "gpt_neox": {"use_parallel_residual": False},
@@ -143,7 +143,12 @@ def loss(model: PreTrainedModel, windows: Windows) -> float:
 
 @pytest.mark.parametrize(
     ("architecture", "case"),
-    [(each, case) for each in sorted(FIELDS) for case in CASES if case == "of two layers" or each in ("llama", "gpt2")],
+    [
+        pytest.param(each, case, marks=pytest.mark.slow if each in KIN else ())
+        for each in sorted(FIELDS)
+        for case in CASES
+        if case == "of two layers" or each in ("llama", "gpt2")
+    ],
 )
 def test_each_projection_is_the_ridge_solution_for_its_own_inputs_and_target(architecture: str, case: str) -> None:
     original, (removed, targets) = correctable(architecture), CASES[case]
@@ -159,7 +164,7 @@ def test_a_search_corrects_the_first_mlp_after_each_gap(architecture: str) -> No
     check_solutions(original, removed, fitted, {(1, M): (1, M), (4, M): (4, M)})
 
 
-@pytest.mark.parametrize("architecture", sorted(FIELDS))
+@pytest.mark.parametrize("architecture", every(FIELDS))
 def test_only_the_weights_of_output_projections_change(architecture: str) -> None:
     original = correctable(architecture)
     plain, corrected = copy.deepcopy(original), copy.deepcopy(original)
@@ -177,7 +182,7 @@ def test_only_the_weights_of_output_projections_change(architecture: str) -> Non
     assert {name for name, each in corrected.state_dict().items() if not torch.equal(each, before[name])} == names
 
 
-@pytest.mark.parametrize("architecture", sorted(FIELDS))
+@pytest.mark.parametrize("architecture", every(FIELDS))
 def test_a_packed_corrected_model_is_a_plain_checkpoint_and_the_original_is_left_alone(
     architecture: str, tmp_path: Path
 ) -> None:
@@ -364,7 +369,7 @@ def test_an_mlp_that_is_skipped_already_is_not_corrected() -> None:
         apply_plan(model, Plan(LAYERS - 1, (0,), "corrected"), Replacement())
 
 
-@pytest.mark.parametrize("architecture", sorted(REFUSED))
+@pytest.mark.parametrize("architecture", every(REFUSED))
 def test_what_no_correction_fits_is_refused_by_name(architecture: str) -> None:
     recipe = make_recipe({"layers": "1", "replacement": "corrected"})
     with pytest.raises(StreamlineError, match=f"architecture '{architecture}' has .*{REFUSED[architecture]}"):

@@ -26,13 +26,12 @@ from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.scoring.similarity import measure_scores
 from optimum.streamline.text.windows import Windows, read_windows
 from reference import REFERENCE, VOCABULARY
-from tiny import LAYERS, tiny_model, token_ids
+from tiny import LAYERS, NORM_AFTER, every, tiny_model, token_ids
 
 TEXT = Windows(token_ids(9, 20), "random")
 ONE_RUN = Plan(LAYERS, (2, 3), "linear")
 TWO_RUNS = Plan(LAYERS, (1, 3, 4), "linear")
-REFUSED = ["gemma2", "olmo2"]
-FOLDABLE = sorted(set(ARCHITECTURES) - set(REFUSED))
+FOLDABLE = sorted(set(ARCHITECTURES) - NORM_AFTER)
 PACKABLE = [architecture for architecture in FOLDABLE if can_pack(tiny_model(architecture).config)]
 # Where the stream is found that a layer's MLP is added to: the module whose input it is, or whose output it is.
 MLP_NORM = {"gpt2": "ln_2", "opt": "final_layer_norm"}
@@ -80,7 +79,7 @@ def best_map(written: Rows, stream: Rows, target: Rows, strength: float) -> Rows
     return solved
 
 
-@pytest.mark.parametrize("architecture", FOLDABLE)
+@pytest.mark.parametrize("architecture", every(FOLDABLE))
 def test_map_is_the_least_squares_solution_and_the_folded_stream_its_formula(architecture: str) -> None:
     original = tiny_model(architecture)
     written, stream, target = added_by_mlp(original, 1), rows_of(original, 1, "output"), rows_of(original, 3, "output")
@@ -126,7 +125,7 @@ def test_second_gap_is_fitted_to_the_original_behind_the_first_patch(architectur
     assert abs(naive - second).max() > 1e-2
 
 
-@pytest.mark.parametrize("architecture", PACKABLE)
+@pytest.mark.parametrize("architecture", every(PACKABLE))
 def test_before_a_gap_within_layers_the_map_is_folded_into_the_attention(architecture: str) -> None:
     """Between the attention of layer 1 and the MLP of layer 2 all goes: they make a layer."""
     fields = {"residual_multiplier": 0.4} if architecture == "granite" else {}
@@ -213,7 +212,7 @@ def test_a_packed_original_that_skips_sublayers_takes_maps() -> None:
     np.testing.assert_allclose(maps[1, "attention"], expected, atol=2e-4)
 
 
-@pytest.mark.parametrize("architecture", PACKABLE)
+@pytest.mark.parametrize("architecture", every(PACKABLE))
 def test_a_packed_patched_model_is_a_plain_checkpoint_nearer_to_the_original(architecture: str, tmp_path: Path) -> None:
     original, ids = tiny_model(architecture), token_ids()
     removed = [(1, "mlp"), (2, "attention"), (3, "attention"), (3, "mlp")]
@@ -228,7 +227,7 @@ def test_a_packed_patched_model_is_a_plain_checkpoint_nearer_to_the_original(arc
     assert ((last[2] - last[0]) ** 2).sum() < ((last[1] - last[0]) ** 2).sum()
 
 
-@pytest.mark.parametrize("architecture", FOLDABLE)
+@pytest.mark.parametrize("architecture", every(FOLDABLE))
 def test_patched_model_is_a_plain_checkpoint_and_the_original_is_left_alone(architecture: str, tmp_path: Path) -> None:
     model, ids = tiny_model(architecture), token_ids()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -259,7 +258,7 @@ def test_endless_strength_is_plain_removal(architecture: str) -> None:
     assert (weak - torch.eye(32)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("architecture", REFUSED)
+@pytest.mark.parametrize("architecture", every(NORM_AFTER))
 def test_a_norm_behind_the_mlp_is_refused_by_name(architecture: str) -> None:
     with pytest.raises(StreamlineError, match=f"architecture '{architecture}' has a norm between its MLP and"):
         check_linear(tiny_model(architecture).config)

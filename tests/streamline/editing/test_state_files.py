@@ -10,14 +10,14 @@ from torch import nn
 
 from optimum.streamline.editing import residual_stream
 from optimum.streamline.editing.state_files import carry, write_embeddings
-from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, decoder_layers
+from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.text.window_file import WindowFile
-from tiny import LAYERS, tiny_model, token_ids
+from tiny import LAYERS, every, tiny_model, token_ids
 
 IDS = token_ids(20, 16)  # more windows than are computed at once
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", every())
 def test_the_states_at_each_depth_are_the_models(architecture: str, tmp_path: Path) -> None:
     model = tiny_model(architecture)
     width = model.config.hidden_size

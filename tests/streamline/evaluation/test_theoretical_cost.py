@@ -12,7 +12,7 @@ from optimum.streamline.editing.apply import apply_plan, build_replacement
 from optimum.streamline.editing.plan import Plan
 from optimum.streamline.evaluation.theoretical_cost import cost_of, disk_bytes
 from optimum.streamline.models.architectures import ARCHITECTURES, decoder_layers
-from tiny import COMMON, LAYERS, tiny_model
+from tiny import COMMON, LAYERS, every, tiny_model
 
 WIDTH, INNER, VOCABULARY = 32, 48, 128
 ATTENTION = 32 * 32 + 2 * 16 * 32 + 32 * 32  # q, k and v of 2 heads of 8, o
@@ -42,7 +42,7 @@ def test_dtype_scales_bytes_and_not_flops() -> None:
     assert full.prefill_flops(7) == half.prefill_flops(7)
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", every())
 def test_dead_attention_costs_nothing(architecture: str) -> None:
     model: PreTrainedModel = tiny_model(architecture)
     before = cost_of(model.config, "fp32")
@@ -64,7 +64,7 @@ def test_dead_parameters_by_hand() -> None:
     assert cost.parameters - cost.live_parameters == ATTENTION
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", every())
 def test_a_dead_mlp_costs_nothing_and_keeps_its_cache(architecture: str) -> None:
     model: PreTrainedModel = tiny_model(architecture)
     before, row = cost_of(model.config, "fp32"), ARCHITECTURES[architecture]

@@ -23,14 +23,14 @@ from optimum.streamline.healing.losses import NextToken
 from optimum.streamline.healing.stages import Healer
 from optimum.streamline.methods.come import CoMe
 from optimum.streamline.model_files.source import ModelSource
-from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, can_pack, decoder_layers
+from optimum.streamline.models.architectures import architecture_of, can_pack, decoder_layers
 from optimum.streamline.models.skipped_sublayers import mark_skipped, skipped_sublayers_dropped
 from optimum.streamline.pipeline.prune import change, prepare
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.system import disk
 from optimum.streamline.text.windows import Windows, read_windows
 from reference import HEALED, REFERENCE
-from tiny import LAYERS, tiny_model, token_ids
+from tiny import LAYERS, every, tiny_model, token_ids
 
 # One is held out. It is trained on too: random layers learn nothing that holds elsewhere.
 WINDOWS = Windows(token_ids(1, 24).repeat(20, 1), "random")
@@ -91,7 +91,7 @@ def test_a_plan_that_cuts_nothing_is_refused() -> None:
         healer.after_edit(plan.new_layers)
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", every())
 def test_the_error_is_of_the_layer_in_its_place_given_the_originals_state(architecture: str, tmp_path: Path) -> None:
     # Here the layer runs in the edited model, with its masks and positions, and only its input is put in.
     model = tiny_model(architecture)

@@ -46,7 +46,7 @@ from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.scoring.similarity import measure_scores
 from optimum.streamline.text.windows import Windows
 from reference import REFERENCE
-from tiny import LAYERS, tiny_model, token_ids
+from tiny import LAYERS, every, tiny_model, token_ids
 
 WINDOWS = Windows(token_ids(40, 24), "random")
 HELD_OUT = WINDOWS.ids[-2:]  # 5% of 40
@@ -168,7 +168,8 @@ def test_a_part_is_trained_through_the_rest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "rank"), [*((name, None) for name in sorted(ARCHITECTURES)), ("qwen2", 4), ("gpt2", 4)]
+    ("architecture", "rank"),
+    [*(pytest.param(*each.values, None, marks=each.marks) for each in every()), ("qwen2", 4), ("gpt2", 4)],
 )
 def test_dead_sublayers_stay_as_they_were_and_the_model_a_plain_one(architecture: str, rank: int | None) -> None:
     model = tiny_model(architecture)

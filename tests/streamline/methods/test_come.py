@@ -28,9 +28,8 @@ from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.scoring.channel_sensitivity import measure_channels
 from optimum.streamline.scoring.similarity import measure_scores
 from optimum.streamline.text.windows import Windows
-from tiny import LAYERS, tiny_model, token_ids
+from tiny import LAYERS, UNMERGEABLE, every, tiny_model, token_ids
 
-UNMERGEABLE = {"gemma2", "mixtral", "olmo2", "qwen3_moe"}
 MERGEABLE = sorted(set(ARCHITECTURES) - UNMERGEABLE)
 NAMES = ("average", "come", "come-mp", "come-p", "come-sp")
 FULL = {"layer_types": ["full_attention"] * LAYERS}
@@ -194,7 +193,7 @@ def test_average_weighs_by_influence() -> None:
 
 
 @pytest.mark.parametrize("method", ["come", "average"])
-@pytest.mark.parametrize("architecture", MERGEABLE)
+@pytest.mark.parametrize("architecture", every(MERGEABLE))
 def test_a_merged_model_is_one_that_stock_transformers_loads(architecture: str, method: str, tmp_path: Path) -> None:
     model = model_of(architecture)
     plan = planned(method, model, 1)

@@ -19,7 +19,7 @@ from optimum.streamline.models.skipped_sublayers import skipped_of
 from optimum.streamline.recipe.parsing import make_recipe
 from optimum.streamline.scoring.similarity import measure_scores
 from optimum.streamline.text.windows import Windows
-from tiny import LAYERS, tiny_model, token_ids
+from tiny import KIN, LAYERS, NORM_AFTER, tiny_model, token_ids
 
 CALIBRATION, HELD_OUT = Windows(token_ids(3, 12, seed=5), "random"), Windows(token_ids(3, 12, seed=6), "random")
 RECIPES: dict[str, dict[str, Any]] = {
@@ -33,7 +33,7 @@ RECIPES["shortgpt iterative"] = {"method": "shortgpt", "remove": 2, "iterative":
 RECIPES["linear"] = {"layers": "1,3", "replacement": "linear"}
 RECIPES["corrected"] = {"layers": "1,3", "replacement": "corrected"}
 MERGING = {"average", "come", "come-mp", "come-p", "come-sp"}
-MIXTURES, POST_NORM, PARALLEL = {"mixtral", "qwen3_moe"}, {"gemma2", "olmo2"}, {"gpt_neox"}
+MIXTURES, POST_NORM, PARALLEL = {"mixtral", "qwen3_moe"}, NORM_AFTER, {"gpt_neox"}
 # Only neighbours of one kind are merged; where kinds alternate in `tiny.py`, there are none.
 NEIGHBOURS: dict[str, dict[str, Any]] = {
     "qwen2": {"layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 3},
@@ -61,7 +61,9 @@ ELSEWHERE = {"average", "come", "corrected", "linear"}
 @pytest.mark.parametrize(
     ("architecture", "name"),
     [
-        pytest.param(each, name, marks=() if each in DIFFERENT or name in ELSEWHERE else pytest.mark.slow)
+        pytest.param(
+            each, name, marks=pytest.mark.slow if each in KIN or not (each in DIFFERENT or name in ELSEWHERE) else ()
+        )
         for each in sorted(ARCHITECTURES)
         for name in RECIPES
     ],

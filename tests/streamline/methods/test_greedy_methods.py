@@ -26,7 +26,7 @@ from optimum.streamline.scoring.race import MIN_WINDOWS
 from optimum.streamline.scoring.similarity import Scores
 from optimum.streamline.scoring.taylor import taylor_importance
 from optimum.streamline.text.windows import Windows
-from tiny import LAYERS, tiny_model, token_ids
+from tiny import LAYERS, every, tiny_model, token_ids
 
 IDS = token_ids(MIN_WINDOWS, 12, seed=1)  # so few that no removal leaves a race early
 SOME = ["llama", "qwen3", "gpt2", "gemma2", "opt", "qwen3_moe"]
@@ -77,7 +77,7 @@ def test_shortened_ppl_takes_what_is_missed_least_alone(architecture: str, prote
     assert planned(model, "shortened-ppl", remove=2, protect=protect) == Plan(LAYERS, expected)
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", every())
 def test_taylor_importance_is_the_formula(architecture: str) -> None:
     model = tiny_model(architecture)
     before = {name: value.clone() for name, value in model.named_parameters()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 from pathlib import Path
@@ -31,7 +32,13 @@ ROPE: dict[str, dict[str, Any]] = {
 }
 # The kinds of rotary embedding that transformers 4 supports in these architectures.
 KINDS = {"phi3": ("default", "longrope"), "olmo2": ("default",)}
-CASES = [(name, kind) for name in ARCHITECTURES for kind in KINDS.get(name, ("default", "linear", "llama3"))]
+# Those with embeddings of their own for each kind of attention have a test of their own. Ministral 3 is newer.
+OTHERS = {"gemma3_text", "olmo3", "ministral3"}
+CASES = [
+    (name, kind)
+    for name in sorted(ARCHITECTURES.keys() - OTHERS)
+    for kind in KINDS.get(name, ("default", "linear", "llama3"))
+]
 # These architectures have no rotary embeddings.
 CASES = [case for case in CASES if case[0] not in ("gpt2", "opt") or case[1] == "default"]
 
@@ -78,6 +85,27 @@ def test_the_older_names_are_those_of_the_hub(tmp_path: Path) -> None:
     fields = json.loads((tmp_path / "moe" / "config.json").read_text())
     assert fields["num_experts"] == 4
     assert "rope_scaling" not in fields
+
+
+@pytest.mark.parametrize(
+    ("architecture", "of_sliding"), [("gemma3_text", {"rope_local_base_freq": 7_000.0}), ("olmo3", {})]
+)
+def test_the_older_names_of_two_rotary_embeddings(
+    architecture: str, of_sliding: dict[str, float], tmp_path: Path
+) -> None:
+    kinds = {
+        "full_attention": {**ROPE["linear"], "rope_theta": 50_000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 7_000.0},
+    }
+    model = tiny_model(architecture, rope_parameters=copy.deepcopy(kinds))
+    save_model(model, AutoTokenizer.from_pretrained(REFERENCE), torch.float32, tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["rope_theta"] == 50_000.0
+    assert fields["rope_scaling"] == {**ROPE["linear"], "type": "linear"}
+    assert {key: fields[key] for key in fields if key == "rope_local_base_freq"} == of_sliding
+    read = AutoConfig.from_pretrained(tmp_path).rope_parameters
+    assert read["full_attention"].pop("type") == "linear"  # an alias of `rope_type`
+    assert read == kinds
 
 
 @pytest.mark.slow

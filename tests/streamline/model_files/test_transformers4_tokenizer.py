@@ -24,8 +24,8 @@ from tokenizer_seen import seen
 
 # The class of each tokenizer for which transformers 5 has a class of its own.
 CLASSES = {
-    **dict.fromkeys(("gemma", "gemma2"), "GemmaTokenizer"),
-    **dict.fromkeys(("gpt2", "gpt2 in two files", "opt", "opt in two files", "starcoder2"), "GPT2Tokenizer"),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), "GemmaTokenizer"),
+    **dict.fromkeys(("gpt2", "gpt2 in two files", "opt", "opt in two files", "starcoder2", "exaone4"), "GPT2Tokenizer"),
     **dict.fromkeys(("llama", "llama without BOS", "llama of a fast class"), "LlamaTokenizer"),
     **dict.fromkeys(("qwen2", "qwen3", "qwen3_moe"), "Qwen2Tokenizer"),
     "gpt_neox": "GPTNeoXTokenizer",

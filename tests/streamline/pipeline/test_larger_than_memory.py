@@ -43,7 +43,7 @@ from optimum.streamline.scoring.taylor import taylor_importance
 from optimum.streamline.system.notify import silent
 from optimum.streamline.text.windows import Windows
 from reference import REFERENCE
-from tiny import LAYERS, tiny_model, token_ids
+from tiny import LAYERS, every, tiny_model, token_ids
 
 Cli = Callable[..., Outcome]
 TEXT: dict[str, Any] = {"calibration": "stdlib:calibration", "samples": 10, "length": 16}
@@ -435,7 +435,7 @@ def test_a_model_on_disk_computes_on_the_device_that_it_is_given(tmp_path: Path)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", every())
 @pytest.mark.parametrize("edit", ["removal", *CHANGES])
 def test_weights_go_to_the_gpu_one_by_one(
     architecture: str, edit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

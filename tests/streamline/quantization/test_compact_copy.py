@@ -10,16 +10,16 @@ from transformers import AutoModelForCausalLM
 
 from optimum.streamline.checkpoints.loading import load_on_disk
 from optimum.streamline.model_files.source import ModelSource
-from optimum.streamline.models.architectures import ARCHITECTURES, architecture_of, decoder_layers
+from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.quantization.compact_copy import compact_copy
 from reference import REFERENCE
-from tiny import tiny_model, token_ids
+from tiny import every, tiny_model, token_ids
 
 pytestmark = pytest.mark.quantizers
 FORMS = ("bf16", "int8", "nf4")
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", every())
 def test_a_model_on_disk_gives_the_same_copy_as_one_in_memory(architecture: str, tmp_path: Path) -> None:
     model, ids = tiny_model(architecture).eval(), token_ids()
     before = {name: value.clone() for name, value in model.state_dict().items()}

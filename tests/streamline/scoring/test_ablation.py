@@ -18,7 +18,7 @@ from optimum.streamline.models.skipped_sublayers import ATTENTION, MLP
 from optimum.streamline.scoring.ablation import removal_losses
 from optimum.streamline.scoring.loss import cross_entropy_sum
 from optimum.streamline.text.windows import Windows
-from tiny import LAYERS, tiny_model, token_ids
+from tiny import LAYERS, every, tiny_model, token_ids
 
 WINDOWS = Windows(token_ids(6, 12), "random")  # a whole batch, and a part of one
 
@@ -67,7 +67,7 @@ REMOVED: SublayerSet = frozenset({*whole_layer(1), (2, ATTENTION), (4, MLP)})
 
 
 @pytest.mark.parametrize("removed", [frozenset(), REMOVED], ids=["whole", "less"])
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", every())
 def test_losses_are_those_of_models_that_lack_the_parts(architecture: str, removed: SublayerSet) -> None:
     model = tiny_model(architecture)
     candidates = [part for part in CANDIDATES if not part & removed]
@@ -79,7 +79,7 @@ def test_losses_are_those_of_models_that_lack_the_parts(architecture: str, remov
     assert len({round(loss, 4) for loss in expected}) == len(expected)
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", every())
 def test_the_model_is_left_as_it_was(architecture: str) -> None:
     model = tiny_model(architecture)
     before = [(name, id(module)) for name, module in model.named_modules()]

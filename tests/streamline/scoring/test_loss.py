@@ -24,7 +24,7 @@ from optimum.streamline.scoring.ablation import removal_window_losses
 from optimum.streamline.scoring.loss import stream_gradient, window_losses
 from optimum.streamline.scoring.merge_search import candidate_losses
 from optimum.streamline.text.windows import Windows
-from tiny import LAYERS, tiny_model, token_ids
+from tiny import LAYERS, every, tiny_model, token_ids
 
 IDS = token_ids(3, 12)
 WINDOWS = Windows(IDS, "random")
@@ -57,7 +57,7 @@ def of_whole_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("slices")
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", every())
 def test_losses_are_those_of_whole_logits(architecture: str) -> None:
     model = tiny_model(architecture)
     head = model.get_output_embeddings().weight
@@ -67,7 +67,7 @@ def test_losses_are_those_of_whole_logits(architecture: str) -> None:
 
 
 @pytest.mark.usefixtures("slices")
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", every())
 def test_the_gradient_of_the_last_state_is_that_of_whole_logits(architecture: str) -> None:
     model, seen = tiny_model(architecture).requires_grad_(False), list[torch.Tensor]()
     last = decoder_layers(model, architecture_of(model.config))[-1]

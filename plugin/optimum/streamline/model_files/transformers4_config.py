@@ -19,13 +19,13 @@ _GATHERED = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotar
 _GATHERED_AS = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
 # Keys that an architecture does not accept in `rope_scaling`, because it has them elsewhere.
 _NOT_IN_SCALING = {"phi3": ("rope_type", "original_max_position_embeddings")}
+# The field with the base of the rotary embeddings of layers with a sliding window, where they have their own. The other
+# fields are those of layers with full attention.
+_OF_SLIDING = {"gemma3_text": "rope_local_base_freq"}
 
 
 def add_older_names(folder: Path) -> None:
     """Add the fields of transformers 4 to a saved `config.json`.
-
-    A model with different rotary embeddings for different kinds of layer stays as it is: each such architecture had its
-    own field names.
 
     Args:
         folder: The checkpoint's folder.
@@ -38,11 +38,12 @@ def add_older_names(folder: Path) -> None:
 
 def _rope(fields: dict[str, Any]) -> dict[str, Any]:
     """The rotary embedding fields in the form of transformers 4."""
-    parameters = fields.get("rope_parameters") or {}
+    architecture, parameters = fields["model_type"], fields.get("rope_parameters") or {}
+    of_sliding = parameters.get("sliding_attention") if architecture in _OF_SLIDING else None
+    parameters = parameters.get("full_attention", parameters)
     kind = parameters.get("rope_type")
     if kind is None:
         return {}
-    architecture = fields["model_type"]
     names = _GATHERED_AS.get(architecture, _GATHERED)
     older = {name: parameters[key] for key, name in names.items() if key in parameters}
     if kind != "default":
@@ -50,4 +51,6 @@ def _rope(fields: dict[str, Any]) -> dict[str, Any]:
         older["rope_scaling"] = {key: value for key, value in parameters.items() if key not in not_in_scaling} | {
             "type": kind
         }
+    if of_sliding is not None:
+        older[_OF_SLIDING[architecture]] = of_sliding["rope_theta"]
     return older

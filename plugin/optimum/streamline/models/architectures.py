@@ -69,8 +69,14 @@ class Architecture:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "arcee": Architecture(mlp_in=("mlp.up_proj",)),
+    "ernie4_5": Architecture(),
+    "exaone4": Architecture(norm_after=True, mlp_norms=("post_feedforward_layernorm",)),
     "gemma": Architecture(gain_offset=1.0),
     "gemma2": Architecture(norm_after=True, mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm")),
+    "gemma3_text": Architecture(norm_after=True, mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm")),
+    "glm": Architecture(mlp_in=("mlp.gate_up_proj",), stacked=("mlp.gate_up_proj",)),
+    "glm4": Architecture(norm_after=True, mlp_norms=("post_attention_layernorm", "post_mlp_layernorm")),
     "gpt2": Architecture(
         layers="transformer.h",
         attention="attn",
@@ -92,10 +98,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         bias_field="attention_bias",
     ),
     "granite": Architecture(),
+    "helium": Architecture(),
     "llama": Architecture(),
+    "ministral3": Architecture(),
     "mistral": Architecture(),
     "mixtral": Architecture(mlp_out=("mlp.experts.down_proj",), experts=True),
     "olmo2": Architecture(norm_after=True, mlp_norms=("post_feedforward_layernorm",)),
+    "olmo3": Architecture(norm_after=True, mlp_norms=("post_feedforward_layernorm",)),
     "opt": Architecture(
         layers="model.decoder.layers",
         attention_out="self_attn.out_proj",
@@ -114,6 +123,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": Architecture(),
     "qwen3": Architecture(head_norms=("self_attn.q_norm", "self_attn.k_norm")),
     "qwen3_moe": Architecture(mlp_out=("mlp.down_proj", "mlp.experts.down_proj"), experts=True),
+    "seed_oss": Architecture(),
     "smollm3": Architecture(),
     "starcoder2": Architecture(mlp_out=("mlp.c_proj",), mlp_in=("mlp.c_fc",), bias_field="use_bias"),
 }

@@ -48,6 +48,7 @@ OPERATORS = frozenset(
         "Sub",
         "Tanh",
         "TensorScatter",
+        "Tile",
         "Transpose",
         "Unsqueeze",
     }
