@@ -118,3 +118,11 @@ def test_text_of_the_original_heals_as_well_as_given_text(model: str, removed: i
     assert own[0] <= given[0]
     if model == "reference":
         assert own[2] >= given[1]  # level
+
+
+def test_searches_take_at_most_a_third_of_the_time_of_the_papers_algorithm_and_choose_the_same() -> None:
+    rows = json.loads((Path(__file__).parents[1] / "docs" / "search.json").read_text())["literal"]
+    assert {row["method"] for row in rows} == {"blockpruner", "sleb"}
+    for row in rows:
+        assert row["same"]
+        assert row["seconds"] <= row["literal_seconds"] / 3
