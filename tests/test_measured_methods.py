@@ -126,3 +126,14 @@ def test_searches_take_at_most_a_third_of_the_time_of_the_papers_algorithm_and_c
     for row in rows:
         assert row["same"]
         assert row["seconds"] <= row["literal_seconds"] / 3
+
+
+def test_estimates_of_pruning_are_within_a_factor_of_one_and_a_half() -> None:
+    rows = json.loads((Path(__file__).parents[1] / "docs" / "scale.json").read_text())
+    measured = [row[where] for row in rows.values() for where in ("memory", "disk") if "same" in row]
+    compared = [each for each in measured if "estimated_seconds" in each]
+    assert len(compared) >= 6
+    for each in compared:
+        for what in ("seconds", "bytes"):
+            actual = each["seconds" if what == "seconds" else "peak_bytes"]
+            assert 2 / 3 < each[f"estimated_{what}"] / actual < 1.5
