@@ -171,7 +171,6 @@ MAKERS: dict[str, Callable[[], Made]] = {
     "mistral": llama,
     "mixtral": llama,
     "olmo2": partial(gpt2, "GPT2Tokenizer", "<|pad|>", digits=True, composed=True),
-    "olmo3": partial(gpt2, "GPT2Tokenizer", "<|pad|>", digits=True, composed=True),
     "opt": opt,
     "opt in two files": opt,
     "phi3": phi3,

@@ -37,7 +37,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "glm4": {"head_dim": 8},
     "helium": {"head_dim": 8},
     "ministral3": {"head_dim": 8},
-    "olmo3": {"layer_types": ALTERNATING, "sliding_window": 6},
     "gpt2": {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64},
     "mistral": {"sliding_window": None},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -68,8 +67,8 @@ NOT_COMMON = {
 }
 
 
-# Their layers are those of others here, but for names and numbers. `test_architectures.py` tests them in any case.
-KIN = {"arcee", "ernie4_5", "exaone4", "glm", "glm4", "helium", "ministral3", "olmo3", "seed_oss"}
+# Their modules have the form of others here. `test_architectures.py` tests them in any case.
+KIN = {"arcee", "ernie4_5", "exaone4", "glm", "glm4", "helium", "ministral3", "seed_oss"}
 NORM_AFTER = {name for name, row in ARCHITECTURES.items() if row.norm_after}
 UNMERGEABLE = NORM_AFTER | {name for name, row in ARCHITECTURES.items() if row.experts}
 

@@ -234,8 +234,13 @@ def test_per_layer_config_fields_follow_their_layers() -> None:
 
 
 def test_other_architectures_are_refused_by_name() -> None:
-    with pytest.raises(StreamlineError, match=r"'bert': is not supported; supported are gemma, .*qwen3"):
+    with pytest.raises(StreamlineError, match=r"'bert': is not supported; supported are arcee, .*qwen3"):
         architecture_of(BertConfig())
+
+
+def test_tokens_that_see_the_future_are_refused() -> None:
+    with pytest.raises(StreamlineError, match="config.use_bidirectional_attention True: each token sees those after"):
+        architecture_of(tiny_model("gemma3_text", use_bidirectional_attention=True).config)
 
 
 def test_layers_that_depend_on_their_number_are_refused() -> None:

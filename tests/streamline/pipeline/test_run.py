@@ -16,6 +16,7 @@ from optimum.streamline import StreamlineConfig, StreamlineError, Streamliner
 from optimum.streamline.checkpoints.loading import load
 from optimum.streamline.evaluation.results import Report
 from optimum.streamline.model_files.source import ModelSource, fingerprint
+from optimum.streamline.pipeline import prune, texts
 from optimum.streamline.text.sources import open_text
 from reference import LIBRARY, REFERENCE
 
@@ -137,10 +138,8 @@ def test_other_text_of_the_same_name_is_another_run(cli: Cli, tmp_path: Path) ->
     texts = list(open_text("stdlib:train").documents)
     (tmp_path / "text.txt").write_text(texts[0] + texts[1] + texts[2])
     words = (
-        "--method",
-        "shortgpt",
-        "--remove",
-        1,
+        "--layers",
+        5,
         "--calibration",
         tmp_path / "text.txt",
         "--eval-data",
@@ -159,24 +158,34 @@ def test_other_text_of_the_same_name_is_another_run(cli: Cli, tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("untimed")
-def test_calibration_text_is_read_only_if_it_is_needed(cli: Cli, tmp_path: Path) -> None:
-    judged = ("--eval-data", "stdlib:eval", "--eval-samples", 4, "--length", 64, "--calibration", "missing.txt")
+def test_the_default_calibration_text_is_read_only_if_it_is_needed(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unread(*_: object) -> None:
+        raise StreamlineError("the calibration text is read")
+
+    monkeypatch.setattr(texts, "text_of_choice", unread)
+    monkeypatch.setattr(prune, "text_of_choice", unread)
+    judged = ("--eval-data", "stdlib:eval", "--eval-samples", 4, "--length", 64)
     outcome = cli(tmp_path / "out", "--layers", "3,5", *judged)
     assert outcome.code == 0, outcome.err
-    assert "calibration text" not in outcome.out
-    assert "calibration 'missing.txt': no layer is chosen on it, because the layers are named" in outcome.out
     assert "calibration" not in json.loads((tmp_path / "out" / "streamline.json").read_text())["data"]
     assert cli(tmp_path / "out", "--layers", "3,5", *judged).code == 0  # it resumes
-    for needs in (("--replacement", "corrected"), ("--format", "onnx", "--quantize", "int8-static")):
+    quantized, given = ("--format", "onnx", "--quantize", "int8-static"), ("--calibration", "stdlib:calibration")
+    for needs in (("--replacement", "corrected"), quantized, given):
         refused = cli(tmp_path / "other", "--layers", "3,5", *judged, *needs)
         assert refused.code == 2
-        assert "missing.txt" in refused.err
+        assert "the calibration text is read" in refused.err
 
 
 @pytest.mark.usefixtures("untimed")
-def test_named_layers_leave_the_calibration_text_to_the_quantizer(cli: Cli, tmp_path: Path) -> None:
-    texts = list(open_text("stdlib:calibration").documents)
-    (tmp_path / "text.txt").write_text("".join(texts[:2]))
+def test_what_a_quantizer_was_calibrated_on_is_noticed(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = list(open_text("stdlib:calibration").documents)
+    (tmp_path / "text.txt").write_text("".join(found[:2]))
+    for module in (texts, prune):  # as if this were the default text
+        monkeypatch.setattr(module, "reads_calibration", lambda recipe: False)
     text = ("--calibration", tmp_path / "text.txt", "--samples", 2, "--eval-data", "stdlib:eval", "--eval-samples", 4)
     words = ("--layers", "3,5", *text, "--length", 32, "--format", "onnx", "--quantize", "int8-static")
     first = cli(tmp_path / "out", *words)
@@ -185,7 +194,7 @@ def test_named_layers_leave_the_calibration_text_to_the_quantizer(cli: Cli, tmp_
     before = made_at(tmp_path / "out")
     assert cli(tmp_path / "out", *words).code == 0
     assert made_at(tmp_path / "out") == before
-    (tmp_path / "text.txt").write_text("".join(texts[2:4]))
+    (tmp_path / "text.txt").write_text("".join(found[2:4]))
     assert cli(tmp_path / "out", *words).code == 0
     after = made_at(tmp_path / "out")
     assert {name for name in before if after[name] > before[name]} == {"onnx/model.onnx", "report.json"}

@@ -104,7 +104,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": Architecture(),
     "mixtral": Architecture(mlp_out=("mlp.experts.down_proj",), experts=True),
     "olmo2": Architecture(norm_after=True, mlp_norms=("post_feedforward_layernorm",)),
-    "olmo3": Architecture(norm_after=True, mlp_norms=("post_feedforward_layernorm",)),
     "opt": Architecture(
         layers="model.decoder.layers",
         attention_out="self_attn.out_proj",
@@ -145,11 +144,17 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     """The row of `ARCHITECTURES` for a config.
 
     Raises:
-        StreamlineError: the model type has no row, or the config makes layers depend on their index.
+        StreamlineError: the model type has no row, the config makes layers depend on their index, or tokens see those
+            after them.
     """
     if config.model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise StreamlineError(f"architecture {config.model_type!r}: is not supported; supported are {known}")
+    if config.model_type in ARCHITECTURES and getattr(config, "use_bidirectional_attention", None):
+        raise StreamlineError(
+            f"config.use_bidirectional_attention {config.use_bidirectional_attention!r}: each token sees those after "
+            "it, so the loss says nothing of a model for text; it must be False"
+        )
     for field, allowed in POSITION_DEPENDENT.items():
         value = getattr(config, field, allowed)
         if value is not None and value != allowed:

@@ -25,7 +25,7 @@ from optimum.streamline.model_files.source import ModelSource
 from optimum.streamline.models.skipped_sublayers import layers_without_attention
 from optimum.streamline.quantization.loading import check_quantizable, load_quantizing
 from optimum.streamline.quantization.quantizers import QUANTIZERS
-from optimum.streamline.recipe.recipe import Recipe
+from optimum.streamline.recipe.recipe import OPTIONS, Recipe
 from optimum.streamline.scoring.similarity import Scores
 from optimum.streamline.text.prompts import Prompts
 from optimum.streamline.text.windows import Windows
@@ -162,6 +162,11 @@ def chooses_by_scores_alone(recipe: Recipe) -> bool:
 def names_layers(recipe: Recipe) -> bool:
     """Whether the recipe names the layers to remove, and no text is needed to choose them or to fit a replacement."""
     return recipe.resolved_method == "explicit" and recipe.resolved_replacement not in FITTED
+
+
+def reads_calibration(recipe: Recipe) -> bool:
+    """Whether the calibration text is read: if layers are chosen or a replacement fitted on it, or if it is given."""
+    return not names_layers(recipe) or recipe.calibration.data != OPTIONS["calibration"].default
 
 
 def named_plan(recipe: Recipe, config: PreTrainedConfig) -> Plan:

@@ -44,7 +44,7 @@ from optimum.streamline.models.bare_layers import NEEDS_LOAD, bare_layers
 from optimum.streamline.models.quantization_config import quantization_name
 from optimum.streamline.models.sharded_weights import sharded_copy
 from optimum.streamline.quantization.compact_copy import compact_copy
-from optimum.streamline.recipe.recipe import OPTIONS, Recipe
+from optimum.streamline.recipe.recipe import Recipe
 from optimum.streamline.reporting.record import PruningRecord
 from optimum.streamline.scoring.similarity import Scores, measure_scores
 from optimum.streamline.system.atomic_output import locked_output_by_main, staged_by_main
@@ -60,7 +60,7 @@ from optimum.streamline.text.windows import Windows, seen_text
 
 from .estimating import disk_warning
 from .larger_than_memory import computing_dtype, scoring_device, stays_on_disk, why_in_memory, why_on_disk
-from .planning import Prepared, choose_plans, load_original, named_plan, names_layers, quantizes_first
+from .planning import Prepared, choose_plans, load_original, named_plan, quantizes_first, reads_calibration
 from .preflight import check_recipe, checked_config, result_dtype
 from .texts import calibration_text, inputs_of, text_of_choice, text_of_healing
 from .write_checkpoint import write_checkpoint
@@ -118,13 +118,11 @@ def prepare(source: ModelSource, recipe: Recipe, notify: Notify, scored: Score |
     for line in source_notes(source, config):
         notify(line)
     tokenizer = load_tokenizer(source)
-    chosen_on = None if names_layers(recipe) else text_of_choice(recipe, tokenizer, config)
+    chosen_on = text_of_choice(recipe, tokenizer, config) if reads_calibration(recipe) else None
     # Needed only later, but a text that cannot be read should fail before hours of search.
     heal_text = text_of_healing(recipe, tokenizer, config) if recipe.resolved_trainings else None
     if chosen_on is not None:
         notify(chosen_on.line("calibration"))
-    elif recipe.calibration.data != OPTIONS["calibration"].default:
-        notify(f"calibration {recipe.calibration.data!r}: no layer is chosen on it, because the layers are named")
     if heal_text is not None:
         notify(heal_text.line("healing"))
     stays = stays_on_disk(source, recipe, config, why_in_memory(recipe, config))

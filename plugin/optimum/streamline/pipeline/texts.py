@@ -18,7 +18,7 @@ from optimum.streamline.text.prompts import Prompts, calibration_prompts, file_p
 from optimum.streamline.text.sources import SELF, is_self, local_path
 from optimum.streamline.text.windows import TooShortError, Windows, read_windows
 
-from .planning import names_layers
+from .planning import reads_calibration
 
 
 def inputs_of(source: ModelSource, recipe: Recipe) -> tuple[str, ...]:
@@ -90,8 +90,8 @@ class Texts:
 
     Args:
         judged_on: The evaluation windows.
-        chosen_on: The windows that the checkpoint is made with, by purpose: `calibration`, unless the recipe names the
-            layers (`names_layers`), and `heal` with healing.
+        chosen_on: The windows that the checkpoint is made with, by purpose: `calibration`, unless it needs none
+            (`reads_calibration`), and `heal` with healing.
         calibration: The calibration windows, also those of a quantizer alone; `None` if nothing needs any.
         prompts: The prompts, in place of `heal`, if the original samples the healing text.
     """
@@ -115,9 +115,9 @@ def read_texts(source: ModelSource, recipe: Recipe, calibrates: bool) -> Texts:
     """
     tokenizer, config = load_tokenizer(source), read_config(source)
     judged_on = evaluation_text(recipe, tokenizer, config)
-    named = names_layers(recipe)
-    calibration = None if named and not calibrates else text_of_choice(recipe, tokenizer, config)
-    chosen_on = {} if calibration is None or named else {"calibration": calibration}
+    reads = reads_calibration(recipe)
+    calibration = text_of_choice(recipe, tokenizer, config) if reads or calibrates else None
+    chosen_on = {} if calibration is None or not reads else {"calibration": calibration}
     healed_on = text_of_healing(recipe, tokenizer, config) if recipe.resolved_trainings else None
     if isinstance(healed_on, Windows):
         chosen_on["heal"] = healed_on
