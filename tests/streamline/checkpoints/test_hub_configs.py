@@ -1,6 +1,7 @@
 """Models with the configs of the Hub are pruned, delivered, and computed by stock transformers.
 
-`hub_configs.json` has the configs of checkpoints in the form and with the fields that each has on the Hub, but small.
+`hub_configs.json` has the configs of checkpoints in the form and with the fields that each has on the Hub, written from
+memory and small.
 transformers fills in and renames fields as it reads a config. So what it saves itself is no test of what users have.
 """
 

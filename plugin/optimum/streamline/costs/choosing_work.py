@@ -17,7 +17,7 @@ from optimum.streamline.scoring.race import MIN_WINDOWS
 
 RACE = 0.36
 """The share of the windows that the removals of a race are tried on (measured: `docs/search.md`)."""
-ROUNDS, ROUNDS_CORRECTED = 2, 1.5
+SWAP_ROUNDS, SWAP_ROUNDS_CORRECTED = 2, 1.5
 """How many times `shifted` tries to swap each pair: once for each swap that it finds, and once to find no further one.
 With corrections fewer swaps lower the held-out loss."""
 REMOVALS = {"blockpruner": 2, "shifted": 2, "sleb": 1}
@@ -68,14 +68,19 @@ def choosing_work(recipe: Recipe, config: PreTrainedConfig) -> ChoosingWork | No
     if recipe.resolved_method != "auto":
         planning = _planning(recipe, config)
         return planning and scoring + planning
-    total, auto = scoring, Auto()
-    compared = auto.held_out(recipe)
-    for name in auto.candidates(recipe, config, for_trials=makes_trials(recipe)):
-        candidate = recipe_of(recipe, name)
+    total, compared = scoring, Auto().held_out(recipe)
+    for candidate in compared_recipes(recipe, config):
         planning = _planning(candidate, config)
-        assert planning is not None, name
+        assert planning is not None, candidate.resolved_method
         total += planning + _fitting(candidate, config) + _passes(config.num_hidden_layers, compared, heads=True)
     return total
+
+
+def compared_recipes(recipe: Recipe, config: PreTrainedConfig) -> list[Recipe]:
+    """The recipes whose plans are made: those of the candidates of `auto`, else the recipe itself."""
+    if recipe.resolved_method != "auto":
+        return [recipe]
+    return [recipe_of(recipe, name) for name in Auto().candidates(recipe, config, makes_trials(recipe))]
 
 
 def _fitting(recipe: Recipe, config: PreTrainedConfig) -> ChoosingWork:
@@ -159,8 +164,8 @@ def _shifted(search: _Search) -> list[ChoosingWork]:
     tried = search.race(left + 1, 2 * (left + 1)).times(count)
     if corrects(search.recipe):  # all swaps get all corrections, and again the two that held-out text decides between
         judged = ChoosingWork(left * (FITS["corrected"] + 1), 1).times((count + 3) * search.windows)
-        return [*search.races(), (tried + judged).times(ROUNDS_CORRECTED)]
-    return [*search.races(), (tried + search.tried(left, count + 1)).times(ROUNDS)]
+        return [*search.races(), (tried + judged).times(SWAP_ROUNDS_CORRECTED)]
+    return [*search.races(), (tried + search.tried(left, count + 1)).times(SWAP_ROUNDS)]
 
 
 def _blockpruner(search: _Search) -> list[ChoosingWork]:

@@ -18,7 +18,7 @@ from optimum.streamline.editing.plan import TRAINED
 from optimum.streamline.evaluation.latency import DECODE_TOKENS, PROMPT_LENGTH, ROUNDS, WARMUP_ROUNDS
 from optimum.streamline.healing.output_cache import Array, cache_form
 from optimum.streamline.healing.settings import EVALUATIONS, distillation_weights, held_out_windows, scope_of
-from optimum.streamline.methods.auto import Auto, makes_trials, recipe_of
+from optimum.streamline.methods.auto import makes_trials
 from optimum.streamline.models.architectures import architecture_of, decoder_layers
 from optimum.streamline.models.linear_modules import meta_model
 from optimum.streamline.quantization.quantizers import NONE, QUANTIZERS
@@ -28,7 +28,7 @@ from optimum.streamline.scoring.ablation import STREAMS
 from optimum.streamline.scoring.loss import VOCABULARY_SLICE
 from optimum.streamline.text.windows import BATCH, Windows
 
-from .choosing_work import BACKWARD, REMOVALS, choosing_work
+from .choosing_work import BACKWARD, REMOVALS, choosing_work, compared_recipes
 from .healing_memory import healing_memory, inner_width, layers_removed
 from .speed import Speed, Types
 
@@ -276,11 +276,7 @@ class _Estimates:
         return self.size.whole * self.around.types.computing.itemsize
 
     def _compared(self) -> list[Recipe]:
-        """The recipes whose plans are made: those of the candidates of `auto`, else the recipe itself."""
-        if self.recipe.resolved_method != "auto":
-            return [self.recipe]
-        names = Auto().candidates(self.recipe, self.config, makes_trials(self.recipe))
-        return [recipe_of(self.recipe, name) for name in names]
+        return compared_recipes(self.recipe, self.config)
 
     def _states_on_disk(self) -> int:
         """Files of hidden states while layers are chosen, of merged layers, and of corrections."""

@@ -150,7 +150,7 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     if config.model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise StreamlineError(f"architecture {config.model_type!r}: is not supported; supported are {known}")
-    if config.model_type in ARCHITECTURES and getattr(config, "use_bidirectional_attention", None):
+    if getattr(config, "use_bidirectional_attention", None):
         raise StreamlineError(
             f"config.use_bidirectional_attention {config.use_bidirectional_attention!r}: each token sees those after "
             "it, so the loss says nothing of a model for text; it must be False"

@@ -40,9 +40,9 @@ from tiny import LAYERS, tiny_model, token_ids, wide_model
 pytestmark = [pytest.mark.onnx, pytest.mark.tensorrt]
 
 RTX = EngineOptions("tensorrt-rtx", (89, 120), max_length=128)
+RTX_SHORT = EngineOptions("tensorrt-rtx", (89,), max_length=32)  # for tiny models
 KINDS = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN, "int4": TensorProto.INT4}
 # The largest perplexity ratio over the float graph. Measured on 16 windows: 1.004, 1.006, 1.033.
-RTX_SHORT = EngineOptions("tensorrt-rtx", (89,), max_length=32)  # for tiny models
 LIMITS = {"int8": 1.012, "fp8": 1.015, "int4": 1.05}
 MATMULS = 16 * 7  # of the reference model, without its output projection, which is tied to the embedding
 
@@ -134,7 +134,7 @@ def test_scales_are_of_the_text(engines: Callable[..., Artifact], quantizer: str
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(plain / "with_inner.onnx"))
-    inputs = StaticInputs.of_graph(ir.load(plain / "model.onnx").graph, EngineRecord.read(plain).masks)
+    inputs = StaticInputs.of_model(ir.load(plain / "model.onnx"), EngineRecord.read(plain).masks)
     past = [each for each in session.get_inputs() if "past_key_values" in each.name]
     empty = {each.name: np.zeros((1, *each.shape[1:]), np.float32) for each in past}
     largest = 0.0
@@ -189,7 +189,8 @@ def test_every_layer_may_be_a_part(
     assert counts == [LAYERS + 1] * 3
     for name in ("model.onnx", "model.onnx.data"):
         assert (Path(little.path) / name).read_bytes() == (Path(plenty.path) / name).read_bytes()
-    assert little.parity == pytest.approx(plenty.parity, rel=3)
+    for check, difference in plenty.parity.items():
+        assert 0 < little.parity[check] < 4 * difference
     assert little.divergence == pytest.approx(plenty.divergence, rel=1e-3)
 
 

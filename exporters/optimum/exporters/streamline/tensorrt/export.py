@@ -260,7 +260,7 @@ def _answer(folder: Path, masks: tuple[MaskInput, ...], cuts: tuple[str, ...]) -
     free = free_memory()
     if not cuts or IN_RUNTIME * sum(file.stat().st_size for file in folder.glob(f"{GRAPH_FILE}*")) <= free:
         return answer_with(StaticOnnxRunner(folder, masks))
-    inputs = StaticInputs.of_graph(ir.load(folder / GRAPH_FILE).graph, masks)
+    inputs = StaticInputs.of_model(ir.load(folder / GRAPH_FILE), masks)
     return SegmentedRunner(folder, cuts, free // IN_RUNTIME, inputs=inputs).answer
 
 

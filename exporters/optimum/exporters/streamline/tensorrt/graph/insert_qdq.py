@@ -24,7 +24,7 @@ from optimum.exporters.streamline.onnx.segmented_runner import SegmentedRunner
 from optimum.exporters.streamline.parity.model_calls import Call
 from optimum.exporters.streamline.rewriting.excluded_nodes import excluded, module_of
 from optimum.exporters.streamline.rewriting.fuse_for_ort import is_weight_matmul, split_biases
-from optimum.exporters.streamline.rewriting.graph_helpers import initializer, read_tensor, static_shape
+from optimum.exporters.streamline.rewriting.graph_helpers import initializer, read_weight, static_shape
 from optimum.exporters.streamline.rewriting.public_names import MaskInput
 from optimum.exporters.streamline.rewriting.to_float32 import write_float32
 from optimum.streamline.errors import StreamlineError
@@ -90,7 +90,7 @@ def _ranges(
             each.mkdir()
         ir.save(model, as_exported / GRAPH_FILE, external_data=WEIGHTS_FILE)
         write_float32(as_exported / GRAPH_FILE, as_float32 / GRAPH_FILE)
-        inputs = StaticInputs.of_graph(ir.load(as_float32 / GRAPH_FILE).graph, masks)
+        inputs = StaticInputs.of_model(ir.load(as_float32 / GRAPH_FILE), masks)
         runner = SegmentedRunner(as_float32, quantization.hidden, SEGMENT, inputs=inputs)
         prompts = [Call(window[None], np.ones_like(window[None])) for window in quantization.windows.ids.numpy()]
         return runner.largest(prompts, {str(node.inputs[0].name) for node in matmuls if node.inputs[0] is not None})
@@ -151,8 +151,7 @@ def _quantized(
     weight: ir.Value, quantizer: EngineQuantizer, dtype: np.dtype
 ) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]:
     """The quantized values `[K, N]` of a weight `[K, N]`, and their scales `[N]` or `[K / block, N]`."""
-    assert weight.const_value is not None
-    array = read_tensor(weight.const_value)
+    array = read_weight(weight)
     depth, width = array.shape
     blocks = array.astype(np.float32).reshape(-1, quantizer.block or depth, width)
     largest = np.abs(blocks).max(axis=1, keepdims=True)

@@ -13,8 +13,9 @@ import onnx_ir as ir
 
 from optimum.exporters.streamline.graph_files import GRAPH_FILE
 from optimum.exporters.streamline.onnx.runner import open_session, to_ort_value
+from optimum.exporters.streamline.onnx.segmented_runner import PAST, PRESENT
 from optimum.exporters.streamline.parity.model_calls import Call, Mask
-from optimum.exporters.streamline.rewriting.public_names import MaskInput
+from optimum.exporters.streamline.rewriting.public_names import MaskInput, cache_inputs
 from optimum.streamline.runtime.runner import Logits, TokenIds
 
 from .engine_inputs import static_inputs
@@ -22,7 +23,6 @@ from .engine_inputs import static_inputs
 if TYPE_CHECKING:
     import onnxruntime
 
-PAST = "past_key_values."
 _DTYPES: dict[str, type[np.floating[Any]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -41,17 +41,16 @@ class StaticInputs:
     length: int
 
     @classmethod
-    def of_graph(cls, graph: ir.Graph, masks: Sequence[MaskInput]) -> StaticInputs:
+    def of_model(cls, model: ir.Model, masks: Sequence[MaskInput]) -> StaticInputs:
         """The inputs of a graph in float32 or float16.
 
         Args:
-            graph: The graph, with public names.
+            model: The graph, with public names.
             masks: Its mask inputs.
         """
-        inputs = {str(value.name): value for value in graph.inputs}
-        dtype = inputs[masks[0].name].dtype
+        dtype = next(value.dtype for value in model.graph.inputs if value.name == masks[0].name)
         assert dtype is not None
-        past = next(value for name, value in inputs.items() if name.startswith(PAST))
+        past = cache_inputs(model)[0]
         assert past.shape is not None
         length = past.shape[2]
         assert isinstance(length, int)
@@ -144,7 +143,7 @@ class StaticOnnxRunner:
         attention_mask = np.concatenate([cache.attention_mask, mask], axis=1)
         inputs = self._graph_inputs.of(Call(input_ids, attention_mask))
         values = {name: to_ort_value(array) for name, array in inputs.items()}
-        names = ["logits", *(each.name.replace("past_key_values", "present") for each in self._past)]
+        names = ["logits", *(each.name.replace(PAST, PRESENT) for each in self._past)]
         logits, *outputs = self.session.run_with_ort_values(names, values | cache.states)
         states = dict(zip(cache.states, outputs, strict=True))
         return logits.numpy().astype(np.float32, copy=False), StaticCache(attention_mask, states)
